@@ -1,0 +1,50 @@
+"""Errors meant for people, and the exit codes of every megavar process.
+
+A ``MegavarError`` says in one paragraph what is wrong, where, and what to do. The command line prints it without a
+traceback and leaves with its exit code; our own invariants use ``assert`` and keep their traceback.
+"""
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What the end of a process means to a launcher, a batch script and an operator."""
+
+    FINISHED = 0  # the run reached its last step (or had reached it before)
+    FAILED = 1  # an unexpected exception: read the traceback
+    CONFIGURATION = 2  # configuration, data or checkpoint is wrong: restarting cannot help
+    PREEMPTED = 85  # asked to stop, saved, stopped: start it again and it continues
+    NON_FINITE = 86  # loss or gradient stayed non-finite after the allowed rollbacks
+    HANG = 87  # a step exceeded the watchdog's limit: stacks are in the logs, start it again
+    PREFLIGHT = 90  # a node or the file system is not fit for the run
+    NO_PROGRESS = 93  # several restarts without a new checkpoint: cancel the chain
+
+
+class MegavarError(ValueError):
+    """An error with a place and a remedy in its message."""
+
+    exit_code: ExitCode = ExitCode.CONFIGURATION
+
+
+class ConfigError(MegavarError):
+    """A key or value of the configuration is wrong."""
+
+
+class DataError(MegavarError):
+    """A data source is missing, empty or damaged."""
+
+
+class CheckpointError(MegavarError):
+    """A checkpoint is missing, damaged, or belongs to another model."""
+
+
+class ClusterError(MegavarError):
+    """The machine, process group or scheduler does not offer what the run needs."""
+
+    exit_code = ExitCode.PREFLIGHT
+
+
+class NonFiniteError(MegavarError):
+    """Loss or gradient norm is not finite and the configured recovery is used up."""
+
+    exit_code = ExitCode.NON_FINITE

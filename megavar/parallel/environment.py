@@ -1,0 +1,84 @@
+"""Who am I: one mapping from torchrun, srun or a single process to rank, world size and device."""
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from megavar.errors import ClusterError
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The place of this process among all processes of the run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    launcher: str
+    """``torchrun``, ``srun`` or ``single``."""
+
+    @property
+    def device(self) -> torch.device:
+        """The accelerator of this rank, or the CPU where there is none."""
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+    @property
+    def backend(self) -> str:
+        """The process-group backend: NCCL for GPUs (with gloo beside it for CPU tensors), gloo otherwise."""
+        return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
+_LAUNCHERS = {
+    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+}
+
+
+def read_environment(variables: Mapping[str, str]) -> Environment:
+    """Map environment ``variables`` to an :class:`Environment`.
+
+    torchrun's variables win over Slurm's, because torchrun may itself have been started by srun. Slurm's variables
+    count only inside a job step: in the batch script itself ``SLURM_STEP_ID`` is absent, and a single process is meant.
+
+    Raises:
+        ClusterError: a launcher's variables are incomplete or contradict each other.
+    """
+    for launcher, names in _LAUNCHERS.items():
+        present = [name for name in names if name in variables]
+        if not present or (launcher == "srun" and "SLURM_STEP_ID" not in variables):
+            continue
+        missing = sorted(set(names) - set(present))
+        if missing:
+            raise ClusterError(
+                f"The environment looks like {launcher} ({', '.join(present)} set) but lacks {', '.join(missing)}. "
+                f"Start with torchrun or srun, or unset these variables to run a single process."
+            )
+        rank, world_size, local_rank = (int(variables[name]) for name in names)
+        if not 0 <= rank < world_size:
+            raise ClusterError(
+                f"{names[0]}={rank} is not below {names[1]}={world_size}. The variables of two launchers are mixed: "
+                f"start from a clean shell."
+            )
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if world_size > 1 and name not in variables:
+                raise ClusterError(
+                    f"{name} is not set for a run of {world_size} processes started by {launcher}. "
+                    f"Submit with `python -m launchers.slurm submit`, or export it in your batch script."
+                )
+        return Environment(rank, world_size, local_rank, launcher)
+    return Environment(0, 1, 0, "single")
+
+
+def environment() -> Environment:
+    """The :class:`Environment` of this process."""
+    return read_environment(os.environ)
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,67 @@
+"""What a recipe is: the algorithm of a paper as the trainer sees it.
+
+A recipe owns modules and turns a batch into named losses. It knows nothing of engines, ranks or checkpoints.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from megavar.data.batch import Batch
+
+
+@dataclass
+class Losses:
+    """The result of one micro-batch.
+
+    ``named`` and ``statistics`` carry no gradient. The trainer averages ``named`` over micro-batches and data-parallel
+    ranks and adds up ``statistics`` (counts, sums) over them.
+    """
+
+    total: Tensor
+    """float32 scalar: what is differentiated, a mean over the micro-batch."""
+    named: dict[str, Tensor] = field(default_factory=dict)
+    """Scalars by metric name, each a mean over the micro-batch."""
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    """Sums over the micro-batch by name, of any shape."""
+
+
+class Recipe(Protocol):
+    """The interface between a paper and the trainer."""
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Trainable modules by name, in the order in which they are stepped."""
+        ...
+
+    def prepare(self, batch: Batch, step: int) -> Any:
+        """Turn a batch into the inputs of :meth:`forward`, without gradient (tokenise, drop labels)."""
+        ...
+
+    def forward(self, name: str, model: nn.Module, inputs: Any) -> Any:
+        """Run module ``name``. ``model`` is the module or an engine around it; call it, never its attributes."""
+        ...
+
+    def loss(self, name: str, output: Any, inputs: Any, step: int) -> Losses:
+        """Turn the output of module ``name`` into losses."""
+        ...
+
+    def active(self, name: str, step: int) -> bool:
+        """Whether module ``name`` is trained at ``step`` (a discriminator starts late)."""
+        ...
+
+    def decays(self, name: str, parameter_name: str, parameter: nn.Parameter) -> bool:
+        """Whether weight decay applies to a parameter of module ``name``."""
+        ...
+
+    def summarize(self, statistics: dict[str, Tensor]) -> dict[str, float]:
+        """Turn statistics summed over ranks and steps into metrics (perplexities, expert loads)."""
+        ...
+
+    def after_step(self, step: int) -> None:
+        """Called on every rank after the optimizer step (for example to revive dead codes)."""
+        ...
+
+    def sampler(self, name: str) -> nn.Module | None:
+        """The module whose samples are worth looking at and scoring, or None."""
+        ...

@@ -1,0 +1,1 @@
+"""Configuration: typed sections, YAML with inheritance, dotted overrides, DeepSpeed JSON."""

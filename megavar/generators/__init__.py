@@ -1,0 +1,1 @@
+"""p(tokens | condition): embed, blocks, head, and the decoding step."""

@@ -13,7 +13,8 @@ import torch
 _installed = False
 
 # Factories that pipeline_parallel/schedules.py:596,983,2138 and p2p_communication.py call with device="cuda".
-_FACTORIES = ("tensor", "zeros", "empty", "ones", "full", "arange", "rand", "randn", "zeros_like", "empty_like", "ones_like")
+_FACTORIES = ("tensor", "zeros", "empty", "ones", "full", "arange", "rand", "randn", "zeros_like",
+              "empty_like", "ones_like")
 
 
 class _NoStream:

@@ -1,0 +1,1 @@
+"""Each paper as an algorithm: batch in, named losses out."""

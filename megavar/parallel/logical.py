@@ -1,0 +1,130 @@
+"""Names and shapes of parameters that do not depend on the layout.
+
+A parameter of this rank may be a tensor-parallel shard, hold several experts stacked, or number its experts from its
+own first one. Its *logical tensors* are what a single process would hold: same names, full shapes. Initialization,
+checkpoints and conversions speak of logical tensors only.
+
+Naming rules: blocks carry their global number (``blocks.7.``) on every pipeline stage; experts carry their global
+number (``experts.5.linear_fc1.weight``) whether an implementation keeps them in a list (Megatron-core's
+``experts.local_experts.1.linear_fc1.weight``) or stacked (``experts.linear_fc1_weight`` of shape [E_local, ...]).
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+_LISTED_EXPERT = re.compile(r"experts\.local_experts\.(\d+)\.")
+_STACKED_EXPERT = re.compile(r"experts\.(linear_fc[12])_(weight|bias)$")
+
+
+@dataclass(frozen=True)
+class LogicalTensor:
+    """One layout-independent tensor and where this rank keeps its part of it."""
+
+    name: str
+    """Layout-independent name."""
+    parameter: str
+    """Name of the local parameter (``module.named_parameters()``)."""
+    row: int | None
+    """Index into the first dimension of a stacked parameter, or None where the parameter is the tensor."""
+    shape: tuple[int, ...]
+    """Full shape."""
+    sharded_dimension: int | None
+    """Dimension split over the tensor-parallel ranks, or None where every rank holds the full tensor."""
+    is_expert: bool
+
+    def local(self, value: Tensor) -> Tensor:
+        """This logical tensor's part of a local tensor shaped like the parameter (a view)."""
+        return value if self.row is None else value[self.row]
+
+    def shard(self, full: Tensor, tensor_rank: int, tensor_size: int) -> Tensor:
+        """This rank's part of the ``full`` logical tensor (a view)."""
+        if self.sharded_dimension is None or tensor_size == 1:
+            return full
+        return full.chunk(tensor_size, self.sharded_dimension)[tensor_rank]
+
+
+def _parameter_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 empties parameters between uses
+
+
+def logical_tensors(module: nn.Module) -> list[LogicalTensor]:
+    """The logical tensors of all parameters of ``module``, in the order of ``named_parameters``.
+
+    Call it after ``topology.initialize`` (or in a single process without process groups).
+    """
+    from megatron.core import parallel_state
+
+    initialized = parallel_state.model_parallel_is_initialized()
+    tensor_size = parallel_state.get_tensor_model_parallel_world_size() if initialized else 1
+    expert_rank = parallel_state.get_expert_model_parallel_rank() if initialized else 0
+    result = []
+    local_experts = _local_expert_counts(module)
+    for name, parameter in module.named_parameters():
+        shape = _parameter_shape(parameter)
+        listed, stacked = _LISTED_EXPERT.search(name), _STACKED_EXPERT.search(name)
+        if listed:
+            first = expert_rank * local_experts[name[: listed.start()]]
+            logical = f"{name[: listed.start()]}experts.{first + int(listed.group(1))}.{name[listed.end() :]}"
+            result.append(LogicalTensor(logical, name, None, shape, None, True))
+        elif stacked:
+            first = expert_rank * shape[0]
+            for row in range(shape[0]):
+                logical = f"{name[: stacked.start()]}experts.{first + row}.{stacked.group(1)}.{stacked.group(2)}"
+                result.append(LogicalTensor(logical, name, row, shape[1:], None, True))
+        else:
+            dimension = None
+            if tensor_size > 1 and getattr(parameter, "tensor_model_parallel", False):
+                dimension = int(parameter.partition_dim)  # type: ignore[attr-defined]
+                full = list(shape)
+                full[dimension] *= tensor_size
+                shape = tuple(full)
+            result.append(LogicalTensor(name, name, None, shape, dimension, False))
+    return result
+
+
+def _local_expert_counts(module: nn.Module) -> dict[str, int]:
+    """Number of experts in each Megatron-core list of experts, by the prefix before ``experts.``."""
+    counts: dict[str, int] = {}
+    for name, _ in module.named_parameters():
+        match = _LISTED_EXPERT.search(name)
+        if match:
+            prefix = name[: match.start()]
+            counts[prefix] = max(counts.get(prefix, 0), int(match.group(1)) + 1)
+    return counts
+
+
+InitializationRule = Callable[[str, Tensor, torch.Generator], None]
+"""Fills a full logical tensor in place, given its logical name and a generator of its own."""
+
+
+def initialize_parameters(module: nn.Module, rule: InitializationRule, seed: int) -> None:
+    """Give every parameter its initial value, the same under every layout.
+
+    Each logical tensor is drawn in full from a generator keyed by (seed, logical name), then this rank keeps its part.
+    """
+    from megatron.core import parallel_state
+
+    from megavar.parallel import seeds
+
+    initialized = parallel_state.model_parallel_is_initialized()
+    tensor_rank = parallel_state.get_tensor_model_parallel_rank() if initialized else 0
+    tensor_size = parallel_state.get_tensor_model_parallel_world_size() if initialized else 1
+    parameters = dict(module.named_parameters())
+    with torch.no_grad():
+        for tensor in logical_tensors(module):
+            parameter = parameters[tensor.parameter]
+            if parameter.is_meta:
+                continue
+            full = torch.empty(tensor.shape, dtype=torch.float32)
+            rule(tensor.name, full, seeds.generator(seed, f"initialize/{tensor.name}"))
+            tensor.local(parameter).copy_(tensor.shard(full, tensor_rank, tensor_size))
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Number of scalars in the logical tensors this rank has a part of (all of them without pipeline or experts)."""
+    return sum(math.prod(tensor.shape) for tensor in logical_tensors(module))

@@ -83,7 +83,7 @@ class Case:
         return atol, 0.0
 
     def check(self, name: str, actual: Tensor) -> None:
-        """Assert that ``actual`` equals the stored tensor ``name``: same shape, ids exactly, floats within tolerance."""
+        """Assert that ``actual`` equals the stored tensor: same shape, ids exactly, floats within tolerance."""
         expected = self.tensors[name]
         where = f"{self.name} {name}"
         assert tuple(actual.shape) == tuple(expected.shape), (
@@ -100,8 +100,8 @@ class Case:
         excess = ((got - want).abs() - atol - rtol * want.abs())[finite]
         if excess.numel() and float(excess.max()) > 0:
             difference = float((got - want).abs()[finite].max())
-            raise AssertionError(f"{where}: largest difference {difference:.3g} exceeds atol {atol:.3g} + rtol {rtol:.0e}; "
-                                 f"largest reference magnitude {_finite_maximum(expected):.3g}, "
+            raise AssertionError(f"{where}: largest difference {difference:.3g} exceeds atol {atol:.3g} + rtol {rtol:.0e};"
+                                 f" largest reference magnitude {_finite_maximum(expected):.3g}, "
                                  f"{int((excess > 0).sum())} of {expected.numel()} entries outside")
 
     def check_series(self, name: str, actual: list[Tensor]) -> None:

@@ -1,0 +1,236 @@
+"""VAR's multi-scale VQ autoencoder: image <-> token maps.
+
+Images are float32 [B, 3, H, W] in [-1, 1]; token maps are a list over scales of int64 [B, s*s], row-major.
+Sources: VAR (arXiv:2404.02905) section 3.2; FoundationVision/VAR models/vqvae.py and models/basic_vae.py.
+Attribute names are the published checkpoints' key names.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from megavar.config.tokenizer import MultiScaleVQConfig
+from megavar.tokenizers.multiscale_vq import published
+from megavar.tokenizers.multiscale_vq.layers import AttentionBlock, Downsample, ResidualBlock, Upsample
+from megavar.tokenizers.multiscale_vq.quantizer import MultiScaleQuantizer, QuantizerOutput, Scale
+
+
+class Level(nn.Module):
+    """One resolution of the encoder or decoder: residual blocks, each optionally followed by attention, then a resize."""
+
+    def __init__(self, config: MultiScaleVQConfig, widths: list[int], *, attention: bool, resize: str,
+                 resampler: nn.Module | None) -> None:
+        super().__init__()
+        self.block = nn.ModuleList([residual_block(config, a, b) for a, b in zip(widths, widths[1:])])
+        self.attn = nn.ModuleList([attention_block(config, b) for b in widths[1:]] if attention else [])
+        self.resize = resize
+        if resampler is not None:
+            self.add_module(resize, resampler)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """[B, C_in, H, W] -> [B, C_out, H', W']."""
+        for index, block in enumerate(self.block):
+            h = block(h)
+            if len(self.attn):
+                h = self.attn[index](h)
+        resampler = getattr(self, self.resize, None)
+        return h if resampler is None else resampler(h)
+
+
+class Middle(nn.Module):
+    """The bottleneck: residual block, attention, residual block, all at one width."""
+
+    def __init__(self, config: MultiScaleVQConfig, channels: int) -> None:
+        super().__init__()
+        self.block_1 = residual_block(config, channels, channels)
+        self.attn_1 = attention_block(config, channels) if config.middle_attention else nn.Identity()
+        self.block_2 = residual_block(config, channels, channels)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]."""
+        return self.block_2(self.attn_1(self.block_1(h)))
+
+
+class Encoder(nn.Module):
+    """Images [B, 3, H, W] -> features [B, code_dimension, H / downsample, W / downsample]."""
+
+    def __init__(self, config: MultiScaleVQConfig) -> None:
+        super().__init__()
+        widths = level_widths(config)
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.image_channels, config.base_channels, 3, padding=1)
+        self.down = nn.ModuleList()
+        for index, width in enumerate(widths):
+            before = widths[index - 1] if index else config.base_channels
+            self.down.append(Level(config, [before] + [width] * config.residual_blocks, resize="downsample",
+                                   attention=index == last and config.lowest_level_attention,
+                                   resampler=None if index == last else Downsample(width)))
+        self.mid = Middle(config, widths[-1])
+        self.norm_out = nn.GroupNorm(config.norm_groups, widths[-1], eps=config.norm_epsilon)
+        self.conv_out = nn.Conv2d(widths[-1], config.code_dimension, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Encode."""
+        h = self.conv_in(images)
+        for level in self.down:
+            h = level(h)
+        return self.conv_out(nn.functional.silu(self.norm_out(self.mid(h))))
+
+
+class Decoder(nn.Module):
+    """Features [B, code_dimension, h, w] -> images [B, 3, h * downsample, w * downsample], not clamped."""
+
+    def __init__(self, config: MultiScaleVQConfig) -> None:
+        super().__init__()
+        widths = level_widths(config)
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.code_dimension, widths[-1], 3, padding=1)
+        self.mid = Middle(config, widths[-1])
+        self.up = nn.ModuleList()  # index 0 is the full resolution and runs last
+        for index, width in enumerate(widths):
+            before = widths[min(index + 1, last)]
+            self.up.append(Level(config, [before] + [width] * (config.residual_blocks + 1), resize="upsample",
+                                 attention=index == last and config.lowest_level_attention,
+                                 resampler=None if index == 0 else Upsample(width)))
+        self.norm_out = nn.GroupNorm(config.norm_groups, widths[0], eps=config.norm_epsilon)
+        self.conv_out = nn.Conv2d(widths[0], config.image_channels, 3, padding=1)
+
+    def last_features(self, features: Tensor) -> Tensor:
+        """Everything before the last convolution: [B, code_dimension, h, w] -> [B, C, H, W]."""
+        h = self.mid(self.conv_in(features))
+        for level in reversed(self.up):
+            h = level(h)
+        return nn.functional.silu(self.norm_out(h))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Decode."""
+        return self.conv_out(self.last_features(features))
+
+
+class Reconstruction(NamedTuple):
+    """The result of a training forward pass of the tokenizer."""
+
+    images: Tensor
+    """Reconstructions, not clamped, [B, 3, H, W]."""
+    quantized: QuantizerOutput
+    """Quantizer loss, tokens, usage and the vectors that were quantized."""
+    last_features: Tensor
+    """Input of the decoder's last convolution without gradient, [B, C, H, W]: enough to compute the gradient of a loss
+    with respect to that convolution's weight (VQGAN's adaptive weight) outside the module."""
+
+
+class MultiScaleVQ(nn.Module):
+    """VAR's tokenizer. Calling it runs the training forward pass."""
+
+    def __init__(self, config: MultiScaleVQConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize = MultiScaleQuantizer(config)
+        padding = config.latent_kernel // 2
+        self.quant_conv = nn.Conv2d(config.code_dimension, config.code_dimension, config.latent_kernel, padding=padding)
+        self.post_quant_conv = nn.Conv2d(config.code_dimension, config.code_dimension, config.latent_kernel,
+                                         padding=padding)
+        self.initialize()
+
+    @property
+    def quantizer(self) -> MultiScaleQuantizer:
+        """The multi-scale residual quantizer."""
+        return self.quantize
+
+    @property
+    def scales(self) -> tuple[int, ...]:
+        """Side lengths of the token maps, coarse to fine."""
+        return self.config.scales
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of codes."""
+        return self.config.vocabulary_size
+
+    @property
+    def code_dimension(self) -> int:
+        """Channels of a code."""
+        return self.config.code_dimension
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator | None = None) -> None:
+        """Draw fresh parameters.
+
+        Convolutions: weights and biases uniform in +-1/sqrt(fan in), what VQGAN and VAR use (torch's own default at
+        the time, made explicit); norms: one and zero; codes: normal with ``code_initial_std``.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                bound = 1 / math.sqrt(module.weight[0].numel())
+                module.weight.uniform_(-bound, bound, generator=generator)
+                if module.bias is not None:
+                    module.bias.uniform_(-bound, bound, generator=generator)
+            elif isinstance(module, nn.GroupNorm):
+                module.weight.fill_(1.0)
+                module.bias.zero_()
+        self.quantize.embedding.weight.normal_(std=self.config.code_initial_std, generator=generator)
+        self.quantize.ema_vocab_hit_SV.zero_()
+
+    def forward(self, images: Tensor) -> Reconstruction:
+        """Training forward pass: float [B, 3, H, W] in [-1, 1] -> reconstruction and the quantizer's losses."""
+        quantized = self.quantize(self.quant_conv(self.encoder(images)))
+        last_features = self.decoder.last_features(self.post_quant_conv(quantized.features))
+        return Reconstruction(self.decoder.conv_out(last_features), quantized, last_features.detach())
+
+    def encode_features(self, images: Tensor) -> Tensor:
+        """Features before quantization: float [B, 3, H, W] in [-1, 1] -> float32 [B, C, H / downsample, W / downsample].
+
+        Float32 even under autocast: a rounded feature picks another token.
+        """
+        with torch.autocast(images.device.type, enabled=False):
+            return self.quant_conv(self.encoder(images.float()))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, scales: Sequence[Scale] | None = None) -> list[Tensor]:
+        """Token maps of images: float [B, 3, H, W] in [-1, 1] -> int64 [B, s_k * s_k] per scale.
+
+        ``scales`` replaces the configured list for images of another size; the last one is the feature map's size.
+        """
+        return self.quantize.quantize(self.encode_features(images), scales)
+
+    def decode_features(self, f_hat: Tensor) -> Tensor:
+        """Images of an accumulated map: [B, C, h, w] -> [B, 3, H, W] clamped to [-1, 1]."""
+        return self.decoder(self.post_quant_conv(f_hat)).clamp(-1, 1)
+
+    @torch.no_grad()
+    def decode(self, ids: Sequence[Tensor], scales: Sequence[Scale] | None = None) -> Tensor:
+        """Images of token maps: int64 [B, s_k * s_k] per scale -> float32 [B, 3, H, W] clamped to [-1, 1].
+
+        The first few token maps alone give what these scales alone reconstruct.
+        """
+        return self.decode_features(self.quantize.accumulate(ids, scales)[-1])
+
+    def reference_state_dict(self) -> dict[str, Tensor]:
+        """The state dict in the published key layout, on CPU, float32; see :mod:`.published`."""
+        return published.export(self)
+
+    def load_reference(self, path: str | Path) -> None:
+        """Load a published checkpoint (``.pth`` or ``.safetensors``); see :func:`.published.load`."""
+        published.load(self, path)
+
+
+def level_widths(config: MultiScaleVQConfig) -> list[int]:
+    """Channels of every resolution level, full resolution first."""
+    return [config.base_channels * multiplier for multiplier in config.channel_multipliers]
+
+
+def residual_block(config: MultiScaleVQConfig, channels_in: int, channels_out: int) -> ResidualBlock:
+    """A residual block with the config's norm and dropout."""
+    return ResidualBlock(channels_in, channels_out, norm_groups=config.norm_groups, norm_epsilon=config.norm_epsilon,
+                         dropout=config.dropout)
+
+
+def attention_block(config: MultiScaleVQConfig, channels: int) -> AttentionBlock:
+    """An attention block with the config's norm."""
+    return AttentionBlock(channels, norm_groups=config.norm_groups, norm_epsilon=config.norm_epsilon)

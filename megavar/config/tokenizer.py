@@ -27,7 +27,7 @@ class MultiScaleVQConfig(Section):
     base_channels: PositiveInt = 160
     """Width of the first convolution; level i has ``base_channels * channel_multipliers[i]`` channels."""
     channel_multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1, strict=False)] = (1, 1, 2, 2, 4)
-    """Width of each resolution level relative to ``base_channels``. Each level after the first halves the resolution."""
+    """Width of each resolution level relative to ``base_channels``. Every level but the first halves the resolution."""
     residual_blocks: PositiveInt = 2
     """Residual blocks per encoder level; the decoder has one more per level."""
     lowest_level_attention: bool = True
@@ -80,15 +80,15 @@ class MultiScaleVQConfig(Section):
         if any(b <= a for a, b in zip(self.scales, self.scales[1:])):
             raise ValueError(f"scales {list(self.scales)} do not increase: list side lengths from coarse to fine")
         if self.latent_kernel % 2 == 0:
-            raise ValueError(f"latent_kernel {self.latent_kernel} is even: use an odd number, which keeps the map's size")
+            raise ValueError(f"latent_kernel {self.latent_kernel} is even: use an odd one, which keeps the map's size")
         for multiplier in self.channel_multipliers:
             if self.base_channels * multiplier % self.norm_groups:
                 raise ValueError(
                     f"base_channels {self.base_channels} times channel multiplier {multiplier} is not a multiple of "
                     f"norm_groups {self.norm_groups}: choose base_channels as a multiple of it, or other norm_groups")
         if self.refinement == "shared" and self.refinement_convolutions != 1:
-            raise ValueError(f"refinement_count {self.refinement_count} needs refinement partially_shared or per_scale: "
-                             "shared means one convolution")
+            raise ValueError(f"refinement_count {self.refinement_count} needs refinement partially_shared or "
+                             "per_scale: shared means one convolution")
         if self.refinement == "partially_shared" and self.refinement_convolutions < 2:
             raise ValueError("refinement partially_shared with refinement_count 1 is refinement shared: write that, "
                              "the checkpoint's key layout depends on it")

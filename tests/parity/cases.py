@@ -100,7 +100,7 @@ class Case:
         excess = ((got - want).abs() - atol - rtol * want.abs())[finite]
         if excess.numel() and float(excess.max()) > 0:
             difference = float((got - want).abs()[finite].max())
-            raise AssertionError(f"{where}: largest difference {difference:.3g} exceeds atol {atol:.3g} + rtol {rtol:.0e};"
+            raise AssertionError(f"{where}: difference {difference:.3g} exceeds atol {atol:.3g} + rtol {rtol:.0e};"
                                  f" largest reference magnitude {_finite_maximum(expected):.3g}, "
                                  f"{int((excess > 0).sum())} of {expected.numel()} entries outside")
 

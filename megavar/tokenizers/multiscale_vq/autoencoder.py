@@ -7,6 +7,7 @@ Attribute names are the published checkpoints' key names.
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,12 +21,12 @@ from megavar.tokenizers.multiscale_vq.quantizer import MultiScaleQuantizer, Quan
 
 
 class Level(nn.Module):
-    """One resolution of the encoder or decoder: residual blocks, each optionally followed by attention, then a resize."""
+    """One resolution of encoder or decoder: residual blocks, each optionally followed by attention, then a resize."""
 
     def __init__(self, config: MultiScaleVQConfig, widths: list[int], *, attention: bool, resize: str,
                  resampler: nn.Module | None) -> None:
         super().__init__()
-        self.block = nn.ModuleList([residual_block(config, a, b) for a, b in zip(widths, widths[1:])])
+        self.block = nn.ModuleList([residual_block(config, a, b) for a, b in pairwise(widths)])
         self.attn = nn.ModuleList([attention_block(config, b) for b in widths[1:]] if attention else [])
         self.resize = resize
         if resampler is not None:
@@ -184,7 +185,7 @@ class MultiScaleVQ(nn.Module):
         return Reconstruction(self.decoder.conv_out(last_features), quantized, last_features.detach())
 
     def encode_features(self, images: Tensor) -> Tensor:
-        """Features before quantization: float [B, 3, H, W] in [-1, 1] -> float32 [B, C, H / downsample, W / downsample].
+        """Features before quantization: float [B, 3, H, W] in [-1, 1] -> float32 [B, code_dimension, h, w].
 
         Float32 even under autocast: a rounded feature picks another token.
         """

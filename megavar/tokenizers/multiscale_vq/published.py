@@ -1,8 +1,8 @@
 """VAR's published tokenizer checkpoints (``vae_ch160v4096z32.pth``): reading and writing them.
 
 Such a file is a plain state dict. Our modules carry its key names, so nothing is renamed. One tensor may differ in
-shape: ``quantize.ema_vocab_hit_SV`` [K, V] counts code usage per scale, and one tokenizer serves several lists of scales
-(256 and 512 pixels); like the reference, a file with another K is accepted and the counts start at zero.
+shape: ``quantize.ema_vocab_hit_SV`` [K, V] counts code usage per scale, and one tokenizer serves several lists of
+scales (256 and 512 pixels); like the reference, a file with another K is accepted and the counts start at zero.
 """
 
 import pickle

@@ -129,7 +129,7 @@ class QuantizerOutput(NamedTuple):
 class MultiScaleQuantizer(nn.Module):
     """Features to token maps and back. ``scales`` arguments override the configured ones, also with (height, width)."""
 
-    ema_vocab_hit_SV: Tensor  # noqa: N815 (published key name)
+    ema_vocab_hit_SV: Tensor
 
     def __init__(self, config: MultiScaleVQConfig) -> None:
         super().__init__()
@@ -203,8 +203,8 @@ class MultiScaleQuantizer(nn.Module):
                 ids.append(step.ids)
                 targets.append(step.target.flatten(2).transpose(1, 2))
                 usage.append(torch.bincount(step.ids.flatten(), minlength=self.vocabulary_size).float())
-            straight_through = (step.accumulated.detach() - f.detach()) + f
-            return QuantizerOutput(straight_through, loss / len(ids), ids, torch.cat(targets, dim=1), torch.stack(usage))
+            features = (step.accumulated.detach() - f.detach()) + f
+            return QuantizerOutput(features, loss / len(ids), ids, torch.cat(targets, dim=1), torch.stack(usage))
 
     @torch.no_grad()
     def quantize(self, features: Tensor, scales: Sequence[Scale] | None = None) -> list[Tensor]:

@@ -1,1 +1,1 @@
-"""Sources of images, their order, transforms and batches."""
+"""Data: sources, transforms, the order of samples, loading, shards and caches."""

@@ -1,0 +1,136 @@
+"""Where samples come from and how they are prepared."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megavar.config.base import Section
+
+
+class DigitsSource(Section):
+    """1797 handwritten digits in ten classes, bundled with scikit-learn. ``image_size`` must be a multiple of 8."""
+
+    name: Literal["digits"] = "digits"
+
+
+class PhotographsSource(Section):
+    """Square crops of ten bundled colour photographs; class = photograph, training and test regions are disjoint."""
+
+    name: Literal["photographs"] = "photographs"
+    length: int = Field(4096, ge=1)
+    """Number of training crops. The collection is fixed: crop i is the same in every epoch."""
+    test_length: int = Field(1024, ge=1)
+    """Number of test crops."""
+    short_side: int = Field(256, ge=0)
+    """Pixels to which the shorter side of each photograph is resized before cropping; 0 keeps the original size."""
+    seed: int = 0
+    """Chooses the places of the crops."""
+
+
+class ImageFolderSource(Section):
+    """A folder with one sub-folder of images per class."""
+
+    name: Literal["image_folder"] = "image_folder"
+    path: str
+    """Folder of the training images."""
+    test_path: str | None = None
+    """Folder of the test images, with the same class folders."""
+
+
+SourceConfig = Annotated[DigitsSource | PhotographsSource | ImageFolderSource, Field(discriminator="name")]
+
+
+class NoTransform(Section):
+    """Images are used as stored; they must have ``image_size`` already."""
+
+    name: Literal["none"] = "none"
+
+
+class VarTransform(Section):
+    """VAR: shorter side to ``round(resize * image_size)`` (Lanczos), random crop. Test: centre crop of the same."""
+
+    name: Literal["var"] = "var"
+    resize: float = Field(1.125, ge=1.0)
+    """Shorter side before cropping, relative to ``image_size``."""
+    flip: bool = False
+    """Mirror half of the images. VAR's published models were trained without."""
+
+
+class AdmRandomCropTransform(Section):
+    """FlexVAR and SAR: mirror, then ADM's random crop that covers ``minimum_share`` to all of the shorter side.
+
+    Test: ADM's centre crop.
+    """
+
+    name: Literal["adm_random_crop"] = "adm_random_crop"
+    minimum_share: float = Field(0.88, gt=0.0, le=1.0)
+    """Smallest share of the shorter side that a crop covers."""
+    flip: bool = True
+    """Mirror half of the images."""
+
+
+class AdmCenterCropTransform(Section):
+    """ADM's centre crop, as in MAR, DiT, REPA and the reference statistics of FID."""
+
+    name: Literal["adm_center_crop"] = "adm_center_crop"
+    flip: bool = False
+    """Mirror half of the training images."""
+
+
+class TenCropTransform(Section):
+    """RAR, reAR and LlamaGen: four corners and centre of ADM's centre crop and of its mirror image, one at random.
+
+    Test: ADM's centre crop.
+    """
+
+    name: Literal["ten_crop"] = "ten_crop"
+    resize: float = Field(1.1, ge=1.0)
+    """Size of the centre crop from which the ten views are cut, relative to ``image_size`` (rounded down)."""
+
+
+class TitokTransform(Section):
+    """TiTok and VGT-AE: shorter side to ``image_size`` (bicubic), random crop, mirror. Test: centre crop, no mirror."""
+
+    name: Literal["titok"] = "titok"
+    random_crop: bool = True
+    """Off: centre crop, as in RAR's online variant."""
+    flip: bool = True
+    """Mirror half of the images."""
+
+
+class SquareCropTransform(Section):
+    """VGT text-to-image: the largest square at a random place, resized (bicubic). Test: the central square."""
+
+    name: Literal["square_crop"] = "square_crop"
+
+
+TransformConfig = Annotated[
+    NoTransform
+    | VarTransform
+    | AdmRandomCropTransform
+    | AdmCenterCropTransform
+    | TenCropTransform
+    | TitokTransform
+    | SquareCropTransform,
+    Field(discriminator="name"),
+]
+
+
+class DataConfig(Section):
+    """Training and test data."""
+
+    source: SourceConfig = DigitsSource()
+    """Where samples come from."""
+    image_size: int = Field(16, ge=1)
+    """Height and width in pixels of the images that models see."""
+    transform: TransformConfig = NoTransform()
+    """Resize, crop and mirror; each is exactly that of a reference implementation."""
+    workers: int = Field(0, ge=0)
+    """Processes per rank that read and decode; 0 reads in the training process (right for small sources)."""
+    prefetch: int = Field(4, ge=1)
+    """Micro-batches that each worker process prepares ahead."""
+    damaged_samples: Literal["fail", "skip-and-count"] = "fail"
+    """A sample that cannot be read or decoded ends the run, or its place is taken by another sample of the source.
+
+    The stand-in is a function of (seed, epoch, index), hence the same for any number of ranks, is named in the log
+    together with the damaged sample, and is counted in the metrics."""

@@ -1,0 +1,89 @@
+"""From the ``data`` section of the configuration to sources, transforms and loaders."""
+
+from pathlib import Path
+from typing import Any
+
+from megavar.config import data as config_room
+from megavar.config.data import DataConfig
+from megavar.data import transforms
+from megavar.data.digits import Digits
+from megavar.data.image_folder import ImageFolder
+from megavar.data.loader import Loader
+from megavar.data.photographs import Photographs
+from megavar.data.source import Source, Split
+from megavar.data.transforms import Transform
+from megavar.errors import ConfigError, DataError
+
+
+def build_source(config: DataConfig, split: Split = "train") -> Source:
+    """Open the training or test samples that ``config`` names.
+
+    Raises:
+        ConfigError: the source cannot offer what the configuration asks for.
+        DataError: the data are missing or damaged.
+    """
+    source = config.source
+    match source:
+        case config_room.DigitsSource():
+            return Digits(split, config.image_size)
+        case config_room.PhotographsSource():
+            length = source.length if split == "train" else source.test_length
+            return Photographs(
+                split, config.image_size, length=length, short_side=source.short_side, seed=source.seed
+            )
+        case config_room.ImageFolderSource():
+            return _image_folder(source, split)
+
+
+def _image_folder(source: config_room.ImageFolderSource, split: Split) -> ImageFolder:
+    if split == "train":
+        return ImageFolder(split, Path(source.path))
+    if source.test_path is None:
+        raise ConfigError(
+            "Test images are needed, but data.source.test_path is not set. Set it to the folder of test images."
+        )
+    folder = ImageFolder(split, Path(source.test_path))
+    expected = ImageFolder("train", Path(source.path)).class_names
+    if folder.class_names != expected:
+        differing = sorted(set(folder.class_names) ^ set(expected))
+        raise DataError(
+            f"The class folders of {source.test_path} and {source.path} differ, for example {differing[0]!r} is in one "
+            f"of them only. Labels would not agree: give both the same class folders."
+        )
+    return folder
+
+
+def build_transform(config: DataConfig, split: Split = "train") -> Transform:
+    """The transform that ``config`` names, or for the test split its deterministic counterpart."""
+    size, choice, train = config.image_size, config.transform, split == "train"
+    match choice:
+        case config_room.NoTransform():
+            return transforms.Unchanged(size)
+        case config_room.VarTransform():
+            if train:
+                return transforms.Var(size, choice.resize, choice.flip)
+            return transforms.VarTest(size, choice.resize)
+        case config_room.AdmRandomCropTransform() if train:
+            return transforms.AdmRandomCrop(size, choice.minimum_share, choice.flip)
+        case config_room.TenCropTransform() if train:
+            return transforms.TenCrop(size, choice.resize)
+        case config_room.AdmCenterCropTransform() if train:
+            return transforms.AdmCenterCrop(size, choice.flip)
+        case config_room.TitokTransform():
+            return transforms.Titok(size, choice.random_crop and train, choice.flip and train)
+        case config_room.SquareCropTransform():
+            return transforms.SquareCrop(size, random=train)
+        case _:  # ADM's centre crop, itself or as the test transform of the crops derived from it
+            return transforms.AdmCenterCrop(size)
+
+
+def build_loader(config: DataConfig, source: Source, **arguments: Any) -> Loader:
+    """A loader over ``source``; ``arguments`` are those of :class:`Loader` that the configuration does not decide."""
+    return Loader(
+        source,
+        build_transform(config, source.split),
+        workers=config.workers,
+        prefetch=config.prefetch,
+        damaged=config.damaged_samples,
+        **arguments,
+    )

@@ -1,0 +1,119 @@
+"""The stream of micro-batches of one rank, from any step on, read by worker processes or in place."""
+
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from megavar.data.batch import Batch
+from megavar.data.order import Order, micro_batch_positions, rank_batch_size
+from megavar.data.pixels import to_float
+from megavar.data.reading import DamagePolicy, SampleReader
+from megavar.data.source import Source
+from megavar.data.transforms import Transform
+from megavar.errors import MegavarError
+
+
+class _Reads(Dataset):
+    """What a worker process runs: (epochs, indices) of a micro-batch -> Batch, or the error to raise."""
+
+    def __init__(self, reader: SampleReader) -> None:
+        self.reader = reader
+
+    def __getitem__(self, place: tuple[Tensor, Tensor]) -> Batch | MegavarError:
+        try:
+            return self.reader.read(*place)
+        except MegavarError as error:
+            # Raised here, torch would wrap it in a traceback; the message is for a person.
+            return error
+
+
+def _ignore_signals(worker: int) -> None:
+    # A preemption signal reaches every process of a job. The training process decides what it means; a worker that
+    # died of it would break the last steps before the checkpoint.
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(name, signal.SIG_IGN)
+
+
+class Loader:
+    """Yields, for each step, the list of micro-batches of one data-parallel rank (see ``megavar.data.order``).
+
+    Resuming is ``start_step``. Iteration has no end unless ``stop_step`` (exclusive) is given.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Transform,
+        *,
+        seed: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        data_parallel_rank: int = 0,
+        data_parallel_size: int = 1,
+        start_step: int = 0,
+        stop_step: int | None = None,
+        workers: int = 0,
+        prefetch: int = 4,
+        damaged: DamagePolicy = "fail",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        rank_batch_size(global_batch_size, micro_batch_size, data_parallel_size)
+        self.order = Order(len(source), seed)
+        self.start_step = start_step
+        self.stop_step = stop_step
+        self.replaced = 0
+        """Damaged samples of this rank that others have stood in for since ``start_step``."""
+        self._sizes = {
+            "global_batch_size": global_batch_size,
+            "micro_batch_size": micro_batch_size,
+            "data_parallel_rank": data_parallel_rank,
+            "data_parallel_size": data_parallel_size,
+        }
+        self._workers = workers
+        self._prefetch = prefetch
+        self._device = torch.device(device)
+        self._reads = _Reads(SampleReader(source, transform, seed=seed, damaged=damaged))
+
+    def _steps(self) -> Iterator[int]:
+        return iter(count(self.start_step) if self.stop_step is None else range(self.start_step, self.stop_step))
+
+    def _places(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for step in self._steps():
+            for start, stop in micro_batch_positions(step, **self._sizes):
+                yield self.order.locate(start, stop)
+
+    def _results(self) -> Iterator[Batch | MegavarError]:
+        if not self._workers:
+            return map(self._reads.__getitem__, self._places())
+        options: dict[str, Any] = {"prefetch_factor": self._prefetch, "worker_init_fn": _ignore_signals}
+        return iter(
+            DataLoader(
+                self._reads,
+                sampler=self._places(),  # type: ignore[arg-type]  # any iterable of keys
+                batch_size=None,
+                num_workers=self._workers,
+                pin_memory=self._device.type == "cuda",
+                generator=torch.Generator(),  # else every iterator would advance the global generator
+                **options,
+            )
+        )
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        results = self._results()
+        micro_batches = sum(1 for _ in micro_batch_positions(0, **self._sizes))
+        for _ in self._steps():
+            yield [self._finish(next(results)) for _ in range(micro_batches)]
+
+    def _finish(self, result: Batch | MegavarError) -> Batch:
+        if isinstance(result, MegavarError):
+            raise result
+        if result.replaced is not None:
+            self.replaced += int(result.replaced.sum())
+        batch = result.to(self._device)
+        return batch if batch.images is None else replace(batch, images=to_float(batch.images))

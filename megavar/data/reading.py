@@ -1,0 +1,136 @@
+"""From (epoch, index) to a batch: read, decode, transform, stack.
+
+A sample that cannot be read or decoded is never dropped quietly. Under the policy ``fail`` the run ends and names it.
+Under ``skip-and-count`` another sample stands in for it, so that every rank keeps its number of samples and steps: the
+stand-in is a function of (seed, epoch, index), both are named in the log, and ``Batch.replaced`` marks the place.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megavar.data.batch import Batch
+from megavar.data.source import DamagedSampleError, Sample, Source
+from megavar.data.transforms import Transform, decode
+from megavar.errors import DataError
+from megavar.parallel.seeds import random_bits, uniform
+
+STAND_IN_ATTEMPTS = 8
+DamagePolicy = Literal["fail", "skip-and-count"]
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    sample: Sample
+    index: int
+    content: np.ndarray
+    replaced: bool = False
+
+
+class SampleReader:
+    """Reads samples of a source, transformed, as batches with uint8 images."""
+
+    def __init__(self, source: Source, transform: Transform, *, seed: int, damaged: DamagePolicy = "fail") -> None:
+        self.source = source
+        self.transform = transform
+        self.seed = seed
+        self.damaged = damaged
+
+    def read(self, epochs: Tensor, indices: Tensor) -> Batch:
+        """Read B samples.
+
+        Args:
+            epochs: int64 [B], selects the augmentation.
+            indices: int64 [B].
+
+        Returns:
+            a batch whose images, if any, are uint8 [B, 3, H, W].
+        """
+        prepared = [self._prepare(epoch, index) for epoch, index in zip(epochs.tolist(), indices.tolist())]
+        return _stack(prepared, epochs)
+
+    def _prepare(self, epoch: int, index: int) -> _Prepared:
+        try:
+            return self._load(epoch, index)
+        except DamagedSampleError as error:
+            name = f"Sample {index} of {self.source.fingerprint} is damaged: {error}"
+        if self.damaged == "fail":
+            raise DataError(
+                f"{name}. Repair the data (tools/verify_shards.py --repair for shards), or set "
+                f"data.damaged_samples=skip-and-count to go on without it."
+            )
+        for attempt in range(STAND_IN_ATTEMPTS):
+            stand_in = int(random_bits(self.seed, "stand_in", epoch, index, attempt) % len(self.source))
+            try:
+                found = self._load(epoch, stand_in)
+            except DamagedSampleError:
+                continue
+            log.warning("%s. Sample %d (%s) stands in for it in epoch %d.", name, stand_in, found.sample.key, epoch)
+            return _Prepared(found.sample, stand_in, found.content, replaced=True)
+        raise DataError(
+            f"{name}, and so are {STAND_IN_ATTEMPTS} others that were tried in its place. This source is damaged "
+            f"throughout: check that its storage is mounted, and verify it."
+        )
+
+    def _load(self, epoch: int, index: int) -> _Prepared:
+        try:
+            sample = self.source.read(index)
+        except OSError as error:
+            raise DamagedSampleError(f"it cannot be read ({error})") from error
+        for views in (sample.tokens, sample.latents):
+            if views is not None:
+                return _Prepared(sample, index, views[self._view(epoch, index, len(views))])
+        assert sample.image is not None
+        if isinstance(sample.image, np.ndarray) and self.transform.draws == 0 and self._fits(sample.image):
+            return _Prepared(sample, index, sample.image)
+        try:
+            image = decode(sample.image)
+        except DamagedSampleError as error:
+            raise DamagedSampleError(f"{sample.key}: {error}") from error
+        return _Prepared(sample, index, np.asarray(self.transform(image, self._draws(epoch, index))))
+
+    def _fits(self, image: np.ndarray) -> bool:
+        from megavar.data.transforms import Unchanged
+
+        return isinstance(self.transform, Unchanged) and image.shape[:2] == (self.transform.size, self.transform.size)
+
+    def _draws(self, epoch: int, index: int) -> Sequence[float]:
+        if not self.transform.draws:
+            return ()
+        return uniform(self.seed, "augmentation", epoch, index, torch.arange(self.transform.draws)).tolist()
+
+    def _view(self, epoch: int, index: int, count: int) -> int:
+        return int(random_bits(self.seed, "view", epoch, index) % count)
+
+
+def _stack(prepared: list[_Prepared], epochs: Tensor) -> Batch:
+    samples = [item.sample for item in prepared]
+    content = torch.from_numpy(np.stack([item.content for item in prepared]))
+    captions = [sample.caption for sample in samples]
+    return Batch(
+        images=content.permute(0, 3, 1, 2).contiguous() if samples[0].image is not None else None,
+        labels=torch.tensor([sample.label for sample in samples]),
+        sample_ids=torch.tensor([item.index for item in prepared]),
+        epochs=epochs,
+        tokens=content.to(torch.int64) if samples[0].tokens is not None else None,
+        latents=content.to(torch.float32) if samples[0].latents is not None else None,
+        captions=tuple(c for c in captions if c is not None) if captions[0] is not None else None,
+        replaced=torch.tensor([item.replaced for item in prepared]),
+    )
+
+
+def stored_images(source: Source, transform: Transform, indices: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+    """Read images of a source for evaluation, in the order of ``indices`` (default: all).
+
+    Returns:
+        uint8 [N, 3, H, W] and labels int64 [N]. A damaged sample is an error.
+    """
+    chosen = torch.arange(len(source)) if indices is None else torch.as_tensor(indices, dtype=torch.int64)
+    batch = SampleReader(source, transform, seed=0).read(torch.zeros_like(chosen), chosen)
+    return batch.require_images(), batch.labels

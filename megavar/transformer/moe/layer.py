@@ -1,0 +1,67 @@
+"""The mixture-of-experts feed-forward network: Megatron-core's ``MoELayer`` with our router."""
+
+import functools
+from copy import copy
+from typing import Any
+
+from megatron.core import tensor_parallel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megavar.config.generator import ExpertsConfig
+from megavar.transformer.context import ForwardContext
+from megavar.transformer.moe.router import ScaleAwareRouter
+
+
+class ExpertOutputLinear(RowParallelLinear):
+    """Second layer of an expert, which lies whole on its rank.
+
+    Without expert parallelism Megatron-core 0.16 passes its output through a reduction over one rank, which returns
+    a view that ``mlp.py:247`` then changes in place: autograd refuses. Experts need no reduction.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.explicit_expert_comm = True
+
+
+def _experts(backend: str) -> ModuleSpec:
+    assert backend == "megatron"
+    return ModuleSpec(
+        module=SequentialMLP,
+        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=ExpertOutputLinear),
+    )
+
+
+class ExpertFeedForward(nn.Module):
+    """y_i = sum_j G_ij E_j(x_i) (MEPA Eq. 6): dropless, gates not renormalized, experts with biases.
+
+    Under tensor parallelism each rank routes its share of the tokens through whole experts (expert tensor parallel
+    size 1). Without sequence parallelism the tokens are therefore scattered before and gathered after the layer.
+    """
+
+    def __init__(self, config: TransformerConfig, experts: ExpertsConfig, block: int, scales: int) -> None:
+        super().__init__()
+        self.scatter = config.tensor_model_parallel_size > 1 and not config.sequence_parallel
+        if self.scatter:
+            config = copy(config)
+            config.sequence_parallel = True
+        router = functools.partial(ScaleAwareRouter, experts=experts, block=block, scales=scales)
+        submodules = MoESubmodules(experts=_experts(experts.backend), router=router)
+        self.moe = MoELayer(config, submodules, layer_number=block + 1)
+
+    def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
+        """[L, B, C] -> [L, B, C]."""
+        self.moe.router.context = context
+        if self.scatter:
+            hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden)
+        output, _ = self.moe(hidden)
+        if self.scatter:
+            # Every rank goes on with all tokens and computes the same gradient: keep this rank's rows of it.
+            output = tensor_parallel.gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=False)
+        return output

@@ -1,0 +1,38 @@
+"""Routing mathematics of mixture-of-experts layers: scores, gates, balance loss (MEPA Eq. 6 to 10).
+
+T tokens, M experts, m experts per token.
+"""
+
+import torch
+from torch import Tensor
+
+
+def top_k_gates(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Gates of Eq. 7: the raw scores of the ``top_k`` best experts, zero elsewhere, not renormalized.
+
+    Args:
+        scores: float32 [T, M], softmax over experts.
+
+    Returns:
+        gates [T, M] with gradient, and the bool assignment [T, M].
+    """
+    chosen = scores.detach().topk(top_k, dim=-1).indices
+    assignment = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)
+    return scores * assignment, assignment
+
+
+def balance_loss(assigned: Tensor, score_sum: Tensor, tokens: int | Tensor) -> Tensor:
+    """Eq. 10 for each group of tokens: M sum_j (share of tokens that chose j) (mean score of j).
+
+    The sum runs over all M experts (the paper prints m as its upper limit). With perfect balance the value is m.
+
+    Args:
+        assigned: [G, M] number of tokens of each group assigned to each expert, without gradient.
+        score_sum: [G, M] sum of the tokens' scores, with gradient.
+        tokens: number of tokens per group.
+
+    Returns:
+        [G].
+    """
+    experts = score_sum.shape[-1]
+    return experts * ((assigned / tokens) * (score_sum / tokens)).sum(-1)

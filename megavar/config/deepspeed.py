@@ -1,0 +1,231 @@
+"""DeepSpeed JSON: read, validated more strictly than DeepSpeed does, and completed with what the run decides.
+
+DeepSpeed accepts misspelled top-level keys silently and clips gradients at 1.0 when nothing was asked. Here every
+top-level key must be known, nested sections are checked by DeepSpeed's own models, clipping is always written out, and
+a value that contradicts the run's YAML is an error that names both places.
+"""
+
+import copy
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megavar.config.parallel import ParallelConfig
+from megavar.errors import ConfigError
+
+# Top-level keys of DeepSpeed 0.19 that have a meaning under this trainer (deepspeed/runtime/config.py).
+_SECTIONS = ("zero_optimization", "bf16", "comms_logger", "flops_profiler", "aio", "timers", "data_types")
+_SCALARS = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "managed_gradient_accumulation", "communication_data_type", "seq_parallel_communication_data_type",
+    "prescale_gradients", "gradient_predivide_factor", "disable_allgather", "steps_per_print", "wall_clock_breakdown",
+    "memory_breakdown", "dump_state", "log_level", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+)  # fmt: skip
+_DECIDED_ELSEWHERE = {
+    "optimizer": "the `optimizer` section of the YAML decides it",
+    "scheduler": "`optimizer.schedule` in the YAML decides it",
+    "fp16": "only bf16 and fp32 are offered: set `train.precision`",
+    "amp": "only bf16 and fp32 are offered: set `train.precision`",
+    "torch_autocast": "`train.precision` in the YAML decides it",
+    "pipeline": "`parallel.pipeline` in the YAML decides it",
+    "tensor_parallel": "`parallel.tensor` in the YAML decides it",
+    "expert_parallel": "`parallel.expert` in the YAML decides it",
+    "activation_checkpointing": "`parallel.recompute` in the YAML decides it",
+    "checkpoint": "`train.checkpoint` in the YAML decides it",
+    "tensorboard": "the `logging` section of the YAML decides it",
+    "wandb": "`logging.wandb` in the YAML decides it",
+    "csv_monitor": "`metrics.jsonl` is always written",
+    "comet": "the `logging` section of the YAML decides it",
+}
+
+
+@dataclass(frozen=True)
+class DeepSpeedPlan:
+    """What goes to ``deepspeed.initialize``, and what was changed on the way."""
+
+    json: dict[str, Any]
+    """The completed configuration."""
+    stage: int
+    """The ZeRO stage that runs."""
+    clip_norm: float
+    """Largest global gradient norm; 0 does not clip. The JSON says 0 for stage 0, where the engine clips itself."""
+    notes: tuple[str, ...]
+    """Changes that the person who wrote the JSON should know of."""
+
+
+def load_deepspeed_json(path: Path) -> dict[str, Any]:
+    """Read and validate a DeepSpeed JSON file.
+
+    Raises:
+        ConfigError: the file is missing, is not a JSON object, or holds a key or value that DeepSpeed does not know.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        beside = ", ".join(sorted(file.name for file in path.parent.glob("*.json"))) or "none"
+        raise ConfigError(f"deepspeed: {path} does not exist. JSON files beside it: {beside}.") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"deepspeed: {path} is not valid JSON: {error}. Correct the file.") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"deepspeed: {path} must hold one JSON object, not a {type(content).__name__}.")
+    validate_deepspeed(content, str(path))
+    return content
+
+
+def validate_deepspeed(content: dict[str, Any], where: str) -> None:
+    """Check all keys of a DeepSpeed configuration; ``where`` names it in errors.
+
+    Raises:
+        ConfigError: with the key, the nearest valid key and the remedy.
+    """
+    known = (*_SECTIONS, *_SCALARS)
+    for key in content:
+        if key in _DECIDED_ELSEWHERE:
+            raise ConfigError(f"{where}: remove {key!r}; {_DECIDED_ELSEWHERE[key]}.")
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r}{_suggestion(key, known)}. DeepSpeed would ignore it silently.")
+    for name, model in _section_models().items():
+        section = content.get(name, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"{where}: {name} must be an object, not {section!r}.")
+        try:
+            model(**{key: value for key, value in section.items() if value != "auto"})
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            hint = _suggestion(key, tuple(model.model_fields)) if first["type"] == "extra_forbidden" else f": {first['msg']}"
+            raise ConfigError(f"{where}: {name}.{key} is not valid{hint}.") from None
+    unknown = set(content.get("data_types", {})) - {"grad_accum_dtype"}
+    if unknown:
+        raise ConfigError(f"{where}: data_types.{unknown.pop()} is not offered; only data_types.grad_accum_dtype is.")
+
+
+def _section_models() -> dict[str, Any]:
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    return {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config}
+
+
+def _suggestion(key: str, known: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def complete_deepspeed(
+    content: dict[str, Any],
+    *,
+    where: str,
+    parallel: ParallelConfig,
+    data_parallel_size: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    precision: str,
+    gradient_clipping: float,
+    has_experts: bool = False,
+    device_type: str = "cpu",
+) -> DeepSpeedPlan:
+    """Add to a validated configuration what the run decides.
+
+    Args:
+        content: the JSON file's content.
+        where: its name, for errors.
+        global_batch_size: ``train.global_batch_size``.
+        micro_batch_size: samples per rank and micro-batch.
+        precision: ``train.precision``.
+        gradient_clipping: ``optimizer.gradient_clipping``.
+        has_experts: whether the module has experts.
+
+    Raises:
+        ConfigError: JSON and YAML contradict each other, or the layout does not work with this ZeRO stage.
+    """
+    result = copy.deepcopy(content)
+    zero = result.setdefault("zero_optimization", {})
+    asked = int(zero.get("stage", 0))
+    _check_layout(where, asked, zero, parallel)
+    accumulation = global_batch_size // (micro_batch_size * data_parallel_size)
+    decided = {
+        "train_batch_size": (global_batch_size, "train.global_batch_size"),
+        "train_micro_batch_size_per_gpu": (micro_batch_size, "train.micro_batch_size"),
+        "gradient_accumulation_steps": (accumulation, "what train.global_batch_size and train.micro_batch_size imply,"),
+        "gradient_clipping": (gradient_clipping, "optimizer.gradient_clipping"),
+    }
+    for key, (value, place) in decided.items():
+        given = result.get(key, "auto")
+        if given != "auto" and given != value:
+            raise ConfigError(
+                f"{where} says {key}={given}, but {place} in the YAML is {value}. Remove {key} from the JSON (the YAML "
+                f"decides it) or make them equal."
+            )
+    bf16 = result.setdefault("bf16", {})
+    if bf16.get("enabled", "auto") not in ("auto", precision == "bf16"):
+        raise ConfigError(
+            f"{where} says bf16.enabled={bf16['enabled']}, but train.precision in the YAML is {precision!r}. Remove it "
+            f"from the JSON or make them agree."
+        )
+    bf16["enabled"] = precision == "bf16"
+    stage, notes = _effective_stage(asked, parallel, precision, has_experts)
+    _check_accumulation_type(where, result, stage, precision)
+    zero["stage"] = stage
+    if device_type == "cpu" or stage <= 1:
+        zero["overlap_comm"] = False  # needs streams; with externally driven micro-batches only stages 2 and 3 offer it
+    result.update(
+        # DeepSpeed sees one "micro-batch" per step: Megatron-core's schedules accumulate.
+        train_batch_size=micro_batch_size * data_parallel_size,
+        train_micro_batch_size_per_gpu=micro_batch_size,
+        gradient_accumulation_steps=1,
+        managed_gradient_accumulation=False,
+        gradient_clipping=gradient_clipping if stage > 0 else 0.0,
+        # torch's fused AdamW on CPU tensors needs no JIT compilation, unlike DeepSpeedCPUAdam.
+        zero_force_ds_cpu_optimizer=False,
+    )
+    result.setdefault("steps_per_print", 2**62)
+    return DeepSpeedPlan(json=result, stage=stage, clip_norm=gradient_clipping, notes=tuple(notes))
+
+
+def _check_layout(where: str, stage: int, zero: dict[str, Any], parallel: ParallelConfig) -> None:
+    if parallel.pipeline > 1 and stage > 1:
+        raise ConfigError(
+            f"{where}: ZeRO stage {stage} does not work with parallel.pipeline={parallel.pipeline}: DeepSpeed would "
+            f"reduce gradients after every micro-batch of an interleaved schedule. Use stage 1 with pipeline stages, or "
+            f"parallel.pipeline=1."
+        )
+    offload = {name for name in ("offload_optimizer", "offload_param") if _is_offloaded(zero.get(name))}
+    if offload and stage == 0:
+        raise ConfigError(f"{where}: {' and '.join(sorted(offload))} needs ZeRO stage 1 or higher; stage is 0.")
+    if "offload_param" in offload and stage != 3:
+        raise ConfigError(f"{where}: offload_param needs ZeRO stage 3; stage is {stage}. Remove it or set stage 3.")
+    if zero.get("overlap_comm") and stage == 1:
+        raise ConfigError(f"{where}: overlap_comm is offered with ZeRO stages 2 and 3 only; stage is 1. Remove it.")
+
+
+def _is_offloaded(section: Any) -> bool:
+    return isinstance(section, dict) and section.get("device", "none") != "none"
+
+
+def _effective_stage(asked: int, parallel: ParallelConfig, precision: str, has_experts: bool) -> tuple[int, list[str]]:
+    """Stage 0 runs as stage 1 where DeepSpeed's stage 0 would clip by a wrong gradient norm."""
+    reasons = {
+        "bf16": precision == "bf16",
+        "pipeline stages": parallel.pipeline > 1,
+        "experts with expert or tensor parallelism": has_experts and (parallel.expert > 1 or parallel.tensor > 1),
+    }
+    present = [reason for reason, holds in reasons.items() if holds]
+    if asked > 0 or not present:
+        return asked, []
+    return 1, [f"ZeRO stage 0 runs as stage 1: with {' and '.join(present)} DeepSpeed's stage 0 computes a wrong norm "
+               f"for clipping. The mathematics is the same."]  # fmt: skip
+
+
+def _check_accumulation_type(where: str, content: dict[str, Any], stage: int, precision: str) -> None:
+    dtype = content.get("data_types", {}).get("grad_accum_dtype")
+    if dtype not in (None, "auto", "fp32") or (dtype == "fp32" and precision == "bf16" and stage <= 1):
+        raise ConfigError(
+            f"{where}: data_types.grad_accum_dtype={dtype!r} is not offered with ZeRO stage {stage} and {precision}. "
+            f"Remove it, or use stage 2 or 3 with \"fp32\"."
+        )

@@ -1,0 +1,33 @@
+"""What a run reports while it trains."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from megavar.config.base import Section
+
+
+class WandbConfig(Section):
+    """Weights & Biases. The run's own ``metrics.jsonl`` is complete without it."""
+
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    """``offline`` writes to the run directory and can be sent later with ``wandb sync``."""
+    project: str = "megavar"
+    """Project name."""
+    entity: str | None = None
+    """User or team; default: the one of your login."""
+
+
+class LoggingConfig(Section):
+    """Metrics, progress and previews."""
+
+    interval: int = Field(10, ge=1)
+    """Steps between lines in ``metrics.jsonl``. Losses are averaged, not sampled, over the steps in between."""
+    samples_interval: int | None = Field(None, ge=1)
+    """Steps between grids of samples in ``samples/``; none by default, the end of the run draws one in any case."""
+    progress: Literal["auto", "bar", "lines", "none"] = "auto"
+    """A bar on a terminal, plain lines elsewhere (``auto``), or one of them always."""
+    lines_seconds: float = Field(30.0, ge=0)
+    """Least time between plain progress lines."""
+    wandb: WandbConfig = WandbConfig()
+    """Weights & Biases."""

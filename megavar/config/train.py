@@ -1,0 +1,94 @@
+"""How long and how to train."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from megavar.config.base import Section
+
+
+class EmaConfig(Section):
+    """An exponential moving average of the fp32 weights, kept beside the optimizer state and used for sampling."""
+
+    decay: float = Field(0.9999, ge=0, lt=1)
+    """Share of the old average that each step keeps."""
+    warmup: bool = True
+    """Lower the decay to (1 + step) / (10 + step) in the first steps, so that the initial weights are forgotten."""
+
+
+class CheckpointConfig(Section):
+    """When to save and what to keep."""
+
+    interval: int = Field(1000, ge=1)
+    """Steps between checkpoints. The last step and an agreed stop are saved in any case."""
+    keep_last: int = Field(2, ge=1)
+    """Newest checkpoints to keep."""
+    keep_every: int = Field(0, ge=0)
+    """Keep checkpoints whose step is a multiple of this for ever; 0 keeps none for ever."""
+    asynchronous: bool = False
+    """Write in the background while training goes on."""
+
+
+class RecoveryConfig(Section):
+    """What to do about a loss or gradient that is not finite. All ranks decide alike.
+
+    Such a step is never applied. More than ``skips`` of them in a row make the run roll back to its last checkpoint and
+    continue with later data; after ``rollbacks`` of those without a new checkpoint in between the run ends with exit code 86.
+    """
+
+    skips: int = Field(3, ge=0)
+    """Consecutive steps that may be skipped."""
+    rollbacks: int = Field(2, ge=0)
+    """Times the run may return to a checkpoint before it gives up."""
+    spike_factor: float = Field(2.0, gt=1)
+    """A loss above this multiple of the median of the recent past is recorded as a spike in ``metrics.jsonl``."""
+    spike_window: int = Field(100, ge=10)
+    """Logged losses that make up the recent past."""
+
+
+class WatchdogConfig(Section):
+    """Ends a process that hangs, so that its job can be requeued (exit code 87)."""
+
+    enabled: bool = True
+    """Watch the time between steps."""
+    factor: float = Field(20.0, gt=1)
+    """A step may take this multiple of the median step time ..."""
+    minimum_seconds: float = Field(300.0, gt=0)
+    """... but never less than this."""
+    start_seconds: float = Field(3600.0, gt=0)
+    """Limit for the first step after a start (compilation, cold file system) and for saving or loading a checkpoint."""
+
+
+class TrainConfig(Section):
+    """Length, batch, precision, and what happens around the steps."""
+
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps of the run. Give this or ``epochs``."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the training data, fractions allowed. Give this or ``steps``."""
+    global_batch_size: int = Field(768, ge=1)
+    """Samples of one step over all ranks. Never changed silently: it must divide evenly."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Samples that one rank computes at a time; the rest of its share is accumulated. Default: all of its share."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Type of weights and activations. With ``bf16`` the optimizer keeps fp32 master weights."""
+    seed: int = Field(0, ge=0)
+    """Decides initial weights, data order, augmentation, label drop and all noise of training."""
+    ema: EmaConfig | None = None
+    """Moving average of the weights; none by default, as in VAR."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""
+    recovery: RecoveryConfig = RecoveryConfig()
+    """Losses and gradients that are not finite."""
+    watchdog: WatchdogConfig = WatchdogConfig()
+    """Hanging steps."""
+    agreement_interval: int = Field(1, ge=1)
+    """Steps between the exchanges in which all ranks agree to stop. More saves a small collective per step."""
+    garbage_collection_interval: int = Field(200, ge=1)
+    """Steps between runs of Python's cyclic garbage collector, at the same step on all ranks so that none waits."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainConfig":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give the length of the run either as steps or as epochs")
+        return self

@@ -1,0 +1,26 @@
+"""Fixtures shared by all tests."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_BUILD_OPS", "0")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def single_process() -> Iterator[None]:
+    """Process groups of one rank, destroyed afterwards so that forked ranks inherit none."""
+    from megavar.config.parallel import ParallelConfig
+    from megavar.parallel import topology
+    from megavar.parallel.environment import Environment
+
+    topology.initialize(ParallelConfig(), Environment(0, 1, 0, "single"))
+    yield
+    topology.shutdown()

@@ -1,0 +1,141 @@
+"""Our VAR is numerically the public one: logits, losses, gradients, greedy guided decoding, published layout."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megavar.config.generator import VARConfig
+from megavar.config.sampling import SamplingConfig
+from megavar.config.tokenizer import MultiScaleVQConfig
+from megavar.generators.published import from_published, published_name, to_published
+from megavar.generators.var import VAR, VARInputs
+from megavar.parallel.logical import logical_tensors
+from megavar.sampling.filters import truncate
+from megavar.sampling.next_scale import decode
+from megavar.tokenizers.multiscale_vq import MultiScaleQuantizer
+from tests.parity.cases import Case, cases
+from tests.parity.test_var_vqvae import quantizer_options
+
+pytestmark = pytest.mark.usefixtures("single_process")
+MODELS = [case for case in cases("var_transformer") if "depth" in case.config]
+FILTERS = [case for case in cases("var_transformer") if "combos" in case.config]
+
+
+def build(case: Case, kernel: str = "dense") -> VAR:
+    given = case.config
+    config = VARConfig(
+        depth=given["depth"],
+        width=given["embed_dim"],
+        heads=given["num_heads"],
+        feed_forward_ratio=given["mlp_ratio"],
+        classes=given["num_classes"],
+        shared_adaptive_norm=given["shared_aln"],
+        qk_l2_norm=given["attn_l2_norm"],
+        drop_path=0.0,
+        label_drop=0.0,
+        attention_kernel=kernel,
+    )
+    taps = tuple(range(given["depth"]))
+    model = VAR(
+        config,
+        scales=tuple(given["patch_nums"]),
+        code_dimension=given["Cvae"],
+        vocabulary_size=given["vocab_size"],
+        taps=taps,
+    )
+    state = {name: value for name, value in case.under("weights.").items() if not name.startswith("vae.")}
+    load(model, from_published(state, shapes(model), config))
+    return model
+
+
+def shapes(model: VAR) -> dict[str, tuple[int, ...]]:
+    return {tensor.name: tensor.shape for tensor in logical_tensors(model)}
+
+
+def load(model: VAR, tensors: dict[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[name])
+
+
+def quantizer_of(case: Case) -> MultiScaleQuantizer:
+    given = case.config
+    config = MultiScaleVQConfig(**quantizer_options(given | given["quant"] | {"v_patch_nums": given["patch_nums"], "beta": 0.25}))
+    quantizer = MultiScaleQuantizer(config)
+    quantizer.load_state_dict(case.under("weights.vae.quantize."))
+    return quantizer
+
+
+def inputs_of(case: Case) -> tuple[VARInputs, torch.Tensor]:
+    targets = torch.cat(case.series("input.gt_idx"), dim=1)
+    return VARInputs(case["input.label_B"], case["output.var_input"]), targets
+
+
+@pytest.mark.parametrize("kernel", ["dense", "prefix"])
+@pytest.mark.parametrize("case", MODELS, ids=str)
+def test_teacher_forcing_equals_the_reference(case: Case, kernel: str) -> None:
+    model = build(case, kernel)
+    inputs, targets = inputs_of(case)
+    output = model(inputs)
+    case.check("output.logits", output.logits)
+    case.check_series("output.hidden", [output.taps[number] for number in model.taps])
+    per_token = F.cross_entropy(output.logits.transpose(1, 2), targets, reduction="none")
+    case.check("output.ce_per_token", per_token)
+    loss = per_token.mean()
+    case.check("output.loss", loss)
+    smoothed = F.cross_entropy(output.logits.transpose(1, 2), targets, label_smoothing=0.1)
+    case.check("output.loss_label_smooth", smoothed)
+    loss.backward()
+    published = {}
+    for name, parameter in model.named_parameters():
+        key = published_name(name)
+        assert key is not None
+        published[key] = parameter
+    case.check_gradients(published)
+
+
+@pytest.mark.parametrize("case", MODELS, ids=str)
+def test_teacher_forcing_input_equals_the_reference(case: Case) -> None:
+    features = quantizer_of(case).teacher_forcing_input(case.series("input.gt_idx"))
+    case.check("output.var_input", features)
+
+
+@pytest.mark.parametrize("case", MODELS, ids=str)
+def test_unconditional_logits_equal_the_reference(case: Case) -> None:
+    model = build(case)
+    inputs, _ = inputs_of(case)
+    inputs.labels = torch.full_like(inputs.labels, case.config["num_classes"])
+    with torch.no_grad():
+        case.check("output.logits_uncond", model(inputs).logits)
+
+
+@pytest.mark.parametrize("case", MODELS, ids=str)
+def test_greedy_guided_decoding_equals_the_reference(case: Case) -> None:
+    settings = SamplingConfig(guidance=case.config["cfg"], top_k=case.config["top_k"], top_p=case.config["top_p"])
+    decoded = decode(
+        build(case).eval(), quantizer_of(case), case["input.label_B"], settings, noise=None, keep_logits=True
+    )
+    case.check_series("output.infer.idx", decoded.ids)
+    case.check_series("output.infer.logits_cfg", decoded.logits)
+    case.check_series("output.infer.f_hat", decoded.feature_maps)
+    case.check("output.infer.f_hat_final", decoded.feature_maps[-1])
+
+
+@pytest.mark.parametrize("case", MODELS, ids=str)
+def test_published_layout_round_trips(case: Case) -> None:
+    model = build(case)
+    ours = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    published = to_published(ours, model.generator, model.scales)
+    stored = {name: value for name, value in case.under("weights.").items() if not name.startswith("vae.")}
+    assert sorted(published) == sorted(stored)
+    for name, value in stored.items():
+        assert published[name].shape == value.shape, name
+        assert torch.equal(published[name], value), name
+
+
+@pytest.mark.parametrize("case", FILTERS, ids=str)
+def test_truncation_equals_the_reference(case: Case) -> None:
+    for index, combination in enumerate(case.config["combos"]):
+        logits = truncate(case["input.logits"], combination["top_k"], combination["top_p"])
+        case.check(f"output.keep.{index}", logits.isfinite())
+        case.check(f"output.probs.{index}", logits.softmax(-1))

@@ -54,14 +54,18 @@ class Recipe(Protocol):
         """Whether weight decay applies to a parameter of module ``name``."""
         ...
 
+    def collect(self) -> dict[str, Tensor]:
+        """Statistics that modules recorded on this rank since the last call, and forget them.
+
+        Every rank calls it at the same step and gets the same names and shapes (zeros for what lies on other ranks);
+        the trainer adds them up over all ranks of the world.
+        """
+        ...
+
     def summarize(self, statistics: dict[str, Tensor]) -> dict[str, float]:
-        """Turn statistics summed over ranks and steps into metrics (perplexities, expert loads)."""
+        """Turn statistics (from :meth:`loss` and :meth:`collect`, summed over ranks and steps) into metrics."""
         ...
 
     def after_step(self, step: int) -> None:
         """Called on every rank after the optimizer step (for example to revive dead codes)."""
-        ...
-
-    def sampler(self, name: str) -> nn.Module | None:
-        """The module whose samples are worth looking at and scoring, or None."""
         ...

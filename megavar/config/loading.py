@@ -1,0 +1,203 @@
+"""From YAML files and command-line overrides to a checked :class:`Config`, with errors that help.
+
+A file may name another as ``base``; its own keys win. Lists and alternatives (sections whose ``name`` differs) replace
+the base's value, everything else is merged key by key. Overrides are ``dotted.key=value`` with the value in YAML.
+"""
+
+import difflib
+import json
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from megavar.config.root import Config
+from megavar.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads ``3e-4`` as a string and knows duplicates no error; we read it as a number and refuse them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} appears twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$"), list("-+.0123456789")
+)
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    """Parse YAML; ``origin`` names the text in errors."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{origin} is not valid YAML: {error}") from None
+
+
+def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The merged content of a YAML file and its bases."""
+    path = Path(path)
+    if path.resolve() in seen:
+        raise ConfigError(f"{path} is its own base (through {' -> '.join(map(str, seen))}). Remove one `base:` line.")
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(
+            f"The configuration {path} cannot be read: {error.strerror}. Give the path of a YAML file, for example "
+            f"configs/quickstart.yaml."
+        ) from None
+    tree = parse_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} does not hold keys and values at its top level. Start from configs/quickstart.yaml.")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base must be the path of one YAML file, relative to this file.")
+    return merge(read_tree(path.parent / base, (*seen, path.resolve())), tree)
+
+
+def merge(base: Any, top: Any, section: str = "") -> Any:
+    """``top`` over ``base``, key by key. An alternative of another ``name`` replaces the base's as a whole."""
+    if not (isinstance(base, dict) and isinstance(top, dict)):
+        return top
+    if section != "run" and "name" in base and base["name"] != top.get("name", base["name"]):
+        return top
+    return base | {key: merge(base[key], value, key) if key in base else value for key, value in top.items()}
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one ``dotted.key=value`` in place."""
+    key, separator, text = override.partition("=")
+    if not separator or not key or any(not part for part in key.split(".")):
+        raise ConfigError(
+            f"The override {override!r} is not of the form dotted.key=value, for example optimizer.lr=3e-4."
+        )
+    *parents, last = key.split(".")
+    section = tree
+    for parent in parents:
+        below = section.setdefault(parent, {})
+        if not isinstance(below, dict):
+            raise ConfigError(f"The override {override!r} goes through {parent}, which holds {below!r} and no keys.")
+        section = below
+    section[last] = parse_yaml(text, f"the value of override {key}")
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Read, merge, override and check a configuration.
+
+    Raises:
+        ConfigError: anything is wrong; the message names key, problem and remedy for every problem found.
+    """
+    tree = read_tree(Path(path))
+    for override in overrides:
+        apply_override(tree, override)
+    return decode(tree, Config, str(path))
+
+
+Model = typing.TypeVar("Model", bound=BaseModel)
+
+
+def decode(tree: Mapping[str, Any], model: type[Model], origin: str) -> Model:
+    """Decode a tree of plain values strictly into ``model``."""
+    try:
+        return model.model_validate_json(json.dumps(tree))
+    except ValidationError as error:
+        problems = [_explain(problem, model, tree) for problem in error.errors(include_url=False)]
+        raise ConfigError(f"{origin}: " + " ".join(problems)) from None
+    except TypeError as error:
+        raise ConfigError(f"{origin} holds a value that configurations cannot have: {error}") from None
+
+
+def dump(config: BaseModel) -> str:
+    """The configuration as YAML with every key present; loading it gives the same configuration."""
+    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, width=120)
+
+
+def _explain(problem: Mapping[str, Any], model: type[BaseModel], tree: Mapping[str, Any]) -> str:
+    location, section = _locate(problem["loc"], model)
+    key = ".".join(map(str, location)) or "the configuration"
+    if problem["type"] == "extra_forbidden":
+        nearest = _nearest(str(location[-1]), section)
+        valid = f"Did you mean {nearest!r}?" if nearest else "Valid keys: " + ", ".join(_field_names(section)) + "."
+        return f"Unknown key {key}. {valid}"
+    if problem["type"] == "missing":
+        return f"Key {key} is missing: it has no default."
+    if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        expected = problem["ctx"].get("expected_tags", "")
+        given = problem["ctx"].get("tag")
+        nearest = difflib.get_close_matches(str(given), re.findall(r"'([^']+)'", expected), 1)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        what = f"is {given!r}" if given is not None else "is missing"
+        return f"{key}.name {what}; it must be one of {expected or 'the names in the documentation'}.{hint}"
+    message = re.sub(r"^(Value error|Assertion failed), ", "", problem["msg"])
+    if location:
+        given = problem["input"] if not isinstance(problem["input"], dict) else "the section"
+        suffix = "" if problem["type"] == "value_error" else f" (given: {given!r})"
+        return f"{key}: {message[0].lower() + message[1:]}{suffix}."
+    return f"{message}."
+
+
+def _locate(location: Sequence[int | str], model: type[BaseModel]) -> tuple[list[int | str], type[BaseModel]]:
+    """Drop union tags from a pydantic location; return it with the section that should hold its last key."""
+    path: list[int | str] = []
+    section: type[BaseModel] = model
+    parent = model
+    for part in location:
+        if isinstance(part, str) and part not in section.model_fields and path:
+            chosen = _alternative(parent, str(path[-1]), part)
+            if chosen is not None:
+                section = chosen
+                continue
+        path.append(part)
+        if isinstance(part, str) and part in section.model_fields:
+            parent = section
+            below = _section_of(section.model_fields[part].annotation)
+            if below is not None and part is not location[-1]:
+                section = below
+    return path, section
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    return next(iter(_sections(annotation)), None)
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
+        return [section for argument in typing.get_args(annotation) for section in _sections(argument)]
+    return []
+
+
+def _alternative(parent: type[BaseModel], field: str, tag: str) -> type[BaseModel] | None:
+    if field not in parent.model_fields:
+        return None
+    for section in _sections(parent.model_fields[field].annotation):
+        name = section.model_fields.get("name")
+        if name is not None and tag in typing.get_args(name.annotation):
+            return section
+        if section.__name__ == tag:
+            return section
+    return None
+
+
+def _field_names(section: type[BaseModel]) -> list[str]:
+    return sorted(section.model_fields)
+
+
+def _nearest(key: str, section: type[BaseModel]) -> str | None:
+    found = difflib.get_close_matches(key, _field_names(section), 1, cutoff=0.5)
+    return found[0] if found else None

@@ -1,0 +1,110 @@
+"""Training of image tokenizers. VAR's authors never released theirs: every default says where it comes from.
+
+Sources: VAR (arXiv:2404.02905) Eq. 5, VQGAN (arXiv:2012.09841 and CompVis/taming-transformers), LlamaGen
+(FoundationVision/LlamaGen tokenizer/tokenizer_image/vq_train.py), LPIPS (arXiv:1801.03924).
+"""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from megavar.config.base import Section
+
+
+class PerceptualConfig(Section):
+    """LPIPS distance on VGG-16 features. Both files are local; nothing is downloaded."""
+
+    weight: float = Field(1.0, gt=0)
+    """Weight lambda_P in VAR Eq. 5 (VQGAN and LlamaGen: 1)."""
+    vgg16_weights: str
+    """State dict of torchvision's ``vgg16`` (``vgg16-397923af.pth``, ImageNet weights). The classifier is ignored."""
+    lpips_weights: str
+    """LPIPS' linear weights for VGG-16, version 0.1: the file ``lpips/weights/v0.1/vgg.pth`` of the LPIPS package
+    (keys ``lin0.model.1.weight`` to ``lin4.model.1.weight``)."""
+
+
+class AdversarialConfig(Section):
+    """PatchGAN discriminator (Isola et al. 2017) on patches of the reconstruction."""
+
+    weight: float = Field(0.5, gt=0)
+    """Weight lambda_G in VAR Eq. 5, multiplied by the adaptive weight (LlamaGen: 0.5; VQGAN: 0.8)."""
+    start_step: int = Field(20_000, ge=0)
+    """First step with a discriminator (LlamaGen: 20000). Before it the reconstruction should already be good, else the
+    discriminator wins at once."""
+    loss: Literal["hinge", "non_saturating"] = "hinge"
+    """``hinge`` (VQGAN, LlamaGen), or ``non_saturating``: logistic loss, -log D for the tokenizer."""
+    adaptive: bool = True
+    """Balance against the reconstruction (VQGAN Eq. 7): multiply by the ratio of the gradient norms of both losses at
+    the decoder's last convolution."""
+    adaptive_epsilon: float = Field(1e-4, gt=0)
+    """Added to the denominator of that ratio (VQGAN's code)."""
+    adaptive_maximum: float = Field(1e4, gt=0)
+    """Upper bound of that ratio (VQGAN's code)."""
+    base_channels: int = Field(64, ge=1)
+    """Width of the discriminator's first convolution; it doubles per layer up to eightfold (pix2pix, VQGAN)."""
+    layers: int = Field(3, ge=1)
+    """Halvings of the resolution (pix2pix, VQGAN: 3, a receptive field of 70 pixels). Images of 16 pixels allow 2."""
+    norm_groups: int = Field(32, ge=1)
+    """Groups of the discriminator's GroupNorm. VQGAN uses BatchNorm, whose result depends on how a batch is split over
+    ranks; 32 is the group count of the autoencoder."""
+    lecam_weight: float = Field(0.0, ge=0)
+    """Weight of the LeCam regularization of the discriminator (Tseng et al. 2021, arXiv:2104.03310); 0 is off."""
+    lecam_decay: float = Field(0.999, gt=0, lt=1)
+    """Decay of LeCam's running means of the logits (MaskGIT-VQGAN and MAGVIT: 0.999)."""
+
+    @model_validator(mode="after")
+    def _groups_divide_widths(self) -> "AdversarialConfig":
+        if self.base_channels % self.norm_groups:
+            raise ValueError(
+                f"base_channels {self.base_channels} is not a multiple of norm_groups {self.norm_groups}: set "
+                f"norm_groups to a divisor of {self.base_channels}"
+            )
+        return self
+
+
+class CodebookConfig(Section):
+    """Keeping the codebook alive: initialization from data and revival of dead codes.
+
+    None of it is published for VAR; users who retrained its tokenizer report that the small scales collapse
+    (FoundationVision/Infinity issue 80). Candidates for new codes are therefore drawn evenly from all scales, although
+    the last scale has most of the tokens.
+    """
+
+    draw_from_data: bool = True
+    """At step 0 replace the fresh random codebook by vectors of the first batch (k-means style seeding). Weights that
+    were loaded from a published checkpoint are kept."""
+    revive_every: int = Field(100, ge=0)
+    """Every so many steps dead codes are replaced by vectors of the current batch; 0 never. 100 steps are the memory of
+    the usage average below, so a revived code is judged by its own usage the next time."""
+    revive_until: int | None = Field(None, ge=0)
+    """No revival from this step on, so that the codebook settles; default: never stop. 70 to 80 % of the run is good."""
+    dead_below: float = Field(0.05, gt=0, lt=1)
+    """A code is dead if its usage is below this share of the mean usage over all codes. 0.08 of the mean is what the
+    reference's own usage statistic counts as used (``VectorQuantizer2.forward``)."""
+    usage_decay: float = Field(0.99, gt=0, lt=1)
+    """Decay per step of the usage average (the reference's value after its first 100 steps)."""
+
+
+class TokenizerTrainingConfig(Section):
+    """Training of a multi-scale VQ tokenizer: VAR Eq. 5."""
+
+    name: Literal["tokenizer"] = "tokenizer"
+    l2_weight: float = Field(1.0, ge=0)
+    """Weight of the mean squared error in pixels (VAR Eq. 5: 1)."""
+    l1_weight: float = Field(0.0, ge=0)
+    """Weight of the mean absolute error in pixels (VAR has none; VQGAN: 1 in place of the squared error)."""
+    quantizer_weight: float = Field(1.0, ge=0)
+    """Weight of the codebook and commitment loss (VAR Eq. 5: 1; the share of the commitment is the tokenizer's
+    ``commitment_weight``)."""
+    perceptual: PerceptualConfig | None = None
+    """Perceptual loss; needs weights on disk, so none by default. Recommended for photographs."""
+    adversarial: AdversarialConfig | None = None
+    """Adversarial loss; none by default. Recommended for photographs after some 20000 steps."""
+    codebook: CodebookConfig = CodebookConfig()
+    """Dead codes."""
+
+    @model_validator(mode="after")
+    def _something_to_reconstruct(self) -> "TokenizerTrainingConfig":
+        if self.l1_weight + self.l2_weight == 0:
+            raise ValueError("l1_weight and l2_weight are both 0: at least one pixel loss has to be positive")
+        return self

@@ -88,7 +88,8 @@ def validate_deepspeed(content: dict[str, Any], where: str) -> None:
         if key in _DECIDED_ELSEWHERE:
             raise ConfigError(f"{where}: remove {key!r}; {_DECIDED_ELSEWHERE[key]}.")
         if key not in known:
-            raise ConfigError(f"{where}: unknown key {key!r}{_suggestion(key, known)}. DeepSpeed would ignore it silently.")
+            hint = _suggestion(key, known)
+            raise ConfigError(f"{where}: unknown key {key!r}{hint}. DeepSpeed would ignore it silently.")
     for name, model in _section_models().items():
         section = content.get(name, {})
         if not isinstance(section, dict):
@@ -98,7 +99,8 @@ def validate_deepspeed(content: dict[str, Any], where: str) -> None:
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"])
-            hint = _suggestion(key, tuple(model.model_fields)) if first["type"] == "extra_forbidden" else f": {first['msg']}"
+            extra = first["type"] == "extra_forbidden"
+            hint = _suggestion(key, tuple(model.model_fields)) if extra else f": {first['msg']}"
             raise ConfigError(f"{where}: {name}.{key} is not valid{hint}.") from None
     unknown = set(content.get("data_types", {})) - {"grad_accum_dtype"}
     if unknown:
@@ -192,8 +194,8 @@ def _check_layout(where: str, stage: int, zero: dict[str, Any], parallel: Parall
     if parallel.pipeline > 1 and stage > 1:
         raise ConfigError(
             f"{where}: ZeRO stage {stage} does not work with parallel.pipeline={parallel.pipeline}: DeepSpeed would "
-            f"reduce gradients after every micro-batch of an interleaved schedule. Use stage 1 with pipeline stages, or "
-            f"parallel.pipeline=1."
+            f"reduce gradients after every micro-batch of an interleaved schedule. Use stage 1 with pipeline stages, "
+            f"or parallel.pipeline=1."
         )
     offload = {name for name in ("offload_optimizer", "offload_param") if _is_offloaded(zero.get(name))}
     if offload and stage == 0:

@@ -19,7 +19,8 @@ class _Warmup(Section):
 
     @model_validator(mode="after")
     def _one_length(self) -> "_Warmup":
-        given = [name for name in ("warmup_steps", "warmup_epochs", "warmup_fraction") if getattr(self, name) is not None]
+        names = ("warmup_steps", "warmup_epochs", "warmup_fraction")
+        given = [name for name in names if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} contradict each other: keep one of them")
         return self
@@ -99,7 +100,7 @@ class OptimizerConfig(Section):
     """Largest global gradient norm; 0 does not clip."""
     schedule: ScheduleConfig = Lin0Schedule()
     """Learning rate over the run."""
-    modules: dict[str, OptimizerOverrides] = {}
+    modules: dict[str, OptimizerOverrides] = Field(default_factory=dict)
     """Other values for single modules of the recipe, by module name."""
 
     @model_validator(mode="after")

@@ -33,7 +33,8 @@ class RecoveryConfig(Section):
     """What to do about a loss or gradient that is not finite. All ranks decide alike.
 
     Such a step is never applied. More than ``skips`` of them in a row make the run roll back to its last checkpoint and
-    continue with later data; after ``rollbacks`` of those without a new checkpoint in between the run ends with exit code 86.
+    continue with later data; after ``rollbacks`` of those without a new checkpoint in between, the run ends with exit
+    code 86.
     """
 
     skips: int = Field(3, ge=0)

@@ -24,8 +24,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # host names of sandboxes do not always resolve
 
-import torch  # noqa: E402  (the variables above count at import)
-import torch.distributed as dist  # noqa: E402
+import torch
+import torch.distributed as dist
 
 
 class RankFailure(AssertionError):
@@ -38,7 +38,7 @@ def _import_heavy_libraries() -> None:
 
     cpu_backend.install()
     import deepspeed
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (2 s that deepspeed.initialize would spend)
+    import deepspeed.runtime.zero.muon.muon_optimizer
     import megatron.core.parallel_state
     import megatron.core.pipeline_parallel
     import megatron.core.tensor_parallel  # noqa: F401

@@ -1,0 +1,219 @@
+"""One trained module under DeepSpeed, driven by Megatron-core's schedules, whatever the layout.
+
+``deepspeed.initialize`` gives a plain ``DeepSpeedEngine`` (ZeRO 0-3, offload); Megatron-core's
+``get_forward_backward_func`` runs forward and backward of all micro-batches (one stage, 1F1B or interleaved); then one
+``step`` reduces, clips and updates. There is no other path.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megavar.config.deepspeed import DeepSpeedPlan
+from megavar.config.optimizer import OptimizerConfig
+from megavar.parallel import cpu_backend
+from megavar.parallel.topology import DeepSpeedTopology, Topology
+from megavar.training import experts
+from megavar.training.gradients import ClippedStep, register_sequence_parallel_hooks
+from megavar.training.optimizer import DecayRule, build_optimizer, parameter_groups, set_rates
+
+_log = logging.getLogger(__name__)
+
+Forward = Callable[[Callable[..., Any], Any], Any]
+"""(callable module, inputs of one micro-batch) -> output."""
+Loss = Callable[[Any, Any], Tensor]
+"""(output, inputs of the same micro-batch) -> float32 scalar."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did; equal on all ranks."""
+
+    applied: bool
+    """False where the gradient norm was not finite: weights and optimizer state are as before."""
+    gradient_norm: Tensor | float
+    """Global norm before clipping (a tensor on the device where no host copy was needed)."""
+
+
+class Engine:
+    """A module of a recipe with its optimizer."""
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        *,
+        decays: DecayRule,
+        optimizer: OptimizerConfig,
+        plan: DeepSpeedPlan,
+        topology: Topology,
+    ) -> None:
+        """Hand ``module`` over to DeepSpeed. Collective.
+
+        Args:
+            name: its name in the recipe.
+            module: on a pipeline stage the stage's part; an ``nn.ModuleList`` holds the chunks of virtual stages.
+            decays: whether a parameter decays.
+            plan: from :func:`megavar.config.deepspeed.complete_deepspeed`.
+        """
+        self.name, self.module, self.plan, self.topology = name, module, plan, topology
+        self.chunks: list[nn.Module] = list(module) if isinstance(module, nn.ModuleList) else [module]
+        experts.tag_experts(module, plan.stage)
+        register_sequence_parallel_hooks(module)
+        groups = parameter_groups(module, decays)
+        _check_equal_groups(name, len(groups), topology)
+        inner = build_optimizer(optimizer, name, groups)
+        self.deepspeed: Any = _initialize_deepspeed(module, inner, plan)
+        # Stage 0 has no master copy and no norm of its own: clip and guard right before torch's step.
+        self._clipped = ClippedStep(inner, plan.clip_norm) if plan.stage == 0 else None
+        module.register_forward_hook(_expose_dataclass)
+        self._scheduled = [_Scheduled(chunk, self._callable(chunk)) for chunk in self.chunks]
+        for note in plan.notes:
+            _log.warning("%s: %s", name, note)
+
+    def _callable(self, chunk: nn.Module) -> Callable[..., Any]:
+        """What a recipe calls: ZeRO-2 and 3 work through the engine's hooks, the others on the plain module."""
+        target = self.deepspeed if self.plan.stage >= 2 or self.deepspeed.zero_cpu_offload() else chunk
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            output = target(*arguments, **options)
+            return output.value if isinstance(output, _Exposed) else output
+
+        return call
+
+    def forward_backward(self, inputs: list[Any], forward: Forward, loss: Loss) -> None:
+        """Forward and backward of all micro-batches; gradients of their mean loss stay in the engine.
+
+        Args:
+            inputs: one item per micro-batch.
+            forward: runs the module; on a pipeline stage before the last it returns the packed tensor.
+            loss: runs on the last stage only.
+        """
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        def forward_step(iterator: Iterator[Any], model: "_Scheduled") -> tuple[Any, Callable[[Any], Any]]:
+            item = next(iterator)
+            # The schedule divides the loss in place; `* 1.0` keeps that away from what the recipe has kept.
+            return forward(model.call, item), lambda output: (loss(output, item) * 1.0, {})
+
+        first = self.chunks[0]
+        length = first.packed_length() if self.topology.config.pipeline > 1 else 1  # type: ignore[operator]
+        single = len(self._scheduled) == 1
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(inputs) if single else [iter(inputs) for _ in self._scheduled],
+            model=self._scheduled[0] if single else self._scheduled,
+            num_microbatches=len(inputs),
+            seq_length=length,
+            decoder_seq_length=length,
+            micro_batch_size=self.plan.json["train_micro_batch_size_per_gpu"],
+            forward_only=False,
+        )
+
+    def step(self, learning_rate: float, weight_decay: float) -> StepResult:
+        """Reduce gradients, clip them, update, and clear them. Collective.
+
+        A norm that is not finite skips the update, on all ranks alike: DeepSpeed's ZeRO optimizers do so themselves
+        (zero/stage_1_and_2.py:3042, zero/stage3.py:2888), stage 0 in :class:`ClippedStep`.
+        """
+        set_rates(self.deepspeed.optimizer, learning_rate, weight_decay)
+        self.deepspeed.step()
+        if self._clipped is not None:
+            return StepResult(self._clipped.applied, self._clipped.norm)
+        return StepResult(not self.deepspeed.optimizer.overflow, self.deepspeed.get_global_grad_norm())
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Within the block no gradient reaches this module's parameters (another one of the recipe is trained)."""
+        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
+    def destroy(self) -> None:
+        """Release DeepSpeed's hooks and buffers; the module keeps its weights (not under ZeRO-3)."""
+        self.deepspeed.destroy()
+
+
+class _Scheduled:
+    """A module as Megatron-core's schedules want to see it."""
+
+    def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
+        from megatron.core.enums import ModelType
+        from megatron.core.transformer import TransformerConfig
+
+        self.call = call
+        self.config = getattr(module, "config", None)
+        if not isinstance(self.config, TransformerConfig):  # not made of Megatron-core parts: the smallest one will do
+            self.config = TransformerConfig(num_layers=1, hidden_size=1, num_attention_heads=1)
+        self.model_type = ModelType.encoder_or_decoder
+        self.set_input_tensor = getattr(module, "set_input_tensor", lambda tensor: None)
+
+
+class _Exposed(tuple):
+    """An output dataclass with its tensors laid open: DeepSpeed looks for tensors in tuples, lists and dicts only."""
+
+    value: Any
+
+
+def _expose_dataclass(module: nn.Module, arguments: Any, output: Any) -> Any:
+    if not dataclasses.is_dataclass(output) or isinstance(output, type):
+        return None
+    exposed = _Exposed(getattr(output, field.name) for field in dataclasses.fields(output))
+    exposed.value = output
+    return exposed
+
+
+def _check_equal_groups(name: str, count: int, topology: Topology) -> None:
+    """DeepSpeed's norm does one collective per group: a stage with fewer groups would wait for ever."""
+    if topology.config.pipeline > 1:
+        from megatron.core import parallel_state
+
+        counts: list[Any] = [None] * topology.config.pipeline
+        dist.all_gather_object(counts, count, group=parallel_state.get_pipeline_model_parallel_group())
+        assert len(set(counts)) == 1, f"pipeline stages of {name} have different numbers of parameter groups: {counts}"
+
+
+def _initialize_deepspeed(module: nn.Module, optimizer: torch.optim.Optimizer, plan: DeepSpeedPlan) -> Any:
+    cpu_backend.install()
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else g++ builds it for 30 s on a CPU
+    _forget_earlier_process_groups()
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=plan.json, mpu=DeepSpeedTopology(), dist_init_required=False
+    )
+    return engine
+
+
+_default_group: dist.ProcessGroup | None = None
+
+
+def _forget_earlier_process_groups() -> None:
+    """DeepSpeed keeps groups in globals; a second run in this process has new ones."""
+    global _default_group
+    import deepspeed.comm.comm
+    from deepspeed.utils import groups
+
+    if _default_group is not dist.group.WORLD:
+        for known in (groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_PARALLEL_GROUP_RANKS,
+                      groups._EXPERT_DATA_PARALLEL_GROUP, groups._EXPERT_DATA_PARALLEL_GROUP_RANKS):  # fmt: skip
+            known.clear()
+        groups._WORLD_GROUP = None
+        deepspeed.comm.comm.cdb = None
+        _default_group = dist.group.WORLD
+    if deepspeed.comm.comm.cdb is None:
+        deepspeed.init_distributed(verbose=False)

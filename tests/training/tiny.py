@@ -1,0 +1,84 @@
+"""A small real model and recipe, and its training loop in plain torch as the reference."""
+
+import torch
+from torch import nn
+
+from megavar.config.deepspeed import complete_deepspeed
+from megavar.config.optimizer import ConstantSchedule, OptimizerConfig
+from megavar.config.parallel import ParallelConfig
+from megavar.parallel.environment import environment
+from megavar.parallel.topology import initialize
+from megavar.training.engine import Engine
+
+LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-2, 0.05, 0.5
+OPTIMIZER = OptimizerConfig(
+    lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, gradient_clipping=CLIP, schedule=ConstantSchedule()
+)
+GLOBAL_BATCH = 8
+
+
+class Model(nn.Module):
+    """Two layers of different sizes, one with a bias, and a parameter that never gets a gradient in odd steps."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first = nn.Linear(5, 7)
+        self.second = nn.Linear(7, 3, bias=False)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+def batch(step, size=GLOBAL_BATCH):
+    generator = torch.Generator().manual_seed(100 + step)
+    return torch.randn(size, 5, generator=generator), torch.randint(0, 3, (size,), generator=generator)
+
+
+def decays(name, parameter):
+    return parameter.ndim > 1
+
+
+def loss_of(output, target):
+    return nn.functional.cross_entropy(output.float(), target)
+
+
+def reference(steps, scale=1.0):
+    """Losses and gradient norms of plain torch on one process."""
+    model = Model()
+    groups = [
+        {"params": [model.first.weight, model.second.weight], "weight_decay": WEIGHT_DECAY},
+        {"params": [model.first.bias], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=OPTIMIZER.betas, eps=OPTIMIZER.epsilon)
+    curve = []
+    for step in range(steps):
+        x, target = batch(step)
+        loss = loss_of(model(x), target) * scale
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.append((loss.item(), norm.item()))
+    return curve
+
+
+def build_engine(stage, micro_batch=None, precision="fp32", zero=None, module=None, parallel=None):
+    topology = initialize(parallel or ParallelConfig(), environment())
+    micro_batch = micro_batch or GLOBAL_BATCH // topology.data
+    plan = complete_deepspeed(
+        {"zero_optimization": {"stage": stage, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {}),
+                               **(zero or {})}},
+        where="test.json", parallel=topology.config, data_parallel_size=topology.data, global_batch_size=GLOBAL_BATCH,
+        micro_batch_size=micro_batch, precision=precision, gradient_clipping=CLIP,
+    )  # fmt: skip
+    engine = Engine("model", module or Model(), decays=decays, optimizer=OPTIMIZER, plan=plan, topology=topology)
+    return engine, topology, micro_batch
+
+
+def local_micro_batches(step, topology, micro_batch):
+    x, target = batch(step)
+    share = GLOBAL_BATCH // topology.data
+    start = topology.data_rank * share
+    places = range(start, start + share, micro_batch)
+    return [(x[i : i + micro_batch], target[i : i + micro_batch]) for i in places]

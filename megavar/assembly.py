@@ -1,0 +1,128 @@
+"""From a configuration to the objects it describes."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from megavar.config.generator import VARConfig
+from megavar.config.parallel import ParallelConfig
+from megavar.config.recipe import MEPAConfig
+from megavar.config.root import Config
+from megavar.config.tokenizer import TokenizerConfig
+from megavar.data.source import Source
+from megavar.errors import CheckpointError, ConfigError
+from megavar.generators.var import VAR, Stage
+from megavar.parallel.topology import Topology
+from megavar.recipes.base import Recipe
+from megavar.recipes.mepa import MEPA
+from megavar.tokenizers.multiscale_vq import MultiScaleVQ
+
+PARAMETER_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def load_tokenizer(config: TokenizerConfig, weights: str, device: torch.device) -> MultiScaleVQ:
+    """A trained tokenizer in float32, frozen.
+
+    Args:
+        weights: directory of a megavar tokenizer run, or a file in VAR's published layout.
+
+    Raises:
+        CheckpointError: the weights are missing, damaged, or of another tokenizer.
+    """
+    from megavar.training.checkpoint.weights import load_weights
+
+    tokenizer = MultiScaleVQ(config)
+    path = Path(weights)
+    if not path.exists():
+        raise CheckpointError(
+            f"recipe.tokenizer_weights: {weights} does not exist. Train the tokenizer first (list its configuration "
+            f"under run.requires to have it trained automatically), or give a file in VAR's published layout."
+        )
+    if path.is_dir():
+        load_weights(tokenizer, path, module="autoencoder")
+    else:
+        tokenizer.load_reference(path)
+    return tokenizer.eval().requires_grad_(False).to(device)
+
+
+def require_generator(config: Config) -> VARConfig:
+    """The generator section.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if config.generator is None:
+        raise ConfigError(
+            f"The recipe {config.recipe.name!r} of run {config.run.name} needs a generator. Add a `generator:` section, "
+            f"for example `generator: {{name: var, depth: 16}}`."
+        )
+    return config.generator
+
+
+def build_generator(
+    config: Config, topology: Topology | None, *, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> nn.Module:
+    """The part of the generator that this rank holds: a stage, or its list of chunks under virtual pipelining.
+
+    Args:
+        topology: None builds the whole model on this rank.
+        dtype: None takes the one of ``train.precision``.
+    """
+    generator = require_generator(config)
+    parallel = topology.config if topology is not None else ParallelConfig()
+    chunks = []
+    with device or torch.device("cpu"):
+        for chunk in range(parallel.virtual_pipeline):
+            stage = Stage.split(generator.depth, parallel, topology.pipeline_rank if topology is not None else 0, chunk)
+            chunks.append(
+                VAR(
+                    generator,
+                    scales=config.tokenizer.scales,
+                    code_dimension=config.tokenizer.code_dimension,
+                    vocabulary_size=config.tokenizer.vocabulary_size,
+                    parallel=parallel,
+                    stage=stage,
+                    dtype=dtype or PARAMETER_TYPES[config.train.precision],
+                    seed=config.train.seed,
+                )
+            )
+    return chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
+
+
+def build_recipe(config: Config, topology: Topology, source: Source, device: torch.device) -> Recipe:
+    """The recipe with freshly initialized modules on ``device``.
+
+    Raises:
+        ConfigError: sections contradict each other or the data.
+    """
+    check_consistency(config, source)
+    if isinstance(config.recipe, MEPAConfig):
+        tokenizer = load_tokenizer(config.tokenizer, config.recipe.tokenizer_weights, device)
+        generator = build_generator(config, topology, device=device)
+        return MEPA(config.recipe, generator, tokenizer, config.train.seed)
+    from megavar.recipes.tokenizer import TokenizerTraining
+
+    return TokenizerTraining(config.recipe, config.tokenizer, config.train.seed, device)
+
+
+def check_consistency(config: Config, source: Source) -> None:
+    """Compare sections with each other and with the data, before anything is built.
+
+    Raises:
+        ConfigError: the first contradiction, with both places.
+    """
+    tokenizer = config.tokenizer
+    if config.data.image_size != tokenizer.image_side:
+        raise ConfigError(
+            f"data.image_size={config.data.image_size}, but tokenizer.scales end with {tokenizer.scales[-1]} and "
+            f"tokenizer.channel_multipliers downsample by {tokenizer.downsample}: images must be "
+            f"{tokenizer.image_side} pixels. Change data.image_size or tokenizer.scales."
+        )
+    if config.recipe.name == "mepa":
+        generator = require_generator(config)
+        if generator.classes != source.num_classes:
+            raise ConfigError(
+                f"generator.classes={generator.classes}, but the data source {config.data.source.name!r} has "
+                f"{source.num_classes} classes. Set generator.classes={source.num_classes}."
+            )

@@ -1,0 +1,1 @@
+"""The command line: each command builds what the configuration describes and runs it."""

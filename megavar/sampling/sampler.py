@@ -1,0 +1,84 @@
+"""Draws any number of images in fixed chunks: resumable, and the same images on any number of ranks.
+
+Sample i has label i modulo the number of classes and noise of its own. Chunk c holds samples
+[c * chunk_size, (c + 1) * chunk_size) and is decoded by rank c modulo the number of ranks; it is done when its file
+exists. Chunks are never merged or split, because kernels may round differently in batches of another size.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megavar.config.sampling import SamplingConfig
+from megavar.data.pixels import to_uint8
+from megavar.evaluation.chunks import ChunkStore
+from megavar.generators.var import VAR
+from megavar.sampling.next_scale import decode, noise_of_samples
+from megavar.tokenizers.multiscale_vq import MultiScaleVQ
+
+
+class Sampler:
+    """Decodes samples of a trained generator by their index."""
+
+    def __init__(self, generator: VAR, tokenizer: MultiScaleVQ, settings: SamplingConfig, device: torch.device) -> None:
+        self.generator = generator
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.device = device
+
+    @torch.no_grad()
+    def draw(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Samples ``indices`` (int64 [B]).
+
+        Returns:
+            images uint8 [B, 3, H, W], labels int64 [B], tokens int64 [B, L], all on the CPU.
+        """
+        training = self.generator.training
+        self.generator.eval()
+        indices = indices.to(self.device)
+        labels = indices % self.generator.generator.classes
+        noise = noise_of_samples(self.settings.seed, indices)
+        decoded = decode(self.generator, self.tokenizer.quantizer, labels, self.settings, noise)
+        images = to_uint8(self.tokenizer.decode_features(decoded.feature_maps[-1]).clamp(-1, 1))
+        self.generator.train(training)
+        return images.cpu(), labels.cpu(), torch.cat(decoded.ids, 1).cpu()
+
+    def fill(self, store: ChunkStore, rank: int, world_size: int) -> None:
+        """Write this rank's missing chunks: images, labels and tokens."""
+        missing = store.missing(rank, world_size)
+        bar = tqdm(missing, desc="sampling", unit="chunk", disable=rank != 0 or not missing, mininterval=1.0)
+        for chunk in bar:
+            first, end = store.range(chunk)
+            images, labels, tokens = self.draw(torch.arange(first, end))
+            arrays = {"images": images, "labels": labels, "tokens": tokens.to(torch.int32)}
+            store.write(chunk, {name: value.numpy() for name, value in arrays.items()})
+
+
+def open_store(directory: Path, settings: SamplingConfig, identity: dict[str, Any]) -> ChunkStore:
+    """The chunk directory of one set of samples; ``identity`` names the weights they come from."""
+    sampled = settings.model_dump(mode="json", exclude={"number", "chunk_size"})
+    return ChunkStore.open(
+        directory, count=settings.number, size=settings.chunk_size, identity={"sampling": sampled} | identity
+    )
+
+
+def image_grid(images: Tensor, columns: int) -> np.ndarray:
+    """Arrange uint8 [N, 3, H, W] in rows of ``columns``, enlarged to at least 64 pixels a side: uint8 [H', W', 3]."""
+    factor = max(1, 64 // images.shape[-1])
+    images = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    rows = -(-images.shape[0] // columns)
+    side, gap = images.shape[-1], 2
+    canvas = torch.full((rows * (side + gap) + gap, columns * (side + gap) + gap, 3), 255, dtype=torch.uint8)
+    for number, image in enumerate(images):
+        top, left = gap + (number // columns) * (side + gap), gap + (number % columns) * (side + gap)
+        canvas[top : top + side, left : left + side] = image.permute(1, 2, 0)
+    return canvas.numpy()
+
+
+Preview = Callable[[], Tensor]
+"""Draws the images of a preview: uint8 [N, 3, H, W]."""

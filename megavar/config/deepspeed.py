@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from megavar.config.parallel import ParallelConfig
 from megavar.errors import ConfigError
+from megavar.parallel.deepspeed_backend import import_deepspeed
 
 # Top-level keys of DeepSpeed 0.19 that have a meaning under this trainer (deepspeed/runtime/config.py).
 _SECTIONS = ("zero_optimization", "bf16", "comms_logger", "flops_profiler", "aio", "timers", "data_types")
@@ -108,6 +109,7 @@ def validate_deepspeed(content: dict[str, Any], where: str) -> None:
 
 
 def _section_models() -> dict[str, Any]:
+    import_deepspeed()
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from megavar.config.deepspeed import DeepSpeedPlan
 from megavar.config.optimizer import OptimizerConfig
 from megavar.parallel import cpu_backend
+from megavar.parallel.deepspeed_backend import import_deepspeed
 from megavar.parallel.topology import DeepSpeedTopology, Topology
 from megavar.training import experts
 from megavar.training.gradients import ClippedStep, register_sequence_parallel_hooks
@@ -187,11 +188,7 @@ def _check_equal_groups(name: str, count: int, topology: Topology) -> None:
 
 def _initialize_deepspeed(module: nn.Module, optimizer: torch.optim.Optimizer, plan: DeepSpeedPlan) -> Any:
     cpu_backend.install()
-    import deepspeed
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.WARNING)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else g++ builds it for 30 s on a CPU
+    deepspeed = import_deepspeed()
     _forget_earlier_process_groups()
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=plan.json, mpu=DeepSpeedTopology(), dist_init_required=False

@@ -35,15 +35,14 @@ class RankFailure(AssertionError):
 def _import_heavy_libraries() -> None:
     torch.set_num_threads(1)
     from megavar.parallel import cpu_backend
+    from megavar.parallel.deepspeed_backend import import_deepspeed
 
     cpu_backend.install()
-    import deepspeed
-    import deepspeed.runtime.zero.muon.muon_optimizer
+    import_deepspeed()
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (2 s that deepspeed.initialize would spend)
     import megatron.core.parallel_state
     import megatron.core.pipeline_parallel
     import megatron.core.tensor_parallel  # noqa: F401
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else g++ builds it for 30 s
 
 
 def _child(rank: int, world_size: int, directory: Path, function: Callable[..., Any], arguments: tuple) -> None:

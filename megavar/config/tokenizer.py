@@ -85,13 +85,18 @@ class MultiScaleVQConfig(Section):
             if self.base_channels * multiplier % self.norm_groups:
                 raise ValueError(
                     f"base_channels {self.base_channels} times channel multiplier {multiplier} is not a multiple of "
-                    f"norm_groups {self.norm_groups}: choose base_channels as a multiple of it, or other norm_groups")
+                    f"norm_groups {self.norm_groups}: choose base_channels as a multiple of it, or other norm_groups"
+                )
         if self.refinement == "shared" and self.refinement_convolutions != 1:
-            raise ValueError(f"refinement_count {self.refinement_count} needs refinement partially_shared or "
-                             "per_scale: shared means one convolution")
+            raise ValueError(
+                f"refinement_count {self.refinement_count} needs refinement partially_shared or "
+                "per_scale: shared means one convolution"
+            )
         if self.refinement == "partially_shared" and self.refinement_convolutions < 2:
-            raise ValueError("refinement partially_shared with refinement_count 1 is refinement shared: write that, "
-                             "the checkpoint's key layout depends on it")
+            raise ValueError(
+                "refinement partially_shared with refinement_count 1 is refinement shared: write that, "
+                "the checkpoint's key layout depends on it"
+            )
         return self
 
 

@@ -77,7 +77,7 @@ class CodebookConfig(Section):
     """Every so many steps dead codes are replaced by vectors of the current batch; 0 never. 100 steps are the memory of
     the usage average below, so a revived code is judged by its own usage the next time."""
     revive_until: int | None = Field(None, ge=0)
-    """No revival from this step on, so that the codebook settles; default: never stop. 70 to 80 % of the run is good."""
+    """No revival from this step on, so that the codebook settles (after some 75 % of the run); default: never stop."""
     dead_below: float = Field(0.05, gt=0, lt=1)
     """A code is dead if its usage is below this share of the mean usage over all codes. 0.08 of the mean is what the
     reference's own usage statistic counts as used (``VectorQuantizer2.forward``)."""

@@ -55,7 +55,7 @@ class Case:
 
     def under(self, prefix: str) -> dict[str, Tensor]:
         """Tensors whose name starts with ``prefix``, keyed by the rest of the name (``under("weights.")``)."""
-        return {name[len(prefix):]: t for name, t in self.tensors.items() if name.startswith(prefix)}
+        return {name[len(prefix) :]: t for name, t in self.tensors.items() if name.startswith(prefix)}
 
     def series(self, name: str) -> list[Tensor]:
         """The list stored as ``<name>.0``, ``<name>.1``, ... (empty if there is none)."""
@@ -87,7 +87,8 @@ class Case:
         expected = self.tensors[name]
         where = f"{self.name} {name}"
         assert tuple(actual.shape) == tuple(expected.shape), (
-            f"{where}: shape {tuple(actual.shape)}, the reference has {tuple(expected.shape)}")
+            f"{where}: shape {tuple(actual.shape)}, the reference has {tuple(expected.shape)}"
+        )
         if not expected.is_floating_point():
             wrong = int((actual.detach().cpu() != expected).sum())
             assert wrong == 0, f"{where}: {wrong} of {expected.numel()} entries differ from the reference"
@@ -100,9 +101,11 @@ class Case:
         excess = ((got - want).abs() - atol - rtol * want.abs())[finite]
         if excess.numel() and float(excess.max()) > 0:
             difference = float((got - want).abs()[finite].max())
-            raise AssertionError(f"{where}: difference {difference:.3g} exceeds atol {atol:.3g} + rtol {rtol:.0e};"
-                                 f" largest reference magnitude {_finite_maximum(expected):.3g}, "
-                                 f"{int((excess > 0).sum())} of {expected.numel()} entries outside")
+            raise AssertionError(
+                f"{where}: difference {difference:.3g} exceeds atol {atol:.3g} + rtol {rtol:.0e};"
+                f" largest reference magnitude {_finite_maximum(expected):.3g}, "
+                f"{int((excess > 0).sum())} of {expected.numel()} entries outside"
+            )
 
     def check_series(self, name: str, actual: list[Tensor]) -> None:
         """Assert that a list equals the stored ``<name>.0``, ``<name>.1``, ... (as many as are stored)."""

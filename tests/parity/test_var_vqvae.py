@@ -50,11 +50,17 @@ def quantizer_options(reference: dict[str, Any]) -> dict[str, Any]:
 
 def autoencoder_config(reference: dict[str, Any]) -> MultiScaleVQConfig:
     return MultiScaleVQConfig(
-        base_channels=reference["ch"], channel_multipliers=tuple(reference["ch_mult"]),
-        residual_blocks=reference["num_res_blocks"], lowest_level_attention=reference["using_sa"],
-        middle_attention=reference["using_mid_sa"], dropout=reference["dropout"],
-        norm_groups=reference["group_norm"]["num_groups"], norm_epsilon=reference["group_norm"]["eps"],
-        latent_kernel=reference["quant_conv_ks"], **quantizer_options(reference))
+        base_channels=reference["ch"],
+        channel_multipliers=tuple(reference["ch_mult"]),
+        residual_blocks=reference["num_res_blocks"],
+        lowest_level_attention=reference["using_sa"],
+        middle_attention=reference["using_mid_sa"],
+        dropout=reference["dropout"],
+        norm_groups=reference["group_norm"]["num_groups"],
+        norm_epsilon=reference["group_norm"]["eps"],
+        latent_kernel=reference["quant_conv_ks"],
+        **quantizer_options(reference),
+    )
 
 
 def load_quantizer(case: Case) -> MultiScaleQuantizer:
@@ -68,8 +74,11 @@ def check_steps(case: Case, steps: list[ScaleStep], features: torch.Tensor, pref
     case.check_series(f"{prefix}idx", [step.ids for step in steps])
     case.check_series(f"{prefix}f_hat", [step.accumulated for step in steps])
     case.check_series(f"{prefix}f_rest", [features - step.accumulated for step in steps])
-    for name, tensors in [("z_down", [step.target for step in steps]), ("h_up", [step.upsampled for step in steps]),
-                          ("h_phi", [step.increment for step in steps])]:
+    for name, tensors in [
+        ("z_down", [step.target for step in steps]),
+        ("h_up", [step.upsampled for step in steps]),
+        ("h_phi", [step.increment for step in steps]),
+    ]:
         stored = case.series(f"{prefix}{name}")
         for index in range(len(stored)):
             case.check(f"{prefix}{name}.{index}", tensors[index])
@@ -182,13 +191,15 @@ def test_autoencoder_key_layout_round_trip(case: Case, tmp_path) -> None:
 def test_convolutional_blocks(case: Case) -> None:
     config = case.config
     norm = {"norm_groups": config["num_groups"], "norm_epsilon": config["eps"]}
-    blocks = nn.ModuleDict({
-        "res_same": ResidualBlock(config["c0"], config["c0"], **norm),
-        "res_change": ResidualBlock(config["c0"], config["c1"], **norm),
-        "attn": AttentionBlock(config["c0"], **norm),
-        "down": Downsample(config["c0"]),
-        "up": Upsample(config["c0"]),
-    })
+    blocks = nn.ModuleDict(
+        {
+            "res_same": ResidualBlock(config["c0"], config["c0"], **norm),
+            "res_change": ResidualBlock(config["c0"], config["c1"], **norm),
+            "attn": AttentionBlock(config["c0"], **norm),
+            "down": Downsample(config["c0"]),
+            "up": Upsample(config["c0"]),
+        }
+    )
     blocks.load_state_dict(case.under("weights."), strict=True)
     x = case["input.x"].clone().requires_grad_()
     total = torch.zeros(())

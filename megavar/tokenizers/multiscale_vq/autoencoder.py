@@ -23,8 +23,15 @@ from megavar.tokenizers.multiscale_vq.quantizer import MultiScaleQuantizer, Quan
 class Level(nn.Module):
     """One resolution of encoder or decoder: residual blocks, each optionally followed by attention, then a resize."""
 
-    def __init__(self, config: MultiScaleVQConfig, widths: list[int], *, attention: bool, resize: str,
-                 resampler: nn.Module | None) -> None:
+    def __init__(
+        self,
+        config: MultiScaleVQConfig,
+        widths: list[int],
+        *,
+        attention: bool,
+        resize: str,
+        resampler: nn.Module | None,
+    ) -> None:
         super().__init__()
         self.block = nn.ModuleList([residual_block(config, a, b) for a, b in pairwise(widths)])
         self.attn = nn.ModuleList([attention_block(config, b) for b in widths[1:]] if attention else [])
@@ -67,9 +74,15 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         for index, width in enumerate(widths):
             before = widths[index - 1] if index else config.base_channels
-            self.down.append(Level(config, [before] + [width] * config.residual_blocks, resize="downsample",
-                                   attention=index == last and config.lowest_level_attention,
-                                   resampler=None if index == last else Downsample(width)))
+            self.down.append(
+                Level(
+                    config,
+                    [before] + [width] * config.residual_blocks,
+                    resize="downsample",
+                    attention=index == last and config.lowest_level_attention,
+                    resampler=None if index == last else Downsample(width),
+                )
+            )
         self.mid = Middle(config, widths[-1])
         self.norm_out = nn.GroupNorm(config.norm_groups, widths[-1], eps=config.norm_epsilon)
         self.conv_out = nn.Conv2d(widths[-1], config.code_dimension, 3, padding=1)
@@ -94,9 +107,15 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList()  # index 0 is the full resolution and runs last
         for index, width in enumerate(widths):
             before = widths[min(index + 1, last)]
-            self.up.append(Level(config, [before] + [width] * (config.residual_blocks + 1), resize="upsample",
-                                 attention=index == last and config.lowest_level_attention,
-                                 resampler=None if index == 0 else Upsample(width)))
+            self.up.append(
+                Level(
+                    config,
+                    [before] + [width] * (config.residual_blocks + 1),
+                    resize="upsample",
+                    attention=index == last and config.lowest_level_attention,
+                    resampler=None if index == 0 else Upsample(width),
+                )
+            )
         self.norm_out = nn.GroupNorm(config.norm_groups, widths[0], eps=config.norm_epsilon)
         self.conv_out = nn.Conv2d(widths[0], config.image_channels, 3, padding=1)
 
@@ -135,8 +154,11 @@ class MultiScaleVQ(nn.Module):
         self.quantize = MultiScaleQuantizer(config)
         padding = config.latent_kernel // 2
         self.quant_conv = nn.Conv2d(config.code_dimension, config.code_dimension, config.latent_kernel, padding=padding)
-        self.post_quant_conv = nn.Conv2d(config.code_dimension, config.code_dimension, config.latent_kernel,
-                                         padding=padding)
+        self.post_quant_conv = nn.Conv2d(
+            config.code_dimension, config.code_dimension, config.latent_kernel, padding=padding
+        )
+        self.has_trained_weights = False
+        """Whether weights were loaded: a training recipe then keeps the codebook instead of drawing a new one."""
         self.initialize()
 
     @property
@@ -159,6 +181,11 @@ class MultiScaleVQ(nn.Module):
         """Channels of a code."""
         return self.config.code_dimension
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the parameters, and of all computation outside the quantizer, which is float32."""
+        return self.quant_conv.weight.dtype
+
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:
         """Draw fresh parameters.
@@ -180,17 +207,17 @@ class MultiScaleVQ(nn.Module):
 
     def forward(self, images: Tensor) -> Reconstruction:
         """Training forward pass: float [B, 3, H, W] in [-1, 1] -> reconstruction and the quantizer's losses."""
-        quantized = self.quantize(self.quant_conv(self.encoder(images)))
-        last_features = self.decoder.last_features(self.post_quant_conv(quantized.features))
+        quantized = self.quantize(self.quant_conv(self.encoder(images.to(self.dtype))))
+        last_features = self.decoder.last_features(self.post_quant_conv(quantized.features.to(self.dtype)))
         return Reconstruction(self.decoder.conv_out(last_features), quantized, last_features.detach())
 
     def encode_features(self, images: Tensor) -> Tensor:
         """Features before quantization: float [B, 3, H, W] in [-1, 1] -> float32 [B, code_dimension, h, w].
 
-        Float32 even under autocast: a rounded feature picks another token.
+        Not under autocast, whatever the caller does: a rounded feature picks another token.
         """
         with torch.autocast(images.device.type, enabled=False):
-            return self.quant_conv(self.encoder(images.float()))
+            return self.quant_conv(self.encoder(images.to(self.dtype))).float()
 
     @torch.no_grad()
     def encode(self, images: Tensor, scales: Sequence[Scale] | None = None) -> list[Tensor]:
@@ -201,8 +228,8 @@ class MultiScaleVQ(nn.Module):
         return self.quantize.quantize(self.encode_features(images), scales)
 
     def decode_features(self, f_hat: Tensor) -> Tensor:
-        """Images of an accumulated map: [B, C, h, w] -> [B, 3, H, W] clamped to [-1, 1]."""
-        return self.decoder(self.post_quant_conv(f_hat)).clamp(-1, 1)
+        """Images of an accumulated map: [B, C, h, w] -> float32 [B, 3, H, W] clamped to [-1, 1]."""
+        return self.decoder(self.post_quant_conv(f_hat.to(self.dtype))).float().clamp(-1, 1)
 
     @torch.no_grad()
     def decode(self, ids: Sequence[Tensor], scales: Sequence[Scale] | None = None) -> Tensor:
@@ -219,6 +246,7 @@ class MultiScaleVQ(nn.Module):
     def load_reference(self, path: str | Path) -> None:
         """Load a published checkpoint (``.pth`` or ``.safetensors``); see :func:`.published.load`."""
         published.load(self, path)
+        self.has_trained_weights = True
 
 
 def level_widths(config: MultiScaleVQConfig) -> list[int]:
@@ -228,8 +256,13 @@ def level_widths(config: MultiScaleVQConfig) -> list[int]:
 
 def residual_block(config: MultiScaleVQConfig, channels_in: int, channels_out: int) -> ResidualBlock:
     """A residual block with the config's norm and dropout."""
-    return ResidualBlock(channels_in, channels_out, norm_groups=config.norm_groups, norm_epsilon=config.norm_epsilon,
-                         dropout=config.dropout)
+    return ResidualBlock(
+        channels_in,
+        channels_out,
+        norm_groups=config.norm_groups,
+        norm_epsilon=config.norm_epsilon,
+        dropout=config.dropout,
+    )
 
 
 def attention_block(config: MultiScaleVQConfig, channels: int) -> AttentionBlock:

@@ -14,8 +14,15 @@ class ResidualBlock(nn.Module):
     The shortcut is a 1x1 convolution if the width changes, else the identity.
     """
 
-    def __init__(self, channels_in: int, channels_out: int, *, norm_groups: int = 32, norm_epsilon: float = 1e-6,
-                 dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        *,
+        norm_groups: int = 32,
+        norm_epsilon: float = 1e-6,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(norm_groups, channels_in, eps=norm_epsilon)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)

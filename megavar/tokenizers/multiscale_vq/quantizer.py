@@ -89,8 +89,11 @@ class PartiallySharedRefinement(nn.Module):
 def refinements(config: MultiScaleVQConfig) -> nn.Module:
     """The refinement convolutions in the container whose key names the published layout uses."""
     phis: list[nn.Module] = [
-        Refinement(config.code_dimension, config.refinement_ratio) if abs(config.refinement_ratio) > 1e-6
-        else nn.Identity() for _ in range(config.refinement_convolutions)]
+        Refinement(config.code_dimension, config.refinement_ratio)
+        if abs(config.refinement_ratio) > 1e-6
+        else nn.Identity()
+        for _ in range(config.refinement_convolutions)
+    ]
     if config.refinement == "shared":
         return SharedRefinement(phis[0])
     return PartiallySharedRefinement(phis) if config.refinement == "partially_shared" else nn.ModuleList(phis)
@@ -174,8 +177,10 @@ class MultiScaleQuantizer(nn.Module):
         """Quantize scale by scale. Gradients reach the codes and phi, not ``features`` (float32 [B, C, H, W])."""
         shapes = [_height_width(scale) for scale in scales or self.scales]
         if tuple(features.shape[-2:]) != shapes[-1]:
-            raise ValueError(f"the feature map is {features.shape[-2]}x{features.shape[-1]} but the last scale is "
-                             f"{shapes[-1][0]}x{shapes[-1][1]}: images of another size need another list of scales")
+            raise ValueError(
+                f"the feature map is {features.shape[-2]}x{features.shape[-1]} but the last scale is "
+                f"{shapes[-1][0]}x{shapes[-1][1]}: images of another size need another list of scales"
+            )
         rest = features.detach()
         accumulated = torch.zeros_like(rest)
         for k, shape in enumerate(shapes):
@@ -198,8 +203,11 @@ class MultiScaleQuantizer(nn.Module):
             loss = f.new_zeros(())
             ids, targets, usage = [], [], []
             for step in self.steps(f):
-                loss = loss + self.commitment_weight * F.mse_loss(step.accumulated.detach(), f) \
+                loss = (
+                    loss
+                    + self.commitment_weight * F.mse_loss(step.accumulated.detach(), f)
                     + F.mse_loss(step.accumulated, f.detach())
+                )
                 ids.append(step.ids)
                 targets.append(step.target.flatten(2).transpose(1, 2))
                 usage.append(torch.bincount(step.ids.flatten(), minlength=self.vocabulary_size).float())
@@ -233,12 +241,19 @@ class MultiScaleQuantizer(nn.Module):
         """
         shapes = [_height_width(scale) for scale in scales or self.scales]
         maps = self.accumulate(ids[: len(shapes) - 1], scales) if len(shapes) > 1 else []
-        inputs = [F.interpolate(f_hat, size=shape, mode="area").flatten(2).transpose(1, 2)
-                  for f_hat, shape in zip(maps, shapes[1:])]
+        inputs = [
+            F.interpolate(f_hat, size=shape, mode="area").flatten(2).transpose(1, 2)
+            for f_hat, shape in zip(maps, shapes[1:])
+        ]
         return torch.cat(inputs, dim=1) if inputs else self.embed(ids[0][:, :0])
 
-    def next_input(self, k: int, f_hat: Tensor, codes: Tensor, scales: Sequence[Scale] | None = None,
-                   ) -> tuple[Tensor, Tensor]:
+    def next_input(
+        self,
+        k: int,
+        f_hat: Tensor,
+        codes: Tensor,
+        scales: Sequence[Scale] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """One decoding step: add the codes of scale ``k`` and prepare the input of the next scale.
 
         Args:

@@ -1,0 +1,131 @@
+"""Adversarial loss of tokenizers: a PatchGAN discriminator and VQGAN's adaptive weight.
+
+Sources: pix2pix (arXiv:1611.07004) for the discriminator, VQGAN (arXiv:2012.09841) Eq. 7 and its code for the weight,
+LeCam (arXiv:2104.03310) Eq. 3 for the regularization. Logits are [B, 1, h, w], one per patch.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
+
+from megavar.config.tokenizer_training import AdversarialConfig
+from megavar.errors import ConfigError
+from megavar.recipes.ranks import mean_over_ranks
+
+_INITIAL_STD = 0.02
+"""Standard deviation of fresh convolutions (pix2pix)."""
+
+
+class PatchDiscriminator(nn.Module):
+    """Judges overlapping patches: float [B, C, H, W] in [-1, 1] -> logits [B, 1, h, w], positive for real.
+
+    ``layers`` halvings and two convolutions at the lowest resolution, all 4x4, GroupNorm in between. Holds LeCam's
+    running means of the logits of real and reconstructed images.
+    """
+
+    mean_logits: Tensor
+
+    def __init__(self, config: AdversarialConfig, image_channels: int, image_side: int) -> None:
+        super().__init__()
+        smallest = 3 * 2**config.layers
+        if image_side < smallest:
+            raise ConfigError(
+                f"recipe.adversarial.layers is {config.layers}, which needs images of at least {smallest} pixels, but "
+                f"the tokenizer's images have {image_side}. Use fewer layers."
+            )
+        widths = [config.base_channels * min(2**index, 8) for index in range(config.layers + 1)]
+        layers: list[nn.Module] = [nn.Conv2d(image_channels, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for index in range(1, len(widths)):
+            stride = 2 if index < config.layers else 1
+            layers += [
+                nn.Conv2d(widths[index - 1], widths[index], 4, stride=stride, padding=1, bias=False),
+                nn.GroupNorm(config.norm_groups, widths[index]),
+                nn.LeakyReLU(0.2),
+            ]
+        layers.append(nn.Conv2d(widths[-1], 1, 4, padding=1))
+        self.layers = nn.Sequential(*layers)
+        self.register_buffer("mean_logits", torch.zeros(2))
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator | None = None) -> None:
+        """Fresh parameters: convolutions normal with deviation 0.02, norms the identity, biases zero."""
+        for module in self.layers:
+            if isinstance(module, nn.Conv2d):
+                module.weight.normal_(std=_INITIAL_STD, generator=generator)
+            elif isinstance(module, nn.GroupNorm):
+                module.weight.fill_(1.0)
+            if getattr(module, "bias", None) is not None:
+                module.bias.zero_()  # type: ignore[operator,union-attr]
+        self.mean_logits.zero_()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Judge."""
+        return self.layers(images)
+
+
+def discriminator_loss(kind: str, real: Tensor, fake: Tensor) -> Tensor:
+    """What the discriminator minimizes, from logits of real and reconstructed images; scalar."""
+    if kind == "hinge":
+        return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+    return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
+
+
+def reconstruction_realism_loss(kind: str, fake: Tensor) -> Tensor:
+    """What the tokenizer minimizes, from logits of its reconstructions; scalar."""
+    return -fake.mean() if kind == "hinge" else F.softplus(-fake).mean()
+
+
+def last_layer_gradient(loss: Tensor, images: Tensor, last_features: Tensor) -> Tensor:
+    """Gradient of ``loss`` with respect to the weight [C_out, C_in, 3, 3] of the decoder's last convolution.
+
+    It is computed from the gradient at the convolution's output ``images`` and its input ``last_features``, without
+    touching the parameter: it is right whatever an engine does with parameters. The graph stays usable.
+    """
+    (at_images,) = torch.autograd.grad(loss, images, retain_graph=True)
+    shape = (images.shape[1], last_features.shape[1], 3, 3)
+    return conv2d_weight(last_features.float(), shape, at_images.float(), padding=1)
+
+
+def adaptive_weight(
+    reconstruction: Tensor, realism: Tensor, images: Tensor, last_features: Tensor, config: AdversarialConfig
+) -> Tensor:
+    """VQGAN Eq. 7: ||gradient of reconstruction|| / (||gradient of realism|| + epsilon), bounded; scalar, no gradient.
+
+    The gradients are those of the batch of all ranks, so the weight does not depend on how it is split over them.
+
+    Args:
+        reconstruction: pixel plus perceptual loss, scalar.
+        realism: the tokenizer's adversarial loss, scalar.
+        images: reconstructions from which both were computed, [B, C, H, W].
+        last_features: input of the convolution that made them, [B, C_in, H, W].
+        config: epsilon and bound.
+    """
+    gradients = torch.stack([last_layer_gradient(loss, images, last_features) for loss in (reconstruction, realism)])
+    numerator, denominator = mean_over_ranks(gradients).flatten(1).norm(dim=1)
+    return (numerator / (denominator + config.adaptive_epsilon)).clamp(0, config.adaptive_maximum).detach()
+
+
+def lecam_regularization(discriminator: PatchDiscriminator, real: Tensor, fake: Tensor, decay: float) -> Tensor:
+    """LeCam Eq. 3, scalar: keeps logits near the running means of the opposite kind, which are updated here."""
+    means = mean_over_ranks(torch.stack([real.detach().float().mean(), fake.detach().float().mean()]))
+    discriminator.mean_logits.mul_(decay).add_(means.to(discriminator.mean_logits), alpha=1 - decay)
+    mean_real, mean_fake = discriminator.mean_logits.clone()
+    return F.relu(real - mean_fake).square().mean() + F.relu(mean_real - fake).square().mean()
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Inside the block, what is computed with ``module`` sends gradients to its inputs but not to its parameters."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)

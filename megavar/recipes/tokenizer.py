@@ -1,0 +1,193 @@
+"""Training of VAR's tokenizer, which its authors never released (VAR Eq. 5).
+
+    f              = encoder(image)
+    f_hat, q       = residual multi-scale quantizer(f)      q: codebook + beta * commitment loss, mean over scales
+    reconstruction = decoder(f_hat)
+    loss           = pixels(reconstruction, image) + lambda_P * LPIPS(reconstruction, image) + q
+                     + lambda_G * w * realism(discriminator(reconstruction))        from a start step on
+    discriminator  : tells image from reconstruction; w balances it against the reconstruction (VQGAN Eq. 7)
+    after the step : codes that are hardly used restart as vectors of the current batch
+
+At step 0 the whole codebook is drawn from the first batch.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from megavar.config.tokenizer_training import TokenizerTrainingConfig
+from megavar.data.batch import Batch
+from megavar.parallel.seeds import random_bits
+from megavar.recipes.adversarial import (
+    PatchDiscriminator,
+    adaptive_weight,
+    discriminator_loss,
+    frozen,
+    lecam_regularization,
+    reconstruction_realism_loss,
+)
+from megavar.recipes.base import Losses
+from megavar.recipes.codebook import CodebookUpkeep, usage_metrics
+from megavar.recipes.perceptual import PerceptualDistance
+from megavar.tokenizers.multiscale_vq import MultiScaleVQ, Reconstruction
+
+_PEAK_TO_PEAK = 2.0  # images are in [-1, 1]
+
+
+class TokenizerInputs(NamedTuple):
+    """A prepared micro-batch."""
+
+    images: Tensor
+    """float32 [B, C, H, W] in [-1, 1]."""
+    keys: Tensor
+    """int64 [B]: different for every sample and epoch."""
+
+
+class Judgement(NamedTuple):
+    """Logits of the discriminator, [B, 1, h, w] each."""
+
+    real: Tensor
+    fake: Tensor
+
+
+def write_rows(parameter: Tensor, rows: Tensor, values: Tensor) -> None:
+    """Replace rows of a parameter in place."""
+    with torch.no_grad():
+        parameter[rows] = values.to(parameter)
+
+
+class TokenizerTraining:
+    """Trains a :class:`MultiScaleVQ`.
+
+    ``write_rows`` is how dead codes are replaced. A trainer whose optimizer keeps its own copy of the weights
+    (DeepSpeed ZeRO, bf16) sets it to a function that writes there too.
+    """
+
+    def __init__(self, config: TokenizerTrainingConfig, tokenizer: MultiScaleVQ, seed: int) -> None:
+        """Build the losses that the config asks for.
+
+        Raises:
+            ConfigError: the discriminator does not fit the images.
+            CheckpointError: weights of the perceptual loss are missing or wrong.
+        """
+        self.config = config
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self.write_rows: Callable[[Tensor, Tensor, Tensor], None] = write_rows
+        self.perceptual = None if config.perceptual is None else PerceptualDistance(config.perceptual)
+        self.discriminator: PatchDiscriminator | None = None
+        if config.adversarial is not None:
+            shape = tokenizer.config
+            self.discriminator = PatchDiscriminator(config.adversarial, shape.image_channels, shape.image_side)
+        self.codebook = CodebookUpkeep(
+            config.codebook, tokenizer.quantizer, seed, fresh=not tokenizer.has_trained_weights
+        )
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The autoencoder, and the discriminator if there is one."""
+        modules: dict[str, nn.Module] = {"autoencoder": self.tokenizer}
+        return modules if self.discriminator is None else modules | {"discriminator": self.discriminator}
+
+    def prepare(self, batch: Batch, step: int) -> TokenizerInputs:
+        """Images and a key per sample."""
+        keys = random_bits(self.seed, "tokenizer_sample", batch.epochs, batch.sample_ids)
+        return TokenizerInputs(batch.require_images(), keys)
+
+    def forward(self, name: str, model: nn.Module, inputs: TokenizerInputs) -> Reconstruction | Judgement:
+        """Reconstruct, or judge images and their reconstructions by the updated autoencoder."""
+        if name == "autoencoder":
+            return model(inputs.images)
+        with torch.no_grad():
+            reconstruction = self.tokenizer(inputs.images).images
+        return Judgement(*model(torch.cat([inputs.images, reconstruction])).float().chunk(2))
+
+    def loss(self, name: str, output: Any, inputs: TokenizerInputs, step: int) -> Losses:
+        """The losses of one micro-batch."""
+        if name == "autoencoder":
+            return self._autoencoder_loss(output, inputs, step)
+        return self._discriminator_loss(output)
+
+    def _autoencoder_loss(self, output: Reconstruction, inputs: TokenizerInputs, step: int) -> Losses:
+        config = self.config
+        error = output.images.float() - inputs.images
+        named = {"squared_error": error.square().mean(), "absolute_error": error.abs().mean()}
+        reconstruction = config.l2_weight * named["squared_error"] + config.l1_weight * named["absolute_error"]
+        if self.perceptual is not None and config.perceptual is not None:
+            self.perceptual.to(inputs.images.device)
+            named["perceptual"] = self.perceptual(output.images, inputs.images).mean()
+            reconstruction = reconstruction + config.perceptual.weight * named["perceptual"]
+        named["quantizer"] = output.quantized.loss
+        total = reconstruction + config.quantizer_weight * output.quantized.loss
+        if self.active("discriminator", step):
+            realism, weight = self._realism(output, reconstruction)
+            named |= {"realism": realism, "adaptive_weight": weight}
+            total = total + weight * realism
+        if torch.is_grad_enabled():
+            self.codebook.observe(step, output.quantized, inputs.keys)
+        statistics = {
+            "codebook_usage": output.quantized.usage,
+            "squared_error": error.detach().square().sum(dtype=torch.float64),
+            "pixels": torch.full((), error.numel(), dtype=torch.float64, device=error.device),
+        }
+        return Losses(total, {"loss": total.detach()} | {k: v.detach() for k, v in named.items()}, statistics)
+
+    def _realism(self, output: Reconstruction, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokenizer's adversarial loss and its weight, both scalar."""
+        adversarial = self.config.adversarial
+        assert adversarial is not None and self.discriminator is not None
+        with frozen(self.discriminator):
+            realism = reconstruction_realism_loss(adversarial.loss, self.discriminator(output.images).float())
+        weight = realism.new_full((), adversarial.weight)
+        if adversarial.adaptive and torch.is_grad_enabled():
+            weight = weight * adaptive_weight(reconstruction, realism, output.images, output.last_features, adversarial)
+        return realism, weight
+
+    def _discriminator_loss(self, output: Judgement) -> Losses:
+        adversarial = self.config.adversarial
+        assert adversarial is not None and self.discriminator is not None
+        total = discriminator_loss(adversarial.loss, output.real, output.fake)
+        named = {"discriminator": total, "logits/real": output.real.mean(), "logits/fake": output.fake.mean()}
+        if adversarial.lecam_weight > 0 and torch.is_grad_enabled():
+            named["lecam"] = lecam_regularization(self.discriminator, output.real, output.fake, adversarial.lecam_decay)
+            total = total + adversarial.lecam_weight * named["lecam"]
+        return Losses(total, {name: value.detach() for name, value in named.items()})
+
+    def active(self, name: str, step: int) -> bool:
+        """The discriminator is trained, and its loss applied, from its start step on."""
+        if name == "autoencoder":
+            return True
+        return self.config.adversarial is not None and step >= self.config.adversarial.start_step
+
+    def decays(self, name: str, parameter_name: str, parameter: nn.Parameter) -> bool:
+        """Weight decay applies to convolutions; not to vectors, nor to codes, which it would pull off their data."""
+        return parameter.ndim > 2
+
+    def collect(self) -> dict[str, Tensor]:
+        """Nothing: all statistics come from :meth:`loss`."""
+        return {}
+
+    def summarize(self, statistics: dict[str, Tensor]) -> dict[str, float]:
+        """Peak signal-to-noise ratio in dB, perplexity and share of used codes per scale."""
+        metrics = usage_metrics(statistics["codebook_usage"], self.tokenizer.scales)
+        mean_square = statistics["squared_error"] / statistics["pixels"]
+        return metrics | {"psnr": float(10 * torch.log10(_PEAK_TO_PEAK**2 / mean_square.clamp_min(1e-12)))}
+
+    def after_step(self, step: int) -> None:
+        """Revive dead codes."""
+        replacement = self.codebook.after_step(step)
+        if replacement is not None:
+            self.write_rows(self.tokenizer.quantizer.embedding.weight, replacement.rows, replacement.vectors)
+
+    def sampler(self, name: str) -> nn.Module | None:
+        """A tokenizer does not generate; see :meth:`reconstruct`."""
+        return None
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Images through the tokenizer and back, for previews: float32 [B, C, H, W] in [-1, 1]."""
+        return self.tokenizer.decode(self.tokenizer.encode(images))
+
+    def state(self) -> dict[str, Any]:
+        """Nothing beside the modules (with their buffers) needs to be saved."""
+        return {}

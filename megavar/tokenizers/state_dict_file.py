@@ -1,0 +1,73 @@
+"""Files that hold a plain state dict: reading them, and saying why one does not fit a model."""
+
+import pickle
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megavar.errors import CheckpointError
+
+
+def read_state_dict(path: str | Path, what: str) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors`` file or of a ``.pth`` state dict, on the CPU.
+
+    Args:
+        path: the file. Of a pickle only tensors and plain containers are accepted.
+        what: what the file should be, for messages ("Tokenizer checkpoint").
+
+    Raises:
+        CheckpointError: the file is missing, cannot be read, or holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(
+            f"{what} {path} does not exist. Give the path of a downloaded or exported state dict (.pth, .safetensors)."
+        )
+    try:
+        content = load_file(path) if path.suffix == ".safetensors" else _load_pickle(path)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{what} {path} cannot be read ({reason}). It is truncated or not a state dict of tensors: fetch or export "
+            "it again."
+        ) from error
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(
+            f"{what} {path} is not a plain state dict (names to tensors). If it is a training checkpoint, extract the "
+            "model's state dict from it first."
+        )
+    return dict(content)
+
+
+def _load_pickle(path: Path) -> object:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def differences(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    """What keeps ``given`` from being loaded strictly into a model with the tensors ``expected``, in words."""
+    shapes = [
+        f"{name} is {_shape(given[name])} in the file and {_shape(expected[name])} in the model"
+        for name in expected.keys() & given.keys()
+        if given[name].shape != expected[name].shape
+    ]
+    return [
+        *_some("keys missing from the file", expected.keys() - given.keys()),
+        *_some("keys unknown to the model", given.keys() - expected.keys()),
+        *_some("other shapes", shapes),
+    ]
+
+
+def _some(what: str, names: Iterable[str], shown: int = 4) -> list[str]:
+    names = sorted(names)
+    if not names:
+        return []
+    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return [f"{what}: {', '.join(names[:shown])}{rest}"]
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(str(size) for size in tensor.shape) or "a scalar"

@@ -1,0 +1,149 @@
+"""The manifest of a checkpoint: what it holds and how to tell that it is whole.
+
+A directory is a checkpoint if and only if it holds a ``manifest.json`` whose own checksum, and the size and SHA-256 of
+every file it lists, are right. torch's distributed checkpoint loads a file with a flipped bit without complaint
+(notes/trainers.md §4.2), so nothing is read before it was verified.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megavar import storage
+
+FILE_NAME = "manifest.json"
+FORMAT = 1
+
+
+class DamagedError(Exception):
+    """A checkpoint directory that is not whole; the text names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a checkpoint."""
+
+    name: str
+    """Path relative to the checkpoint."""
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ModuleEntry:
+    """One trained module of a checkpoint."""
+
+    tensors: dict[str, list[int]]
+    """Full shape of every logical tensor by name."""
+    step: int
+    """Optimizer steps taken."""
+    step_exceptions: dict[str, int] = field(default_factory=dict)
+    """Optimizer steps of the tensors that took another number of them (ZeRO-0: those that once had no gradient)."""
+    buffers: list[str] = field(default_factory=list)
+    """Names of the persistent buffers."""
+    has_average: bool = False
+    """Whether an exponential moving average of the weights is stored."""
+
+    @property
+    def identity(self) -> str:
+        """Hash of names and shapes: equal for equal architectures."""
+        return hashlib.sha256(json.dumps(self.tensors, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a reader must know before it opens a shard."""
+
+    step: int
+    """Trainer steps taken."""
+    modules: dict[str, ModuleEntry]
+    state: dict[str, Any]
+    """The trainer's scalars, JSON."""
+    layout: dict[str, Any] = field(default_factory=dict)
+    """World size, parallel sizes and ZeRO stage of the run that wrote it. For people: any layout can load it."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Library versions, git revision, hash of the resolved configuration, time."""
+    files: tuple[FileEntry, ...] = ()
+    format: int = FORMAT
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write(directory: Path, manifest: Manifest) -> None:
+    """Write ``manifest`` into ``directory``, atomically and durably."""
+    content = asdict(manifest)
+    content["files"] = [asdict(entry) for entry in manifest.files]
+    for name, module in manifest.modules.items():
+        content["modules"][name]["identity"] = module.identity
+    content = json.loads(json.dumps(content))  # as a reader will see it: lists for tuples, strings for keys
+    storage.write_json_atomic(directory / FILE_NAME, {"checksum": _checksum(content), **content})
+
+
+def read(directory: Path) -> Manifest:
+    """Read and check the manifest of ``directory``, and the presence and size of every file it lists.
+
+    Raises:
+        DamagedError: the manifest or a listed file is missing or wrong.
+    """
+    path = directory / FILE_NAME
+    try:
+        content = json.loads(path.read_bytes())
+        checksum = content.pop("checksum")
+    except FileNotFoundError:
+        raise DamagedError(f"{path} is missing") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{path} is not a manifest ({error})") from None
+    if _checksum(content) != checksum:
+        raise DamagedError(f"{path} does not match its own checksum")
+    if content["format"] != FORMAT:
+        raise DamagedError(f"{path} has format {content['format']}, this version of megavar reads format {FORMAT}")
+    for module in content["modules"].values():
+        module.pop("identity")
+    content["modules"] = {name: ModuleEntry(**module) for name, module in content["modules"].items()}
+    content["files"] = tuple(FileEntry(**entry) for entry in content["files"])
+    manifest = Manifest(**content)
+    for entry in manifest.files:
+        _check_size(directory, entry)
+    return manifest
+
+
+def _check_size(directory: Path, entry: FileEntry) -> None:
+    path = directory / entry.name
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise DamagedError(f"{path} is missing") from None
+    if size != entry.bytes:
+        raise DamagedError(f"{path} has {size} bytes instead of {entry.bytes}")
+
+
+def describe_file(directory: Path, name: str) -> FileEntry:
+    """Size and hash of ``directory/name`` as it is now."""
+    path = directory / name
+    return FileEntry(name, path.stat().st_size, storage.sha256_of_file(path))
+
+
+def damage(directory: Path, entries: Iterable[FileEntry], threads: int = 8) -> str | None:
+    """The first thing wrong with ``entries`` (presence, size, content), or None. Reads every byte, in threads."""
+
+    def check(entry: FileEntry) -> str | None:
+        try:
+            _check_size(directory, entry)
+            actual = storage.sha256_of_file(directory / entry.name)
+        except (DamagedError, OSError) as error:
+            return str(error)
+        if actual != entry.sha256:
+            return (
+                f"{directory / entry.name} has changed since it was written: its SHA-256 begins with {actual[:12]} "
+                f"instead of {entry.sha256[:12]}"
+            )
+        return None
+
+    with ThreadPoolExecutor(max_workers=threads) as pool:
+        return next((problem for problem in pool.map(check, entries) if problem), None)

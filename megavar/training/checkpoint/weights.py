@@ -1,0 +1,132 @@
+"""Weights of a checkpoint without the run that wrote it: for sampling, evaluation and conversion."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from megavar.errors import CheckpointError
+from megavar.training.checkpoint import manifest as manifests
+from megavar.training.checkpoint import shards, store
+from megavar.training.checkpoint.manifest import DamagedError, Manifest, ModuleEntry
+from megavar.training.checkpoint.state import (
+    AVERAGE,
+    BUFFER,
+    WEIGHT,
+    as_stored,
+    key,
+    logical_by_parameter,
+    persistent_buffers,
+)
+
+
+def find_checkpoint(path: Path, verify: bool = True) -> tuple[Path, Manifest]:
+    """The checkpoint meant by ``path``: a checkpoint, a directory of checkpoints or a run directory (their newest).
+
+    Args:
+        path: what a person wrote.
+        verify: read every byte of a candidate and compare hashes, as one must before using it.
+
+    Raises:
+        CheckpointError: there is none, or what there is is damaged. Unlike a run that resumes, a reader who named
+            one checkpoint gets that one or an error, never an older one.
+    """
+    path = Path(path)
+    for root in (path, path / "checkpoints"):
+        candidates = store.list_checkpoints(root)
+        if candidates:
+            path = candidates[0]
+            break
+    else:
+        if not (path / manifests.FILE_NAME).exists():
+            raise CheckpointError(
+                f"{path} is not a checkpoint and holds none. Name a checkpoint (step-00001000), a directory of "
+                f"checkpoints, or a run directory."
+            )
+    try:
+        manifest = manifests.read(path)
+        problem = manifests.damage(path, manifest.files) if verify else None
+    except DamagedError as error:
+        problem = str(error)
+    if problem:
+        raise CheckpointError(f"{path} is damaged: {problem}. Name an older checkpoint, or restore it from a backup.")
+    return path, manifest
+
+
+def _entry(path: Path, manifest: Manifest, module: str, ema: bool) -> ModuleEntry:
+    if module not in manifest.modules:
+        raise CheckpointError(f"{path} holds no module {module!r}; it holds {', '.join(manifest.modules)}.")
+    entry = manifest.modules[module]
+    if ema and not entry.has_average:
+        raise CheckpointError(
+            f"{path} holds no average of the weights of {module!r}: the run had no EMA. Ask for the weights themselves."
+        )
+    return entry
+
+
+def _key(stored: set[str], module: str, name: str, ema: bool) -> str:
+    average = key(module, AVERAGE, name)
+    return average if ema and average in stored else key(module, WEIGHT, name)  # frozen parameters have no average
+
+
+def read_weights(path: Path, module: str = "generator", ema: bool = False) -> dict[str, Tensor]:
+    """All weights and buffers of one module, whole, by logical name.
+
+    Args:
+        path: see :func:`find_checkpoint`.
+        module: name of the module in its recipe.
+        ema: the moving average instead of the weights.
+
+    Returns:
+        float32 CPU tensors; buffers in their own dtype.
+
+    Raises:
+        CheckpointError: no such checkpoint, module or average, or files are damaged.
+    """
+    path, manifest = find_checkpoint(path)
+    entry = _entry(path, manifest, module, ema)
+    stored = shards.index(path)
+    keys = {name: _key(set(stored), module, name, ema) for name in entry.tensors}
+    keys |= {name: key(module, BUFFER, name) for name in entry.buffers}
+    templates = {wanted: torch.empty(stored[wanted][0], dtype=stored[wanted][1]) for wanted in keys.values()}
+    shards.read(path, templates)
+    return {name: templates[wanted] for name, wanted in keys.items()}
+
+
+@torch.no_grad()
+def load_weights(target: nn.Module, path: Path, module: str = "generator", ema: bool = False) -> Manifest:
+    """Fill the parameters and buffers of ``target``, which may be one rank's part of any layout (not of ZeRO-3).
+
+    Every rank calls it and reads what it needs, without communication.
+
+    Returns:
+        The manifest of the checkpoint.
+
+    Raises:
+        CheckpointError: as :func:`read_weights`, or ``target`` is another model.
+    """
+    path, manifest = find_checkpoint(path)
+    entry = _entry(path, manifest, module, ema)
+    stored = set(shards.index(path))
+    parameters, buffers = dict(target.named_parameters()), persistent_buffers(target)
+    names = logical_by_parameter(target)
+    values, templates = {}, {}
+    for parameter, tensors in names.items():
+        values[parameter] = torch.empty(parameters[parameter].shape, dtype=torch.float32)
+        for tensor in tensors:
+            if entry.tensors.get(tensor.name) != list(tensor.shape):
+                there = f"has shape {entry.tensors[tensor.name]}" if tensor.name in entry.tensors else "is missing"
+                raise CheckpointError(
+                    f"{path} is a checkpoint of another model: {module}/{tensor.name} {there} there and has shape "
+                    f"{list(tensor.shape)} here. Give the configuration the checkpoint was trained with."
+                )
+            wanted = _key(stored, module, tensor.name, ema)
+            templates[wanted] = as_stored(tensor, tensor.local(values[parameter]))
+    for name in set(buffers) & set(entry.buffers):
+        templates[key(module, BUFFER, name)] = torch.empty_like(buffers[name], device="cpu")
+    shards.read(path, templates)
+    for parameter, value in values.items():
+        parameters[parameter].copy_(value)
+    for name in set(buffers) & set(entry.buffers):
+        buffers[name].copy_(templates[key(module, BUFFER, name)])
+    return manifest

@@ -19,7 +19,7 @@ class Ranks:
     def __init__(self) -> None:
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
-        self.group = dist.new_group(backend="gloo")
+        self.group: Any = dist.new_group(backend="gloo")
 
     def gather(self, value: T) -> list[T]:
         """``value`` of every rank, on every rank."""

@@ -197,17 +197,18 @@ class Restorer:
                 buffer.copy_(stored)
         master.refresh_module(engine)
 
+    def _step(self, name: str) -> int:
+        return self.entry.step_exceptions.get(name, self.entry.step)
+
     def _restore_steps(self) -> None:
         steps = dict.fromkeys(range(len(master.master_tensors(self.state.engine))), self.entry.step)
         if self.entry.step_exceptions:
             seen: dict[int, int] = {}
             for holding in master.holdings(self.state.engine):
                 if holding.trained and holding.piece is not None:
-                    counts = (
-                        self.entry.step_exceptions.get(t.name, self.entry.step) for t in self._names[holding.name]
-                    )
+                    names = [tensor.name for tensor in self._names[holding.name]]
                     index = holding.piece.index
-                    seen[index] = max(seen.get(index, 0), *counts)
+                    seen[index] = max(seen.get(index, 0), *(self._step(name) for name in names))
             steps |= seen
         for index, step in steps.items():
             master.set_step(self.state.engine, index, step)

@@ -144,7 +144,7 @@ def readable(path: Path) -> Manifest | None:
 
 
 def prune(root: Path, keep_last: int, keep_every: int, protect: Path) -> list[Path]:
-    """Delete old checkpoints: keep ``protect`` (just committed), the last ``keep_last``, and multiples of ``keep_every``.
+    """Delete old checkpoints, except the last ``keep_last`` and multiples of ``keep_every``.
 
     Only directories with a readable manifest count towards ``keep_last``, and checkpoints newer than ``protect`` are
     left alone. Set-aside directories go once a checkpoint at least as new as they exists.

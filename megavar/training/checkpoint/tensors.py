@@ -61,7 +61,8 @@ def make_buckets(holdings: list[Holding]) -> list[Bucket]:
         size = dist.get_world_size(members[0].group)
         total = sum(torch.Size(holding.shape).numel() for holding in members)
         limit = min(LARGEST_BUCKET, -(-total // size))
-        owner, current, filled = 0, [], 0
+        owner, filled = 0, 0
+        current: list[Holding] = []
         for holding in members:
             numel = torch.Size(holding.shape).numel()
             if current and filled + numel > limit:

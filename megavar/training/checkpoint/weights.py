@@ -1,5 +1,6 @@
 """Weights of a checkpoint without the run that wrote it: for sampling, evaluation and conversion."""
 
+from collections.abc import Container
 from pathlib import Path
 
 import torch
@@ -64,18 +65,19 @@ def _entry(path: Path, manifest: Manifest, module: str, ema: bool) -> ModuleEntr
     return entry
 
 
-def _key(stored: set[str], module: str, name: str, ema: bool) -> str:
+def _key(stored: Container[str], module: str, name: str, ema: bool) -> str:
     average = key(module, AVERAGE, name)
     return average if ema and average in stored else key(module, WEIGHT, name)  # frozen parameters have no average
 
 
-def read_weights(path: Path, module: str = "generator", ema: bool = False) -> dict[str, Tensor]:
+def read_weights(path: Path, module: str = "generator", ema: bool = False, verify: bool = True) -> dict[str, Tensor]:
     """All weights and buffers of one module, whole, by logical name.
 
     Args:
         path: see :func:`find_checkpoint`.
         module: name of the module in its recipe.
         ema: the moving average instead of the weights.
+        verify: see :func:`find_checkpoint`. Of many processes that read the same checkpoint, one is enough.
 
     Returns:
         float32 CPU tensors; buffers in their own dtype.
@@ -83,10 +85,10 @@ def read_weights(path: Path, module: str = "generator", ema: bool = False) -> di
     Raises:
         CheckpointError: no such checkpoint, module or average, or files are damaged.
     """
-    path, manifest = find_checkpoint(path)
+    path, manifest = find_checkpoint(path, verify)
     entry = _entry(path, manifest, module, ema)
     stored = shards.index(path)
-    keys = {name: _key(set(stored), module, name, ema) for name in entry.tensors}
+    keys = {name: _key(stored.keys(), module, name, ema) for name in entry.tensors}
     keys |= {name: key(module, BUFFER, name) for name in entry.buffers}
     templates = {wanted: torch.empty(stored[wanted][0], dtype=stored[wanted][1]) for wanted in keys.values()}
     shards.read(path, templates)
@@ -94,10 +96,12 @@ def read_weights(path: Path, module: str = "generator", ema: bool = False) -> di
 
 
 @torch.no_grad()
-def load_weights(target: nn.Module, path: Path, module: str = "generator", ema: bool = False) -> Manifest:
+def load_weights(
+    target: nn.Module, path: Path, module: str = "generator", ema: bool = False, verify: bool = True
+) -> Manifest:
     """Fill the parameters and buffers of ``target``, which may be one rank's part of any layout (not of ZeRO-3).
 
-    Every rank calls it and reads what it needs, without communication.
+    Every rank calls it and reads what it needs, without communication. Arguments as in :func:`read_weights`.
 
     Returns:
         The manifest of the checkpoint.
@@ -105,9 +109,9 @@ def load_weights(target: nn.Module, path: Path, module: str = "generator", ema: 
     Raises:
         CheckpointError: as :func:`read_weights`, or ``target`` is another model.
     """
-    path, manifest = find_checkpoint(path)
+    path, manifest = find_checkpoint(path, verify)
     entry = _entry(path, manifest, module, ema)
-    stored = set(shards.index(path))
+    stored = shards.index(path).keys()
     parameters, buffers = dict(target.named_parameters()), persistent_buffers(target)
     names = logical_by_parameter(target)
     values, templates = {}, {}

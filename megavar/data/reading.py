@@ -7,7 +7,7 @@ stand-in is a function of (seed, epoch, index), both are named in the log, and `
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -16,21 +16,67 @@ from torch import Tensor
 
 from megavar.data.batch import Batch
 from megavar.data.source import DamagedSampleError, Sample, Source
-from megavar.data.transforms import Transform, decode
+from megavar.data.transforms import Transform, Unchanged, decode
 from megavar.errors import DataError
 from megavar.parallel.seeds import random_bits, uniform
 
 STAND_IN_ATTEMPTS = 8
+REMEDY = (
+    "Repair the data (tools/verify_shards.py --repair for shards), or set data.damaged_samples=skip-and-count to go on "
+    "without it."
+)
 DamagePolicy = Literal["fail", "skip-and-count"]
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class Prepared:
+    """A sample ready to be stacked."""
+
     sample: Sample
     index: int
+    epoch: int
     content: np.ndarray
+    """The transformed image, uint8 [H, W, 3], or the chosen view of tokens [L] or latents [C, h, w]."""
     replaced: bool = False
+
+
+class Preparation:
+    """Decodes and transforms samples, or chooses a view of cached ones, as (seed, epoch, index) say."""
+
+    def __init__(self, transform: Transform, seed: int) -> None:
+        self.transform = transform
+        self.seed = seed
+
+    def __call__(self, sample: Sample, epoch: int, index: int) -> Prepared:
+        """Prepare ``sample``, which is sample ``index`` of its source.
+
+        Raises:
+            DamagedSampleError: the image cannot be decoded.
+        """
+        for views in (sample.tokens, sample.latents):
+            if views is not None:
+                return Prepared(sample, index, epoch, views[self._view(epoch, index, len(views))])
+        assert sample.image is not None
+        if isinstance(sample.image, np.ndarray) and self._passes(sample.image):
+            return Prepared(sample, index, epoch, sample.image)
+        try:
+            image = decode(sample.image)
+        except DamagedSampleError as error:
+            raise DamagedSampleError(f"{sample.key}: {error}") from error
+        return Prepared(sample, index, epoch, np.asarray(self.transform(image, self._draws(epoch, index))))
+
+    def _passes(self, image: np.ndarray) -> bool:
+        size = self.transform.size
+        return isinstance(self.transform, Unchanged) and image.shape == (size, size, 3)
+
+    def _draws(self, epoch: int, index: int) -> Sequence[float]:
+        if not self.transform.draws:
+            return ()
+        return uniform(self.seed, "augmentation", epoch, index, torch.arange(self.transform.draws)).tolist()
+
+    def _view(self, epoch: int, index: int, count: int) -> int:
+        return int(random_bits(self.seed, "view", epoch, index) % count)
 
 
 class SampleReader:
@@ -38,7 +84,7 @@ class SampleReader:
 
     def __init__(self, source: Source, transform: Transform, *, seed: int, damaged: DamagePolicy = "fail") -> None:
         self.source = source
-        self.transform = transform
+        self.prepare = Preparation(transform, seed)
         self.seed = seed
         self.damaged = damaged
 
@@ -52,19 +98,15 @@ class SampleReader:
         Returns:
             a batch whose images, if any, are uint8 [B, 3, H, W].
         """
-        prepared = [self._prepare(epoch, index) for epoch, index in zip(epochs.tolist(), indices.tolist())]
-        return _stack(prepared, epochs)
+        return stack([self._read(epoch, index) for epoch, index in zip(epochs.tolist(), indices.tolist())])
 
-    def _prepare(self, epoch: int, index: int) -> _Prepared:
+    def _read(self, epoch: int, index: int) -> Prepared:
         try:
             return self._load(epoch, index)
         except DamagedSampleError as error:
             name = f"Sample {index} of {self.source.fingerprint} is damaged: {error}"
         if self.damaged == "fail":
-            raise DataError(
-                f"{name}. Repair the data (tools/verify_shards.py --repair for shards), or set "
-                f"data.damaged_samples=skip-and-count to go on without it."
-            )
+            raise DataError(f"{name}. {REMEDY}")
         for attempt in range(STAND_IN_ATTEMPTS):
             stand_in = int(random_bits(self.seed, "stand_in", epoch, index, attempt) % len(self.source))
             try:
@@ -72,44 +114,22 @@ class SampleReader:
             except DamagedSampleError:
                 continue
             log.warning("%s. Sample %d (%s) stands in for it in epoch %d.", name, stand_in, found.sample.key, epoch)
-            return _Prepared(found.sample, stand_in, found.content, replaced=True)
+            return replace(found, replaced=True)
         raise DataError(
             f"{name}, and so are {STAND_IN_ATTEMPTS} others that were tried in its place. This source is damaged "
             f"throughout: check that its storage is mounted, and verify it."
         )
 
-    def _load(self, epoch: int, index: int) -> _Prepared:
+    def _load(self, epoch: int, index: int) -> Prepared:
         try:
             sample = self.source.read(index)
         except OSError as error:
             raise DamagedSampleError(f"it cannot be read ({error})") from error
-        for views in (sample.tokens, sample.latents):
-            if views is not None:
-                return _Prepared(sample, index, views[self._view(epoch, index, len(views))])
-        assert sample.image is not None
-        if isinstance(sample.image, np.ndarray) and self.transform.draws == 0 and self._fits(sample.image):
-            return _Prepared(sample, index, sample.image)
-        try:
-            image = decode(sample.image)
-        except DamagedSampleError as error:
-            raise DamagedSampleError(f"{sample.key}: {error}") from error
-        return _Prepared(sample, index, np.asarray(self.transform(image, self._draws(epoch, index))))
-
-    def _fits(self, image: np.ndarray) -> bool:
-        from megavar.data.transforms import Unchanged
-
-        return isinstance(self.transform, Unchanged) and image.shape[:2] == (self.transform.size, self.transform.size)
-
-    def _draws(self, epoch: int, index: int) -> Sequence[float]:
-        if not self.transform.draws:
-            return ()
-        return uniform(self.seed, "augmentation", epoch, index, torch.arange(self.transform.draws)).tolist()
-
-    def _view(self, epoch: int, index: int, count: int) -> int:
-        return int(random_bits(self.seed, "view", epoch, index) % count)
+        return self.prepare(sample, epoch, index)
 
 
-def _stack(prepared: list[_Prepared], epochs: Tensor) -> Batch:
+def stack(prepared: list[Prepared]) -> Batch:
+    """Stack samples; images stay uint8."""
     samples = [item.sample for item in prepared]
     content = torch.from_numpy(np.stack([item.content for item in prepared]))
     captions = [sample.caption for sample in samples]
@@ -117,10 +137,10 @@ def _stack(prepared: list[_Prepared], epochs: Tensor) -> Batch:
         images=content.permute(0, 3, 1, 2).contiguous() if samples[0].image is not None else None,
         labels=torch.tensor([sample.label for sample in samples]),
         sample_ids=torch.tensor([item.index for item in prepared]),
-        epochs=epochs,
+        epochs=torch.tensor([item.epoch for item in prepared]),
         tokens=content.to(torch.int64) if samples[0].tokens is not None else None,
         latents=content.to(torch.float32) if samples[0].latents is not None else None,
-        captions=tuple(c for c in captions if c is not None) if captions[0] is not None else None,
+        captions=tuple(c or "" for c in captions) if any(c is not None for c in captions) else None,
         replaced=torch.tensor([item.replaced for item in prepared]),
     )
 

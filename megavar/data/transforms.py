@@ -23,6 +23,11 @@ LANCZOS = Image.Resampling.LANCZOS
 class Transform(Protocol):
     """Prepares one image."""
 
+    @property
+    def size(self) -> int:
+        """Height and width of the result."""
+        ...
+
     draws: ClassVar[int]
     """How many random numbers the transform uses."""
 

@@ -1,0 +1,132 @@
+"""The ``.idx`` file beside a shard: where each sample's image and caption lie, for random access.
+
+Format, little endian: 16 bytes ``megavar index 1\\n``, the number of samples as uint64, 8 zero bytes, then per sample,
+in the order of the tar, a record of 32 bytes (:data:`RECORD`). Sizes are in bytes, offsets count from the start of the
+tar. The CRC-32 of the image bytes lets a reader notice damage that a JPEG decoder would accept.
+"""
+
+import tarfile
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from megavar.errors import DataError
+
+MAGIC = b"megavar index 1\n"
+HEADER_BYTES = 32
+RECORD = np.dtype(
+    [
+        ("image_offset", "<u8"),
+        ("caption_offset", "<u8"),
+        ("image_size", "<u4"),
+        ("image_crc32", "<u4"),
+        ("caption_size", "<u4"),
+        ("label", "<i4"),
+    ]
+)
+"""``label`` is -1 and ``caption_size`` 0 where a sample has none."""
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
+
+
+def index_path(shard: Path) -> Path:
+    """The index of a shard lies beside it."""
+    return shard.with_suffix(".idx")
+
+
+def encode_index(records: np.ndarray) -> bytes:
+    """The content of an index file for ``records`` of type :data:`RECORD`."""
+    return MAGIC + np.uint64(len(records)).tobytes() + bytes(8) + records.astype(RECORD).tobytes()
+
+
+def open_index(path: Path) -> np.ndarray:
+    """Memory-map the records of an index file.
+
+    Raises:
+        DataError: the file is not a whole index.
+    """
+    with path.open("rb") as file:
+        header = file.read(HEADER_BYTES)
+    size = path.stat().st_size
+    count = int(np.frombuffer(header[16:24].ljust(8, b"\0"), dtype="<u8")[0])
+    if header[:16] != MAGIC or size != HEADER_BYTES + count * RECORD.itemsize or count == 0:
+        raise DataError(f"{path} is not a whole shard index. Rebuild it with tools/verify_shards.py --repair.")
+    return np.memmap(path, dtype=RECORD, mode="r", offset=HEADER_BYTES, shape=(count,))
+
+
+@dataclass
+class TarSample:
+    """The members of one sample in a tar: (offset, size) by extension."""
+
+    key: str
+    members: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def image(self) -> tuple[int, int] | None:
+        """Offset and size of the image."""
+        return next((self.members[name] for name in IMAGE_EXTENSIONS if name in self.members), None)
+
+
+def walk_tar(path: Path) -> list[TarSample]:
+    """Group the members of a WebDataset tar by key: the name up to the first dot of its last component.
+
+    Raises:
+        DataError: the tar is damaged or empty.
+    """
+    samples: list[TarSample] = []
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if not member.isreg():
+                    continue
+                folder, _, name = member.name.rpartition("/")
+                stem, _, extension = name.partition(".")
+                key = f"{folder}/{stem}" if folder else stem
+                if not samples or samples[-1].key != key:
+                    samples.append(TarSample(key))
+                samples[-1].members[extension.lower()] = (member.offset_data, member.size)
+            end = tar.offset
+    except tarfile.TarError as error:
+        raise DataError(f"{path} is not a whole tar file ({error}). Make it again from the originals.") from error
+    with path.open("rb") as file:
+        file.seek(end)
+        rest = file.read()
+    if len(rest) < tarfile.BLOCKSIZE or any(rest):  # tarfile takes a damaged header or a clean cut for the end
+        raise DataError(f"{path} breaks off at byte {end}, or is damaged there. Make it again from the originals.")
+    if not samples:
+        raise DataError(f"{path} contains no samples. Make it again from the originals, or remove it.")
+    return samples
+
+
+def build_index(path: Path) -> tuple[np.ndarray, list[str]]:
+    """Index an existing shard by walking through it.
+
+    Returns:
+        records of type :data:`RECORD`, and the keys.
+
+    Raises:
+        DataError: the tar is damaged, or a sample has no image or a class that is not a number.
+    """
+    samples = walk_tar(path)
+    records = np.zeros(len(samples), dtype=RECORD)
+    with path.open("rb") as file:
+
+        def content(place: tuple[int, int]) -> bytes:
+            file.seek(place[0])
+            data = file.read(place[1])
+            if len(data) != place[1]:
+                raise DataError(f"{path} ends before its last sample. Make it again from the originals.")
+            return data
+
+        for record, sample in zip(records, samples):
+            if sample.image is None:
+                raise DataError(f"Sample {sample.key} of {path} has no image ({', '.join(IMAGE_EXTENSIONS)}).")
+            record["image_offset"], record["image_size"] = sample.image
+            record["image_crc32"] = zlib.crc32(content(sample.image))
+            record["caption_offset"], record["caption_size"] = sample.members.get("txt", (0, 0))
+            try:
+                record["label"] = int(content(sample.members["cls"])) if "cls" in sample.members else -1
+            except ValueError as error:
+                raise DataError(f"The class of sample {sample.key} of {path} is not a number.") from error
+    return records, [sample.key for sample in samples]

@@ -1,0 +1,107 @@
+"""``manifest.json``: what a shard folder contains, with its own checksum."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megavar.errors import DataError
+from megavar.storage import write_bytes_atomic
+
+FORMAT = "megavar shards 1"
+FILE_NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One shard."""
+
+    file: str
+    samples: int
+    bytes: int
+    sha256: str
+    index_sha256: str
+    first_key: str
+    last_key: str
+    class_histogram: dict[str, int]
+    """Samples per class index (decimal), classes without samples left out; -1 counts samples without class."""
+    left_out: list[str] = field(default_factory=list)
+    """Originals that could not be decoded when the shard was made, as ``path: reason``."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole folder."""
+
+    arguments: dict[str, Any]
+    """How the shards were made; the same arguments and originals give the same bytes."""
+    class_names: list[str]
+    shards: list[ShardEntry]
+
+    @property
+    def samples(self) -> int:
+        """Samples of all shards."""
+        return sum(shard.samples for shard in self.shards)
+
+    def encode(self) -> bytes:
+        """The one byte sequence that represents this manifest."""
+        histogram: dict[str, int] = {}
+        for shard in self.shards:
+            for label, count in shard.class_histogram.items():
+                histogram[label] = histogram.get(label, 0) + count
+        content: dict[str, Any] = {
+            "format": FORMAT,
+            "arguments": self.arguments,
+            "samples": self.samples,
+            "bytes": sum(shard.bytes for shard in self.shards),
+            "class_names": self.class_names,
+            "class_histogram": {label: histogram[label] for label in sorted(histogram, key=int)},
+            "left_out": [reason for shard in self.shards for reason in shard.left_out],
+            "shards": [asdict(shard) for shard in self.shards],
+        }
+        content["checksum"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        return (json.dumps(content, indent=1) + "\n").encode()
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256 of the content."""
+        return json.loads(self.encode())["checksum"]
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of ``folder`` atomically."""
+    write_bytes_atomic(folder / FILE_NAME, manifest.encode())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of a shard folder.
+
+    Raises:
+        DataError: there is none, or any of its bits is not as written.
+    """
+    path = Path(folder) / FILE_NAME
+    if not path.is_file():
+        raise DataError(
+            f"{folder} has no {FILE_NAME}, so it is not a finished folder of shards. Make shards with "
+            f"tools/shard_images.py (run it again if it was interrupted), or give existing tars a manifest with its "
+            f"--existing option."
+        )
+    raw = path.read_bytes()
+    damaged = DataError(
+        f"{path} is damaged: its content does not agree with its checksum. Restore it from a copy, or make the shards "
+        f"again in another folder with tools/shard_images.py."
+    )
+    try:
+        content = json.loads(raw)
+        manifest = Manifest(
+            arguments=content["arguments"],
+            class_names=content["class_names"],
+            shards=[ShardEntry(**entry) for entry in content["shards"]],
+        )
+        same = manifest.encode() == raw
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged from error
+    if not same:
+        raise damaged
+    return manifest

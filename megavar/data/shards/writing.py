@@ -1,0 +1,324 @@
+"""Writing shards: parallel, resumable after kill -9 at any moment, and always the same bytes.
+
+While work is under way the folder contains ``.progress/``: ``plan.json`` (what is being made), temporary files, and one
+``shard-000000.json`` per finished shard, written after its tar and index are in place. A rerun keeps the finished
+shards whose hashes still agree and makes the others. The last act is the manifest; then ``.progress`` is removed.
+"""
+
+import fcntl
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import tarfile
+import threading
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, TypeVar
+
+import numpy as np
+import torch
+
+from megavar.data.image_folder import IMAGE_SUFFIXES
+from megavar.data.shards.index import RECORD, encode_index, index_path
+from megavar.data.shards.listing import Listing, Original
+from megavar.data.shards.manifest import FILE_NAME, Manifest, ShardEntry, read_manifest, write_manifest
+from megavar.data.source import DamagedSampleError
+from megavar.data.transforms import decode
+from megavar.errors import DataError
+from megavar.parallel.seeds import random_bits
+from megavar.storage import atomic_file, sha256_of_file, write_bytes_atomic, write_json_atomic
+
+PROGRESS = ".progress"
+Damaged = Literal["fail", "leave-out"]
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a folder of shards will contain; everything that its bytes depend on."""
+
+    listing: Listing
+    shards: int
+    seed: int = 0
+    damaged: Damaged = "fail"
+
+    def arguments(self) -> dict[str, Any]:
+        """The part of the plan that the manifest records."""
+        return {
+            "kind": self.listing.kind,
+            "listing_sha256": self.listing.sha256(),
+            "listed": len(self.listing.originals),
+            "shards": self.shards,
+            "seed": self.seed,
+            "damaged": self.damaged,
+        }
+
+    def permutation(self) -> np.ndarray:
+        """int64 [N]: which original stands at each place."""
+        bits = random_bits(self.seed, "shards", torch.arange(len(self.listing.originals)))
+        return torch.sort(bits, stable=True).indices.numpy()
+
+    def places(self, shard: int) -> range:
+        """The places of the permutation that ``shard`` holds."""
+        count = len(self.listing.originals)
+        return range(shard * count // self.shards, (shard + 1) * count // self.shards)
+
+
+def shard_name(shard: int) -> str:
+    """File name of a shard."""
+    return f"shard-{shard:06d}.tar"
+
+
+class _HashingFile(io.RawIOBase):
+    """Passes writes on and hashes them."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.digest = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        self.size += len(data)
+        return self.file.write(data)
+
+    def tell(self) -> int:
+        return self.size
+
+
+def _members(root: Path, original: Original) -> dict[str, bytes]:
+    """Extension -> content of the members of one sample, in the order of the tar.
+
+    Raises:
+        DamagedSampleError: the image cannot be read or decoded.
+    """
+    suffix = Path(original.path).suffix.lower()
+    if suffix not in IMAGE_SUFFIXES:
+        raise DamagedSampleError(f"its name does not end in {', '.join(IMAGE_SUFFIXES)}")
+    try:
+        image = (root / original.path).read_bytes()
+        caption = original.caption
+        if original.caption_path is not None:
+            caption = (root / original.caption_path).read_text().strip()
+    except (OSError, UnicodeError) as error:
+        raise DamagedSampleError(f"it cannot be read ({error})") from error
+    width, height = decode(image).size
+    facts = {"height": height, "path": original.path, "sha256": hashlib.sha256(image).hexdigest(), "width": width}
+    members = {"jpg" if suffix == ".jpeg" else suffix[1:]: image, "json": json.dumps(facts).encode()}
+    if original.label >= 0:
+        members["cls"] = str(original.label).encode()
+    if caption is not None:
+        members["txt"] = caption.encode()
+    return dict(sorted(members.items()))
+
+
+def _add_sample(tar: tarfile.TarFile, key: str, label: int, members: dict[str, bytes]) -> np.ndarray:
+    """Append one sample and return its index record."""
+    record = np.zeros((), dtype=RECORD)
+    record["label"] = label
+    for extension, content in members.items():
+        header = tarfile.TarInfo(f"{key}.{extension}")  # mtime, uid and gid are 0, mode is 0644
+        header.size = len(content)
+        offset = tar.offset + tarfile.BLOCKSIZE
+        tar.addfile(header, io.BytesIO(content))
+        if extension == "txt":
+            record["caption_offset"], record["caption_size"] = offset, len(content)
+        elif extension not in ("cls", "json"):
+            record["image_offset"], record["image_size"] = offset, len(content)
+            record["image_crc32"] = zlib.crc32(content)
+    return record
+
+
+def write_shard(plan: Plan, permutation: np.ndarray, shard: int, folder: Path) -> ShardEntry:
+    """Write one tar and its index into ``folder``.
+
+    Raises:
+        DataError: an original is damaged and the plan does not allow leaving it out, or nothing is left.
+    """
+    records, keys, left_out = [], [], []
+    path = folder / shard_name(shard)
+    temporary = folder / PROGRESS / path.name
+    with atomic_file(temporary) as file:
+        hashing = _HashingFile(file)
+        with tarfile.open(fileobj=hashing, mode="w", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
+            for place in plan.places(shard):
+                original = plan.listing.originals[permutation[place]]
+                try:
+                    members = _members(plan.listing.root, original)
+                except DamagedSampleError as error:
+                    if plan.damaged == "fail":
+                        raise DataError(
+                            f"{plan.listing.root / original.path} is damaged: {error}. Replace or remove it, or run "
+                            f"with --damaged leave-out to make the shards without such images and list them in the "
+                            f"manifest."
+                        ) from error
+                    left_out.append(f"{original.path}: {error}")
+                    continue
+                records.append(_add_sample(tar, f"{place:09d}", original.label, members))
+                keys.append(f"{place:09d}")
+    if not records:
+        raise DataError(f"Every image of {path.name} is damaged, for example {left_out[0]}. Use fewer shards.")
+    index = encode_index(np.stack(records))
+    write_bytes_atomic(folder / PROGRESS / index_path(path).name, index)
+    for name in (path.name, index_path(path).name):
+        (folder / PROGRESS / name).replace(folder / name)
+    counts = Counter(int(record["label"]) for record in records)
+    return ShardEntry(
+        file=path.name,
+        samples=len(records),
+        bytes=hashing.size,
+        sha256=hashing.digest.hexdigest(),
+        index_sha256=hashlib.sha256(index).hexdigest(),
+        first_key=keys[0],
+        last_key=keys[-1],
+        class_histogram={str(label): counts[label] for label in sorted(counts)},
+        left_out=left_out,
+    )
+
+
+def shard_is_whole(folder: Path, entry: ShardEntry) -> bool:
+    """Whether the tar and the index of ``entry`` are there and have the recorded hashes."""
+    path = folder / entry.file
+    if not path.is_file() or not index_path(path).is_file() or path.stat().st_size != entry.bytes:
+        return False
+    return sha256_of_file(path) == entry.sha256 and sha256_of_file(index_path(path)) == entry.index_sha256
+
+
+def _record_path(folder: Path, shard: int) -> Path:
+    return folder / PROGRESS / f"{Path(shard_name(shard)).stem}.json"
+
+
+def _read_record(folder: Path, shard: int) -> ShardEntry | None:
+    try:
+        return ShardEntry(**json.loads(_record_path(folder, shard).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+_work: tuple[Plan, np.ndarray, Path]
+
+
+def _finish_shard(shard: int) -> int:
+    plan, permutation, folder = _work
+    entry = _read_record(folder, shard)
+    if entry is None or not shard_is_whole(folder, entry):
+        entry = write_shard(plan, permutation, shard, folder)
+        write_json_atomic(_record_path(folder, shard), asdict(entry))
+    return entry.samples
+
+
+def end_with_parent(parent: int) -> None:
+    """End this process soon after the process ``parent`` has died, however it died."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def only_one(lock: Path, patience: float = 10.0) -> Iterator[None]:
+    """Hold ``lock`` against other processes. Forked children share it, so it outlives a killed parent until they end.
+
+    Raises:
+        DataError: another process keeps the lock for ``patience`` seconds.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        for _ in range(max(1, round(patience / 0.05))):
+            with suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.05)
+        else:
+            raise DataError(f"Another process is at work in {lock.parent.parent}. Wait for it, or stop it.")
+        yield
+
+
+def in_processes(
+    function: Callable[[int], Result], items: Iterable[int], processes: int
+) -> Iterable[tuple[int, Result]]:
+    """Run ``function`` on every item in forked processes; yield (item, result) as they finish."""
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(
+        processes, mp_context=context, initializer=end_with_parent, initargs=(os.getpid(),)
+    ) as pool:
+        futures = {pool.submit(function, item): item for item in items}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def write_shards(
+    plan: Plan,
+    folder: Path,
+    *,
+    processes: int = 1,
+    part: tuple[int, int] = (0, 1),
+    progress: Callable[[int], Any] = lambda samples: None,
+) -> Manifest | None:
+    """Make the shards of ``plan`` in ``folder``, continuing what an interrupted run has left.
+
+    Args:
+        part: (i, n): make only shards i, i + n, ...; n machines with one part each share the work.
+        progress: called with a number of finished samples.
+
+    Returns:
+        the manifest, or None if other parts are not finished yet.
+
+    Raises:
+        DataError: the folder holds something else, or an original is damaged.
+    """
+    arguments = plan.arguments()
+    _claim(folder, arguments)
+    if (folder / FILE_NAME).exists():
+        progress(len(plan.listing.originals))
+        return read_manifest(folder)
+    global _work
+    _work = plan, plan.permutation(), folder
+    with only_one(folder / PROGRESS / f"lock-{part[0]}"):
+        for _, samples in in_processes(_finish_shard, range(part[0], plan.shards, part[1]), processes):
+            progress(samples)
+    entries = [entry for shard in range(plan.shards) if (entry := _read_record(folder, shard)) is not None]
+    if len(entries) < plan.shards:
+        return None
+    manifest = Manifest(arguments, list(plan.listing.class_names), entries)
+    write_manifest(folder, manifest)
+    shutil.rmtree(folder / PROGRESS, ignore_errors=True)  # another part may be removing it too
+    return manifest
+
+
+def _claim(folder: Path, arguments: dict[str, Any]) -> None:
+    """Make sure that ``folder`` is empty or holds work with the same arguments."""
+    plan_path = folder / PROGRESS / "plan.json"
+    if (folder / FILE_NAME).exists():
+        found = read_manifest(folder).arguments
+        shutil.rmtree(folder / PROGRESS, ignore_errors=True)  # killed between the manifest and the clean-up
+    elif plan_path.exists():
+        found = json.loads(plan_path.read_text())
+    elif folder.exists() and any(path.suffix in (".tar", ".idx") for path in folder.iterdir()):
+        raise DataError(f"{folder} contains shards without a manifest or plan. Choose an empty folder.")
+    else:
+        write_json_atomic(plan_path, arguments)
+        return
+    if found != arguments:
+        differing = ", ".join(
+            f"{key} {found.get(key)!r} -> {value!r}" for key, value in arguments.items() if found.get(key) != value
+        )
+        raise DataError(
+            f"{folder} holds shards made with other arguments or other originals ({differing}). Choose another folder, "
+            f"or delete this one to start anew."
+        )

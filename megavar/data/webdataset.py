@@ -1,0 +1,114 @@
+"""Shards read through their index: random access, so that any order and any resume point is exact."""
+
+import os
+import zlib
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+
+from megavar.data.shards.index import index_path, open_index
+from megavar.data.shards.manifest import read_manifest
+from megavar.data.source import DamagedSampleError, Sample, Split
+from megavar.errors import DataError
+from megavar.storage import sha256_of_file
+
+OPEN_FILES = 128
+"""Shards that a process keeps open; systems commonly allow a process 1024 files."""
+TAR_HEADER = 512
+
+
+class ShardFolder:
+    """The samples of a folder of shards, in shard order (``megavar/data/shards/__init__.py`` describes the folder)."""
+
+    def __init__(self, split: Split, path: Path) -> None:
+        self.split: Split = split
+        self.root = Path(path)
+        if not self.root.is_dir():
+            raise DataError(
+                f"The shard folder {self.root} does not exist. Make it with tools/shard_images.py, or correct the path "
+                f"of data.source."
+            )
+        self.manifest = read_manifest(self.root)
+        self.class_names = tuple(self.manifest.class_names)
+        self.fingerprint = f"shards-{split}-{len(self)}-{self.manifest.checksum[:16]}"
+        self.starts = np.cumsum([0, *(shard.samples for shard in self.manifest.shards)])
+        """int64 [shards + 1]: index of the first sample of each shard."""
+        self._indexes: dict[int, np.ndarray] = {}
+        self._files: OrderedDict[int, int] = OrderedDict()
+        self._process = os.getpid()
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, 0 for text-image pairs."""
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        return self.manifest.samples
+
+    def read(self, index: int) -> Sample:
+        """Sample ``index`` with its encoded image."""
+        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
+        record = self._index(shard)[index - self.starts[shard]]
+        # The tar header before the image names the sample; reading it along costs nothing.
+        offset, size = int(record["image_offset"]) - TAR_HEADER, int(record["image_size"])
+        content = self._read(shard, offset, TAR_HEADER + size)
+        name = content[:100].split(b"\0", 1)[0].decode(errors="replace")
+        key = f"{self.manifest.shards[shard].file}/{name}"
+        image = content[TAR_HEADER:]
+        if len(image) != size:
+            raise DamagedSampleError(f"{self._path(shard)} ends before it, at byte {offset + len(content)}")
+        if zlib.crc32(image) != int(record["image_crc32"]):
+            raise DamagedSampleError(f"{key}: the image is not as it was written (checksum)")
+        caption = None
+        if not self.class_names:
+            text = self._read(shard, int(record["caption_offset"]), int(record["caption_size"]))
+            caption = text.decode(errors="replace")
+        return Sample(key=key, label=int(record["label"]), image=image, caption=caption)
+
+    def _path(self, shard: int) -> Path:
+        return self.root / self.manifest.shards[shard].file
+
+    def _index(self, shard: int) -> np.ndarray:
+        if shard not in self._indexes:
+            path, entry = index_path(self._path(shard)), self.manifest.shards[shard]
+            if not path.is_file() or sha256_of_file(path) != entry.index_sha256:
+                raise DataError(
+                    f"The index {path} is {'damaged' if path.is_file() else 'missing'}. Rebuild it with "
+                    f"`python -m tools.verify_shards {self.root} --repair`."
+                )
+            self._indexes[shard] = open_index(path)
+        return self._indexes[shard]
+
+    def _read(self, shard: int, offset: int, size: int) -> bytes:
+        parts = []
+        while size > 0 and (part := os.pread(self._open(shard), size, offset)):  # may return less than asked for
+            parts.append(part)
+            offset, size = offset + len(part), size - len(part)
+        return b"".join(parts)
+
+    def _open(self, shard: int) -> int:
+        if self._process != os.getpid():  # a forked worker must not close files of its parent's table by number
+            self._files, self._process = OrderedDict(), os.getpid()
+        if shard not in self._files:
+            while len(self._files) >= OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+            try:
+                self._files[shard] = os.open(self._path(shard), os.O_RDONLY)
+            except FileNotFoundError as error:
+                raise DataError(
+                    f"The shard {self._path(shard)} is missing. Mount or restore it, or make it again with "
+                    f"`python -m tools.verify_shards {self.root} --repair --source ORIGINALS`."
+                ) from error
+        self._files.move_to_end(shard)
+        return self._files[shard]
+
+    def close(self) -> None:
+        """Close the files of this process."""
+        if self._process == os.getpid():
+            while self._files:
+                os.close(self._files.popitem()[1])
+
+    def __del__(self) -> None:
+        if hasattr(self, "_files"):
+            self.close()

@@ -1,0 +1,54 @@
+"""kill -9 at a chosen moment: real processes, killed while they work."""
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.listdir", "os.scandir", "shutil.rmtree"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run."""
+
+    killed: bool
+    steps: int
+    """How often the run and its children touched the file system."""
+
+
+def run_until(work: Callable[[], Any], step: int | None, victims: Literal["group", "parent"]) -> Outcome:
+    """Run ``work`` in a forked process and kill -9 it when it or its children touch the file system the nth time.
+
+    Args:
+        step: which touch; None lets the run end.
+        victims: kill the process with all its children, or the process alone.
+    """
+    fork = multiprocessing.get_context("fork")
+    count = fork.Value("q", 0)
+
+    def watched() -> None:
+        os.setsid()
+        main = os.getpid()
+
+        def hook(event: str, _: Any) -> None:
+            if event not in FILE_EVENTS:
+                return
+            with count.get_lock():
+                count.value += 1
+                reached = count.value - 1 == step
+            if reached:
+                (os.killpg if victims == "group" else os.kill)(main, signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        work()
+        os._exit(0)
+
+    run = fork.Process(target=watched)
+    run.start()
+    run.join()
+    assert run.exitcode in (0, -signal.SIGKILL)
+    return Outcome(killed=run.exitcode != 0, steps=count.value)

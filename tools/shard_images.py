@@ -1,0 +1,109 @@
+"""Turn a folder of images into WebDataset shards.
+
+    python -m tools.shard_images --images imagenet/train --out shards/train
+    python -m tools.shard_images --list train.txt --out shards/train
+    python -m tools.shard_images --pairs captioned --out shards/captioned
+    python -m tools.shard_images --existing shards-of-another-tool
+
+Interrupt it whenever you like, by whatever means: the same command continues, and the result is the same bytes. The
+format is described in ``megavar/data/shards/__init__.py``.
+"""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megavar.data.shards.listing import Kind, list_originals
+from megavar.data.shards.manifest import Manifest
+from megavar.data.shards.verification import adopt_shards
+from megavar.data.shards.writing import Plan, write_shards
+from megavar.errors import ExitCode, MegavarError
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="shard_images", description=__doc__.splitlines()[0])
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--images", type=Path, metavar="DIR", help="a folder with one sub-folder of images per class")
+    source.add_argument("--list", type=Path, metavar="FILE", help="a text file of 'image label' lines")
+    source.add_argument(
+        "--pairs", type=Path, metavar="PATH", help="a folder of name.jpg + name.txt, or a .jsonl of image and caption"
+    )
+    source.add_argument(
+        "--existing", type=Path, metavar="DIR", help="WebDataset tars of another tool: only add indexes and a manifest"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the shards")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--shards", type=int, metavar="N", help="number of shards")
+    size.add_argument("--samples-per-shard", type=int, default=1250, metavar="N", help="at most (default: 1250)")
+    parser.add_argument("--seed", type=int, default=0, help="of the global permutation (default: 0)")
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), metavar="N")
+    parser.add_argument(
+        "--part", default="0/1", metavar="I/N", help="make only part I (from 0) of N; for several machines"
+    )
+    parser.add_argument(
+        "--damaged", choices=["fail", "leave-out"], default="fail", help="what to do with images that do not decode"
+    )
+    parsed = parser.parse_args(arguments)
+    part, _, parts = parsed.part.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        parser.error(f"--part {parsed.part}: give I/N with I from 0 to N-1, for example 0/4")
+    parsed.part = int(part), int(parts)
+    if parsed.existing is None and parsed.out is None:
+        parser.error("--out is needed: the folder for the shards")
+    if min(parsed.processes, parsed.samples_per_shard, parsed.shards or 1) < 1:
+        parser.error("--processes, --samples-per-shard and --shards must be at least 1")
+    return parsed
+
+
+def make_shards(arguments: argparse.Namespace) -> Manifest | None:
+    """List the originals and write their shards."""
+    kinds: list[tuple[Kind, Path | None]] = [
+        ("class_folders", arguments.images),
+        ("list", arguments.list),
+        ("pairs", arguments.pairs),
+    ]
+    kind, path = next((kind, path) for kind, path in kinds if path is not None)
+    listing = list_originals(kind, path)
+    count = len(listing.originals)
+    shards = min(count, arguments.shards or math.ceil(count / arguments.samples_per_shard))
+    plan = Plan(listing, shards, arguments.seed, arguments.damaged)
+    own = sum(len(plan.places(shard)) for shard in range(arguments.part[0], shards, arguments.part[1]))
+    with tqdm(total=own, unit=" images", desc="sharding", smoothing=0.05) as bar:
+        return write_shards(
+            plan, arguments.out, processes=arguments.processes, part=arguments.part, progress=bar.update
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the tool; returns its exit code."""
+    parsed = parse_arguments(arguments)
+    try:
+        if parsed.existing is not None:
+            with tqdm(unit=" shards", desc="indexing") as bar:
+                manifest: Manifest | None = adopt_shards(
+                    parsed.existing, processes=parsed.processes, progress=bar.update
+                )
+        else:
+            manifest = make_shards(parsed)
+    except MegavarError as error:
+        print(f"shard_images: {error}", file=sys.stderr)
+        return error.exit_code
+    if manifest is None:
+        print("This part is finished; the manifest is written when the other parts are.")
+        return ExitCode.FINISHED
+    left_out = sum(len(shard.left_out) for shard in manifest.shards)
+    print(
+        f"{manifest.samples} images in {len(manifest.shards)} shards, {len(manifest.class_names)} classes"
+        + (f", {left_out} damaged originals left out (listed in the manifest)" if left_out else "")
+    )
+    return ExitCode.FINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -54,8 +54,8 @@ def require_generator(config: Config) -> VARConfig:
     """
     if config.generator is None:
         raise ConfigError(
-            f"The recipe {config.recipe.name!r} of run {config.run.name} needs a generator. Add a `generator:` section, "
-            f"for example `generator: {{name: var, depth: 16}}`."
+            f"The recipe {config.recipe.name!r} of run {config.run.name} needs a generator. Add a `generator:` "
+            f"section, for example `generator: {{name: var, depth: 16}}`."
         )
     return config.generator
 

@@ -1,0 +1,131 @@
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from megavar.errors import ClusterError
+from megavar.training.checkpoint import lock
+from megavar.training.checkpoint.lock import Owner, RunLock
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from megavar.training.checkpoint.lock import RunLock
+RunLock.acquire(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the lock of ``tmp_path``."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"held\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def elsewhere(owner: Owner, **changes) -> Owner:
+    """The same lock as if its owner ran on another machine."""
+    return dataclasses.replace(owner, host="elsewhere", boot="another boot", **changes)
+
+
+def plant(directory, owner: Owner) -> None:
+    (directory / lock.FILE_NAME).write_text(json.dumps(dataclasses.asdict(owner)))
+
+
+def test_a_second_live_run_is_refused_and_the_message_names_the_first(tmp_path, holder):
+    with pytest.raises(ClusterError, match=rf"in use by process {holder.pid} on .*run\.directory"):
+        RunLock.acquire(tmp_path)
+
+
+def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path, holder):
+    holder.kill()
+    holder.wait()
+    began = time.monotonic()
+    with RunLock.acquire(tmp_path, stale_after=30) as mine:
+        assert time.monotonic() - began < 5
+        assert mine.owner.pid == os.getpid()
+    assert not (tmp_path / lock.FILE_NAME).exists()
+
+
+def test_a_process_that_died_but_was_not_reaped_counts_as_dead(tmp_path, holder):
+    holder.kill()
+    os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # a zombie
+    RunLock.acquire(tmp_path, stale_after=30).release()
+
+
+def test_another_process_with_the_same_id_does_not_count_as_the_owner(tmp_path):
+    plant(tmp_path, dataclasses.replace(Owner.current(), started="1"))
+    RunLock.acquire(tmp_path, stale_after=30).release()
+
+
+def test_released_lock_can_be_taken_again(tmp_path):
+    for _ in range(2):
+        with RunLock.acquire(tmp_path):
+            assert (tmp_path / lock.FILE_NAME).exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_owner_on_another_machine_that_shows_life_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "TOUCH_EVERY", 0.1)
+    here = Owner.current()
+    path = tmp_path / lock.FILE_NAME
+    there = elsewhere(here)
+    plant(tmp_path, there)
+    living = RunLock(path, there)  # its thread touches the file
+    with pytest.raises(ClusterError, match="in use by process .* on elsewhere"):
+        RunLock.acquire(tmp_path, stale_after=20)
+    living.release()
+
+
+def test_an_owner_on_another_machine_without_signs_of_life_is_taken_over(tmp_path):
+    plant(tmp_path, elsewhere(Owner.current()))
+    with RunLock.acquire(tmp_path, stale_after=0.3) as mine:
+        assert mine.owner.host != "elsewhere"
+
+
+def test_an_earlier_start_of_the_same_slurm_job_is_taken_over_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    plant(tmp_path, elsewhere(Owner.current(), restart=0))
+    began = time.monotonic()
+    RunLock.acquire(tmp_path, stale_after=30).release()
+    assert time.monotonic() - began < 5
+
+
+def test_the_same_start_of_the_same_slurm_job_is_not_taken_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "TOUCH_EVERY", 0.1)
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    there = elsewhere(Owner.current())
+    plant(tmp_path, there)
+    living = RunLock(tmp_path / lock.FILE_NAME, there)
+    with pytest.raises(ClusterError, match="Slurm job 77"):
+        RunLock.acquire(tmp_path, stale_after=20)
+    living.release()
+
+
+def test_a_run_whose_lock_was_taken_over_notices(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "TOUCH_EVERY", 0.05)
+    mine = RunLock.acquire(tmp_path)
+    mine.check()
+    plant(tmp_path, elsewhere(mine.owner, token="taken"))
+    mine._thread.join(5)
+    with pytest.raises(ClusterError, match="belongs to another run"):
+        mine.check()
+    mine.release()
+    assert json.loads((tmp_path / lock.FILE_NAME).read_text())["token"] == "taken"
+
+
+def test_a_dead_lock_is_removed_only_if_it_still_is_the_one_judged(tmp_path):
+    judged, newer = Owner.current(), Owner.current()
+    plant(tmp_path, newer)
+    assert not lock._remove_dead(tmp_path / lock.FILE_NAME, judged)
+    assert json.loads((tmp_path / lock.FILE_NAME).read_text())["token"] == newer.token

@@ -1,8 +1,8 @@
+import contextlib
 import dataclasses
 import json
 import os
-import subprocess
-import sys
+import signal
 import time
 
 import pytest
@@ -11,25 +11,33 @@ from megavar.errors import ClusterError
 from megavar.training.checkpoint import lock
 from megavar.training.checkpoint.lock import Owner, RunLock
 
-HOLDER = """
-import sys, time
-from pathlib import Path
-from megavar.training.checkpoint.lock import RunLock
-RunLock.acquire(Path(sys.argv[1]))
-print("held", flush=True)
-time.sleep(60)
-"""
+
+class Holder:
+    """A forked process that holds the lock of a directory."""
+
+    def __init__(self, directory):
+        read, write = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            RunLock.acquire(directory)
+            os.write(write, b"held")
+            time.sleep(60)
+            os._exit(0)
+        assert os.read(read, 4) == b"held"
+        os.close(read)
+        os.close(write)
+
+    def kill(self, reap=True):
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, self.pid, os.WEXITED | (0 if reap else os.WNOWAIT))
 
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that holds the lock of ``tmp_path``."""
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE)
-    assert process.stdout.readline() == b"held\n"
-    yield process
-    process.kill()
-    process.wait()
-    process.stdout.close()
+    holder = Holder(tmp_path)
+    yield holder
+    with contextlib.suppress(ChildProcessError, ProcessLookupError):
+        holder.kill()
 
 
 def elsewhere(owner: Owner, **changes) -> Owner:
@@ -48,7 +56,6 @@ def test_a_second_live_run_is_refused_and_the_message_names_the_first(tmp_path, 
 
 def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path, holder):
     holder.kill()
-    holder.wait()
     began = time.monotonic()
     with RunLock.acquire(tmp_path, stale_after=30) as mine:
         assert time.monotonic() - began < 5
@@ -57,8 +64,7 @@ def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path, holder):
 
 
 def test_a_process_that_died_but_was_not_reaped_counts_as_dead(tmp_path, holder):
-    holder.kill()
-    os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # a zombie
+    holder.kill(reap=False)
     RunLock.acquire(tmp_path, stale_after=30).release()
 
 
@@ -81,7 +87,7 @@ def test_an_owner_on_another_machine_that_shows_life_is_refused(tmp_path, monkey
     there = elsewhere(here)
     plant(tmp_path, there)
     living = RunLock(path, there)  # its thread touches the file
-    with pytest.raises(ClusterError, match="in use by process .* on elsewhere"):
+    with pytest.raises(ClusterError, match=r"in use by process .* on elsewhere"):
         RunLock.acquire(tmp_path, stale_after=20)
     living.release()
 

@@ -10,8 +10,8 @@ job and restart count. A thread of the owner touches it every few seconds. Who f
   Ages are measured with the clock of the file system (a file touched by us is the reference), never by comparing hosts.
 
 Taking over renames the lock that was judged dead and checks that it renamed that one. As a last resort against a race
-that a weak file system might allow, the owner's thread verifies that the lock still is its own, and :meth:`RunLock.check`
-raises if it is not.
+that a weak file system might allow, the owner's thread verifies that the lock still is its own, and
+:meth:`RunLock.check` raises if it is not.
 """
 
 import contextlib

@@ -1,0 +1,83 @@
+"""Drop path is a function of (seed, sample); recomputation changes nothing but memory."""
+
+import pytest
+import torch
+
+from megavar.config.parallel import ParallelConfig
+from megavar.transformer.context import ForwardContext
+from megavar.transformer.layout import ScaleLayout
+from tests.transformer import tiny
+
+pytestmark = pytest.mark.usefixtures("single_process")
+
+
+def context(keys, seed=0):
+    return ForwardContext(ScaleLayout((1,)), torch.zeros(1, dtype=torch.int64), seed=seed, sample_keys=keys)
+
+
+def test_keep_mask_depends_on_seed_sample_block_and_branch_alone():
+    keys = torch.tensor([7, 3, 11, 3])
+    mask = context(keys).keep_mask("drop_path/attention", 5, 0.5)
+    order = torch.tensor([2, 0, 3, 1])
+    assert torch.equal(context(keys[order]).keep_mask("drop_path/attention", 5, 0.5), mask[order])
+    assert mask[1] == mask[3]
+    many = torch.arange(4000)
+    masks = [
+        context(many, seed).keep_mask(stream, block, 0.25)
+        for seed, stream, block in [(0, "a", 1), (1, "a", 1), (0, "b", 1), (0, "a", 2)]
+    ]
+    for mask in masks:
+        assert mask.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
+        assert abs((mask > 0).float().mean() - 0.75) < 0.03
+    for other in masks[1:]:  # independent: 0.75^2 + 0.25^2 of the samples agree by chance
+        assert abs(((masks[0] > 0) == (other > 0)).float().mean() - 0.625) < 0.03
+
+
+def test_no_keys_or_no_rate_keeps_everything():
+    assert context(None).keep_mask("x", 1, 0.5) is None
+    assert context(torch.arange(3)).keep_mask("x", 1, 0.0) is None
+
+
+def test_a_sample_drops_the_same_branches_in_any_batch():
+    model = tiny.model(tiny.config({}, drop_path=0.6))
+    given, _ = tiny.inputs(6)
+    given.sample_keys = torch.arange(6) * 13
+    together = model(given).logits
+    order = torch.tensor([4, 1, 5])
+    torch.testing.assert_close(model(tiny.rows(given, order)).logits, together[order], rtol=1e-5, atol=1e-6)
+    given.sample_keys = torch.arange(6) * 13 + 1
+    assert not torch.allclose(model(given).logits, together, atol=1e-3)
+    given.sample_keys = None
+    kept = model(given).logits
+    assert not torch.allclose(kept, together, atol=1e-3)
+    model.eval()
+    given.sample_keys = torch.arange(6) * 13
+    torch.testing.assert_close(model(given).logits, kept)
+
+
+def test_rate_rises_linearly_from_zero():
+    model = tiny.model(tiny.config(None, depth=5, drop_path=0.2))
+    rates = [block.drop_path_rate for block in model.blocks.values()]
+    assert rates == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2])
+    assert tiny.config(None, depth=24, drop_path=None).drop_path_rate == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("experts", [None, {}, {"router": "scale"}], ids=["dense", "scale_token", "scale"])
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_recomputation_changes_neither_loss_nor_gradients_nor_statistics(mode, experts):
+    def run(recompute):
+        model = tiny.model(tiny.config(experts, drop_path=0.5), ParallelConfig(recompute=recompute))
+        given, targets = tiny.inputs()
+        given.sample_keys = torch.arange(3)
+        loss = tiny.loss(model(given), targets)
+        loss.backward()
+        return loss, tiny.gradients(model), model.collect_routing()
+
+    loss, gradients, statistics = run(mode)
+    expected_loss, expected_gradients, expected_statistics = run("none")
+    assert torch.equal(loss, expected_loss)
+    tiny.assert_same(gradients, expected_gradients)
+    tiny.assert_same(statistics, expected_statistics, rtol=0, atol=0)
+    if experts is not None:
+        assert statistics["passes"].tolist() == [1, 1]
+        assert statistics["load"].sum() == 2 * 3 * tiny.TOKENS * 2  # blocks, samples, tokens, experts per token

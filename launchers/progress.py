@@ -1,0 +1,221 @@
+"""Counts attempts of a run and decides what follows when one ends.
+
+The batch script (and ``launchers.local``) calls ``begin`` before the ranks start and ``end`` after they stopped, so
+that attempts which die while importing count too. The ledger ``restarts.json`` in the run directory lists every
+attempt; progress means that the newest checkpoint (``checkpoints/step-*/manifest.json``) is newer than when the attempt
+began.
+
+Runs on the host outside any container: standard library only, Python 3.9 or newer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import socket
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from megavar.errors import ExitCode
+from megavar.storage import write_json_atomic
+
+NO_CHECKPOINT = -1
+
+FINISH, RESTART, REPLACE, CANCEL, STOP = "finish", "restart", "replace", "cancel", "stop"
+"""What the batch script does next: nothing is left; start again; start again without the bad nodes; cancel the queued
+jobs of this run because starting again cannot help; leave everything as it is (an operator cancelled the job)."""
+
+_DECISIVE = (ExitCode.NO_PROGRESS, ExitCode.CONFIGURATION, ExitCode.NON_FINITE, ExitCode.PREFLIGHT, ExitCode.HANG)
+_SRUN_EXIT = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): Exited with exit code (\d+)")
+_CHECKPOINT_NAME = re.compile(r"step-(\d+)")
+
+
+class Ledger:
+    """The attempts of one run, kept in ``restarts.json``."""
+
+    def __init__(self, run_directory: Path) -> None:
+        self.run_directory = run_directory
+        self.path = run_directory / "restarts.json"
+        self.attempts: list[dict[str, Any]] = []
+        self.counted_from = 0
+        if self.path.exists():
+            try:
+                content = json.loads(self.path.read_text())
+                self.attempts, self.counted_from = content["attempts"], content["counted_from"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise LedgerError(
+                    f"{self.path} is damaged ({error}). It only counts attempts: move it away and start again."
+                ) from error
+
+    def save(self) -> None:
+        """Write the ledger atomically."""
+        write_json_atomic(self.path, {"counted_from": self.counted_from, "attempts": self.attempts})
+
+    def without_progress(self, step_now: int) -> int:
+        """Attempts at the end of the list that ended without a newer checkpoint than they began with.
+
+        ``step_now`` is the newest checkpointed step at this moment.
+        """
+        count, step_after = 0, step_now
+        for attempt in reversed(self.attempts[self.counted_from:]):
+            if step_after > attempt["step_before"]:
+                break
+            count, step_after = count + 1, attempt["step_before"]
+        return count
+
+    def forgive(self) -> None:
+        """Count from here on: whoever starts the run again after it was stopped has looked at it."""
+        self.counted_from = len(self.attempts)
+
+
+class LedgerError(ValueError):
+    """The ledger cannot be read."""
+
+
+def newest_checkpoint_step(run_directory: Path) -> int:
+    """The highest step of which a checkpoint with a manifest exists, or ``NO_CHECKPOINT``."""
+    steps = [NO_CHECKPOINT]
+    for manifest in (run_directory / "checkpoints").glob("step-*/manifest.json"):
+        match = _CHECKPOINT_NAME.fullmatch(manifest.parent.name)
+        if match:
+            steps.append(int(match[1]))
+    return max(steps)
+
+
+def is_done(run_directory: Path) -> bool:
+    """Whether the run has reached and saved its last step."""
+    return (run_directory / "DONE").exists()
+
+
+def begin(run_directory: Path, *, maximum: int, job: str, nodes: str) -> tuple[ExitCode, int]:
+    """Enter a new attempt.
+
+    Returns the exit code the batch script must leave with (``FINISHED`` also means: go on) and the attempt's number,
+    0 where no attempt may start because the run is done or makes no progress.
+    """
+    if is_done(run_directory):
+        return ExitCode.FINISHED, 0
+    ledger = Ledger(run_directory)
+    step = newest_checkpoint_step(run_directory)
+    if ledger.without_progress(step) >= maximum:
+        ledger.forgive()
+        ledger.save()
+        return ExitCode.NO_PROGRESS, 0
+    number = len(ledger.attempts) + 1
+    ledger.attempts.append({"attempt": number, "job": job, "nodes": nodes, "host": socket.gethostname(),
+                            "started": time.time(), "step_before": step})
+    ledger.save()
+    return ExitCode.FINISHED, number
+
+
+def end(run_directory: Path, *, maximum: int, status: int, srun_messages: str = "", stop_requested: bool = False,
+        terminated: bool = False, rank_statuses: Iterable[int] = (), bad_nodes: bool = False) -> tuple[ExitCode, str]:
+    """Close the current attempt.
+
+    Args:
+        run_directory: the run.
+        maximum: attempts allowed in a row without a newer checkpoint.
+        status: exit status of srun, or of the first rank that failed.
+        srun_messages: what srun printed; it names the exit code of each task, which ``status`` may hide.
+        stop_requested: the scheduler announced the time limit or a preemption.
+        terminated: the job was cancelled.
+        rank_statuses: exit statuses of single ranks, where known.
+        bad_nodes: preflight named nodes that must be replaced.
+
+    Returns the exit code of the job and the next action.
+    """
+    outcome = classify(status, [*exit_codes_of_tasks(srun_messages), *rank_statuses],
+                       done=is_done(run_directory), stop_requested=stop_requested)
+    ledger = Ledger(run_directory)
+    step = newest_checkpoint_step(run_directory)
+    action = _action(outcome, terminated=terminated and not stop_requested, bad_nodes=bad_nodes)
+    if action in (RESTART, REPLACE) and ledger.without_progress(step) >= maximum:
+        outcome, action = ExitCode.NO_PROGRESS, CANCEL
+    if ledger.attempts:
+        ledger.attempts[-1].update(ended=time.time(), step_after=step, status=status, outcome=outcome.name,
+                                   action=action)
+    if action in (CANCEL, STOP):
+        ledger.forgive()
+    ledger.save()
+    return outcome, action
+
+
+def classify(status: int, tasks: list[int], *, done: bool, stop_requested: bool) -> ExitCode:
+    """The meaning of an attempt's end.
+
+    ``srun -K`` terminates the other ranks as soon as one has failed and returns the highest status, usually 143 from
+    SIGTERM. A rank that left with one of our codes therefore decides, whatever srun returned.
+    """
+    if done:
+        return ExitCode.FINISHED
+    codes = {status, *tasks}
+    for code in _DECISIVE:
+        if code in codes:
+            return code
+    if ExitCode.PREEMPTED in codes:
+        return ExitCode.PREEMPTED
+    if status == 0 and stop_requested:
+        return ExitCode.PREEMPTED
+    return ExitCode.FAILED
+
+
+def _action(outcome: ExitCode, *, terminated: bool, bad_nodes: bool) -> str:
+    if outcome == ExitCode.FINISHED:
+        return FINISH
+    if outcome in (ExitCode.CONFIGURATION, ExitCode.NON_FINITE, ExitCode.NO_PROGRESS):
+        return CANCEL
+    if terminated:
+        return STOP
+    return REPLACE if outcome == ExitCode.PREFLIGHT and bad_nodes else RESTART
+
+
+def exit_codes_of_tasks(srun_messages: str) -> list[int]:
+    """Exit codes in srun's messages such as ``srun: error: n2: task 1: Exited with exit code 7``."""
+    return [int(code) for _, _, code in _SRUN_EXIT.findall(srun_messages)]
+
+
+def main(arguments: list[str]) -> int:
+    """``begin`` prints the attempt's number (nothing where none may start); ``end`` prints the next action."""
+    parser = argparse.ArgumentParser(prog="launchers.progress", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("begin", "end"):
+        command = commands.add_parser(name)
+        command.add_argument("run_directory", type=Path)
+        command.add_argument("--maximum", type=int, required=True)
+    commands.choices["end"].add_argument("--status", type=int, required=True)
+    commands.choices["end"].add_argument("--srun-messages", type=Path)
+    commands.choices["end"].add_argument("--stop-requested", type=int, choices=(0, 1), default=0)
+    commands.choices["end"].add_argument("--terminated", type=int, choices=(0, 1), default=0)
+    commands.choices["end"].add_argument("--bad-nodes", type=Path)
+    given = parser.parse_args(arguments)
+    try:
+        if given.command == "begin":
+            code, number = begin(given.run_directory, maximum=given.maximum,
+                                 job=os.environ.get("SLURM_JOB_ID", ""), nodes=os.environ.get("SLURM_JOB_NODELIST", ""))
+            if number:
+                print(number)
+            elif code == ExitCode.NO_PROGRESS:
+                print(f"{given.maximum} attempts in a row ended without a newer checkpoint. Find the cause with: "
+                      f"python -m launchers.doctor {given.run_directory}", file=sys.stderr)
+            return code
+        code, action = end(given.run_directory, maximum=given.maximum, status=given.status,
+                           srun_messages=_text_of(given.srun_messages), stop_requested=bool(given.stop_requested),
+                           terminated=bool(given.terminated), bad_nodes=bool(_text_of(given.bad_nodes).strip()))
+        print(action)
+        return code
+    except LedgerError as error:
+        print(error, file=sys.stderr)
+        return ExitCode.CONFIGURATION
+
+
+def _text_of(path: Path | None) -> str:
+    return path.read_text(errors="replace") if path is not None and path.exists() else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,268 @@
+"""Submit runs to Slurm: ``python -m launchers.slurm submit CONFIG --nodes 4 [key=value ...]``.
+
+Resolves the configuration, writes everything the run needs into its directory (launchers/provenance.py), renders
+``submit.sbatch`` there from ``slurm/train.sbatch`` and submits it. ``evaluate`` and ``shard`` do the same for the other
+two templates.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from launchers import provenance
+from launchers.rendering import (
+    ContinueBy,
+    Job,
+    check_job,
+    excluded_nodes,
+    render_evaluation,
+    render_sharding,
+    render_training,
+)
+from megavar.config.cluster import ClusterConfig
+from megavar.config.loading import decode, dump, load_config, parse_yaml, read_tree
+from megavar.config.root import Config
+from megavar.errors import ClusterError, ConfigError, ExitCode, MegavarError
+from megavar.storage import write_text_atomic
+
+DEFAULT_CLUSTER_FILE = "slurm/cluster.yaml"
+SCRIPT = "submit.sbatch"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command line."""
+    given = _parse(list(arguments))
+    try:
+        return given.run(given)
+    except MegavarError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """Overrides may stand anywhere; what follows ``--`` belongs to the tool that a job runs."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    parser = _parser()
+    given, rest = parser.parse_known_args(arguments[:end])
+    for word in rest:
+        if word.startswith("-") or "=" not in word or given.run is _shard:
+            parser.error(f"{word!r} is neither an option nor an override such as train.steps=100")
+    given.overrides, given.arguments = rest, arguments[end + 1 :]
+    return given
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m launchers.slurm", description="Submit work to Slurm.")
+    commands = parser.add_subparsers(required=True, metavar="submit | evaluate | shard")
+    submit = commands.add_parser("submit", help="train; the run continues over as many jobs as it needs",
+                                 epilog="Further arguments key=value change the configuration.")
+    submit.add_argument("config", help="YAML file of the run")
+    _add_common(submit)
+    submit.add_argument("--chain", type=int, metavar="N",
+                        help="queue N jobs one behind the other instead of letting one job requeue itself")
+    submit.add_argument("--behind", action="store_true", help="queue behind jobs of this run that exist already")
+    submit.add_argument("--change-config", action="store_true",
+                        help="replace the configuration that the run directory holds by a different one")
+    submit.set_defaults(run=_submit)
+
+    evaluate = commands.add_parser("evaluate", help="sample from a trained run and score it",
+                                   epilog="Further arguments key=value change the configuration.")
+    evaluate.add_argument("config", help="YAML file of the run")
+    _add_common(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+
+    shard = commands.add_parser("shard", help="write image shards, one task per node",
+                                epilog="What follows -- are the arguments of python -m tools.shard_images.")
+    _add_common(shard)
+    shard.add_argument("--logs", default="runs/shard", help="folder of the script and its log")
+    shard.set_defaults(run=_shard)
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--nodes", type=_positive, required=True)
+    parser.add_argument("--cluster", help=f"cluster file; default $MEGAVAR_CLUSTER, then {DEFAULT_CLUSTER_FILE}")
+    parser.add_argument("--time", help="time limit of one job, instead of the cluster file's")
+    parser.add_argument("--partition", help="partition, instead of the cluster file's")
+    parser.add_argument("--requeue", action=argparse.BooleanOptionalAction, default=None,
+                        help="let the job put itself into the queue again until the run is done (default)")
+    parser.add_argument("--dry-run", action="store_true", help="print the script; write and submit nothing")
+    parser.add_argument("--test-only", action="store_true", help="let Slurm check the job and say when it would start")
+
+
+def _positive(text: str) -> int:
+    if not re.fullmatch(r"[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def load_cluster(given: str | None, *, time: str | None = None, partition: str | None = None) -> ClusterConfig:
+    """Read the cluster file ``given``, or the default one, and apply what the command line says.
+
+    Raises:
+        ConfigError: the file is missing or wrong.
+    """
+    path = Path(given or os.environ.get("MEGAVAR_CLUSTER") or DEFAULT_CLUSTER_FILE)
+    if not path.exists():
+        raise ConfigError(f"There is no cluster file {path}. Copy slurm/cluster.example.yaml to {DEFAULT_CLUSTER_FILE} "
+                          f"and fill in your partition; if it lies elsewhere, use --cluster or $MEGAVAR_CLUSTER.")
+    tree = read_tree(path)
+    tree |= {key: value for key, value in (("time", time), ("partition", partition)) if value is not None}
+    return decode(tree, ClusterConfig, str(path))
+
+
+def resolve(path: str, overrides: Sequence[str]) -> tuple[Config, Path]:
+    """The configuration with its run directory made absolute, and that directory."""
+    config = load_config(path, overrides)
+    run_directory = Path(config.run.path).absolute()
+    run = config.run.model_copy(update={"directory": str(run_directory)})
+    return config.model_copy(update={"run": run}), run_directory
+
+
+def _submit(given: argparse.Namespace) -> int:
+    if given.chain is not None and given.requeue:
+        raise ConfigError("--chain and --requeue are two ways to continue a run: give one of them.")
+    if given.chain is not None and given.chain < 1:
+        raise ConfigError(f"--chain {given.chain} queues no job: give 1 or more.")
+    continue_by: ContinueBy = "chain" if given.chain else "hand" if given.requeue is False else "requeue"
+    config, run_directory = resolve(given.config, given.overrides)
+    job = _job(given, run_directory, continue_by)
+    if given.dry_run or given.test_only:
+        return _try_out(render_training(job), given)
+    if (run_directory / "DONE").exists():
+        print(f"{run_directory} is finished already: nothing to submit.")
+        return ExitCode.FINISHED
+    _refuse_second_submission(job, behind=given.behind)
+    _write_config(run_directory, config, change=given.change_config)
+    script = _write_run_directory(job, render_training)
+    jobs = [_sbatch([str(script)]) for _ in range(given.chain or 1)]
+    provenance.note_submission(run_directory, jobs=jobs, nodes=given.nodes, continue_by=continue_by,
+                               arguments=sys.argv[1:])
+    print(f"Submitted {job.name} as job{'s' if len(jobs) > 1 else ''} {', '.join(jobs)}: {job.nodes} nodes, "
+          f"{job.world_size} ranks.")
+    print(f"Watch:       tail -F {run_directory}/logs/slurm-{jobs[0]}.out")
+    print(f"Stop:        scancel --signal=USR1 --batch {jobs[0]}   (saves; continues if it may)")
+    print(f"Understand:  python -m launchers.doctor {run_directory}")
+    return ExitCode.FINISHED
+
+
+def _evaluate(given: argparse.Namespace) -> int:
+    config, run_directory = resolve(given.config, given.overrides)
+    job = _job(given, run_directory, "hand" if given.requeue is False else "requeue")
+    configuration = run_directory / "evaluate.yaml"
+
+    def text(job: Job) -> str:
+        return render_evaluation(job, [str(configuration)])
+
+    if given.dry_run or given.test_only:
+        return _try_out(text(job), given)
+    run_directory.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(configuration, dump(config))
+    script = _write_run_directory(job, text, name="evaluate.sbatch")
+    print(f"Submitted {job.name}-evaluate as job {_sbatch([str(script)])}.")
+    return ExitCode.FINISHED
+
+
+def _shard(given: argparse.Namespace) -> int:
+    directory = Path(given.logs).absolute()
+    job = _job(given, directory, "hand" if given.requeue is False else "requeue")
+
+    def text(job: Job) -> str:
+        return render_sharding(job, given.arguments)
+
+    if given.dry_run or given.test_only:
+        return _try_out(text(job), given)
+    script = _write_run_directory(job, text, name="shard.sbatch")
+    print(f"Submitted {job.name}-shard as job {_sbatch([str(script)])}.")
+    return ExitCode.FINISHED
+
+
+def _job(given: argparse.Namespace, run_directory: Path, continue_by: ContinueBy) -> Job:
+    cluster = load_cluster(given.cluster, time=given.time, partition=given.partition)
+    job = Job(
+        cluster=cluster,
+        run_directory=run_directory,
+        code_directory=provenance.CODE_ROOT,
+        submit_directory=Path.cwd(),
+        nodes=given.nodes,
+        continue_by=continue_by,
+        recorded_environment=provenance.allowed_environment(cluster.record_environment),
+        excluded_nodes=excluded_nodes(cluster),
+    )
+    check_job(job)
+    return job
+
+
+def _try_out(script: str, given: argparse.Namespace) -> int:
+    if given.dry_run:
+        print(script, end="")
+    if given.test_only:
+        with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
+            file.write(script)
+            file.flush()
+            result = _run_slurm(["sbatch", "--test-only", file.name])
+        print(result.stderr.strip() or result.stdout.strip())
+    return ExitCode.FINISHED
+
+
+def _refuse_second_submission(job: Job, *, behind: bool) -> None:
+    listing = _run_slurm(["squeue", "--noheader", f"--user={os.getuid()}", f"--name={job.name}", "--format=%i %T"])
+    existing = listing.stdout.split("\n")[:-1]
+    if existing and not behind:
+        raise ClusterError(f"The run {job.run_directory} is in the queue already ({'; '.join(existing)}). Cancel it "
+                           f"with scancel --name={job.name}, or queue more jobs behind it with --behind.")
+
+
+def _write_config(run_directory: Path, config: Config, *, change: bool) -> None:
+    path = run_directory / "config.yaml"
+    text = dump(config)
+    if path.exists() and not change:
+        differences = _differences(parse_yaml(path.read_text(), str(path)), parse_yaml(text, "the configuration"))
+        if differences:
+            raise ConfigError(f"{path} is of an earlier submission and differs in {', '.join(differences)}. Choose "
+                              f"another run.name or run.directory, or change this run's with --change-config.")
+    run_directory.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(path, text)
+
+
+def _differences(old: object, new: object, prefix: str = "") -> list[str]:
+    """Dotted keys in which two trees differ."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [prefix.rstrip(".")]
+    names = sorted({*old, *new})
+    return [key for name in names for key in _differences(old.get(name), new.get(name), f"{prefix}{name}.")]
+
+
+def _write_run_directory(job: Job, text_of: Callable[[Job], str], name: str = SCRIPT) -> Path:
+    directory = job.run_directory
+    (directory / "logs").mkdir(parents=True, exist_ok=True)
+    provenance.record(directory, job.recorded_environment)
+    code = provenance.copy_code(directory) if job.cluster.snapshot_code else job.code_directory
+    script = directory / name
+    write_text_atomic(script, text_of(Job(**{**job.__dict__, "code_directory": code})))
+    return script
+
+
+def _sbatch(arguments: list[str]) -> str:
+    return _run_slurm(["sbatch", "--parsable", *arguments]).stdout.strip().split(";")[0]
+
+
+def _run_slurm(command: list[str]) -> subprocess.CompletedProcess[str]:
+    if shutil.which(command[0]) is None:
+        raise ClusterError(f"{command[0]} is not on the PATH: submit from a login node of the cluster, or look at the "
+                           f"script with --dry-run.")
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise ClusterError(f"`{' '.join(command)}` failed: {result.stderr.strip() or result.stdout.strip()}. Check the "
+                           f"partition, account and limits in the cluster file.")
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,264 @@
+"""Rendered batch scripts: their exact text, their syntax, and that no value can become shell."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launchers.rendering import (
+    Job,
+    check_job,
+    excluded_nodes,
+    job_name,
+    render_evaluation,
+    render_sharding,
+    render_training,
+)
+from launchers.templates import directives
+from megavar.config.cluster import ClusterConfig, seconds_of_slurm_time
+from megavar.config.loading import decode
+from megavar.errors import ConfigError, ExitCode
+from tests.launchers.stubs import Stubs
+
+GOLDEN = Path(__file__).parent / "golden"
+HOSTILE = "it's \"$(touch pwned)\" `touch pwned`; touch pwned #\n#SBATCH --nodes=99\ntouch pwned & {{nodes}} \\"
+
+CLUSTER = {
+    "partition": "gpu",
+    "account": "vision",
+    "exclude": ["bad1", "bad2"],
+    "setup": ["module load cuda"],
+    "environment": {"NCCL_SOCKET_IFNAME": "ib0", "GREETING": "hello, world"},
+    "container": {"name": "pyxis", "image": "/images/megavar.sqsh", "mounts": ["/shared:/shared"]},
+    "python": "/opt/python",
+}
+
+
+def job(cluster: dict | None = None, **changes) -> Job:
+    config = decode(CLUSTER if cluster is None else cluster, ClusterConfig, "test")
+    fields = {
+        "cluster": config,
+        "run_directory": Path("/shared/runs/var-d16"),
+        "code_directory": Path("/shared/runs/var-d16/code/0123456789ab"),
+        "submit_directory": Path("/home/me/my project"),
+        "nodes": 4,
+        "recorded_environment": {"NCCL_DEBUG": "WARN"},
+        "excluded_nodes": config.exclude,
+    }
+    return Job(**{**fields, **changes})
+
+
+SCRIPTS = {
+    "train_requeue": lambda: render_training(job()),
+    "train_chain": lambda: render_training(job(continue_by="chain")),
+    "evaluate": lambda: render_evaluation(job(), ["/shared/runs/var-d16/evaluate.yaml"]),
+    "shard": lambda: render_sharding(job(), ["--source", "/data/image net", "--output", "/shared/shards"]),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_are_the_golden_ones(name):
+    text, golden = SCRIPTS[name](), GOLDEN / f"{name}.sbatch"
+    if os.environ.get("UPDATE_GOLDEN"):
+        golden.write_text(text)
+    assert text == golden.read_text(), "set UPDATE_GOLDEN=1 to accept the new text, then read its diff"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_are_valid_bash(name, tmp_path):
+    script = tmp_path / "script"
+    script.write_text(SCRIPTS[name]())
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    if shutil.which("shellcheck"):
+        shared = [] if name.startswith("train") else ["--exclude=SC2317,SC2034,SC2154"]  # not all use all of job.bash
+        command = ["shellcheck", "--severity=info", *shared, str(script)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout
+
+
+def local_job(tmp_path: Path, cluster: dict, **changes) -> Job:
+    return job({"gpus_per_node": 0, "preflight": False, "node_local_directory": str(tmp_path / "local"), **cluster},
+               run_directory=tmp_path / "run", code_directory=Path(__file__).parents[2], submit_directory=tmp_path,
+               nodes=1, recorded_environment={}, **changes)
+
+
+def fake_python(path: Path, body: str) -> str:
+    """An interpreter of the ranks that runs ``body`` instead of the trainer: ``sys.argv`` is what it was given."""
+    path.write_text(f"#!{sys.executable}\nimport json, os, sys\n{body}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def write_script(job: Job) -> Path:
+    (job.run_directory / "logs").mkdir(parents=True)
+    script = job.run_directory / "submit.sbatch"
+    script.write_text(render_training(job))
+    return script
+
+
+def test_hostile_values_stay_inert(tmp_path):
+    """Quotes, substitutions and line ends reach the ranks as they are, and nothing else happens."""
+    place = tmp_path / f"a folder {HOSTILE.replace('/', '')}"
+    place.mkdir()
+    seen = place / "seen.json"
+    body = f"json.dump([sys.argv, os.environ['HOSTILE'], os.getcwd()], open({str(seen)!r}, 'w'))"
+    python = fake_python(place / "python", body)
+    container = {"name": "pyxis", "image": HOSTILE, "mounts": [HOSTILE]}
+    hostile = local_job(tmp_path, {"environment": {"HOSTILE": HOSTILE}, "python": python, "container": container,
+                                   "host_python": sys.executable, "node_local_directory": f"/tmp/{HOSTILE}"})
+    hostile = Job(**{**hostile.__dict__, "submit_directory": place})
+    stubs = Stubs(tmp_path / "bin")
+    result = stubs.run(write_script(hostile))
+    arguments, value, folder = json.loads(seen.read_text())
+    assert value == HOSTILE
+    assert folder == str(place)
+    assert arguments[1:4] == ["-m", "megavar", "train"]
+    assert f"--container-image={HOSTILE}" in stubs.calls("srun")[0]
+    assert not list(tmp_path.rglob("pwned")), result.stderr
+
+
+@pytest.mark.parametrize("key", ["partition", "account", "qos", "reservation", "constraint", "memory"])
+def test_directives_cannot_hold_hostile_values(key):
+    with pytest.raises(ConfigError, match=key):
+        decode({key: HOSTILE}, ClusterConfig, "test")
+
+
+def test_directives_refuse_what_sbatch_may_interpret():
+    for value in ("a b", 'a"b', "a\nb", "a'b", "$(x)", "a\\b"):
+        with pytest.raises(ValueError, match="SBATCH"):
+            directives({"output": value})
+    with pytest.raises(ConfigError, match="percent"):
+        render_training(job(run_directory=Path("/shared/runs/%j")))
+    with pytest.raises(ConfigError, match="output"):
+        render_training(job(run_directory=Path("/shared/my runs/x")))
+
+
+def run_with_exit(tmp_path: Path, code: int, continue_by: str = "requeue", before: str = "") -> tuple[Stubs, int, str]:
+    python = fake_python(tmp_path / "python", f"{before}\nsys.exit({code})")
+    stubs = Stubs(tmp_path / "bin")
+    cluster = {"python": python, "host_python": sys.executable}
+    script = write_script(local_job(tmp_path, cluster, continue_by=continue_by))
+    result = stubs.run(script)
+    return stubs, result.returncode, result.stdout + result.stderr
+
+
+def touch(path: Path) -> str:
+    return f"os.makedirs({str(path.parent)!r}, exist_ok=True); open({str(path)!r}, 'w').close()"
+
+
+def test_a_preempted_run_is_requeued(tmp_path):
+    stubs, code, output = run_with_exit(tmp_path, ExitCode.PREEMPTED)
+    assert code == ExitCode.PREEMPTED
+    assert ["requeue", "4711"] in stubs.calls("scontrol"), output
+    assert not stubs.calls("scancel")
+
+
+def test_a_crashed_run_is_requeued(tmp_path):
+    stubs, code, output = run_with_exit(tmp_path, 139)
+    assert code == ExitCode.FAILED
+    assert ["requeue", "4711"] in stubs.calls("scontrol"), output
+
+
+def test_a_link_of_a_chain_is_not_requeued(tmp_path):
+    stubs, code, _ = run_with_exit(tmp_path, ExitCode.PREEMPTED, continue_by="chain")
+    assert code == ExitCode.PREEMPTED
+    assert not [call for call in stubs.calls("scontrol") if call[0] == "requeue"]
+    assert not stubs.calls("scancel")
+
+
+@pytest.mark.parametrize("code", [ExitCode.CONFIGURATION, ExitCode.NON_FINITE, ExitCode.NO_PROGRESS])
+def test_a_hopeless_run_cancels_its_own_queued_jobs_only(tmp_path, code):
+    stubs, returned, output = run_with_exit(tmp_path, code)
+    assert returned == code
+    assert not [call for call in stubs.calls("scontrol") if call[0] == "requeue"], output
+    (cancel,) = stubs.calls("scancel")
+    user = subprocess.run(["id", "-un"], capture_output=True, text=True).stdout.strip()
+    assert cancel == [f"--user={user}", "--name=megavar-test", "--state=PENDING"]
+
+
+def test_a_finished_run_ends_with_success_and_leaves_no_queue(tmp_path):
+    stubs, code, output = run_with_exit(tmp_path, 0, before=touch(tmp_path / "run/DONE"))
+    assert code == ExitCode.FINISHED, output
+    assert len(stubs.calls("scancel")) == 1
+    again = Stubs(tmp_path / "bin2")
+    result = again.run(tmp_path / "run/submit.sbatch")
+    assert result.returncode == 0
+    assert "finished already" in result.stdout
+    assert not again.calls("srun")
+
+
+def test_bad_nodes_are_replaced_by_a_new_job(tmp_path):
+    body = "open(os.environ['MEGAVAR_LOG_DIRECTORY'] + '/bad_nodes.txt', 'w').write('n7\\nn9\\n')"
+    python = fake_python(tmp_path / "python", f"{body}\nsys.exit({int(ExitCode.PREFLIGHT)})")
+    stubs = Stubs(tmp_path / "bin", squeue="4712")
+    cluster = {"python": python, "host_python": sys.executable}
+    script = write_script(local_job(tmp_path, cluster, excluded_nodes=["old"]))
+    result = stubs.run(script)
+    assert result.returncode == ExitCode.PREFLIGHT
+    assert stubs.calls("sbatch") == [["--exclude=n7,n9,old", str(script)]], result.stdout
+    assert ["update", "JobId=4712", "ExcNodeList=n7,n9,old"] in stubs.calls("scontrol")
+
+
+def test_ranks_see_attempt_rendezvous_and_recorder(tmp_path):
+    seen = tmp_path / "seen.json"
+    python = fake_python(tmp_path / "python", f"json.dump(dict(os.environ), open({str(seen)!r}, 'w')); sys.exit(85)")
+    stubs = Stubs(tmp_path / "bin")
+    script = write_script(local_job(tmp_path, {"python": python, "host_python": sys.executable}))
+    stubs.run(script, TORCH_FR_BUFFER_SIZE="0")
+    variables = json.loads(seen.read_text())
+    logs = tmp_path / "run/logs/attempt-0001"
+    assert variables["MASTER_ADDR"] == "127.0.0.1"
+    assert 20000 <= int(variables["MASTER_PORT"]) < 30000
+    assert variables["MEGAVAR_ATTEMPT"] == "1"
+    assert variables["MEGAVAR_LOG_DIRECTORY"] == str(logs)
+    assert variables["TORCH_FR_BUFFER_SIZE"] == "0", "an operator can turn the recorder off"
+    assert variables["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] == f"{logs}/flight_recorder/rank_"
+    assert variables["TRITON_CACHE_DIR"].startswith(f"{tmp_path}/local/")
+    (train,) = stubs.calls("srun")
+    assert f"--output={logs}/rank-%4t.log" in train
+    assert "--kill-on-bad-exit=1" in train
+
+
+def test_run_directory_must_be_shared():
+    local = job(run_directory=Path("/tmp/runs/x"))
+    with pytest.raises(ConfigError, match="every node has for itself"):
+        check_job(local)
+    check_job(job(run_directory=Path("/tmp/runs/x"), nodes=1))
+
+
+def test_cordon_file_adds_nodes(tmp_path):
+    (tmp_path / "cordon").write_text("# since May\nn3\nn4 # ECC\n\nbad1\n")
+    cluster = decode({**CLUSTER, "exclude_file": str(tmp_path / "cordon")}, ClusterConfig, "test")
+    assert excluded_nodes(cluster) == ["bad1", "bad2", "n3", "n4"]
+    (tmp_path / "cordon").write_text("n3; rm -rf /\n")
+    with pytest.raises(ConfigError, match="not the name of a node"):
+        excluded_nodes(cluster)
+
+
+def test_job_names_are_safe_and_unique():
+    assert job_name(Path("/a/run")) != job_name(Path("/b/run"))
+    assert job_name(Path("/a/r;u'n")).startswith("megavar-r_u_n-")
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("30", 1800), ("90:30", 5430), ("24:00:00", 86400), ("2-12", 216000),
+                                               ("1-00:30", 88200), ("1-00:00:01", 86401)])
+def test_slurm_times(text, seconds):
+    assert seconds_of_slurm_time(text) == seconds
+
+
+def test_time_limits_are_checked():
+    with pytest.raises(ConfigError, match="Slurm time"):
+        decode({"time": "a day"}, ClusterConfig, "test")
+    with pytest.raises(ConfigError, match="not shorter"):
+        decode({"time": "5", "signal_lead_seconds": 300}, ClusterConfig, "test")
+
+
+def test_example_cluster_file_is_valid():
+    from launchers.slurm import load_cluster
+
+    cluster = load_cluster(str(Path(__file__).parents[2] / "slurm/cluster.example.yaml"))
+    assert cluster.ranks_per_node == 8

@@ -21,9 +21,11 @@ SuiteConfig = Annotated[DigitsSuite, Field(discriminator="name")]
 
 
 class EvaluationConfig(Section):
-    """Which images are scored, and how."""
+    """How the images of ``sampling`` are scored."""
 
     samples: int = Field(1000, ge=16)
-    """Number of images; class of image i is i modulo the number of classes."""
+    """Number of images; class of image i is i modulo the number of classes. Takes the place of ``sampling.number``."""
     suite: SuiteConfig = DigitsSuite()
     """The set of metrics."""
+    after_training: bool = False
+    """Score the run when ``train`` reaches its last step."""

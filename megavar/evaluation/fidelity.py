@@ -8,6 +8,7 @@ import torch_fidelity
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from megavar.errors import DataError
 from megavar.evaluation.classifier import TrainedExtractor
 
 NEIGHBOURS = 3
@@ -33,7 +34,7 @@ def fidelity_metrics(images: Tensor, reference: Tensor, extractor: TrainedExtrac
     score takes all images as one split, because ten splits of a few hundred images would be biased low.
     """
     if len(images) <= NEIGHBOURS:
-        raise ValueError(f"precision and recall need more than {NEIGHBOURS} images, got {len(images)}: sample more")
+        raise DataError(f"precision and recall need more than {NEIGHBOURS} images, got {len(images)}: sample more")
     values = torch_fidelity.calculate_metrics(
         input1=ImageTensor(images), input2=ImageTensor(reference), fid=True, isc=True, prc=True,
         feature_extractor=extractor.name, feature_extractor_weights_path=str(Path(extractor.path)), isc_splits=1,

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megavar.errors import DataError
+
 _BLOCK_ELEMENTS = 2**26  # entries of one block of a distance matrix: 256 MiB in float32
 
 
@@ -54,7 +56,7 @@ class GaussianAccumulator:
     def result(self) -> Gaussian:
         """Return the statistics of everything added so far (at least two vectors)."""
         if self._mean is None or self._scatter is None or self._count < 2:
-            raise ValueError(f"a covariance needs at least 2 feature vectors, got {self._count}: add more images")
+            raise DataError(f"a covariance needs at least 2 feature vectors, got {self._count}: add more images")
         scatter = (self._scatter + self._scatter.T) / 2
         return Gaussian(self._mean, scatter / (self._count - 1), self._count)
 
@@ -90,7 +92,7 @@ def inception_score(logits: Tensor, *, splits: int = 10, order: Tensor | None = 
     """
     count = len(logits)
     if count < splits:
-        raise ValueError(f"an Inception score over {splits} splits needs at least {splits} images, got {count}")
+        raise DataError(f"an Inception score over {splits} splits needs at least {splits} images, got {count}")
     ordered = logits if order is None else logits[order.to(logits.device)]
     log_p = ordered.to(torch.float64).log_softmax(dim=1)
     scores = []
@@ -113,8 +115,8 @@ def precision_recall(generated: Tensor, real: Tensor, *, neighbours: int = 3,
     """
     for name, features in (("generated", generated), ("real", real)):
         if len(features) <= neighbours:
-            raise ValueError(f"precision and recall with k={neighbours} need more than {neighbours} {name} images, "
-                             f"got {len(features)}: evaluate more images")
+            raise DataError(f"precision and recall with k={neighbours} need more than {neighbours} {name} images, "
+                            f"got {len(features)}: evaluate more images")
     real_radii = _radii(real, neighbours, half)
     precision = torch.cat([(block <= real_radii).any(dim=1) for block in _blocks(generated, real, half)])
     generated_radii = _radii(generated, neighbours, half)

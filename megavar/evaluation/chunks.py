@@ -1,0 +1,109 @@
+"""Results of fixed chunks of an index space: the unit of work, of resuming, and of distribution over ranks.
+
+Chunk c covers images ``[c * size, min((c + 1) * size, count))``, whatever the number of ranks. Each chunk is one file
+that is whole or absent, and a reduction reads the files in chunk order: any assignment of chunks to ranks, and any
+number of interruptions, give the same bytes in the end.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megavar.errors import DataError
+from megavar.storage import write_bytes_atomic, write_json_atomic
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class ChunkStore:
+    """A directory of ``chunk_000000.npz`` files for ``count`` images in chunks of ``size``."""
+
+    directory: Path
+    count: int
+    size: int
+
+    @classmethod
+    def open(cls, directory: Path, *, count: int, size: int, identity: Mapping[str, Any]) -> ChunkStore:
+        """Open or create a store for one piece of work, described by ``identity`` (plain JSON values).
+
+        Every rank may call this: the manifest has the same content from all of them.
+
+        Raises:
+            DataError: the directory holds chunks of other work.
+        """
+        if count < 1 or size < 1:
+            raise DataError(f"there is nothing to do for {count} images in chunks of {size}: name at least one image")
+        manifest = {"count": count, "chunk_size": size, **identity}
+        path = directory / MANIFEST
+        try:
+            present = json.loads(path.read_text())
+        except FileNotFoundError:
+            write_json_atomic(path, manifest)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path} is not readable ({error}): delete the directory to start again") from error
+        else:
+            wanted = json.loads(json.dumps(manifest))
+            differing = sorted(key for key in {*present, *wanted} if present.get(key) != wanted.get(key))
+            if differing:
+                key = differing[0]
+                raise DataError(
+                    f"{directory} holds the chunks of other work: {key} is {present.get(key)!r} there and "
+                    f"{wanted.get(key)!r} here. Use another directory, or delete it to start again.")
+        return cls(directory, count, size)
+
+    def __len__(self) -> int:
+        return -(-self.count // self.size)
+
+    def range(self, chunk: int) -> tuple[int, int]:
+        """First and one past the last image index of ``chunk``; the last chunk is simply shorter."""
+        return chunk * self.size, min((chunk + 1) * self.size, self.count)
+
+    def path(self, chunk: int) -> Path:
+        """The file of ``chunk``."""
+        return self.directory / f"chunk_{chunk:06d}.npz"
+
+    def missing(self, rank: int = 0, world_size: int = 1) -> list[int]:
+        """Chunks of ``rank`` (every ``world_size``-th) that have no file yet."""
+        return [chunk for chunk in range(rank, len(self), world_size) if not self.path(chunk).exists()]
+
+    def write(self, chunk: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Store the results of ``chunk``: arrays whose first axis are its images."""
+        first, last = self.range(chunk)
+        wrong = [name for name, array in arrays.items() if len(array) != last - first]
+        assert not wrong, f"{wrong} have another length than chunk {chunk} with {last - first} images"
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, index=np.arange(first, last), **arrays)
+        write_bytes_atomic(self.path(chunk), buffer.getvalue())
+
+    def read(self, chunk: int) -> dict[str, np.ndarray]:
+        """The results of ``chunk``.
+
+        Raises:
+            DataError: the file is absent, damaged, or of other images.
+        """
+        path, (first, last) = self.path(chunk), self.range(chunk)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+        except FileNotFoundError as error:
+            raise DataError(f"{path} is missing: run the same command again to make it") from error
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise DataError(f"{path} is damaged ({error}): delete it and run the same command again") from error
+        if not np.array_equal(arrays.pop("index", None), np.arange(first, last)):
+            raise DataError(f"{path} does not hold images {first} to {last - 1}: delete it and run the same command "
+                            f"again")
+        return arrays
+
+    def read_all(self) -> Iterator[dict[str, np.ndarray]]:
+        """The results of all chunks, in order."""
+        for chunk in range(len(self)):
+            yield self.read(chunk)

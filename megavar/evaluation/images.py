@@ -1,0 +1,207 @@
+"""Where images to be scored come from: an npz file, a folder of PNGs, chunks of a sampler, or a data source."""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+import zipfile
+from pathlib import Path
+from typing import IO, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from megavar.data.reading import stored_images
+from megavar.data.source import Source
+from megavar.data.transforms import Transform
+from megavar.errors import DataError
+from megavar.storage import sha256_of_file
+
+
+class ImageSet(Protocol):
+    """Images in a fixed order, read in ranges."""
+
+    identity: dict[str, str]
+    """What the images are, for manifests and result files."""
+    labels: Tensor | None
+    """int64 [N], or None if unknown."""
+    notes: list[str]
+    """What should be said beside numbers made from these images."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, first: int, last: int) -> Tensor:
+        """Images ``first`` to ``last - 1``: uint8 [n, 3, H, W]."""
+        ...
+
+
+class NpzImages:
+    """``arr_0`` uint8 [N, H, W, 3] (and optionally ``arr_1`` labels) of an npz file, as ADM's scripts write it.
+
+    An uncompressed member is mapped into memory rather than loaded: 50,000 images are 10 GB at 256 pixels.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.notes: list[str] = []
+        self._images = _npz_member(self.path, "arr_0")
+        if self._images.dtype != np.uint8 or self._images.ndim != 4 or self._images.shape[-1] != 3:
+            raise DataError(f"arr_0 of {path} is {self._images.dtype} {list(self._images.shape)}, but images are uint8 "
+                            f"[N, H, W, 3]: write it as ADM's scripts do, channels last, values 0..255")
+        with np.load(self.path, allow_pickle=False) as file:
+            self.labels = torch.from_numpy(file["arr_1"].astype(np.int64)) if "arr_1" in file.files else None
+        self.identity = {"kind": "npz", "path": str(path), "sha256": sha256_of_file(self.path)}
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def read(self, first: int, last: int) -> Tensor:
+        """Images ``first`` to ``last - 1``: uint8 [n, 3, H, W]."""
+        return torch.from_numpy(np.array(self._images[first:last])).permute(0, 3, 1, 2).contiguous()
+
+
+class PngFolder:
+    """The PNG files directly in a folder, ordered by the numbers in their names (never by the file system)."""
+
+    def __init__(self, path: Path) -> None:
+        path = Path(path)
+        if not path.is_dir():
+            raise DataError(f"the image folder {path} does not exist: name a folder of PNG files")
+        files = [file for file in path.iterdir() if file.is_file()]
+        self._files = sorted((f for f in files if f.suffix.lower() == ".png"), key=_natural_key)
+        lossy = [f for f in files if f.suffix.lower() in (".jpg", ".jpeg", ".webp")]
+        if not self._files:
+            hint = f" ({len(lossy)} JPEG or WebP files are there: compression changes FID)" if lossy else ""
+            raise DataError(f"the image folder {path} holds no PNG files{hint}: write samples as PNG")
+        self.labels: Tensor | None = None
+        self.notes = [f"{len(lossy)} JPEG or WebP files beside the PNG files were not scored"] if lossy else []
+        self.identity = {"kind": "folder", "path": str(path), "first": self._files[0].name,
+                         "last": self._files[-1].name}
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def read(self, first: int, last: int) -> Tensor:
+        """Images ``first`` to ``last - 1``: uint8 [n, 3, H, W]."""
+        images = [self._read(file) for file in self._files[first:last]]
+        sizes = {tuple(image.shape) for image in images}
+        if len(sizes) > 1:
+            raise DataError(f"{self._files[first].parent} holds images of different sizes, for example "
+                            f"{sorted(sizes)[:2]}: score images of one size")
+        return torch.stack(images)
+
+    @staticmethod
+    def _read(file: Path) -> Tensor:
+        try:
+            with Image.open(file) as image:
+                return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DataError(f"{file} cannot be decoded ({error}): write it again or delete it") from error
+
+
+class ChunkImages:
+    """The ``images`` (uint8 [B, 3, H, W]) and ``labels`` of a directory of ``chunk_000000.npz`` files."""
+
+    def __init__(self, directory: Path) -> None:
+        self._files = sorted(Path(directory).glob("chunk_*.npz"))
+        if not self._files:
+            raise DataError(f"{directory} holds no chunk_*.npz files: name the directory that megavar sample wrote")
+        indices, labels = [], []
+        for number, file in enumerate(self._files):
+            if file.name != f"chunk_{number:06d}.npz":
+                raise DataError(f"chunk {number} is missing in {directory}: finish sampling first")
+            with np.load(file, allow_pickle=False) as content:
+                if "images" not in content.files:
+                    raise DataError(f"{file} holds no images, only {', '.join(content.files)}: sample with images kept")
+                indices.append(content["index"])
+                labels.append(content["labels"])
+        self._starts = np.cumsum([0, *map(len, indices)])
+        if not np.array_equal(np.concatenate(indices), np.arange(self._starts[-1])):
+            raise DataError(f"the chunks of {directory} do not cover 0 to {self._starts[-1] - 1}: sample again")
+        self.labels: Tensor | None = torch.from_numpy(np.concatenate(labels).astype(np.int64))
+        self.notes: list[str] = []
+        manifest = Path(directory) / "manifest.json"
+        self.identity = {"kind": "chunks", "path": str(directory)}
+        if manifest.exists():
+            self.identity["manifest_sha256"] = sha256_of_file(manifest)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def read(self, first: int, last: int) -> Tensor:
+        """Images ``first`` to ``last - 1``: uint8 [n, 3, H, W]."""
+        parts = []
+        for number, file in enumerate(self._files):
+            start, end = int(self._starts[number]), int(self._starts[number + 1])
+            if start < last and end > first:
+                with np.load(file, allow_pickle=False) as content:
+                    parts.append(content["images"][max(first - start, 0) : last - start])
+        return torch.from_numpy(np.concatenate(parts))
+
+
+class SourceImages:
+    """The samples of a data source through a deterministic transform."""
+
+    def __init__(self, source: Source, transform: Transform) -> None:
+        self._source, self._transform = source, transform
+        self.labels: Tensor | None = None
+        self.notes: list[str] = []
+        self.identity = {"kind": "source", "fingerprint": source.fingerprint, "transform": repr(transform)}
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, first: int, last: int) -> Tensor:
+        """Images ``first`` to ``last - 1``: uint8 [n, 3, H, W]."""
+        return stored_images(self._source, self._transform, range(first, last))[0]
+
+
+def open_images(path: Path) -> ImageSet:
+    """Open ``path``: an npz file, a directory of chunks, or a folder of PNG files."""
+    path = Path(path)
+    if path.is_file():
+        return NpzImages(path)
+    if path.is_dir() and next(path.glob("chunk_*.npz"), None) is not None:
+        return ChunkImages(path)
+    return PngFolder(path)
+
+
+def _natural_key(file: Path) -> list[tuple[int, int, str]]:
+    parts = re.split(r"(\d+)", file.name)
+    return [(1, int(part), part) if part.isdigit() else (0, 0, part) for part in parts]
+
+
+def _npz_member(path: Path, name: str) -> np.ndarray:
+    """Member ``name`` of an npz file, as a memory map where it is stored uncompressed and in C order."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            info = archive.getinfo(f"{name}.npy")
+            with archive.open(info) as member:
+                shape, fortran, dtype, header = _npy_header(member)
+        if info.compress_type == zipfile.ZIP_STORED and not fortran:
+            with path.open("rb") as file:
+                file.seek(info.header_offset + 26)
+                name_length, extra_length = struct.unpack("<HH", file.read(4))
+            offset = info.header_offset + 30 + name_length + extra_length + header
+            if offset + math.prod(shape) * dtype.itemsize > path.stat().st_size:
+                raise DataError(f"{path} is truncated: write it again")
+            return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
+        with np.load(path, allow_pickle=False) as content:
+            return content[name]
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist: name an npz file with images in arr_0") from error
+    except KeyError as error:
+        raise DataError(f"{path} has no member {name}: store uint8 images [N, H, W, 3] under that key") from error
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} is not a readable npz file ({error}): write it again") from error
+
+
+def _npy_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """Shape, Fortran order, dtype and length of the header of an npy stream."""
+    version = np.lib.format.read_magic(member)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(member)
+    return shape, fortran, dtype, member.tell()

@@ -1,0 +1,130 @@
+"""What generated images are compared with: Inception statistics and features of real images.
+
+Three kinds of files are read: ADM's ``VIRTUAL_imagenet*.npz`` (statistics of the whole training set plus 10,000
+images), statistics alone as MAR publishes them (``mu`` and ``sigma``: enough for FID and IS, not for precision and
+recall), and our own, which ``tools/evaluate_fid.py reference`` makes from any images or from one of the former.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megavar.errors import DataError
+from megavar.evaluation.images import ImageSet, NpzImages
+from megavar.evaluation.inception import ADMInception
+from megavar.evaluation.statistics import Gaussian, gaussian
+from megavar.storage import sha256_of_file, write_bytes_atomic
+
+POOL_COUNT = 10_000
+"""Reference images of which precision and recall use the features, as in ADM."""
+ADM_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Statistics of real images; what a file does not offer is None."""
+
+    pool: Gaussian
+    """Of the pooled features: FID."""
+    spatial: Gaussian | None
+    """Of the spatial features: sFID."""
+    pool_features: Tensor | None
+    """float32 [R, 2048]: precision and recall."""
+    identity: dict[str, Any]
+    """Kind, path and sha256 of the file, and what is known of the images."""
+
+
+def load_reference(path: Path, network: ADMInception, device: torch.device) -> Reference:
+    """Read reference statistics from any of the three kinds of files.
+
+    ADM's file holds images instead of features: they go through ``network`` on ``device`` (10,000 images).
+
+    Raises:
+        DataError: the file is absent or none of the three kinds, or was made with other Inception weights.
+    """
+    path = Path(path)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            names = set(file.files)
+            small = {name: file[name] for name in names - {"arr_0", "arr_1"}}
+    except FileNotFoundError as error:
+        raise DataError(f"the reference statistics {path} do not exist: download ADM's "
+                        f"VIRTUAL_imagenet256_labeled.npz, or make statistics of your own images with "
+                        f"tools/evaluate_fid.py reference") from error
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"the reference statistics {path} are not a readable npz file ({error})") from error
+    identity: dict[str, Any] = {"path": str(path), "sha256": sha256_of_file(path)}
+    if "meta" in names:
+        return _own(path, small, network, identity)
+    if "arr_0" in names:
+        return _adm(path, small, network, device, identity)
+    if {"mu", "sigma"} <= names:
+        pool = _gaussian(path, small, "mu", "sigma", network.pool_dimensions)
+        spatial = _gaussian(path, small, "mu_s", "sigma_s", network.spatial_dimensions) if "mu_s" in names else None
+        return Reference(pool, spatial, None, {"kind": "statistics", **identity})
+    raise DataError(f"{path} holds {', '.join(sorted(names)) or 'nothing'}, but reference statistics hold arr_0 (ADM), "
+                    f"mu and sigma (statistics), or were made with tools/evaluate_fid.py reference")
+
+
+def save_reference(path: Path, reference: Reference, network: ADMInception) -> None:
+    """Write ``reference`` as one npz of our own kind (82 MB of features instead of ADM's 2 GB of images)."""
+    assert reference.spatial is not None and reference.pool_features is not None
+    meta = {**reference.identity, "weights_sha256": network.weights_sha256, "count": reference.pool.count}
+    buffer = io.BytesIO()
+    np.savez(
+        buffer, allow_pickle=False, meta=np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8),
+        mu=reference.pool.mean.cpu().numpy(), sigma=reference.pool.covariance.cpu().numpy(),
+        mu_s=reference.spatial.mean.cpu().numpy(), sigma_s=reference.spatial.covariance.cpu().numpy(),
+        pool=reference.pool_features.cpu().numpy())
+    write_bytes_atomic(Path(path), buffer.getvalue())
+
+
+def _own(path: Path, content: dict[str, np.ndarray], network: ADMInception, identity: dict[str, Any]) -> Reference:
+    meta = json.loads(content["meta"].tobytes())
+    if meta["weights_sha256"] != network.weights_sha256:
+        raise DataError(f"{path} was made with Inception weights {meta['weights_sha256'][:8]}, but the loaded ones are "
+                        f"{network.weights_sha256[:8]}: use the same weights, or make the reference again")
+    pool = _gaussian(path, content, "mu", "sigma", network.pool_dimensions, meta["count"])
+    spatial = _gaussian(path, content, "mu_s", "sigma_s", network.spatial_dimensions, meta["count"])
+    origin = {key: value for key, value in meta.items() if key != "weights_sha256"}
+    return Reference(pool, spatial, torch.from_numpy(content["pool"]), {**identity, "kind": "megavar", "of": origin})
+
+
+def _adm(path: Path, content: dict[str, np.ndarray], network: ADMInception, device: torch.device,
+         identity: dict[str, Any]) -> Reference:
+    pool, spatial = features_of(NpzImages(path), network, device)
+    if "mu" in content:  # then ADM's script takes all statistics from the file, and the images serve P and R alone
+        return Reference(_gaussian(path, content, "mu", "sigma", network.pool_dimensions),
+                         _gaussian(path, content, "mu_s", "sigma_s", network.spatial_dimensions), pool,
+                         {"kind": "adm", **identity, "precision_recall_count": len(pool)})
+    return Reference(gaussian(pool.split(1024)), gaussian(spatial.split(1024)), pool,
+                     {"kind": "images", **identity, "count": len(pool)})
+
+
+def features_of(images: ImageSet, network: ADMInception, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pooled [N, 2048] and spatial [N, 2023] features of all ``images``, float32 on the CPU."""
+    pools, spatials = [], []
+    for first in range(0, len(images), ADM_BATCH):
+        features = network(images.read(first, min(first + ADM_BATCH, len(images))).to(device))
+        pools.append(features.pool.cpu())
+        spatials.append(features.spatial.cpu())
+    return torch.cat(pools), torch.cat(spatials)
+
+
+def _gaussian(path: Path, content: dict[str, np.ndarray], mean: str, covariance: str, dimensions: int,
+              count: int = 0) -> Gaussian:
+    for name, shape in ((mean, (dimensions,)), (covariance, (dimensions, dimensions))):
+        if name not in content or content[name].shape != shape:
+            found = "is missing" if name not in content else f"has shape {list(content[name].shape)}"
+            raise DataError(f"{name} {found} in {path}, but Inception statistics hold {name} of shape {list(shape)}: "
+                            f"the file is not ADM's, or was made with another network")
+    return Gaussian(torch.from_numpy(content[mean]).double(), torch.from_numpy(content[covariance]).double(), count)

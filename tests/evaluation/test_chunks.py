@@ -1,0 +1,59 @@
+import numpy as np
+import pytest
+
+from megavar.errors import DataError
+from megavar.evaluation.chunks import ChunkStore
+
+
+def test_chunks_cover_the_index_space_without_padding(tmp_path):
+    store = ChunkStore.open(tmp_path, count=10, size=4, identity={"what": "test"})
+    assert [store.range(chunk) for chunk in range(len(store))] == [(0, 4), (4, 8), (8, 10)]
+    for world_size in (1, 2, 3, 5):
+        shares = [store.missing(rank, world_size) for rank in range(world_size)]
+        assert sorted(chunk for share in shares for chunk in share) == [0, 1, 2]
+
+
+def test_written_chunks_are_skipped_and_read_in_order(tmp_path):
+    store = ChunkStore.open(tmp_path, count=5, size=2, identity={})
+    for chunk in (2, 0, 1):
+        first, last = store.range(chunk)
+        store.write(chunk, {"x": np.arange(first, last) ** 2})
+        assert chunk not in store.missing()
+    assert np.concatenate([arrays["x"] for arrays in store.read_all()]).tolist() == [0, 1, 4, 9, 16]
+
+
+def test_same_results_are_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        ChunkStore.open(tmp_path / name, count=2, size=2, identity={}).write(0, {"x": np.arange(2.0)})
+    assert (tmp_path / "a/chunk_000000.npz").read_bytes() == (tmp_path / "b/chunk_000000.npz").read_bytes()
+
+
+def test_other_work_in_the_same_directory_is_refused(tmp_path):
+    ChunkStore.open(tmp_path, count=5, size=2, identity={"weights": "a"})
+    ChunkStore.open(tmp_path, count=5, size=2, identity={"weights": "a"})
+    for other in ({"count": 6, "size": 2, "identity": {"weights": "a"}}, {"count": 5, "size": 3, "identity": {}},
+                  {"count": 5, "size": 2, "identity": {"weights": "b"}}):
+        with pytest.raises(DataError, match="other work"):
+            ChunkStore.open(tmp_path, **other)
+    with pytest.raises(DataError, match="nothing to do"):
+        ChunkStore.open(tmp_path / "empty", count=0, size=2, identity={})
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "absent", "swap"])
+def test_damaged_chunks_are_named(tmp_path, damage):
+    store = ChunkStore.open(tmp_path, count=4, size=2, identity={})
+    for chunk in range(2):
+        store.write(chunk, {"x": np.arange(2) + chunk})
+    content = store.path(1).read_bytes()
+    match damage:
+        case "truncate":
+            store.path(1).write_bytes(content[:-30])
+        case "flip":
+            place = content.index(b"\x93NUMPY") + 128
+            store.path(1).write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        case "absent":
+            store.path(1).unlink()
+        case "swap":
+            store.path(1).write_bytes(store.path(0).read_bytes())
+    with pytest.raises(DataError, match=r"chunk_000001\.npz.*again"):
+        list(store.read_all())

@@ -1,0 +1,129 @@
+"""Images read from files, and written for ADM's script, keep every byte and a stated order."""
+
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from megavar.config.data import DataConfig
+from megavar.data.build import build_source, build_transform
+from megavar.errors import DataError
+from megavar.evaluation.export import export_npz, export_order, is_sorted_by_class
+from megavar.evaluation.images import ChunkImages, NpzImages, PngFolder, SourceImages, open_images
+
+COUNT, CLASSES = 23, 5
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (COUNT, 3, 6, 4), generator=generator).to(torch.uint8), torch.arange(COUNT) % CLASSES
+
+
+@pytest.fixture
+def chunks(tmp_path, pictures):
+    images, labels = pictures
+    directory = tmp_path / "chunks"
+    directory.mkdir()
+    for number, index in enumerate(torch.arange(COUNT).split(4)):
+        np.savez(directory / f"chunk_{number:06d}.npz", index=index, labels=labels[index], images=images[index])
+    return directory
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz_is_read_in_ranges_from_disk(tmp_path, pictures, save):
+    images, labels = pictures
+    save(tmp_path / "x.npz", arr_0=images.permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy())
+    opened = open_images(tmp_path / "x.npz")
+    assert isinstance(opened, NpzImages) and len(opened) == COUNT
+    assert isinstance(opened._images, np.memmap) == (save is np.savez)
+    assert torch.equal(opened.read(3, 9), images[3:9]) and torch.equal(opened.labels, labels)
+
+
+def test_folder_is_ordered_by_number_not_by_file_system(tmp_path, pictures):
+    images, _ = pictures
+    for index in torch.randperm(COUNT, generator=torch.Generator().manual_seed(1)).tolist():
+        Image.fromarray(images[index].permute(1, 2, 0).numpy()).save(tmp_path / f"{index}.png")
+    opened = open_images(tmp_path)
+    assert isinstance(opened, PngFolder) and torch.equal(opened.read(0, COUNT), images)
+    Image.fromarray(np.zeros((6, 4, 3), np.uint8)).save(tmp_path / "1.jpg")
+    assert "1 JPEG" in open_images(tmp_path).notes[0] and len(open_images(tmp_path)) == COUNT
+
+
+def test_chunks_are_read_across_their_boundaries(chunks, pictures):
+    images, labels = pictures
+    opened = open_images(chunks)
+    assert isinstance(opened, ChunkImages) and len(opened) == COUNT and torch.equal(opened.labels, labels)
+    for first, last in ((0, COUNT), (3, 5), (4, 8), (7, 22), (22, 23)):
+        assert torch.equal(opened.read(first, last), images[first:last])
+    (chunks / "chunk_000002.npz").unlink()
+    with pytest.raises(DataError, match="chunk 2 is missing"):
+        open_images(chunks)
+
+
+def test_data_source_is_an_image_set():
+    config = DataConfig()
+    source = build_source(config, "test")
+    images = SourceImages(source, build_transform(config, "test"))
+    assert len(images) == 364 and images.read(5, 7).shape == (2, 3, 16, 16)
+    assert np.array_equal(images.read(5, 6)[0].permute(1, 2, 0).numpy(), source.read(5).image)
+    assert images.identity["fingerprint"] == source.fingerprint
+
+
+def test_unusable_files_are_refused(tmp_path, pictures):
+    images, _ = pictures
+    with pytest.raises(DataError, match="no PNG files"):
+        open_images(tmp_path)
+    with pytest.raises(DataError, match="does not exist"):
+        open_images(tmp_path / "absent")
+    np.savez(tmp_path / "channels_first.npz", arr_0=images.numpy())
+    with pytest.raises(DataError, match=r"\[N, H, W, 3\]"):
+        open_images(tmp_path / "channels_first.npz")
+    np.savez(tmp_path / "other.npz", x=images.numpy())
+    with pytest.raises(DataError, match="no member arr_0"):
+        open_images(tmp_path / "other.npz")
+    content = (tmp_path / "channels_first.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match=r"cut\.npz"):
+        open_images(tmp_path / "cut.npz")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "0.png").write_bytes(b"\x89PNG nothing")
+    with pytest.raises(DataError, match=r"0\.png cannot be decoded"):
+        open_images(tmp_path / "bad").read(0, 1)
+
+
+@pytest.mark.parametrize("order", ["interleaved", "shuffled"])
+def test_export_is_byte_for_byte_what_numpy_writes_in_a_stated_order(tmp_path, chunks, pictures, order):
+    images, labels = pictures
+    opened = open_images(chunks)
+    export_npz(tmp_path / "out.npz", opened, order)
+    sequence = export_order(opened, order)
+    assert sorted(sequence.tolist()) == list(range(COUNT))
+    with np.load(tmp_path / "out.npz") as file:
+        assert file["arr_0"].dtype == np.uint8 and not np.isfortran(file["arr_0"])
+        assert np.array_equal(file["arr_0"], images[sequence].permute(0, 2, 3, 1).numpy())
+        assert np.array_equal(file["arr_1"], labels[sequence].numpy())
+    with zipfile.ZipFile(tmp_path / "out.npz") as archive:  # ADM's reader streams uncompressed members only
+        assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}
+    if order == "interleaved":
+        assert torch.equal(sequence, torch.arange(COUNT))
+    assert torch.equal(open_images(tmp_path / "out.npz").read(0, COUNT), images[sequence])
+
+
+def test_class_sorted_exports_are_refused(tmp_path, pictures):
+    images, labels = pictures
+    by_class = torch.argsort(labels, stable=True)
+    np.savez(tmp_path / "sorted.npz", arr_0=images[by_class].permute(0, 2, 3, 1), arr_1=labels[by_class])
+    opened = open_images(tmp_path / "sorted.npz")
+    assert is_sorted_by_class(opened.labels)
+    for order in ("interleaved", "shuffled"):
+        assert not is_sorted_by_class(opened.labels[export_order(opened, order)])
+    for order in ("sorted", "index"):
+        with pytest.raises(DataError, match="sorted by class"):
+            export_npz(tmp_path / "out.npz", opened, order)
+    opened.labels = None
+    with pytest.raises(DataError, match="no labels"):
+        export_npz(tmp_path / "out.npz", opened, "interleaved")
+    assert not (tmp_path / "out.npz").exists()

@@ -1,0 +1,79 @@
+"""ADM's features on seeded random weights of the published layout."""
+
+import pytest
+import torch
+from torch_fidelity.utils import create_feature_extractor
+
+from megavar.errors import CheckpointError
+from megavar.evaluation.inception import WEIGHTS_NAME, ADMInception, full_precision
+from megavar.evaluation.statistics import frechet_distance, gaussian
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randint(0, 256, (3, 3, 40, 40), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def features(inception, images):
+    return inception(images)
+
+
+def test_pool_and_logits_are_those_of_torch_fidelity(inception, images, features, random_weights):
+    theirs = create_feature_extractor("inception-v3-compat", ["2048", "logits_unbiased"], cuda=False, verbose=False,
+                                      feature_extractor_weights_path=str(random_weights))
+    pool, logits = theirs(images)
+    assert torch.equal(features.pool, pool)
+    torch.testing.assert_close(inception.logits(pool), logits)
+    assert float((inception.logits(pool) - inception.network.fc(pool)).abs().max()) > 1e-3  # the bias is left out
+
+
+def test_spatial_features_are_the_first_seven_channels_flattened_channels_last(inception, images, features):
+    block = []
+    with inception.network.Mixed_6d.register_forward_hook(lambda module, inputs, output: block.append(output)):
+        inception(images)
+    expected = block[0][:, :7]
+    assert features.spatial.shape == (3, 2023)
+    for place in ((0, 0, 0), (3, 11, 2), (16, 16, 6)):
+        row, column, channel = place
+        assert torch.equal(features.spatial[:, (row * 17 + column) * 7 + channel], expected[:, channel, row, column])
+
+
+def test_channels_first_flattening_would_not_go_unnoticed(features):
+    """Statistics stored channels last, as ADM's are, against features of the same images channels first."""
+    generator = torch.Generator().manual_seed(1)
+    scale = torch.linspace(0.1, 3, 7)  # channels differ, as those of the network do
+    right = torch.rand(60, 17, 17, 7, generator=generator) * scale
+    wrong = right.permute(0, 3, 1, 2).reshape(60, -1)[:, ::17]
+    right = right.reshape(60, -1)[:, ::17]
+    assert frechet_distance(gaussian(right), gaussian(right)) < 1e-6
+    assert frechet_distance(gaussian(wrong), gaussian(right)) > 10
+
+
+def test_other_weights_change_the_name_and_must_be_asked_for(random_weights, inception, tmp_path):
+    assert not inception.official and inception.name == f"inception-{inception.weights_sha256[:8]}"
+    with pytest.raises(CheckpointError, match=r"starts with [0-9a-f]{8}, but .* 6726825d"):
+        ADMInception(random_weights)
+    with pytest.raises(CheckpointError, match=f"{WEIGHTS_NAME}.*6726825d.*--inception-weights"):
+        ADMInception(tmp_path / "absent.pth")
+
+
+def test_full_precision_switches_off_and_restores_what_samplers_set():
+    cpu = torch.device("cpu")
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("medium")
+        torch.backends.cudnn.allow_tf32 = True
+        with torch.autocast("cpu", torch.bfloat16), full_precision(cpu):
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is False
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+        assert torch.get_float32_matmul_precision() == "medium" and torch.backends.cudnn.allow_tf32 is True
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def test_features_do_not_depend_on_surrounding_autocast(inception, images, features):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(inception(images).pool, features.pool)

@@ -1,0 +1,210 @@
+"""FID, sFID, Inception score, precision and recall of images by ADM's protocol.
+
+    python -m tools.evaluate_fid reference --images DIR|NPZ --out ref.npz --inception-weights W
+    python -m tools.evaluate_fid score --images DIR|NPZ --reference ref.npz --out result.json --inception-weights W
+    python -m tools.evaluate_fid export --images CHUNKS --out samples.npz --order interleaved
+    python -m tools.evaluate_fid selfcheck --images ADM_SAMPLES.npz --reference ADM_REFERENCE.npz --inception-weights W
+
+``--images`` is an npz with ``arr_0``, a folder of PNG files, or a directory of chunks written by ``megavar sample``;
+``reference`` also takes the data of a run (``--config run.yaml``). Features are kept in chunks beside the output, so an
+interrupted command continues; under torchrun or srun the chunks are shared by all ranks, and the result is the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from megavar.errors import ConfigError, MegavarError
+from megavar.evaluation import adm
+from megavar.evaluation.chunks import ChunkStore
+from megavar.evaluation.export import export_npz, is_sorted_by_class
+from megavar.evaluation.images import ImageSet, SourceImages, open_images
+from megavar.evaluation.inception import ADMInception
+from megavar.evaluation.reference import load_reference, save_reference
+from megavar.evaluation.results import Result, class_histogram, write_result
+from megavar.evaluation.table import format_table
+from megavar.parallel.environment import Environment, environment
+
+CHUNK = 64
+PUBLISHED_ADM = {"is": 215.837, "fid": 3.9426, "sfid": 6.1404, "precision": 0.8265, "recall": 0.5309}
+"""TensorFlow's numbers for ADM's published ImageNet-256 samples (ADM-G, ADM-U), as given by a public torch port."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except MegavarError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(error.exit_code)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def score(options: argparse.Namespace) -> None:
+    """Score images against a reference and write the result file."""
+    ranks, images = _join(), open_images(options.images)
+    network = _network(options, ranks)
+    store = _features(options, ranks, images, network)
+    if ranks.rank == 0:
+        result = evaluate(options, store, images, network)
+        write_result(options.out, result)
+        _report(result, options.out)
+
+
+def evaluate(options: argparse.Namespace, store: ChunkStore, images: ImageSet, network: ADMInception) -> Result:
+    """Reduce the features in ``store`` to a result."""
+    features = adm.collect_features(store)
+    reference = load_reference(options.reference, network, ranks_device(network))
+    if options.backend == "torch-fidelity":
+        metrics, notes = adm.torch_fidelity_metrics(features, reference, network)
+    else:
+        metrics, notes = adm.adm_metrics(features, reference, network, labels=images.labels)
+    notes += images.notes
+    if images.labels is not None and is_sorted_by_class(images.labels):
+        notes.append("the images are sorted by class: ADM's official script would give a meaningless Inception score")
+    return Result(
+        suite=f"adm/{options.backend}", metrics=metrics, count=len(images), rounding=options.rounding,
+        class_histogram=class_histogram(images.labels) if images.labels is not None else {},
+        order="Inception score over a seeded shuffle, otherwise index order",
+        extractor={"name": network.name, "sha256": network.weights_sha256}, reference=reference.identity,
+        sampler={"images": images.identity, "feature_chunk_size": CHUNK}, notes=notes)
+
+
+def reference(options: argparse.Namespace) -> None:
+    """Make a reference file from images, from the data of a run, or from ADM's file."""
+    ranks = _join()
+    network = _network(options, ranks)
+    if options.from_reference is not None:
+        if ranks.rank == 0:
+            found = load_reference(options.from_reference, network, ranks_device(network))
+            if found.spatial is None or found.pool_features is None:
+                raise ConfigError(f"{options.from_reference} holds statistics only: use it as it is, and convert ADM's")
+            save_reference(options.out, found, network)
+        return
+    images = open_images(options.images) if options.images is not None else _images_of_run(options.config)
+    store = _features(options, ranks, images, network)
+    if ranks.rank == 0:
+        made = adm.reference_from(adm.collect_features(store), {"images": images.identity, "count": len(images)})
+        save_reference(options.out, made, network)
+        if not options.keep_features:
+            shutil.rmtree(store.directory)
+        print(f"wrote {options.out}: statistics of {len(images)} images")
+
+
+def export(options: argparse.Namespace) -> None:
+    """Write images as an npz file for ADM's official script."""
+    images = open_images(options.images)
+    with tqdm(total=len(images), unit="image") as bar:
+        export_npz(options.out, images, options.order, on_progress=bar.update)
+    print(f"wrote {options.out}: {len(images)} images, {options.order}")
+
+
+def selfcheck(options: argparse.Namespace) -> None:
+    """Score ADM's published samples and compare with the numbers of ADM's own script."""
+    ranks, images = _join(), open_images(options.images)
+    network = _network(options, ranks)
+    store = _features(options, ranks, images, network)
+    if ranks.rank == 0:
+        ours = evaluate(options, store, images, network).metrics
+        print(format_table({"published (TensorFlow)": PUBLISHED_ADM, "here": ours}, adm.METRICS))
+        apart = {key: abs(ours.get(key, float("nan")) / value - 1) for key, value in PUBLISHED_ADM.items()}
+        wrong = [key for key, value in apart.items() if not value < (0.01 if key in ("precision", "recall") else 0.002)]
+        if wrong:
+            raise ConfigError(f"{', '.join(wrong)} differ from the published numbers: check that the files are ADM's "
+                              f"samples (admnet_guided_upsampled_imagenet256.npz) and VIRTUAL_imagenet256_labeled.npz")
+        print("agrees with ADM's script")
+
+
+def ranks_device(network: ADMInception) -> torch.device:
+    """Where the network lives."""
+    return next(network.parameters()).device
+
+
+def _features(options: argparse.Namespace, ranks: Environment, images: ImageSet, network: ADMInception) -> ChunkStore:
+    directory = options.features or options.out.with_name(options.out.name + ".features")
+    identity = {"images": images.identity, "weights_sha256": network.weights_sha256}
+    store = ChunkStore.open(directory, count=len(images), size=CHUNK, identity=identity)
+    todo = sum(store.range(chunk)[1] - store.range(chunk)[0] for chunk in store.missing(ranks.rank, ranks.world_size))
+    with tqdm(total=todo, unit="image", desc="features", disable=ranks.rank > 0) as bar:
+        adm.extract_features(store, images, network, rank=ranks.rank, world_size=ranks.world_size,
+                             on_progress=bar.update)
+    if dist.is_initialized():
+        dist.barrier()
+    return store
+
+
+def _join() -> Environment:
+    ranks = environment()
+    if ranks.world_size > 1 and not dist.is_initialized():
+        # Ranks share nothing but files; the group only lets rank 0 wait for the others.
+        dist.init_process_group("gloo", rank=ranks.rank, world_size=ranks.world_size,
+                                timeout=datetime.timedelta(hours=6))
+    return ranks
+
+
+def _network(options: argparse.Namespace, ranks: Environment) -> ADMInception:
+    return ADMInception(options.inception_weights, unofficial=options.unofficial_weights).to(ranks.device)
+
+
+def _images_of_run(config: Path) -> ImageSet:
+    from megavar.config.data import DataConfig
+    from megavar.config.loading import decode, read_tree
+    from megavar.data.build import build_source, build_transform
+
+    data = decode(read_tree(config).get("data", {}), DataConfig, str(config))
+    return SourceImages(build_source(data, "train"), build_transform(data, "test"))
+
+
+def _report(result: Result, path: Path) -> None:
+    print(format_table({"value": result.metrics}))
+    for note in result.notes:
+        print(f"note: {note}")
+    print(f"wrote {path}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tools.evaluate_fid", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for run in (score, reference, export, selfcheck):
+        command = commands.add_parser(run.__name__, help=run.__doc__)
+        command.set_defaults(run=run, backend="megavar", rounding="unknown", features=None)
+        images = command.add_mutually_exclusive_group(required=True) if run is reference else command
+        images.add_argument("--images", type=Path, required=run is not reference, help="npz, folder of PNG, or chunks")
+        if run is reference:
+            images.add_argument("--config", type=Path, help="a YAML whose data section names training images")
+            images.add_argument("--from-reference", type=Path, help="ADM's npz, to keep 82 MB of it instead of 2 GB")
+            command.add_argument("--keep-features", action="store_true", help="keep 16 kB of features per image")
+        if run is not selfcheck:
+            command.add_argument("--out", type=Path, required=True, help="file to write")
+        else:
+            command.set_defaults(out=Path("selfcheck"))
+        if run is export:
+            command.add_argument("--order", choices=["interleaved", "shuffled"], default="shuffled")
+            continue
+        command.add_argument("--inception-weights", type=Path, required=True, help="published Inception weights")
+        command.add_argument("--unofficial-weights", action="store_true", help="accept others; the metrics say so")
+        command.add_argument("--features", type=Path, help="directory of feature chunks (default: beside --out)")
+        if run is not reference:
+            command.add_argument("--reference", type=Path, required=True, help="reference statistics (three kinds)")
+        if run is score:
+            command.add_argument("--backend", choices=["megavar", "torch-fidelity"], default="megavar")
+            command.add_argument("--rounding", choices=["round", "truncate", "unknown"], default="unknown",
+                                 help="how the images became uint8, for the record")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -71,8 +71,8 @@ class CodebookConfig(Section):
     """
 
     draw_from_data: bool = True
-    """At step 0 replace the fresh random codebook by vectors of the first batch (k-means style seeding). Weights that
-    were loaded from a published checkpoint are kept."""
+    """At step 0 replace the fresh random codebook by vectors of the first batch (k-means style seeding). A codebook
+    that came with ``initial_weights`` is kept."""
     revive_every: int = Field(100, ge=0)
     """Every so many steps dead codes are replaced by vectors of the current batch; 0 never. 100 steps are the memory of
     the usage average below, so a revived code is judged by its own usage the next time."""
@@ -89,6 +89,8 @@ class TokenizerTrainingConfig(Section):
     """Training of a multi-scale VQ tokenizer: VAR Eq. 5."""
 
     name: Literal["tokenizer"] = "tokenizer"
+    initial_weights: str | None = None
+    """A file in VAR's published layout (``vae_ch160v4096z32.pth``) to start from; default: fresh parameters."""
     l2_weight: float = Field(1.0, ge=0)
     """Weight of the mean squared error in pixels (VAR Eq. 5: 1)."""
     l1_weight: float = Field(0.0, ge=0)

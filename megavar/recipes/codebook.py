@@ -94,27 +94,36 @@ class CodebookUpkeep:
         return replacement
 
     def _draw(self, step: int, dead: Tensor) -> Replacement:
-        """Different vectors for the dead codes, the scales taking turns; fewer if the batch has fewer vectors."""
+        """Different vectors for the dead codes, evenly from all scales; fewer if the batch has fewer vectors."""
         keys, vectors = torch.cat(self._keys), torch.cat(self._vectors)  # [b], [b, L, C] on this rank
         samples = _distinct(gather_over_ranks(keys))
         first_scale = int(random_bits(self.seed, _STREAM, step)) % len(self.sizes)
-        rows, owners, positions = [], [], []
-        for turn in range(len(self.sizes)):
-            scale = (first_scale + turn) % len(self.sizes)
-            size, codes = self.sizes[scale], dead[turn :: len(self.sizes)]
+        quotas = _quotas(len(dead), [len(samples) * size for size in self.sizes], first_scale)
+        owners, positions = [], []
+        for scale, (size, quota) in enumerate(zip(self.sizes, quotas)):
             candidates = torch.arange(len(samples) * size, device=dead.device)
-            chosen = random_bits(self.seed, _STREAM, step, scale, candidates).argsort()[: len(codes)]
-            rows.append(codes[: len(chosen)])
+            chosen = random_bits(self.seed, _STREAM, step, scale, candidates).argsort()[:quota]
             owners.append(samples[chosen // size])
             positions.append(sum(self.sizes[:scale]) + chosen % size)
-        row, owner, position = torch.cat(rows), torch.cat(owners), torch.cat(positions)
+        owner, position = torch.cat(owners), torch.cat(positions)
         mine = owner // len(keys) == rank()
-        drawn = vectors.new_zeros(len(row), vectors.shape[-1])
+        drawn = vectors.new_zeros(len(owner), vectors.shape[-1])
         drawn[mine] = vectors[owner[mine] % len(keys), position[mine]]
-        return Replacement(row, sum_over_ranks(drawn))
+        return Replacement(dead[: len(owner)], sum_over_ranks(drawn))
 
     def _forget(self) -> None:
         self._usage, self._keys, self._vectors = [], [], []
+
+
+def _quotas(wanted: int, available: list[int], first: int) -> list[int]:
+    """Share ``wanted`` evenly; a remainder goes to scales from ``first`` on, what a scale lacks to the finer ones."""
+    scales = len(available)
+    quotas, surplus = [], 0
+    for scale, candidates in enumerate(available):
+        share = wanted // scales + ((scale - first) % scales < wanted % scales) + surplus
+        quotas.append(min(share, candidates))
+        surplus = share - quotas[-1]
+    return quotas
 
 
 def _distinct(keys: Tensor) -> Tensor:

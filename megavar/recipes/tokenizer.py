@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from megavar.config.tokenizer import MultiScaleVQConfig
 from megavar.config.tokenizer_training import TokenizerTrainingConfig
 from megavar.data.batch import Batch
-from megavar.parallel.seeds import random_bits
+from megavar.parallel.seeds import generator, random_bits
 from megavar.recipes.adversarial import (
     PatchDiscriminator,
     adaptive_weight,
@@ -59,31 +60,38 @@ def write_rows(parameter: Tensor, rows: Tensor, values: Tensor) -> None:
 
 
 class TokenizerTraining:
-    """Trains a :class:`MultiScaleVQ`.
+    """Trains a :class:`MultiScaleVQ` (attribute ``tokenizer``).
 
     ``write_rows`` is how dead codes are replaced. A trainer whose optimizer keeps its own copy of the weights
     (DeepSpeed ZeRO, bf16) sets it to a function that writes there too.
     """
 
-    def __init__(self, config: TokenizerTrainingConfig, tokenizer: MultiScaleVQ, seed: int) -> None:
-        """Build the losses that the config asks for.
+    def __init__(
+        self, config: TokenizerTrainingConfig, tokenizer: MultiScaleVQConfig, seed: int, device: torch.device
+    ) -> None:
+        """Build the tokenizer and the losses that the config asks for, on ``device``.
 
         Raises:
             ConfigError: the discriminator does not fit the images.
-            CheckpointError: weights of the perceptual loss are missing or wrong.
+            CheckpointError: initial weights, or weights of the perceptual loss, are missing or wrong.
         """
         self.config = config
-        self.tokenizer = tokenizer
         self.seed = seed
+        self.tokenizer = MultiScaleVQ(tokenizer)
+        if config.initial_weights is None:
+            self.tokenizer.initialize(generator(seed, "initial_autoencoder"))
+        else:
+            self.tokenizer.load_reference(config.initial_weights)
+        self.tokenizer.to(device)
         self.write_rows: Callable[[Tensor, Tensor, Tensor], None] = write_rows
-        self.perceptual = None if config.perceptual is None else PerceptualDistance(config.perceptual)
+        self.perceptual = None if config.perceptual is None else PerceptualDistance(config.perceptual).to(device)
         self.discriminator: PatchDiscriminator | None = None
         if config.adversarial is not None:
-            shape = tokenizer.config
-            self.discriminator = PatchDiscriminator(config.adversarial, shape.image_channels, shape.image_side)
-        self.codebook = CodebookUpkeep(
-            config.codebook, tokenizer.quantizer, seed, fresh=not tokenizer.has_trained_weights
-        )
+            self.discriminator = PatchDiscriminator(config.adversarial, tokenizer.image_channels, tokenizer.image_side)
+            self.discriminator.initialize(generator(seed, "initial_discriminator"))
+            self.discriminator.to(device)
+        fresh = config.initial_weights is None
+        self.codebook = CodebookUpkeep(config.codebook, self.tokenizer.quantizer, seed, fresh=fresh)
 
     def modules(self) -> dict[str, nn.Module]:
         """The autoencoder, and the discriminator if there is one."""
@@ -115,7 +123,6 @@ class TokenizerTraining:
         named = {"squared_error": error.square().mean(), "absolute_error": error.abs().mean()}
         reconstruction = config.l2_weight * named["squared_error"] + config.l1_weight * named["absolute_error"]
         if self.perceptual is not None and config.perceptual is not None:
-            self.perceptual.to(inputs.images.device)
             named["perceptual"] = self.perceptual(output.images, inputs.images).mean()
             reconstruction = reconstruction + config.perceptual.weight * named["perceptual"]
         named["quantizer"] = output.quantized.loss

@@ -157,8 +157,6 @@ class MultiScaleVQ(nn.Module):
         self.post_quant_conv = nn.Conv2d(
             config.code_dimension, config.code_dimension, config.latent_kernel, padding=padding
         )
-        self.has_trained_weights = False
-        """Whether weights were loaded: a training recipe then keeps the codebook instead of drawing a new one."""
         self.initialize()
 
     @property
@@ -246,7 +244,6 @@ class MultiScaleVQ(nn.Module):
     def load_reference(self, path: str | Path) -> None:
         """Load a published checkpoint (``.pth`` or ``.safetensors``); see :func:`.published.load`."""
         published.load(self, path)
-        self.has_trained_weights = True
 
 
 def level_widths(config: MultiScaleVQConfig) -> list[int]:

@@ -35,8 +35,11 @@ class ExpertsConfig(Section):
     """Over which tokens Eq. 10 takes its means. ``image``: N is "token length of one sample", then the mean over
     images, which does not depend on how a batch is split over ranks or micro-batches. ``micro_batch``: all tokens of
     a micro-batch on one rank (the convention of Switch and Megatron-core)."""
-    backend: Literal["megatron"] = "megatron"
-    """Implementation of the experts: ``megatron`` runs Megatron-core's SequentialMLP."""
+    backend: Literal["auto", "megatron", "grouped", "tutel", "deepspeed"] = "auto"
+    """Implementation of the experts; all compute the same and share checkpoints. ``megatron``: Megatron-core's
+    SequentialMLP, one expert after the other. ``grouped``: stacked weights and grouped matrix products. ``tutel``:
+    Tutel's dispatch and all-to-all (a package of its own). ``deepspeed``: DeepSpeed-MoE's layer, without tensor
+    parallelism. ``auto``: ``grouped`` on CUDA, ``megatron`` on CPU."""
 
     @model_validator(mode="after")
     def _check(self) -> "ExpertsConfig":

@@ -6,7 +6,8 @@ checkpoints and conversions speak of logical tensors only.
 
 Naming rules: blocks carry their global number (``blocks.7.``) on every pipeline stage; experts carry their global
 number (``experts.5.linear_fc1.weight``) whether an implementation keeps them in a list (Megatron-core's
-``experts.local_experts.1.linear_fc1.weight``) or stacked (``experts.linear_fc1_weight`` of shape [E_local, ...]).
+``experts.local_experts.1.linear_fc1.weight``, DeepSpeed's ``experts.deepspeed_experts.1.linear_fc1.weight``) or stacked
+(``experts.linear_fc1_weight`` of shape [E_local, ...]).
 """
 
 import math
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-_LISTED_EXPERT = re.compile(r"experts\.local_experts\.(\d+)\.")
+_LISTED_EXPERT = re.compile(r"experts\.(?:local_experts|deepspeed_experts)\.(\d+)\.")
 _STACKED_EXPERT = re.compile(r"experts\.(linear_fc[12])_(weight|bias)$")
 
 
@@ -88,7 +89,7 @@ def logical_tensors(module: nn.Module) -> list[LogicalTensor]:
 
 
 def _local_expert_counts(module: nn.Module) -> dict[str, int]:
-    """Number of experts in each Megatron-core list of experts, by the prefix before ``experts.``."""
+    """Number of experts in each list of experts, by the prefix before ``experts.``."""
     counts: dict[str, int] = {}
     for name, _ in module.named_parameters():
         match = _LISTED_EXPERT.search(name)

@@ -8,7 +8,7 @@ from megavar.transformer.context import ForwardContext
 from megavar.transformer.layout import ScaleLayout
 from tests.transformer import tiny
 
-pytestmark = pytest.mark.usefixtures("single_process")
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def context(keys, seed=0):

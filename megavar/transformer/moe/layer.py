@@ -1,4 +1,4 @@
-"""The mixture-of-experts feed-forward network: Megatron-core's ``MoELayer`` with our router."""
+"""The mixture-of-experts feed-forward network: our router before one of several implementations of the experts."""
 
 import functools
 from copy import copy
@@ -8,13 +8,16 @@ from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules, RouterBuilder
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megavar.config.generator import ExpertsConfig
+from megavar.config.parallel import ParallelConfig
 from megavar.transformer.context import ForwardContext
+from megavar.transformer.moe.backends import check_backend, choose_backend
+from megavar.transformer.moe.experts import GroupedExperts
 from megavar.transformer.moe.router import ScaleAwareRouter
 
 
@@ -30,11 +33,28 @@ class ExpertOutputLinear(RowParallelLinear):
         self.explicit_expert_comm = True
 
 
-def _experts(backend: str) -> ModuleSpec:
-    assert backend == "megatron"
-    return ModuleSpec(
-        module=SequentialMLP,
-        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=ExpertOutputLinear),
+def _build_mixture(backend: str, config: TransformerConfig, router: RouterBuilder, block: int) -> nn.Module:
+    """The layer of ``backend``: parameters under ``router.`` and ``experts.``, called with [L, B, C]."""
+    if backend == "tutel":
+        from megavar.transformer.moe.tutel_backend import TutelMixture
+
+        return TutelMixture(config, router)
+    if backend == "deepspeed":
+        from megavar.transformer.moe.deepspeed_backend import DeepSpeedMixture
+
+        return DeepSpeedMixture(config, router)
+    experts = ModuleSpec(module=GroupedExperts)
+    if backend == "megatron":
+        submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=ExpertOutputLinear)
+        experts = ModuleSpec(module=SequentialMLP, submodules=submodules)  # type: ignore[arg-type]
+    return MoELayer(config, MoESubmodules(experts=experts, router=router), layer_number=block + 1)
+
+
+def _layout_of(config: TransformerConfig) -> ParallelConfig:
+    return ParallelConfig(
+        tensor=config.tensor_model_parallel_size,
+        expert=config.expert_model_parallel_size,
+        dispatcher=config.moe_token_dispatcher_type,  # type: ignore[arg-type]
     )
 
 
@@ -47,13 +67,13 @@ class ExpertFeedForward(nn.Module):
 
     def __init__(self, config: TransformerConfig, experts: ExpertsConfig, block: int, scales: int) -> None:
         super().__init__()
+        check_backend(experts, _layout_of(config))
         self.scatter = config.tensor_model_parallel_size > 1 and not config.sequence_parallel
         if self.scatter:
             config = copy(config)
             config.sequence_parallel = True
         router = functools.partial(ScaleAwareRouter, experts=experts, block=block, scales=scales)
-        submodules = MoESubmodules(experts=_experts(experts.backend), router=router)
-        self.moe = MoELayer(config, submodules, layer_number=block + 1)
+        self.moe: Any = _build_mixture(choose_backend(experts.backend), config, router, block)
 
     def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
         """[L, B, C] -> [L, B, C]."""

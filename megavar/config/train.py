@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from megavar.config.base import Section
+from megavar.config.checkpoint import CheckpointConfig
 
 
 class EmaConfig(Section):
@@ -14,19 +15,6 @@ class EmaConfig(Section):
     """Share of the old average that each step keeps."""
     warmup: bool = True
     """Lower the decay to (1 + step) / (10 + step) in the first steps, so that the initial weights are forgotten."""
-
-
-class CheckpointConfig(Section):
-    """When to save and what to keep."""
-
-    interval: int = Field(1000, ge=1)
-    """Steps between checkpoints. The last step and an agreed stop are saved in any case."""
-    keep_last: int = Field(2, ge=1)
-    """Newest checkpoints to keep."""
-    keep_every: int = Field(0, ge=0)
-    """Keep checkpoints whose step is a multiple of this for ever; 0 keeps none for ever."""
-    asynchronous: bool = False
-    """Write in the background while training goes on."""
 
 
 class RecoveryConfig(Section):
@@ -79,6 +67,8 @@ class TrainConfig(Section):
     """Moving average of the weights; none by default, as in VAR."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints."""
+    fresh: bool = False
+    """Start anew although the run directory holds checkpoints: they are moved away, not deleted."""
     recovery: RecoveryConfig = RecoveryConfig()
     """Losses and gradients that are not finite."""
     watchdog: WatchdogConfig = WatchdogConfig()

@@ -101,8 +101,7 @@ class Engine:
 
         def forward_step(iterator: Iterator[Any], model: "_Scheduled") -> tuple[Any, Callable[[Any], Any]]:
             item = next(iterator)
-            # The schedule divides the loss in place; `* 1.0` keeps that away from what the recipe has kept.
-            return forward(model.call, item), lambda output: (loss(output, item) * 1.0, {})
+            return forward(model.call, item), lambda output: (_poisoned_if_not_finite(loss(output, item)), {})
 
         first = self.chunks[0]
         length = first.packed_length() if self.topology.config.pipeline > 1 else 1  # type: ignore[operator]
@@ -174,6 +173,14 @@ def _expose_dataclass(module: nn.Module, arguments: Any, output: Any) -> Any:
     exposed = _Exposed(getattr(output, field.name) for field in dataclasses.fields(output))
     exposed.value = output
     return exposed
+
+
+def _poisoned_if_not_finite(loss: Tensor) -> Tensor:
+    """A copy of ``loss`` (the schedule divides it in place) whose gradient is NaN if the loss is not finite.
+
+    An infinite loss can have a finite gradient. This way the gradient norm alone tells all ranks to skip the step.
+    """
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, float("nan"))
 
 
 def _check_equal_groups(name: str, count: int, topology: Topology) -> None:

@@ -37,9 +37,10 @@ def global_norm(parameters: list[nn.Parameter]) -> Tensor:
     from megatron.core import parallel_state
 
     first = parallel_state.get_tensor_model_parallel_rank() == 0
-    counted = [p for p in parameters if p.grad is not None and (first or getattr(p, "tensor_model_parallel", False))]
+    counted = [p.grad for p in parameters if first or getattr(p, "tensor_model_parallel", False)]
+    gradients = [gradient for gradient in counted if gradient is not None]
     device = parameters[0].device
-    norms = torch._foreach_norm([p.grad for p in counted]) if counted else []
+    norms = torch._foreach_norm(gradients) if gradients else []
     square = torch.stack([norm.float() for norm in norms]).square().sum() if norms else torch.zeros((), device=device)
     if parallel_state.get_tensor_model_parallel_world_size() > 1:
         dist.all_reduce(square, group=parallel_state.get_tensor_model_parallel_group())

@@ -1,14 +1,24 @@
 """A small real model and recipe, and its training loop in plain torch as the reference."""
 
+import itertools
+import json
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from megavar.config.deepspeed import complete_deepspeed
+from megavar.config.logging import LoggingConfig
 from megavar.config.optimizer import ConstantSchedule, OptimizerConfig
 from megavar.config.parallel import ParallelConfig
+from megavar.config.train import TrainConfig
+from megavar.data.batch import Batch
 from megavar.parallel.environment import environment
 from megavar.parallel.topology import initialize
+from megavar.recipes.base import Losses
 from megavar.training.engine import Engine
+from megavar.training.run import Run
+from megavar.training.run_directory import RunDirectory
 
 LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-2, 0.05, 0.5
 OPTIMIZER = OptimizerConfig(
@@ -82,3 +92,76 @@ def local_micro_batches(step, topology, micro_batch):
     start = topology.data_rank * share
     places = range(start, start + share, micro_batch)
     return [(x[i : i + micro_batch], target[i : i + micro_batch]) for i in places]
+
+
+class TinyRecipe:
+    """Classifies images [B, 3, 1, 5] with :class:`Model`; ``poison`` makes the loss of some samples infinite."""
+
+    def __init__(self, poison=(), seed=0):
+        self.model = Model(seed)
+        self.poison = set(poison)
+
+    def modules(self):
+        return {"model": self.model}
+
+    def prepare(self, batch, step):
+        return batch
+
+    def forward(self, name, model, inputs):
+        return model(inputs.images[:, 0, 0])
+
+    def loss(self, name, output, inputs, step):
+        losses = nn.functional.cross_entropy(output.float(), inputs.labels, reduction="none")
+        bad = torch.tensor([index in self.poison for index in inputs.sample_ids.tolist()])
+        total = (losses + torch.where(bad, float("inf"), 0.0)).mean()  # infinite, with a finite gradient
+        counts = torch.bincount(inputs.labels, minlength=3)
+        return Losses(total, {"loss": total.detach()}, {"labels": counts})
+
+    def active(self, name, step):
+        return True
+
+    def decays(self, name, parameter_name, parameter):
+        return decays(parameter_name, parameter)
+
+    def collect(self):
+        return {}
+
+    def summarize(self, statistics):
+        return {f"labels/{i}": value for i, value in enumerate(statistics["labels"].tolist())}
+
+    def after_step(self, step):
+        pass
+
+
+def tiny_loader(topology):
+    """Samples are numbered through the run: sample i of the data is the same for every layout."""
+
+    def load(first_step, micro_batch):
+        for step in itertools.count(first_step):
+            x, target = batch(step)
+            ids = torch.arange(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH)
+            share = GLOBAL_BATCH // topology.data
+            start = topology.data_rank * share
+            places = [slice(i, i + micro_batch) for i in range(start, start + share, micro_batch)]
+            images = x[:, None, None].expand(-1, 3, 1, -1)
+            yield [Batch(images[p], target[p], ids[p], torch.zeros_like(ids[p])) for p in places]
+
+    return load
+
+
+def build_run(directory, *, stage=1, steps=6, recipe=None, train=None, config=None, **options):
+    """A complete :class:`Run` of the tiny recipe in the current world."""
+    topology = initialize(ParallelConfig(), environment())
+    settings = {"steps": steps, "global_batch_size": GLOBAL_BATCH, "checkpoint": {"interval": 100}} | (train or {})
+    train_config = TrainConfig.model_validate(settings)
+    logging_config = LoggingConfig.model_validate({"interval": 1, "progress": "none", "wandb": {"mode": "disabled"}})
+    return Run(
+        name="tiny", train=train_config, optimizer=OPTIMIZER, logging=logging_config,
+        deepspeed={"zero_optimization": {"stage": stage}}, deepspeed_origin="test.json",
+        config=config or {"train": train_config.model_dump(mode="json")}, directory=RunDirectory(directory),
+        recipe=recipe or TinyRecipe(), samples=100, loader=tiny_loader(topology), topology=topology, **options,
+    )  # fmt: skip
+
+
+def read_metrics(directory):
+    return [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,86 @@
+"""Losses and statistics between two log lines: kept on the device, reduced and read only when a line is due."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megavar.recipes.base import Losses
+from megavar.training.engine import StepResult
+
+
+class MetricAccumulator:
+    """Sums over micro-batches and steps on this rank."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Start anew."""
+        self._named: dict[str, tuple[Tensor, int]] = {}
+        self._statistics: dict[str, Tensor] = {}
+        self._norms: dict[str, Tensor | float] = {}
+
+    def add(self, losses: Losses) -> None:
+        """Take in one micro-batch."""
+        for name, value in losses.named.items():
+            total, count = self._named.get(name, (torch.zeros((), dtype=torch.float64, device=value.device), 0))
+            self._named[name] = (total + value.detach(), count + 1)
+        self.add_statistics(losses.statistics)
+
+    def add_statistics(self, statistics: dict[str, Tensor]) -> None:
+        """Take in sums that a recipe has counted."""
+        for name, value in statistics.items():
+            exact = value.detach().to(torch.float64)  # counts stay exact
+            self._statistics[name] = self._statistics[name] + exact if name in self._statistics else exact
+
+    def add_step(self, name: str, result: StepResult) -> None:
+        """Remember the newest gradient norm of module ``name``; norms of skipped steps are not kept."""
+        if result.applied:
+            self._norms[name] = result.gradient_norm
+
+    def reduce(self, own_statistics: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Means of losses over micro-batches and data-parallel ranks, sums of statistics over the world; forget all.
+
+        Args:
+            own_statistics: what the recipe has collected on this rank (``Recipe.collect``): the same names and shapes
+                on all ranks; summed over all of them.
+
+        Returns:
+            values by name, equal on all ranks, and statistics (float64, CPU).
+        """
+        from megavar.parallel.topology import DeepSpeedTopology
+
+        groups: Any = DeepSpeedTopology()
+        names = sorted(self._named)
+        means = [self._named[name][0] / self._named[name][1] for name in names]
+        counted = sorted(self._statistics)
+        parts = [self._statistics[name] for name in counted]
+        lengths = [part.numel() for part in parts]
+        if means or parts:
+            flat = torch.cat([torch.stack(means) if means else parts[0].new_empty(0), *(p.flatten() for p in parts)])
+            dist.all_reduce(flat, group=groups.get_data_parallel_group())
+            flat[: len(means)] /= groups.get_data_parallel_world_size()
+            flat = flat.cpu()
+        else:
+            flat = torch.empty(0, dtype=torch.float64)
+        values = dict(zip(names, flat[: len(names)].tolist()))
+        sums = flat[len(names) :].split(lengths)
+        statistics = {name: total.view(part.shape) for name, total, part in zip(counted, sums, parts)}
+        if groups.get_pipeline_model_parallel_world_size() > 1:  # only the last stage has losses
+            shared = [(values, statistics)]
+            dist.broadcast_object_list(
+                shared,
+                src=groups.get_pipeline_model_parallel_last_rank(),
+                group=groups.get_pipeline_model_parallel_group(),
+            )
+            values, statistics = shared[0]
+        for name, value in own_statistics.items():
+            total = value.to(torch.float64)
+            dist.all_reduce(total)
+            statistics[name] = total.cpu()
+        for name, norm in self._norms.items():
+            values["gradient_norm" if len(self._norms) == 1 else f"gradient_norm/{name}"] = float(norm)
+        self.forget()
+        return values, statistics

@@ -1,0 +1,217 @@
+"""What a run says about itself: ``metrics.jsonl``, the progress bar, W&B, sample grids. Output on rank 0 only."""
+
+import contextlib
+import json
+import logging
+import secrets
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from megavar import storage
+from megavar.config.logging import LoggingConfig
+from megavar.training.run_directory import RunDirectory
+
+_log = logging.getLogger(__name__)
+
+
+class MetricsFile:
+    """Appends one JSON object per line; a line is on disk whole or, after a crash, cut off and dropped at resume."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        """Continue ``path`` after ``step``: later lines, of a crashed attempt, move to ``metrics.discarded.jsonl``."""
+        self.path = path
+        if path.exists():
+            self._keep_until(step)
+        self._file = path.open("ab")
+
+    def _keep_until(self, step: int) -> None:
+        kept: list[bytes] = []
+        discarded: list[bytes] = []
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            try:
+                later = not line.endswith(b"\n") or json.loads(line)["step"] > step
+            except (ValueError, KeyError):
+                later = True
+            (discarded if later else kept).append(line)
+        if discarded:
+            with (self.path.parent / "metrics.discarded.jsonl").open("ab") as file:
+                file.write(b"".join(discarded).rstrip(b"\n") + b"\n")
+            storage.write_bytes_atomic(self.path, b"".join(kept))
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one line."""
+        self._file.write(json.dumps(record).encode() + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class Stopwatch:
+    """Where the wall time since the last log line went."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+        self._steps: list[float] = []
+        self._parts: dict[str, float] = {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Add the time of the block to the part ``name``."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._parts[name] = self._parts.get(name, 0.0) + time.monotonic() - began
+
+    def step_done(self) -> None:
+        """A step is complete; what happens until the next :meth:`step_begins` is not part of a step."""
+        self._steps.append(time.monotonic() - self._last)
+
+    def step_begins(self) -> None:
+        """A step begins."""
+        self._last = time.monotonic()
+
+    def read(self, images_per_step: int) -> dict[str, float]:
+        """Speed and shares since the last call."""
+        if not self._steps:
+            return {}
+        steps, parts = self._steps, self._parts
+        self._steps, self._parts = [], {}
+        ordered, total = sorted(steps), sum(steps)
+        record = {
+            "images_per_second": images_per_step * len(steps) / total,
+            "step_seconds": statistics.median(ordered),
+            "step_seconds_p95": ordered[min(len(ordered) - 1, round(0.95 * (len(ordered) - 1)))],
+            "step_seconds_max": ordered[-1],
+            "data_wait_share": parts.pop("data", 0.0) / total,
+        }
+        return record | {f"{name}_seconds": seconds for name, seconds in parts.items()}
+
+
+class Monitor:
+    """Everything a person sees of a run while it trains."""
+
+    def __init__(self, config: LoggingConfig, directory: RunDirectory, name: str, rank: int, total_steps: int) -> None:
+        self.config, self.directory, self.name, self.total_steps = config, directory, name, total_steps
+        self.is_writer = rank == 0
+        self._metrics: MetricsFile | None = None
+        self._bar: tqdm | None = None
+        self._wandb: Any = None
+        self._last_line = float("-inf")
+        self._started, self._first_step = time.monotonic(), 0
+        self._step, self._latest = 0, ""
+
+    def open(self, step: int, config: dict[str, Any]) -> None:
+        """Begin after ``step`` steps; ``config`` is shown in W&B. Also called after a rollback."""
+        self._started, self._first_step, self._step = time.monotonic(), step, step
+        if not self.is_writer:
+            return
+        if self._metrics is not None:
+            self._metrics.close()
+        self._metrics = MetricsFile(self.directory.metrics, step)
+        bar = self.config.progress == "bar" or (self.config.progress == "auto" and sys.stderr.isatty())
+        if self._bar is not None:
+            self._bar.n = step
+            self._bar.refresh()
+        elif bar:
+            self._bar = tqdm(total=self.total_steps, initial=step, unit="step", desc=self.name, dynamic_ncols=True,
+                             mininterval=0.5)  # fmt: skip
+        if self._wandb is None and self.config.wandb.mode != "disabled":
+            self._wandb = self._open_wandb(config)
+
+    def _open_wandb(self, config: dict[str, Any]) -> Any:
+        try:
+            import wandb
+        except ImportError:
+            _log.warning("wandb is not installed; metrics go to %s only.", self.directory.metrics)
+            return None
+        place = self.directory.path / "wandb_id"
+        identity = place.read_text().strip() if place.exists() else secrets.token_hex(4)
+        storage.write_text_atomic(place, identity + "\n")
+        settings = self.config.wandb
+        return wandb.init(
+            project=settings.project, entity=settings.entity, name=self.name, id=identity, resume="allow",
+            mode=settings.mode, dir=str(self.directory.path), config=config,
+            settings=wandb.Settings(silent=True, console="off"),
+        )  # fmt: skip
+
+    def advance(self, step: int) -> None:
+        """A step is complete."""
+        self._step = step
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+        elif self.is_writer and self.config.progress in ("auto", "lines"):
+            now = time.monotonic()
+            if self._latest and (now - self._last_line >= self.config.lines_seconds or step == self.total_steps):
+                self._last_line = now
+                stamp = time.strftime("%H:%M:%S")
+                print(f"{stamp} {self.name} step {step}/{self.total_steps} {self._latest} "
+                      f"left {_duration(self.seconds_left())}", file=sys.stderr, flush=True)  # fmt: skip
+
+    def seconds_left(self) -> float:
+        """Time to the last step at the pace since this start."""
+        done = self._step - self._first_step
+        pace = (time.monotonic() - self._started) / done if done else 0.0
+        return pace * (self.total_steps - self._step)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Write one line of metrics; it must hold ``step``."""
+        if not self.is_writer:
+            return
+        assert self._metrics is not None
+        record = {"time": round(time.time(), 3)} | record
+        self._metrics.write(record)
+        shown = {name: record[name] for name in ("loss", "accuracy", "images_per_second") if name in record}
+        self._latest = " ".join(f"{name.replace('images_per_second', 'images/s')} {v:.4g}" for name, v in shown.items())
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._latest, refresh=False)
+        if self._wandb is not None:
+            self._wandb.log({k: v for k, v in record.items() if k not in ("step", "time")}, step=record["step"])
+
+    def event(self, step: int, event: str, **facts: Any) -> None:
+        """Record something that is not a regular metric (a rollback, a spike)."""
+        if self.is_writer and self._metrics is not None:
+            self._metrics.write({"time": round(time.time(), 3), "step": step, "event": event, **facts})
+
+    def save_grid(self, step: int, images: torch.Tensor) -> None:
+        """Write uint8 [N, 3, H, W] as ``samples/step-<step>.png``."""
+        if not self.is_writer:
+            return
+        from PIL import Image
+
+        from megavar.sampling.sampler import image_grid
+
+        grid = image_grid(images, columns=max(1, round(images.shape[0] ** 0.5)))
+        path = self.directory.samples / f"step-{step:08d}.png"
+        with storage.atomic_file(path) as file:
+            Image.fromarray(grid).save(file, format="PNG")
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({"samples": wandb.Image(grid)}, step=step)
+
+    def close(self) -> None:
+        """Finish all outputs."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._wandb is not None:
+            with contextlib.suppress(Exception):  # a report that cannot be closed must not fail a finished run
+                self._wandb.finish(quiet=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

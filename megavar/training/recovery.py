@@ -1,0 +1,72 @@
+"""What follows a step whose loss or gradient was not finite: skip it, roll back, or give up.
+
+The engine has already refused to apply such a step, by the global gradient norm and thus on all ranks alike (a loss
+that is not finite makes the gradient so, see ``Engine.forward_backward``). This class only counts, so it decides alike.
+"""
+
+import statistics
+from collections import deque
+from enum import Enum
+from typing import Any
+
+from megavar.config.train import RecoveryConfig
+
+
+class Verdict(Enum):
+    """What the trainer does after a step."""
+
+    CONTINUE = "continue"
+    ROLL_BACK = "roll_back"
+    STOP = "stop"
+
+
+class Recovery:
+    """Counts bad steps and rollbacks."""
+
+    def __init__(self, config: RecoveryConfig) -> None:
+        self.config = config
+        self.consecutive = 0
+        """Bad steps since the last good one."""
+        self.skipped = 0
+        """Bad steps of the whole run."""
+        self.rollbacks = 0
+        """Rollbacks since the last new checkpoint."""
+        self._losses: deque[float] = deque(maxlen=config.spike_window)
+
+    def judge(self, applied: bool) -> Verdict:
+        """Take in whether the step was applied."""
+        if applied:
+            self.consecutive = 0
+            return Verdict.CONTINUE
+        self.consecutive += 1
+        self.skipped += 1
+        if self.consecutive <= self.config.skips:
+            return Verdict.CONTINUE
+        return Verdict.ROLL_BACK if self.rollbacks < self.config.rollbacks else Verdict.STOP
+
+    def rolled_back(self) -> None:
+        """The trainer has gone back to a checkpoint."""
+        self.rollbacks += 1
+        self.consecutive = 0
+        self._losses.clear()
+
+    def saved(self) -> None:
+        """The trainer has saved a new checkpoint."""
+        if self.consecutive == 0:
+            self.rollbacks = 0
+
+    def spike(self, loss: float | None) -> float | None:
+        """Take in a logged loss; return the median of the recent past if this one stands out above it."""
+        if loss is None:
+            return None
+        median = statistics.median(self._losses) if len(self._losses) >= 10 else None
+        self._losses.append(loss)
+        return median if median is not None and loss > self.config.spike_factor * median > 0 else None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"skipped": self.skipped}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.skipped = state["skipped"]

@@ -1,0 +1,89 @@
+"""What the trainer is given: a run, and the arithmetic of its batches."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megavar.config.logging import LoggingConfig
+from megavar.config.optimizer import OptimizerConfig
+from megavar.config.train import TrainConfig
+from megavar.data.batch import Batch
+from megavar.errors import ConfigError, MegavarError
+from megavar.parallel.topology import Topology
+from megavar.recipes.base import Recipe
+from megavar.training.run_directory import RunDirectory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What is trained, on what, and where its results go."""
+
+    name: str
+    """For logs and W&B."""
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    logging: LoggingConfig
+    deepspeed: Mapping[str, Any]
+    """Content of the DeepSpeed JSON, validated."""
+    deepspeed_origin: str
+    """Its path, for errors."""
+    config: Mapping[str, Any]
+    """The whole resolved configuration as plain values, kept in the run directory."""
+    directory: RunDirectory
+    recipe: Recipe
+    samples: int
+    """Length of the training data."""
+    loader: Callable[[int, int], Iterable[list[Batch]]]
+    """(first step of the data, micro-batch size) -> per step this rank's micro-batches, on the device, without end."""
+    topology: Topology
+    preview: Callable[[int], Tensor | None] | None = None
+    """step -> sample images uint8 [N, 3, H, W] on rank 0, None elsewhere. Called on all ranks at the same steps, while
+    the modules hold the averaged weights if there are any."""
+    flops_per_image: float | None = None
+    """Floating-point operations of forward and backward, for the model's FLOPs utilization."""
+    peak_flops: float | None = None
+    """Peak of one device in operations per second."""
+
+
+def micro_batch_size(train: TrainConfig, topology: Topology) -> int:
+    """Samples of one micro-batch, checked against the world before anything runs.
+
+    Raises:
+        ConfigError: the global batch cannot be split evenly.
+    """
+    share, rest = divmod(train.global_batch_size, topology.data)
+    size = train.micro_batch_size or max(share, 1)
+    if rest or share % size:
+        product = topology.data * (train.micro_batch_size or 1)
+        nearest = max(1, round(train.global_batch_size / product)) * product
+        parts = f" in micro-batches of {size}" if train.micro_batch_size else ""
+        raise ConfigError(
+            f"train.global_batch_size={train.global_batch_size} cannot be split evenly over {topology.data} "
+            f"data-parallel ranks{parts}. Set it to a multiple of {product}, for example {nearest}, or change "
+            f"train.micro_batch_size or the number of processes. It is never rounded silently, because the learning "
+            f"rate follows it."
+        )
+    chunks, stages = topology.config.virtual_pipeline, topology.config.pipeline
+    if chunks > 1 and (share // size) % stages:
+        raise ConfigError(
+            f"parallel.virtual_pipeline={chunks} needs the number of micro-batches per step to be a multiple of "
+            f"parallel.pipeline={stages}, but it is {share // size}. Change train.micro_batch_size so that each rank "
+            f"computes a multiple of {stages} micro-batches, or set parallel.virtual_pipeline=1."
+        )
+    return size
+
+
+def on_first_rank(action: Callable[[], Any]) -> None:
+    """Run ``action`` on rank 0 and wait for it everywhere. What it raises for people is raised on every rank."""
+    outcome: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except (MegavarError, OSError) as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[0] is not None:
+        raise outcome[0]

@@ -1,0 +1,209 @@
+"""The run directory: everything a run was made of and everything it produced, in one place.
+
+``config.yaml``      the resolved configuration
+``deepspeed.json``   what DeepSpeed was given, per module
+``code.patch``       uncommitted changes of the checkout at the first start
+``attempts.jsonl``   one line per start: time, commit, versions, hosts, layout, environment
+``metrics.jsonl``    the primary record of the run
+``logs/``            one file per rank
+``samples/``         previews
+``checkpoints/``     see ``megavar/training/checkpoint/store.py``
+``wandb_id``         the W&B run to continue
+``DONE``             written last: the run has reached and saved its last step
+"""
+
+import errno
+import fcntl
+import fnmatch
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from megavar import storage
+from megavar.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+
+# What may differ when a run continues: it does not change what is trained. Prefixes of dotted keys.
+CHANGEABLE = (
+    "run.", "logging.", "sampling.", "evaluation.", "parallel.", "deepspeed", "data.workers", "data.prefetch",
+    "train.micro_batch_size", "train.checkpoint.", "train.recovery.", "train.watchdog.", "train.fresh",
+    "train.agreement_interval", "train.garbage_collection_interval",
+)  # fmt: skip
+_ENVIRONMENT = ("CUDA_*", "NCCL_*", "TORCH_*", "OMP_*", "SLURM_JOB_ID", "SLURM_NODELIST", "SLURM_NTASKS", "MEGAVAR_*",
+                "MASTER_*", "RANK", "WORLD_SIZE", "LOCAL_RANK", "GLOO_*", "DS_ACCELERATOR", "PYTORCH_*")  # fmt: skip
+_PACKAGES = ("torch", "torchvision", "megatron-core", "deepspeed", "numpy", "webdataset", "wandb", "pydantic")
+
+
+class RunDirectory:
+    """Paths and marks of a run. Methods that write are for rank 0."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._lock_file: TextIO | None = None
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """``metrics.jsonl``."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """Previews."""
+        return self.path / "samples"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def done(self) -> bool:
+        """Whether the run has reached and saved its last step."""
+        return (self.path / "DONE").exists()
+
+    def open(
+        self, config: Mapping[str, Any], layout: Mapping[str, Any], deepspeed: Mapping[str, Any], fresh: bool = False
+    ) -> None:
+        """Create the directory, or check that it belongs to this configuration, and record this start.
+
+        Args:
+            config: the resolved configuration as plain values.
+            layout: world size and parallel sizes, for the record.
+            deepspeed: DeepSpeed's JSON by module.
+            fresh: start the run anew although it is finished.
+
+        Raises:
+            ConfigError: the directory belongs to another run.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "logs").mkdir(exist_ok=True)
+        if self.config.exists():
+            self.check(config)
+            if self.done and not fresh:
+                return
+            (self.path / "DONE").unlink(missing_ok=True)
+        else:
+            patch = _git("diff", "HEAD", "--binary")
+            if patch:
+                storage.write_text_atomic(self.path / "code.patch", patch)
+        storage.write_text_atomic(self.config, yaml.safe_dump(dict(config), sort_keys=False, width=120))
+        storage.write_json_atomic(self.path / "deepspeed.json", dict(deepspeed))
+        with (self.path / "attempts.jsonl").open("a") as file:
+            file.write(json.dumps(_provenance() | {"layout": dict(layout)}) + "\n")
+
+    def check(self, config: Mapping[str, Any]) -> None:
+        """Compare with the configuration that the directory was created with.
+
+        Raises:
+            ConfigError: a key differs that decides what is trained.
+        """
+        stored = _flatten(yaml.safe_load(self.config.read_text()))
+        given = _flatten(json.loads(json.dumps(config)))
+        differing = sorted(
+            key for key in stored.keys() | given.keys()
+            if stored.get(key) != given.get(key) and not key.startswith(CHANGEABLE)
+        )  # fmt: skip
+        if differing:
+            key = differing[0]
+            more = f" (and {len(differing) - 1} more keys)" if len(differing) > 1 else ""
+            raise ConfigError(
+                f"{self.path} belongs to a run with another configuration: {key} is {stored.get(key)!r} there and "
+                f"{given.get(key)!r} here{more}. Use another directory (run.directory=... or run.name=...), or restore "
+                f"the value to continue that run."
+            )
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write the DONE mark, after everything else."""
+        storage.write_json_atomic(self.path / "DONE", {"finished_at": _now(), **summary})
+
+    def acquire(self) -> None:
+        """Hold the run, so that a second start of it is refused, until :meth:`release` or the end of the process.
+
+        Raises:
+            ConfigError: another process holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = (self.path / ".lock").open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                _log.warning("%s offers no file locks (%s): a second start would not be noticed.", self.path, error)
+            else:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                file.close()
+                raise ConfigError(
+                    f"{self.path} is in use by another process ({holder}). Wait until it ends, stop it, or use another "
+                    f"run.directory."
+                ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}")
+        file.flush()
+        self._lock_file = file
+
+    def release(self) -> None:
+        """Give up the lock."""
+        if self._lock_file is not None:
+            self._lock_file.close()
+            self._lock_file = None
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict) and tree:
+        return {name: leaf for key, value in tree.items() for name, leaf in _flatten(value, f"{prefix}{key}.").items()}
+    return {prefix.rstrip("."): tree}
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def _git(*arguments: str) -> str:
+    root = Path(__file__).resolve().parents[2]
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=60, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return result.stdout if result.returncode == 0 else ""
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _provenance() -> dict[str, Any]:
+    variables = {
+        name: value for name, value in sorted(os.environ.items())
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in _ENVIRONMENT)
+    }  # fmt: skip
+    return {
+        "started_at": _now(),
+        "host": socket.gethostname(),
+        "python": platform.python_version(),
+        "commit": _git("rev-parse", "HEAD").strip(),
+        "changed_files": _git("status", "--porcelain").splitlines()[:50],
+        "packages": {package: _version(package) for package in _PACKAGES},
+        "environment": variables,
+    }

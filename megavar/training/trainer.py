@@ -1,0 +1,304 @@
+"""The training loop, the same for every recipe and every layout."""
+
+import contextlib
+import functools
+import gc
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megavar.config.deepspeed import complete_deepspeed
+from megavar.data.batch import Batch
+from megavar.errors import ExitCode, MegavarError, NonFiniteError
+from megavar.parallel import seeds
+from megavar.training import schedules
+from megavar.training.checkpoint import Checkpointer, ModuleState
+from megavar.training.ema import MovingAverage
+from megavar.training.engine import Engine
+from megavar.training.experts import expert_parameters
+from megavar.training.metrics import MetricAccumulator
+from megavar.training.monitor import Monitor, Stopwatch
+from megavar.training.preemption import StopRequest
+from megavar.training.recovery import Recovery, Verdict
+from megavar.training.run import Run, micro_batch_size, on_first_rank
+from megavar.training.watchdog import Watchdog
+
+_log = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Trains a :class:`Run` from wherever it stands to its end, or to an agreed stop."""
+
+    def __init__(self, run: Run) -> None:
+        """Check the batch arithmetic and build the engines. Collective; writes nothing.
+
+        Raises:
+            ConfigError: batch sizes do not divide, or the layout does not work.
+        """
+        self.stop = StopRequest().install()
+        self.setup, self.topology, self.recipe, self.directory = run, run.topology, run.recipe, run.directory
+        train = run.train
+        self.total_steps = schedules.total_steps(train.steps, train.epochs, run.samples, train.global_batch_size)
+        self.steps_per_epoch = run.samples / train.global_batch_size
+        self.micro_batch_size = micro_batch_size(train, run.topology)
+        self.engines = {name: self._build_engine(name, module) for name, module in run.recipe.modules().items()}
+        self.averages: dict[str, MovingAverage] = {}
+        if train.ema is not None:
+            self.averages = {name: MovingAverage(engine, train.ema) for name, engine in self.engines.items()}
+        self.checkpointer = Checkpointer(run.directory.checkpoints, train.checkpoint, self._layout())
+        self.monitor = Monitor(run.logging, run.directory, run.name, run.topology.rank, self.total_steps)
+        self.watchdog = Watchdog(train.watchdog)
+        self.recovery = Recovery(train.recovery)
+        self.metrics, self.stopwatch = MetricAccumulator(), Stopwatch()
+        self.step = 0
+        """Steps taken, skipped ones included."""
+        self.data_step = 0
+        """Global batches gone through: ``step``, plus those that rollbacks have passed over."""
+        self._batches: Iterator[list[Batch]] = iter(())
+
+    def run(self) -> ExitCode:
+        """Train to the last step, or until all ranks agree to stop. A finished run returns at once.
+
+        Raises:
+            ConfigError: the run directory is another run's, or in use.
+            CheckpointError: there are checkpoints, but none can be used.
+            NonFiniteError: losses or gradients stay non-finite after the allowed rollbacks.
+        """
+        on_first_rank(self._open_directory)
+        if self.directory.done:
+            _log.info("%s is finished already.", self.directory.path)
+            return ExitCode.FINISHED
+        try:
+            with self.watchdog, _manual_garbage_collection(), contextlib.closing(self.monitor):
+                return self._loop()
+        except MegavarError:
+            raise
+        except Exception:
+            _log.critical("Ended by an exception after step %d.", self.step, exc_info=True)
+            raise
+        finally:
+            self.directory.release()
+            self.stop.restore()
+
+    def _loop(self) -> ExitCode:
+        train, logs = self.setup.train, self.setup.logging
+        self._restore(fresh=self._fresh())
+        while self.step < self.total_steps:
+            self.stopwatch.step_begins()
+            with self.stopwatch.part("data"):
+                micro_batches = next(self._batches)
+            applied = self._train_step(micro_batches)
+            self.step, self.data_step = self.step + 1, self.data_step + 1
+            self.stopwatch.step_done()
+            self.watchdog.beat(self.step)
+            if not self._recovered(applied):
+                continue
+            last = self.step == self.total_steps
+            if last or self._due(logs.interval):
+                self._log()
+            self.monitor.advance(self.step)
+            stopping = self._due(train.agreement_interval) and self.stop.agreed() and not last
+            if last or stopping or self._due(train.checkpoint.interval):
+                self._save()
+            if stopping:
+                self.checkpointer.close()
+                _log.info("Stopped and saved after step %d of %d, as agreed.", self.step, self.total_steps)
+                return ExitCode.PREEMPTED
+            if last or self._due(logs.samples_interval):
+                self._preview()
+            if self._due(train.garbage_collection_interval):
+                gc.collect()
+        self.checkpointer.close()
+        on_first_rank(lambda: self.directory.finish({"steps": self.total_steps}))
+        return ExitCode.FINISHED
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    def _train_step(self, micro_batches: list[Batch]) -> bool:
+        """Train every active module on one global batch; return whether all updates were applied."""
+        # Our randomness is counter-based; this makes the rest (dropout of a third-party module) resume exactly, too.
+        torch.manual_seed(int(seeds.random_bits(self.setup.train.seed, "step", self.step, self.topology.data_rank)))
+        prepared = [self.recipe.prepare(batch, self.step) for batch in micro_batches]
+        applied = True
+        for name, engine in self.engines.items():
+            if not self.recipe.active(name, self.step):
+                continue
+            with self._others_frozen(name):
+                engine.forward_backward(
+                    prepared, functools.partial(self.recipe.forward, name), functools.partial(self._loss, name)
+                )
+            result = engine.step(*self._rates(name, self.step))
+            self.metrics.add_step(name, result)
+            applied = applied and result.applied
+        if applied:
+            self.recipe.after_step(self.step)
+            for average in self.averages.values():
+                average.update(self.step)
+        return applied
+
+    def _loss(self, name: str, output: Any, inputs: Any) -> Tensor:
+        losses = self.recipe.loss(name, output, inputs, self.step)
+        self.metrics.add(losses)
+        return losses.total
+
+    def _rates(self, name: str, step: int) -> tuple[float, float]:
+        """Learning rate and weight decay of module ``name`` at ``step``."""
+        config = self.setup.optimizer
+        peak = schedules.peak_learning_rate(config, self.setup.train.global_batch_size, name)
+        rate = schedules.learning_rate(config.schedule, peak, step, self.total_steps, self.steps_per_epoch)
+        return rate, schedules.weight_decay(config, step, self.total_steps, name)
+
+    @contextlib.contextmanager
+    def _others_frozen(self, name: str) -> Iterator[None]:
+        """Keep the gradients of module ``name``'s losses out of the parameters of the other modules."""
+        with contextlib.ExitStack() as stack:
+            for other, engine in self.engines.items():
+                if other != name:
+                    stack.enter_context(engine.frozen())
+            yield
+
+    # -- around the step ----------------------------------------------------------------------------------------------
+
+    def _due(self, interval: int | None) -> bool:
+        return interval is not None and self.step % interval == 0
+
+    def _recovered(self, applied: bool) -> bool:
+        """Deal with a step that was not applied. False after a rollback."""
+        verdict = self.recovery.judge(applied)
+        if applied:
+            return True
+        failed_at, reached = self.step, self.data_step
+        self.monitor.event(failed_at, "not_finite", verdict=verdict.value, consecutive=self.recovery.consecutive)
+        _log.warning("Step %d was not applied: its loss or gradient is not finite.", failed_at)
+        if verdict is Verdict.CONTINUE:
+            return True
+        reason = f"train.recovery.rollbacks={self.setup.train.recovery.rollbacks} are used up"
+        if verdict is Verdict.ROLL_BACK:
+            if self._restore(at_most=failed_at):
+                self.recovery.rolled_back()
+                self.data_step = reached  # the batches in between are not seen again
+                self._open_data()
+                self.monitor.event(self.step, "rolled_back", from_step=failed_at, data_step=reached)
+                _log.warning("Rolled back from step %d to %d, with later data.", failed_at, self.step)
+                return False
+            reason = "there is no checkpoint to go back to"
+        raise NonFiniteError(
+            f"Loss or gradient of {self.setup.name} was not finite in the last {self.recovery.consecutive} steps up to "
+            f"{failed_at}, and {reason}. See {self.directory.metrics} for the losses before; lower optimizer.lr or "
+            f"optimizer.gradient_clipping, or look at the data, and start again."
+        )
+
+    def _log(self) -> None:
+        values, statistics = self.metrics.reduce(self.recipe.collect())
+        values |= self.recipe.summarize(statistics)
+        for name in self.engines:
+            suffix = f"/{name}" if len(self.engines) > 1 else ""
+            rate, decay = self._rates(name, self.step - 1)  # with which this step was taken
+            values |= {f"learning_rate{suffix}": rate, f"weight_decay{suffix}": decay}
+        if self.recovery.skipped:
+            values["skipped_steps"] = self.recovery.skipped
+        if (median := self.recovery.spike(values.get("loss"))) is not None:
+            self.monitor.event(self.step, "loss_spike", loss=values["loss"], median=median)
+        speed = self.stopwatch.read(self.setup.train.global_batch_size)
+        if self.setup.flops_per_image and self.setup.peak_flops and speed:
+            per_device = speed["images_per_second"] * self.setup.flops_per_image / self.topology.world_size
+            speed["model_flops_utilization"] = per_device / self.setup.peak_flops
+        if torch.cuda.is_available():
+            speed["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if self.checkpointer.last_save_seconds is not None:
+            speed["last_save_seconds"] = self.checkpointer.last_save_seconds
+        self.monitor.log({"step": self.step, "epoch": self.data_step / self.steps_per_epoch} | values | speed)
+
+    def _preview(self) -> None:
+        if self.setup.preview is None:
+            return
+        with self.watchdog.pause(), self.stopwatch.part("preview"), contextlib.ExitStack() as stack, torch.no_grad():
+            for average in self.averages.values():
+                stack.enter_context(average.as_weights())
+            images = self.setup.preview(self.step)
+        if images is not None:
+            self.monitor.save_grid(self.step, images)
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def _open_directory(self) -> None:
+        """On rank 0: take the lock, check that the directory is this run's, and record this start."""
+        self.directory.acquire()
+        plans = {name: engine.plan.json for name, engine in self.engines.items()}
+        self.directory.open(self.setup.config, self._layout(), plans, fresh=self._fresh())
+
+    def _fresh(self) -> bool:
+        return self.setup.train.fresh and int(os.environ.get("SLURM_RESTART_COUNT", "0")) == 0
+
+    def _layout(self) -> dict[str, Any]:
+        stage = max(engine.plan.stage for engine in self.engines.values())
+        sizes = {"world_size": self.topology.world_size, "data": self.topology.data, "zero_stage": stage}
+        return sizes | self.topology.config.model_dump()
+
+    def _module_states(self) -> dict[str, ModuleState]:
+        averages = {name: average.tensors for name, average in self.averages.items()}
+        return {name: ModuleState(engine.deepspeed, averages.get(name)) for name, engine in self.engines.items()}
+
+    def _save(self) -> None:
+        state = {"step": self.step, "data_step": self.data_step, "recovery": self.recovery.state()}
+        with self.watchdog.pause(), self.stopwatch.part("checkpoint"):
+            self.checkpointer.save(self.step, self._module_states(), state)
+        self.recovery.saved()
+
+    def _restore(self, fresh: bool = False, at_most: int | None = None) -> bool:
+        """Continue from the newest whole checkpoint (of a step up to ``at_most``); False if there is none."""
+        with self.watchdog.pause():
+            state = self.checkpointer.load(self._module_states(), fresh=fresh, at_most=at_most)
+        if state is not None:
+            self.step, self.data_step = state["step"], state["data_step"]
+        if state is not None and at_most is None:
+            self.recovery.load_state(state["recovery"])
+            _log.info("Continuing after step %d of %d.", self.step, self.total_steps)
+        self.metrics.forget()
+        self.recipe.collect()
+        self.monitor.open(self.step, dict(self.setup.config))
+        self._open_data()
+        return state is not None
+
+    def _open_data(self) -> None:
+        self._batches = iter(self.setup.loader(self.data_step, self.micro_batch_size))
+
+    def _build_engine(self, name: str, module: torch.nn.Module) -> Engine:
+        run = self.setup
+        override = run.optimizer.modules.get(name)
+        clipping = override.gradient_clipping if override is not None else None
+        plan = complete_deepspeed(
+            dict(run.deepspeed),
+            where=run.deepspeed_origin,
+            parallel=run.topology.config,
+            data_parallel_size=run.topology.data,
+            global_batch_size=run.train.global_batch_size,
+            micro_batch_size=self.micro_batch_size,
+            precision=run.train.precision,
+            gradient_clipping=clipping if clipping is not None else run.optimizer.gradient_clipping,
+            has_experts=bool(expert_parameters(module)),
+            device_type=next(module.parameters()).device.type,
+        )
+        return Engine(
+            name,
+            module,
+            decays=functools.partial(run.recipe.decays, name),
+            optimizer=run.optimizer,
+            plan=plan,
+            topology=run.topology,
+        )
+
+
+@contextlib.contextmanager
+def _manual_garbage_collection() -> Iterator[None]:
+    """Without the automatic collector ranks would not pause at different times and make each other wait."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

@@ -1,0 +1,258 @@
+"""The loop: losses, resuming, stopping, recovering, on one and two real ranks."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megavar.errors import ConfigError, ExitCode, NonFiniteError
+from megavar.training.trainer import Trainer
+from tests.distributed.harness import run_ranks
+from tests.training import tiny
+
+
+def weights(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.recipe.model.parameters()])
+
+
+def train(directory, **options):
+    trainer = Trainer(tiny.build_run(directory, **options))
+    code = trainer.run()
+    return code, weights(trainer)
+
+
+@pytest.mark.parametrize("ranks, stage", [(1, 0), (2, 0), (1, 1), (2, 1), (2, 2)])
+def test_the_loss_curve_is_that_of_plain_torch(tmp_path, ranks, stage):
+    codes = [code for code, _ in run_ranks(ranks, _train_stage, tmp_path, stage)]
+    assert codes == [ExitCode.FINISHED] * ranks
+    metrics = tiny.read_metrics(tmp_path)
+    expected = tiny.reference(6)
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5, 6]
+    for line, (loss, norm) in zip(metrics, expected, strict=True):
+        assert line["loss"] == pytest.approx(loss, rel=1e-5)
+        assert line["gradient_norm"] == pytest.approx(norm, rel=1e-5)
+        assert sum(line[f"labels/{i}"] for i in range(3)) == tiny.GLOBAL_BATCH
+    assert (tmp_path / "DONE").exists()
+
+
+def _train_stage(directory, stage):
+    return train(directory, stage=stage)
+
+
+def _accumulated(directory):
+    return train(directory, train={"micro_batch_size": 2})
+
+
+def test_accumulation_gives_the_same_curve(tmp_path):
+    run_ranks(2, _accumulated, tmp_path)
+    for line, (loss, norm) in zip(tiny.read_metrics(tmp_path), tiny.reference(6), strict=True):
+        assert line["loss"] == pytest.approx(loss, rel=1e-5)
+        assert line["gradient_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+EMA = {"ema": {"decay": 0.9}, "checkpoint": {"interval": 2}}
+
+
+def _dies_after(directory, step):
+    run = tiny.build_run(directory, train=EMA)
+
+    class Dies(tiny.TinyRecipe):
+        def after_step(self, taken):
+            if taken + 1 == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    object.__setattr__(run, "recipe", Dies())
+    Trainer(run).run()
+
+
+def _with_average(directory):
+    trainer = Trainer(tiny.build_run(directory, train=EMA))
+    code = trainer.run()
+    average = trainer.averages["model"].tensors
+    return code, weights(trainer), [tensor.clone() for tensor in average]
+
+
+def test_a_killed_run_continues_bitwise(tmp_path):
+    from tests.distributed.harness import RankFailure
+
+    straight = run_ranks(2, _with_average, tmp_path / "straight")
+    with pytest.raises(RankFailure, match="exit code -9"):
+        run_ranks(2, _dies_after, tmp_path / "killed", 5)
+    assert [line["step"] for line in tiny.read_metrics(tmp_path / "killed")] == [1, 2, 3, 4]
+    resumed = run_ranks(2, _with_average, tmp_path / "killed")
+    for (_, expected, expected_average), (code, got, got_average) in zip(straight, resumed, strict=True):
+        assert code == ExitCode.FINISHED
+        assert torch.equal(got, expected)
+        assert all(torch.equal(a, b) for a, b in zip(got_average, expected_average, strict=True))
+    lines, expected_lines = tiny.read_metrics(tmp_path / "killed"), tiny.read_metrics(tmp_path / "straight")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["loss"] for line in lines] == [line["loss"] for line in expected_lines]
+
+
+def test_a_finished_run_returns_at_once_and_other_settings_are_refused(tmp_path):
+    run_ranks(1, train, tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    assert run_ranks(1, train, tmp_path)[0][0] == ExitCode.FINISHED
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    message = run_ranks(2, _refused, tmp_path)
+    assert message[0] == message[1]
+    assert "train.steps is 6 there and 7 here" in message[0]
+
+
+def _refused(directory):
+    with pytest.raises(ConfigError) as caught:
+        train(directory, steps=7)
+    return str(caught.value)
+
+
+def _second_start(directory):
+    run = tiny.build_run(directory)
+    run.directory.acquire()
+    with pytest.raises(ConfigError) as caught:
+        Trainer(tiny.build_run(directory)).run()
+    return str(caught.value)
+
+
+def test_a_live_run_is_not_started_twice(tmp_path):
+    assert "in use by another process (process" in run_ranks(1, _second_start, tmp_path)[0]
+
+
+def _stops_at_skewed_signals(directory, delays, steps):
+    """Each rank signals itself at another time while the steps go on."""
+    delay = delays[dist.get_rank()]
+
+    class Slow(tiny.TinyRecipe):
+        def after_step(self, step):
+            time.sleep(0.02)
+
+    trainer = Trainer(tiny.build_run(directory, steps=steps, recipe=Slow()))
+    if delay is not None:
+        threading.Timer(delay, os.kill, (os.getpid(), signal.SIGUSR2)).start()
+    return trainer.run(), trainer.step
+
+
+@pytest.mark.parametrize("delays", [(0.0, 0.5), (0.5, 0.0), (0.0, None), (0.1, 0.15)])
+def test_skewed_signals_stop_all_ranks_after_one_agreed_step(tmp_path, delays):
+    results = run_ranks(2, _stops_at_skewed_signals, tmp_path, delays, 1000)
+    assert results[0] == results[1]
+    code, step = results[0]
+    assert code == ExitCode.PREEMPTED
+    assert (tmp_path / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists()
+    assert not (tmp_path / "DONE").exists()
+
+
+BAD = [2 * tiny.GLOBAL_BATCH + 7]  # one sample of step 2, on the last rank
+
+
+def _with_bad_sample(directory, stage):
+    return train(directory, stage=stage, recipe=tiny.TinyRecipe(BAD))[1]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_bad_step_is_skipped_on_all_ranks(tmp_path, stage):
+    run_ranks(2, _with_bad_sample, tmp_path, stage)
+    lines = tiny.read_metrics(tmp_path)
+    assert [(line["event"], line["step"]) for line in lines if "event" in line] == [("not_finite", 3)]
+    good = [line for line in lines if "event" not in line]
+    assert [line["step"] for line in good] == [1, 2, 3, 4, 5, 6]
+    assert all(line["loss"] < 2 for line in good if line["step"] != 3)
+    assert good[-1]["skipped_steps"] == 1
+    # Only the optimizer's counter differs from a run that had never seen the batch.
+    expected = run_ranks(2, _without_step_2, tmp_path / "other", stage)
+    assert [line["loss"] for line in good if line["step"] > 3] == pytest.approx(expected[0], rel=1e-5)
+
+
+def _without_step_2(directory, stage):
+    engine, topology, size = tiny.build_engine(stage)
+    losses = []
+    for step in (0, 1, 3, 4, 5):
+
+        def loss(output, item, step=step):
+            value = tiny.loss_of(output, item[1])
+            if step > 2:
+                losses.append(value.detach())
+            return value
+
+        engine.forward_backward(tiny.local_micro_batches(step, topology, size), lambda model, x: model(x[0]), loss)
+        engine.step(tiny.LEARNING_RATE, tiny.WEIGHT_DECAY)
+    total = torch.stack(losses)
+    dist.all_reduce(total)
+    return (total / dist.get_world_size()).tolist()
+
+
+RECOVERY = {"checkpoint": {"interval": 2}, "recovery": {"skips": 1, "rollbacks": 1}}
+
+
+def _rolls_back(directory, bad_steps, steps):
+    poison = [step * tiny.GLOBAL_BATCH + 7 for step in bad_steps]
+    trainer = Trainer(tiny.build_run(directory, steps=steps, recipe=tiny.TinyRecipe(poison), train=RECOVERY))
+    try:
+        code = trainer.run()
+    except NonFiniteError as error:
+        return "stopped", trainer.step, trainer.data_step, str(error)
+    return code, trainer.step, trainer.data_step, weights(trainer)
+
+
+def test_repeated_bad_steps_roll_back_and_continue_with_later_data(tmp_path):
+    results = run_ranks(2, _rolls_back, tmp_path, (5, 6), 8)
+    for code, step, data_step, _ in results:
+        # Steps 5 and 6 are bad. The checkpoint of step 6 was taken after the first skip and holds good weights.
+        assert (code, step, data_step) == (ExitCode.FINISHED, 8, 9)
+    assert torch.equal(results[0][3], results[1][3])
+    lines = tiny.read_metrics(tmp_path)
+    rolled = [line for line in lines if line.get("event") == "rolled_back"]
+    assert [(line["step"], line["from_step"], line["data_step"]) for line in rolled] == [(6, 7, 7)]
+    steps = [line["step"] for line in lines if "event" not in line]
+    assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_a_run_that_stays_bad_ends_alike_on_all_ranks(tmp_path):
+    results = run_ranks(2, _rolls_back, tmp_path, range(3, 40), 20)
+    assert results[0] == results[1]
+    assert results[0][0] == "stopped"
+    assert "train.recovery.rollbacks=1 are used up" in results[0][3]
+    assert not (tmp_path / "DONE").exists()
+
+
+def test_without_a_checkpoint_a_bad_start_ends_the_run(tmp_path):
+    assert "no checkpoint to go back to" in run_ranks(1, _rolls_back, tmp_path, range(0, 10), 20)[0][3]
+
+
+def _uneven(directory, train):
+    with pytest.raises(ConfigError) as caught:
+        Trainer(tiny.build_run(directory, train=train))
+    return str(caught.value)
+
+
+def test_batches_that_do_not_divide_are_refused_with_the_remedy(tmp_path):
+    (message,) = run_ranks(1, _uneven, tmp_path, {"micro_batch_size": 3})
+    assert "train.global_batch_size=8" in message and "a multiple of 3, for example 9" in message
+    assert "a multiple of 2, for example 8" in run_ranks(2, _uneven, tmp_path, {"global_batch_size": 7})[0]
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def _draws_previews(directory):
+    seen = []
+
+    def preview(step):
+        seen.append((step, weights(trainer).clone()))
+        return torch.full((4, 3, 8, 8), 127, dtype=torch.uint8) if dist.get_rank() == 0 else None
+
+    run = tiny.build_run(directory, train=EMA, preview=preview)
+    object.__setattr__(run, "logging", run.logging.model_copy(update={"samples_interval": 4}))
+    trainer = Trainer(run)
+    trainer.run()
+    return [step for step, _ in seen], seen[-1][1], weights(trainer)
+
+
+def test_previews_use_the_average_and_leave_the_weights_alone(tmp_path):
+    for steps, during, after in run_ranks(2, _draws_previews, tmp_path):
+        assert steps == [4, 6]
+        assert not torch.equal(during, after)
+    names = [path.name for path in sorted((tmp_path / "samples").iterdir())]
+    assert names == ["step-00000004.png", "step-00000006.png"]
+    assert torch.equal(after, run_ranks(2, _with_average, tmp_path / "undisturbed")[0][1])

@@ -5,7 +5,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from megavar.errors import ExitCode, MegavarError
+from megavar import logs
+from megavar.errors import MegavarError
 
 COMMANDS = {
     "train": "train the run that CONFIG describes, or continue it",
@@ -15,34 +16,29 @@ COMMANDS = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line's grammar."""
-    result = argparse.ArgumentParser(prog="megavar", description="Trainer for visual autoregressive image generators.")
-    commands = result.add_subparsers(dest="command", required=True, metavar="COMMAND")
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line; only the chosen command's module is imported, for its options."""
+    parser = argparse.ArgumentParser(prog="megavar", description="Trainer for visual autoregressive image generators.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, description in COMMANDS.items():
         command = commands.add_parser(name, help=description, description=description)
-        command.add_argument("config", help="YAML file of the run")
+        command.add_argument("config", metavar="CONFIG", help="YAML file of the run")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optimizer.lr=3e-4")
-        importlib.import_module(f"megavar.commands.{name}").add_arguments(command)
-    return result
+        if name in arguments[:1]:
+            importlib.import_module(f"megavar.commands.{name}").add_arguments(command)
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code (:class:`megavar.errors.ExitCode`)."""
-    options = parser().parse_intermixed_args(arguments) if arguments is not None else _parse(sys.argv[1:])
-    command = importlib.import_module(f"megavar.commands.{options.command}")
+    logs.silence_libraries()
+    options = parse(sys.argv[1:] if arguments is None else arguments)
     try:
-        return int(command.run(options))
+        return int(importlib.import_module(f"megavar.commands.{options.command}").run(options))
     except MegavarError as error:
         print(f"megavar {options.command}: error: {error}", file=sys.stderr, flush=True)
         return int(error.exit_code)
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    return parser().parse_args(arguments)
-
-
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.exit(code if code != ExitCode.FINISHED else 0)
+    sys.exit(main())

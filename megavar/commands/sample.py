@@ -17,12 +17,13 @@ from megavar.config.loading import load_config
 from megavar.config.parallel import ParallelConfig
 from megavar.config.recipe import MEPAConfig
 from megavar.config.root import Config
+from megavar.data.pixels import image_grid
 from megavar.errors import ConfigError, ExitCode
 from megavar.evaluation.chunks import ChunkStore
 from megavar.generators.var import VAR
 from megavar.parallel import topology
 from megavar.parallel.environment import Environment, environment
-from megavar.sampling.sampler import Sampler, image_grid, open_store
+from megavar.sampling.sampler import Sampler, open_store
 from megavar.storage import sha256_of_file
 from megavar.training.checkpoint.weights import find_checkpoint, load_weights
 

@@ -1,5 +1,6 @@
 """The two ways an image is represented, and the conversion between them."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,3 +27,16 @@ def to_uint8(images: Tensor) -> Tensor:
         uint8 of the same shape and device, rounded to the nearest level (truncation would darken every image).
     """
     return images.to(torch.float32).mul(127.5).add_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def image_grid(images: Tensor, columns: int) -> np.ndarray:
+    """Arrange uint8 [N, 3, H, W] in rows of ``columns``, enlarged to at least 64 pixels a side: uint8 [H', W', 3]."""
+    factor = max(1, 64 // images.shape[-1])
+    images = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    rows = -(-images.shape[0] // columns)
+    side, gap = images.shape[-1], 2
+    canvas = torch.full((rows * (side + gap) + gap, columns * (side + gap) + gap, 3), 255, dtype=torch.uint8)
+    for number, image in enumerate(images):
+        top, left = gap + (number // columns) * (side + gap), gap + (number % columns) * (side + gap)
+        canvas[top : top + side, left : left + side] = image.permute(1, 2, 0)
+    return canvas.numpy()

@@ -1,6 +1,7 @@
 """The mesh: which rank is what, and the process groups behind it (Megatron-core's ``parallel_state``)."""
 
 import datetime
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,9 @@ def initialize(config: ParallelConfig, environment: Environment, timeout_minutes
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     data, expert_data = data_parallel_size(config, environment.world_size)
+    # DeepSpeed insists on torchrun's names (deepspeed/__init__.py, engine.py), whoever started the process.
+    os.environ["RANK"], os.environ["WORLD_SIZE"] = str(environment.rank), str(environment.world_size)
+    os.environ["LOCAL_RANK"] = str(environment.local_rank)
     if torch.cuda.is_available():
         torch.cuda.set_device(environment.device)
     if not dist.is_initialized():

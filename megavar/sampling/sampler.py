@@ -5,11 +5,9 @@ Sample i has label i modulo the number of classes and noise of its own. Chunk c 
 exists. Chunks are never merged or split, because kernels may round differently in batches of another size.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -65,20 +63,3 @@ def open_store(directory: Path, settings: SamplingConfig, identity: dict[str, An
     return ChunkStore.open(
         directory, count=settings.number, size=settings.chunk_size, identity={"sampling": sampled} | identity
     )
-
-
-def image_grid(images: Tensor, columns: int) -> np.ndarray:
-    """Arrange uint8 [N, 3, H, W] in rows of ``columns``, enlarged to at least 64 pixels a side: uint8 [H', W', 3]."""
-    factor = max(1, 64 // images.shape[-1])
-    images = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    rows = -(-images.shape[0] // columns)
-    side, gap = images.shape[-1], 2
-    canvas = torch.full((rows * (side + gap) + gap, columns * (side + gap) + gap, 3), 255, dtype=torch.uint8)
-    for number, image in enumerate(images):
-        top, left = gap + (number // columns) * (side + gap), gap + (number % columns) * (side + gap)
-        canvas[top : top + side, left : left + side] = image.permute(1, 2, 0)
-    return canvas.numpy()
-
-
-Preview = Callable[[], Tensor]
-"""Draws the images of a preview: uint8 [N, 3, H, W]."""

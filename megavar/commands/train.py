@@ -1,0 +1,148 @@
+"""``megavar train``: train the run that a configuration describes, or continue it where it stopped."""
+
+import argparse
+import functools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megavar import logs
+from megavar.assembly import build_recipe
+from megavar.commands.evaluate import score
+from megavar.config.deepspeed import load_deepspeed_json
+from megavar.config.loading import load_config
+from megavar.config.parallel import ParallelConfig
+from megavar.config.root import Config
+from megavar.data.build import build_loader, build_source
+from megavar.data.pixels import to_float, to_uint8
+from megavar.data.reading import stored_images
+from megavar.errors import ConfigError, ExitCode
+from megavar.generators.var import VAR
+from megavar.parallel import topology
+from megavar.parallel.environment import Environment, environment
+from megavar.recipes.base import Recipe
+from megavar.recipes.mepa import MEPA
+from megavar.recipes.tokenizer import TokenizerTraining
+from megavar.sampling.sampler import Sampler
+from megavar.training.run_directory import RunDirectory
+from megavar.training.trainer import Run, Trainer, on_first_rank
+
+PREVIEW_IMAGES = 40
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """No options beside the configuration."""
+
+
+def run(options: argparse.Namespace) -> ExitCode:
+    """Entry point of the command."""
+    place = environment()
+    logs.configure(place.rank)
+    config = load_config(options.config, options.overrides)
+    code = train(config, place)
+    topology.shutdown()
+    return code
+
+
+def train(config: Config, place: Environment, required_by: tuple[str, ...] = ()) -> ExitCode:
+    """Train the runs that ``config`` requires, then the run itself, then score it if the configuration says so.
+
+    Finished runs are left as they are. Collective.
+
+    Raises:
+        ConfigError: runs require each other in a circle, or sections contradict each other.
+    """
+    if config.run.name in required_by:
+        raise ConfigError(f"run.requires goes in a circle: {' -> '.join((*required_by, config.run.name))}.")
+    for path in config.run.requires:
+        required = load_config(path)
+        if place.rank == 0:
+            print(f"{config.run.name} requires {required.run.name} ({path})", flush=True)
+        code = train(required, place, (*required_by, config.run.name))
+        if code != ExitCode.FINISHED:
+            return code
+    code = _train_one(config, place)
+    if code == ExitCode.FINISHED and config.evaluation.after_training:
+        topology.initialize(ParallelConfig(), place)
+        score(config, place)
+    return code
+
+
+def _train_one(config: Config, place: Environment) -> ExitCode:
+    mesh = topology.initialize(config.parallel, place)
+    directory = RunDirectory(config.run.path)
+    resolved = json.loads(config.model_dump_json())
+    if directory.done:
+        on_first_rank(lambda: directory.check(resolved))
+        if place.rank == 0:
+            print(f"{config.run.name} is finished already ({directory.path}).", flush=True)
+        return ExitCode.FINISHED
+    keeps_logs = "MEGAVAR_LOG_DIRECTORY" in os.environ  # a launcher writes what we print to files of its own
+    logs.configure(place.rank, None if keeps_logs else directory.path / "logs")
+    if place.rank == 0:
+        print(topology.describe(config.parallel, place.world_size), flush=True)
+    source = build_source(config.data)
+    recipe = build_recipe(config, mesh, source, place.device)
+
+    def loader(start_step: int, micro_batch_size: int):  # noqa: ANN202 - Loader, an iterable of lists of batches
+        return build_loader(
+            config.data,
+            source,
+            seed=config.train.seed,
+            global_batch_size=config.train.global_batch_size,
+            micro_batch_size=micro_batch_size,
+            data_parallel_rank=mesh.data_rank,
+            data_parallel_size=mesh.data,
+            start_step=start_step,
+            device=place.device,
+        )
+
+    trainer = Trainer(
+        Run(
+            name=config.run.name,
+            train=config.train,
+            optimizer=config.optimizer,
+            logging=config.logging,
+            deepspeed=load_deepspeed_json(Path(config.deepspeed)),
+            deepspeed_origin=config.deepspeed,
+            config=resolved,
+            directory=directory,
+            recipe=recipe,
+            samples=len(source),
+            loader=loader,
+            topology=mesh,
+            preview=_preview(config, recipe, mesh, place),
+        )
+    )
+    return trainer.run()
+
+
+def _preview(
+    config: Config, recipe: Recipe, mesh: topology.Topology, place: Environment
+) -> Callable[[int], Tensor | None] | None:
+    """What to look at while the run goes on: samples of a generator, or originals above their reconstructions."""
+    if isinstance(recipe, MEPA) and isinstance(recipe.generator, VAR) and mesh.config.pipeline == 1:
+        settings = config.sampling.model_copy(update={"weights": "model"})
+        sampler = Sampler(recipe.generator, recipe.tokenizer, settings, place.device)
+        return lambda step: sampler.draw(torch.arange(PREVIEW_IMAGES))[0]
+    if isinstance(recipe, TokenizerTraining):
+        return functools.partial(_reconstructions, config, recipe, place.device)
+    return None  # a pipeline stage cannot decode alone: sample from a checkpoint instead
+
+
+@torch.no_grad()
+def _reconstructions(config: Config, recipe: TokenizerTraining, device: torch.device, step: int) -> Tensor:
+    """Rows of ten test images, each above a row of their reconstructions: uint8 [N, 3, H, W]."""
+    from megavar.data.build import build_transform
+
+    source = build_source(config.data, "test")
+    count = min(PREVIEW_IMAGES // 2, len(source))
+    originals, _ = stored_images(source, build_transform(config.data, "test"), range(count))
+    tokenizer = recipe.tokenizer
+    reconstructed = to_uint8(tokenizer.decode(tokenizer.encode(to_float(originals).to(device)))).cpu()
+    rows = zip(originals.split(10), reconstructed.split(10))
+    return torch.cat([image for pair in rows for image in pair])

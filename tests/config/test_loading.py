@@ -1,0 +1,118 @@
+"""YAML, inheritance, overrides, and errors that name key, problem and remedy."""
+
+from pathlib import Path
+
+import pytest
+
+from megavar.config.loading import dump, load_config, merge
+from megavar.errors import ConfigError
+
+QUICKSTART = Path("configs/quickstart.yaml")
+
+
+@pytest.fixture(autouse=True)
+def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def error_of(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(QUICKSTART, overrides)
+    return str(caught.value)
+
+
+def test_resolved_configuration_loads_to_itself(tmp_path: Path) -> None:
+    config = load_config(QUICKSTART)
+    assert load_config(write(tmp_path / "config.yaml", dump(config))) == config
+
+
+def test_overrides_reach_nested_keys_and_read_scientific_notation() -> None:
+    config = load_config(QUICKSTART, ["optimizer.lr=3e-4", "generator.experts.top_k=2", "tokenizer.scales=[1,4]"])
+    assert config.optimizer.lr == 3e-4
+    assert config.generator is not None and config.generator.experts is not None
+    assert config.generator.experts.top_k == 2
+    assert config.tokenizer.scales == (1, 4)
+
+
+def test_own_keys_win_over_the_base(tmp_path: Path) -> None:
+    write(tmp_path / "base.yaml", QUICKSTART.read_text().replace("base: quickstart/base.yaml", ""))
+    path = write(tmp_path / "run.yaml", "base: base.yaml\ntokenizer: {}\ntrain: {steps: 7}\nrun: {name: other}\n")
+    config = load_config(path)
+    assert (config.train.steps, config.train.global_batch_size, config.run.name) == (7, 64, "other")
+    assert config.run.requires == ("configs/quickstart/tokenizer.yaml",)
+
+
+def test_an_alternative_of_another_name_replaces_the_base() -> None:
+    base = {"source": {"name": "photographs", "length": 5}, "run": {"name": "a", "requires": ["x"]}}
+    top = {"source": {"name": "digits"}, "run": {"name": "b"}}
+    assert merge(base, top) == {"source": {"name": "digits"}, "run": {"name": "b", "requires": ["x"]}}
+
+
+def test_bases_in_a_circle_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a.yaml", "base: b.yaml\n")
+    write(tmp_path / "b.yaml", "base: a.yaml\n")
+    with pytest.raises(ConfigError, match="its own base"):
+        load_config(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optimizer.learning_rat=1", ["Unknown key optimizer.learning_rat", "Valid keys", "lr"]),
+        ("train.globl_batch_size=8", ["Unknown key train.globl_batch_size", "'global_batch_size'"]),
+        ("generator.experts.topk=2", ["Unknown key generator.experts.topk", "'top_k'"]),
+        ("data.source.lenght=3", ["Unknown key data.source.lenght"]),
+        ("recipe.labelsmoothing=0.1", ["Unknown key recipe.labelsmoothing", "'label_smoothing'"]),
+        ("data.source.name=digit", ["data.source.name is 'digit'", "Did you mean 'digits'?"]),
+        ("train.steps=many", ["train.steps", "'many'"]),
+        ("train.global_batch_size=0", ["train.global_batch_size", "greater than or equal to 1"]),
+        ("generator.experts.top_k=9", ["generator.experts", "top_k=9 exceeds number=8"]),
+        ("generator.width=97", ["width=97 is not a multiple of heads=4"]),
+        ("train.epochs=2", ["train", "either as steps or as epochs"]),
+    ],
+)
+def test_wrong_values_are_explained(override: str, expected: list[str]) -> None:
+    message = error_of(override)
+    assert "configs/quickstart.yaml" in message and "\n" not in message
+    for part in expected:
+        assert part in message, message
+
+
+def test_all_problems_are_reported_at_once() -> None:
+    message = error_of("train.stepz=1", "optimizer.betta=2")
+    assert "train.stepz" in message and "optimizer.betta" in message
+
+
+@pytest.mark.parametrize("override", ["train.steps", "=3", "train..steps=3"])
+def test_malformed_overrides(override: str) -> None:
+    assert "dotted.key=value" in error_of(override)
+
+
+def test_override_through_a_value() -> None:
+    assert "holds 'quickstart' and no keys" in error_of("run.name.x=3")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("train: {steps: 1\n", "not valid YAML"),
+        ("- a\n- b\n", "does not hold keys"),
+        ("train: {}\ntrain: {}\n", "appears twice"),
+        ("base: missing.yaml\n", "missing.yaml cannot be read"),
+    ],
+)
+def test_unreadable_files(tmp_path: Path, text: str, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        load_config(write(tmp_path / "run.yaml", text))
+
+
+def test_every_shipped_configuration_is_valid() -> None:
+    for path in sorted(Path("configs").rglob("*.yaml")):
+        if path.name.startswith("base"):
+            continue
+        load_config(path)

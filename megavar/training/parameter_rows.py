@@ -1,0 +1,39 @@
+"""Replacing rows of a trained parameter between steps, wherever DeepSpeed keeps them (dead codes of a codebook)."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from megavar.training.checkpoint.master import holdings, master_tensors, refresh_module
+from megavar.training.engine import Engine
+
+
+@torch.no_grad()
+def write_rows(engines: Iterable[Engine], parameter: Tensor, rows: Tensor, values: Tensor) -> None:
+    """Replace rows of ``parameter`` in the float32 master weights and in the module. Collective.
+
+    Writing into the module alone would be undone by the next step, which copies the master weights over it. Moments are
+    left as they are.
+
+    Args:
+        engines: one of them trains ``parameter``.
+        parameter: shape [n, ...], the same object as in that engine's module.
+        rows: int64 [m], equal on all ranks.
+        values: [m, ...], equal on all ranks.
+    """
+    for engine in engines:
+        for held, (_, candidate) in zip(holdings(engine.deepspeed), engine.module.named_parameters(), strict=True):
+            if candidate is not parameter:
+                continue
+            assert held.trained, f"{held.name} is frozen"
+            if held.piece is not None:
+                row_size = values[0].numel()
+                places = rows[:, None] * row_size + torch.arange(row_size, device=rows.device)
+                places = places.flatten() - held.piece.start
+                inside = (places >= 0) & (places < held.piece.numel)
+                master = held.piece.of(master_tensors(engine.deepspeed))
+                master[places[inside]] = values.flatten()[inside].to(master)
+            refresh_module(engine.deepspeed)
+            return
+    raise AssertionError("no engine trains this parameter")

@@ -2,8 +2,8 @@
 
 The batch script (and ``launchers.local``) calls ``begin`` before the ranks start and ``end`` after they stopped, so
 that attempts which die while importing count too. The ledger ``restarts.json`` in the run directory lists every
-attempt; progress means that the newest checkpoint (``checkpoints/step-*/manifest.json``) is newer than when the attempt
-began.
+attempt; progress means that the newest checkpoint (``checkpoints/step-*/manifest.json``), of the run itself or of a run
+that it requires and trains first, is newer than when the attempt began.
 
 Runs on the host outside any container: standard library only, Python 3.9 or newer.
 """
@@ -15,9 +15,10 @@ import json
 import os
 import re
 import socket
+import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ FINISH, RESTART, REPLACE, CANCEL, STOP = "finish", "restart", "replace", "cancel
 jobs of this run because starting again cannot help; leave everything as it is (an operator cancelled the job)."""
 
 _DECISIVE = (ExitCode.NO_PROGRESS, ExitCode.CONFIGURATION, ExitCode.NON_FINITE, ExitCode.PREFLIGHT, ExitCode.HANG)
-_SRUN_EXIT = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): Exited with exit code (\d+)")
+_TASK_EXIT = re.compile(r"error: \S+: tasks? [\d,-]+: Exited with exit code (\d+)")
 _CHECKPOINT_NAME = re.compile(r"step-(\d+)")
 
 
@@ -56,16 +57,17 @@ class Ledger:
         """Write the ledger atomically."""
         write_json_atomic(self.path, {"counted_from": self.counted_from, "attempts": self.attempts})
 
-    def without_progress(self, step_now: int) -> int:
+    def without_progress(self, steps_now: list[int]) -> int:
         """Attempts at the end of the list that ended without a newer checkpoint than they began with.
 
-        ``step_now`` is the newest checkpointed step at this moment.
+        ``steps_now`` are the newest checkpointed steps at this moment.
         """
-        count, step_after = 0, step_now
-        for attempt in reversed(self.attempts[self.counted_from:]):
-            if step_after > attempt["step_before"]:
+        count, after = 0, steps_now
+        for attempt in reversed(self.attempts[self.counted_from :]):
+            before = attempt["steps_before"]
+            if len(after) != len(before) or any(new > old for new, old in zip(after, before)):
                 break
-            count, step_after = count + 1, attempt["step_before"]
+            count, after = count + 1, before
         return count
 
     def forgive(self) -> None:
@@ -92,8 +94,24 @@ def is_done(run_directory: Path) -> bool:
     return (run_directory / "DONE").exists()
 
 
-def begin(run_directory: Path, *, maximum: int, job: str, nodes: str) -> tuple[ExitCode, int]:
+def begin(
+    run_directory: Path,
+    required: Sequence[Path] = (),
+    *,
+    maximum: int,
+    job: str = "",
+    nodes: Sequence[str] = (),
+    tasks_per_node: int = 1,
+) -> tuple[ExitCode, int]:
     """Enter a new attempt.
+
+    Args:
+        run_directory: the run.
+        required: directories of the runs that are trained first where they are not finished yet.
+        maximum: attempts allowed in a row without a newer checkpoint.
+        job: number of the Slurm job.
+        nodes: names of the nodes, in the order of their ranks.
+        tasks_per_node: consecutive ranks on each of them.
 
     Returns the exit code the batch script must leave with (``FINISHED`` also means: go on) and the attempt's number,
     0 where no attempt may start because the run is done or makes no progress.
@@ -101,44 +119,63 @@ def begin(run_directory: Path, *, maximum: int, job: str, nodes: str) -> tuple[E
     if is_done(run_directory):
         return ExitCode.FINISHED, 0
     ledger = Ledger(run_directory)
-    step = newest_checkpoint_step(run_directory)
-    if ledger.without_progress(step) >= maximum:
+    steps = [newest_checkpoint_step(path) for path in (*required, run_directory)]
+    if ledger.without_progress(steps) >= maximum:
         ledger.forgive()
         ledger.save()
         return ExitCode.NO_PROGRESS, 0
     number = len(ledger.attempts) + 1
-    ledger.attempts.append({"attempt": number, "job": job, "nodes": nodes, "host": socket.gethostname(),
-                            "started": time.time(), "step_before": step})
+    ledger.attempts.append(
+        {
+            "attempt": number,
+            "job": job,
+            "nodes": list(nodes) or [socket.gethostname()],
+            "tasks_per_node": tasks_per_node,
+            "started": time.time(),
+            "steps_before": steps,
+        }
+    )
     ledger.save()
     return ExitCode.FINISHED, number
 
 
-def end(run_directory: Path, *, maximum: int, status: int, srun_messages: str = "", stop_requested: bool = False,
-        terminated: bool = False, rank_statuses: Iterable[int] = (), bad_nodes: bool = False) -> tuple[ExitCode, str]:
+def end(
+    run_directory: Path,
+    required: Sequence[Path] = (),
+    *,
+    maximum: int,
+    status: int,
+    task_messages: str = "",
+    stop_requested: bool = False,
+    terminated: bool = False,
+    bad_nodes: bool = False,
+) -> tuple[ExitCode, str]:
     """Close the current attempt.
 
     Args:
         run_directory: the run.
-        maximum: attempts allowed in a row without a newer checkpoint.
-        status: exit status of srun, or of the first rank that failed.
-        srun_messages: what srun printed; it names the exit code of each task, which ``status`` may hide.
+        required: as for :func:`begin`.
+        maximum: as for :func:`begin`.
+        status: exit status of srun.
+        task_messages: what srun printed; it names the exit code of each task, which ``status`` may hide.
         stop_requested: the scheduler announced the time limit or a preemption.
         terminated: the job was cancelled.
-        rank_statuses: exit statuses of single ranks, where known.
         bad_nodes: preflight named nodes that must be replaced.
 
     Returns the exit code of the job and the next action.
     """
-    outcome = classify(status, [*exit_codes_of_tasks(srun_messages), *rank_statuses],
-                       done=is_done(run_directory), stop_requested=stop_requested)
+    outcome = classify(
+        status, exit_codes_of_tasks(task_messages), done=is_done(run_directory), stop_requested=stop_requested
+    )
     ledger = Ledger(run_directory)
-    step = newest_checkpoint_step(run_directory)
+    steps = [newest_checkpoint_step(path) for path in (*required, run_directory)]
     action = _action(outcome, terminated=terminated and not stop_requested, bad_nodes=bad_nodes)
-    if action in (RESTART, REPLACE) and ledger.without_progress(step) >= maximum:
+    if action in (RESTART, REPLACE) and ledger.without_progress(steps) >= maximum:
         outcome, action = ExitCode.NO_PROGRESS, CANCEL
     if ledger.attempts:
-        ledger.attempts[-1].update(ended=time.time(), step_after=step, status=status, outcome=outcome.name,
-                                   action=action)
+        ledger.attempts[-1].update(
+            ended=time.time(), steps_after=steps, status=status, outcome=outcome.name, action=action
+        )
     if action in (CANCEL, STOP):
         ledger.forgive()
     ledger.save()
@@ -174,9 +211,9 @@ def _action(outcome: ExitCode, *, terminated: bool, bad_nodes: bool) -> str:
     return REPLACE if outcome == ExitCode.PREFLIGHT and bad_nodes else RESTART
 
 
-def exit_codes_of_tasks(srun_messages: str) -> list[int]:
+def exit_codes_of_tasks(task_messages: str) -> list[int]:
     """Exit codes in srun's messages such as ``srun: error: n2: task 1: Exited with exit code 7``."""
-    return [int(code) for _, _, code in _SRUN_EXIT.findall(srun_messages)]
+    return [int(code) for code in _TASK_EXIT.findall(task_messages)]
 
 
 def main(arguments: list[str]) -> int:
@@ -186,31 +223,61 @@ def main(arguments: list[str]) -> int:
     for name in ("begin", "end"):
         command = commands.add_parser(name)
         command.add_argument("run_directory", type=Path)
+        command.add_argument("required", type=Path, nargs="*")
         command.add_argument("--maximum", type=int, required=True)
     commands.choices["end"].add_argument("--status", type=int, required=True)
-    commands.choices["end"].add_argument("--srun-messages", type=Path)
+    commands.choices["end"].add_argument("--task-messages", type=Path)
     commands.choices["end"].add_argument("--stop-requested", type=int, choices=(0, 1), default=0)
     commands.choices["end"].add_argument("--terminated", type=int, choices=(0, 1), default=0)
     commands.choices["end"].add_argument("--bad-nodes", type=Path)
     given = parser.parse_args(arguments)
     try:
         if given.command == "begin":
-            code, number = begin(given.run_directory, maximum=given.maximum,
-                                 job=os.environ.get("SLURM_JOB_ID", ""), nodes=os.environ.get("SLURM_JOB_NODELIST", ""))
+            code, number = begin(
+                given.run_directory,
+                given.required,
+                maximum=given.maximum,
+                job=os.environ.get("SLURM_JOB_ID", ""),
+                nodes=_nodes_of_job(),
+                tasks_per_node=int(os.environ.get("SLURM_NTASKS_PER_NODE", "1")),
+            )
             if number:
                 print(number)
             elif code == ExitCode.NO_PROGRESS:
-                print(f"{given.maximum} attempts in a row ended without a newer checkpoint. Find the cause with: "
-                      f"python -m launchers.doctor {given.run_directory}", file=sys.stderr)
+                print(
+                    f"{given.maximum} attempts in a row ended without a newer checkpoint. Find the cause with: "
+                    f"python -m launchers.doctor {given.run_directory}",
+                    file=sys.stderr,
+                )
             return code
-        code, action = end(given.run_directory, maximum=given.maximum, status=given.status,
-                           srun_messages=_text_of(given.srun_messages), stop_requested=bool(given.stop_requested),
-                           terminated=bool(given.terminated), bad_nodes=bool(_text_of(given.bad_nodes).strip()))
+        code, action = end(
+            given.run_directory,
+            given.required,
+            maximum=given.maximum,
+            status=given.status,
+            task_messages=_text_of(given.task_messages),
+            stop_requested=bool(given.stop_requested),
+            terminated=bool(given.terminated),
+            bad_nodes=bool(_text_of(given.bad_nodes).strip()),
+        )
         print(action)
         return code
     except LedgerError as error:
         print(error, file=sys.stderr)
         return ExitCode.CONFIGURATION
+
+
+def _nodes_of_job() -> list[str]:
+    """Names of the job's nodes; Slurm's own shorthand for them where scontrol does not answer; none outside a job."""
+    shorthand = os.environ.get("SLURM_JOB_NODELIST", "")
+    if not shorthand:
+        return []
+    try:
+        command = ["scontrol", "show", "hostnames", shorthand]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return [shorthand]
+    return result.stdout.split() or [shorthand]
 
 
 def _text_of(path: Path | None) -> str:

@@ -5,7 +5,7 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +36,8 @@ class Job:
     continue_by: ContinueBy = "requeue"
     recorded_environment: Mapping[str, str] = field(default_factory=dict)
     excluded_nodes: Sequence[str] = ()
+    required_runs: Sequence[Path] = ()
+    """Directories of the runs that are trained first where they are not finished yet."""
     python: str = sys.executable
 
     @property
@@ -59,11 +61,14 @@ def render_training(job: Job) -> str:
     """The script of a training job (``slurm/train.sbatch``)."""
     cluster = job.cluster
     return _render(
-        "train.sbatch", job, _directives(job, job.name, job.nodes),
+        "train.sbatch",
+        job,
+        _directives(job, job.name, job.nodes),
         run_directory=job.run_directory,
         host_python=_host_python(job),
         maximum_attempts=cluster.maximum_attempts_without_progress,
         exclude=",".join(job.excluded_nodes),
+        required=[str(path) for path in job.required_runs],
         check_nodes=int(cluster.preflight),
         nodes=job.nodes,
         tasks=job.world_size,
@@ -78,7 +83,9 @@ def render_training(job: Job) -> str:
 def render_evaluation(job: Job, arguments: Sequence[str]) -> str:
     """The script of a job that runs ``python -m megavar evaluate <arguments>``."""
     return _render(
-        "evaluate.sbatch", job, _directives(job, f"{job.name}-evaluate", job.nodes),
+        "evaluate.sbatch",
+        job,
+        _directives(job, f"{job.name}-evaluate", job.nodes),
         run_directory=job.run_directory,
         host_python=_host_python(job),
         tasks=job.world_size,
@@ -90,55 +97,64 @@ def render_evaluation(job: Job, arguments: Sequence[str]) -> str:
 def render_sharding(job: Job, arguments: Sequence[str]) -> str:
     """The script of a job that runs ``python -m tools.shard_images <arguments>``, one task per node, without GPUs."""
     cpu_only = job.cluster.model_copy(update={"gpus_per_node": 0, "tasks_per_node": 1})
-    job = Job(**{**job.__dict__, "cluster": cpu_only})
+    job = replace(job, cluster=cpu_only)
     return _render(
-        "shard.sbatch", job, _directives(job, f"{job.name}-shard", job.nodes),
-        tasks=job.nodes, tasks_per_node=1, arguments=arguments,
+        "shard.sbatch",
+        job,
+        _directives(job, f"{job.name}-shard", job.nodes),
+        tasks=job.nodes,
+        tasks_per_node=1,
+        arguments=arguments,
     )
 
 
 def _render(template: str, job: Job, header: Shell, **values: Value) -> str:
     cluster = job.cluster
-    return render(template, {
-        "directives": header,
-        "code_directory": job.code_directory,
-        "submit_directory": job.submit_directory,
-        "python": [*_command_prefix(cluster), cluster.python or job.python],
-        "container": _container_options(cluster),
-        "node_local_directory": cluster.node_local_directory,
-        "continue_by": job.continue_by,
-        "environment": _exports({**job.recorded_environment, **cluster.environment}),
-        "setup": Shell("\n".join(cluster.setup)),
-        "cpus_per_task": cluster.cpus_per_task,
-        **values,
-    })
+    return render(
+        template,
+        {
+            "directives": header,
+            "code_directory": job.code_directory,
+            "submit_directory": job.submit_directory,
+            "python": [*_command_prefix(cluster), cluster.python or job.python],
+            "container": _container_options(cluster),
+            "node_local_directory": cluster.node_local_directory,
+            "continue_by": job.continue_by,
+            "environment": _exports({**job.recorded_environment, **cluster.environment}),
+            "setup": Shell("\n".join(cluster.setup)),
+            "cpus_per_task": cluster.cpus_per_task,
+            **values,
+        },
+    )
 
 
 def _directives(job: Job, name: str, nodes: int) -> Shell:
     cluster = job.cluster
     try:
-        header = directives({
-            "job-name": name,
-            "partition": cluster.partition,
-            "account": cluster.account,
-            "qos": cluster.qos,
-            "reservation": cluster.reservation,
-            "constraint": cluster.constraint,
-            "nodes": nodes,
-            "ntasks-per-node": cluster.ranks_per_node,
-            "gpus-per-node": cluster.gpus_per_node or None,
-            "cpus-per-task": cluster.cpus_per_task,
-            "mem": cluster.memory,
-            "exclusive": cluster.exclusive,
-            "time": cluster.time,
-            "exclude": ",".join(job.excluded_nodes) or None,
-            "output": _output_pattern(job.run_directory),
-            "open-mode": "append",
-            "signal": f"B:USR1@{cluster.signal_lead_seconds}",
-            "dependency": "singleton",
-            "requeue": job.continue_by == "requeue",
-            "no-requeue": job.continue_by != "requeue",
-        })
+        header = directives(
+            {
+                "job-name": name,
+                "partition": cluster.partition,
+                "account": cluster.account,
+                "qos": cluster.qos,
+                "reservation": cluster.reservation,
+                "constraint": cluster.constraint,
+                "nodes": nodes,
+                "ntasks-per-node": cluster.ranks_per_node,
+                "gpus-per-node": cluster.gpus_per_node or None,
+                "cpus-per-task": cluster.cpus_per_task,
+                "mem": cluster.memory,
+                "exclusive": cluster.exclusive,
+                "time": cluster.time,
+                "exclude": ",".join(job.excluded_nodes) or None,
+                "output": _output_pattern(job.run_directory),
+                "open-mode": "append",
+                "signal": f"B:USR1@{cluster.signal_lead_seconds}",
+                "dependency": "singleton",
+                "requeue": job.continue_by == "requeue",
+                "no-requeue": job.continue_by != "requeue",
+            }
+        )
     except ValueError as error:
         raise ConfigError(f"The batch script cannot be written: {error}.") from error
     extra = "".join(f"\n#SBATCH {option}" for option in cluster.extra_directives)
@@ -186,12 +202,16 @@ def check_job(job: Job) -> None:
     """
     cluster = job.cluster
     if cluster.signal_lead_seconds >= seconds_of_slurm_time(cluster.time):
-        raise ConfigError(f"signal_lead_seconds={cluster.signal_lead_seconds} of the cluster file is not shorter than "
-                          f"the time limit {cluster.time}: lower the one or raise the other.")
+        raise ConfigError(
+            f"signal_lead_seconds={cluster.signal_lead_seconds} of the cluster file is not shorter than "
+            f"the time limit {cluster.time}: lower the one or raise the other."
+        )
     local = Path(cluster.node_local_directory).resolve()
     if job.nodes > 1 and job.run_directory.resolve().is_relative_to(local):
-        raise ConfigError(f"The run directory {job.run_directory} lies in {local}, which every node has for itself. "
-                          f"Set run.directory to a path on the shared file system.")
+        raise ConfigError(
+            f"The run directory {job.run_directory} lies in {local}, which every node has for itself. "
+            f"Set run.directory to a path on the shared file system."
+        )
 
 
 def excluded_nodes(cluster: ClusterConfig) -> list[str]:

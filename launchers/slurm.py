@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from launchers import provenance
@@ -30,6 +31,7 @@ from megavar.config.loading import decode, dump, load_config, parse_yaml, read_t
 from megavar.config.root import Config
 from megavar.errors import ClusterError, ConfigError, ExitCode, MegavarError
 from megavar.storage import write_text_atomic
+from megavar.training.run_directory import RunDirectory
 
 DEFAULT_CLUSTER_FILE = "slurm/cluster.yaml"
 SCRIPT = "submit.sbatch"
@@ -60,25 +62,36 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m launchers.slurm", description="Submit work to Slurm.")
     commands = parser.add_subparsers(required=True, metavar="submit | evaluate | shard")
-    submit = commands.add_parser("submit", help="train; the run continues over as many jobs as it needs",
-                                 epilog="Further arguments key=value change the configuration.")
+    submit = commands.add_parser(
+        "submit",
+        help="train; the run continues over as many jobs as it needs",
+        epilog="Further arguments key=value change the configuration.",
+    )
     submit.add_argument("config", help="YAML file of the run")
     _add_common(submit)
-    submit.add_argument("--chain", type=int, metavar="N",
-                        help="queue N jobs one behind the other instead of letting one job requeue itself")
+    submit.add_argument(
+        "--chain",
+        type=int,
+        metavar="N",
+        help="queue N jobs one behind the other instead of letting one job requeue itself",
+    )
     submit.add_argument("--behind", action="store_true", help="queue behind jobs of this run that exist already")
-    submit.add_argument("--change-config", action="store_true",
-                        help="replace the configuration that the run directory holds by a different one")
     submit.set_defaults(run=_submit)
 
-    evaluate = commands.add_parser("evaluate", help="sample from a trained run and score it",
-                                   epilog="Further arguments key=value change the configuration.")
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="sample from a trained run and score it",
+        epilog="Further arguments key=value change the configuration.",
+    )
     evaluate.add_argument("config", help="YAML file of the run")
     _add_common(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
-    shard = commands.add_parser("shard", help="write image shards, one task per node",
-                                epilog="What follows -- are the arguments of python -m tools.shard_images.")
+    shard = commands.add_parser(
+        "shard",
+        help="write image shards, one task per node",
+        epilog="What follows -- are the arguments of python -m tools.shard_images.",
+    )
     _add_common(shard)
     shard.add_argument("--logs", default="runs/shard", help="folder of the script and its log")
     shard.set_defaults(run=_shard)
@@ -90,8 +103,12 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cluster", help=f"cluster file; default $MEGAVAR_CLUSTER, then {DEFAULT_CLUSTER_FILE}")
     parser.add_argument("--time", help="time limit of one job, instead of the cluster file's")
     parser.add_argument("--partition", help="partition, instead of the cluster file's")
-    parser.add_argument("--requeue", action=argparse.BooleanOptionalAction, default=None,
-                        help="let the job put itself into the queue again until the run is done (default)")
+    parser.add_argument(
+        "--requeue",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="let the job put itself into the queue again until the run is done (default)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the script; write and submit nothing")
     parser.add_argument("--test-only", action="store_true", help="let Slurm check the job and say when it would start")
 
@@ -110,8 +127,10 @@ def load_cluster(given: str | None, *, time: str | None = None, partition: str |
     """
     path = Path(given or os.environ.get("MEGAVAR_CLUSTER") or DEFAULT_CLUSTER_FILE)
     if not path.exists():
-        raise ConfigError(f"There is no cluster file {path}. Copy slurm/cluster.example.yaml to {DEFAULT_CLUSTER_FILE} "
-                          f"and fill in your partition; if it lies elsewhere, use --cluster or $MEGAVAR_CLUSTER.")
+        raise ConfigError(
+            f"There is no cluster file {path}. Copy slurm/cluster.example.yaml to {DEFAULT_CLUSTER_FILE} "
+            f"and fill in your partition; if it lies elsewhere, use --cluster or $MEGAVAR_CLUSTER."
+        )
     tree = read_tree(path)
     tree |= {key: value for key, value in (("time", time), ("partition", partition)) if value is not None}
     return decode(tree, ClusterConfig, str(path))
@@ -125,6 +144,21 @@ def resolve(path: str, overrides: Sequence[str]) -> tuple[Config, Path]:
     return config.model_copy(update={"run": run}), run_directory
 
 
+def required_runs(config: Config, required_by: tuple[str, ...] = ()) -> list[Path]:
+    """Directories of the runs that ``config`` requires, and of those that they require, the deepest first.
+
+    Raises:
+        ConfigError: runs require each other in a circle.
+    """
+    if config.run.name in required_by:
+        raise ConfigError(f"run.requires goes in a circle: {' -> '.join((*required_by, config.run.name))}.")
+    found: list[Path] = []
+    for path in config.run.requires:
+        required = load_config(path)
+        found += [*required_runs(required, (*required_by, config.run.name)), Path(required.run.path).absolute()]
+    return list(dict.fromkeys(found))
+
+
 def _submit(given: argparse.Namespace) -> int:
     if given.chain is not None and given.requeue:
         raise ConfigError("--chain and --requeue are two ways to continue a run: give one of them.")
@@ -132,20 +166,23 @@ def _submit(given: argparse.Namespace) -> int:
         raise ConfigError(f"--chain {given.chain} queues no job: give 1 or more.")
     continue_by: ContinueBy = "chain" if given.chain else "hand" if given.requeue is False else "requeue"
     config, run_directory = resolve(given.config, given.overrides)
-    job = _job(given, run_directory, continue_by)
+    job = replace(_job(given, run_directory, continue_by), required_runs=required_runs(config))
     if given.dry_run or given.test_only:
         return _try_out(render_training(job), given)
     if (run_directory / "DONE").exists():
         print(f"{run_directory} is finished already: nothing to submit.")
         return ExitCode.FINISHED
     _refuse_second_submission(job, behind=given.behind)
-    _write_config(run_directory, config, change=given.change_config)
+    _write_config(run_directory, config)
     script = _write_run_directory(job, render_training)
     jobs = [_sbatch([str(script)]) for _ in range(given.chain or 1)]
-    provenance.note_submission(run_directory, jobs=jobs, nodes=given.nodes, continue_by=continue_by,
-                               arguments=sys.argv[1:])
-    print(f"Submitted {job.name} as job{'s' if len(jobs) > 1 else ''} {', '.join(jobs)}: {job.nodes} nodes, "
-          f"{job.world_size} ranks.")
+    provenance.note_submission(
+        run_directory, jobs=jobs, nodes=given.nodes, continue_by=continue_by, arguments=sys.argv[1:]
+    )
+    print(
+        f"Submitted {job.name} as job{'s' if len(jobs) > 1 else ''} {', '.join(jobs)}: {job.nodes} nodes, "
+        f"{job.world_size} ranks."
+    )
     print(f"Watch:       tail -F {run_directory}/logs/slurm-{jobs[0]}.out")
     print(f"Stop:        scancel --signal=USR1 --batch {jobs[0]}   (saves; continues if it may)")
     print(f"Understand:  python -m launchers.doctor {run_directory}")
@@ -215,28 +252,17 @@ def _refuse_second_submission(job: Job, *, behind: bool) -> None:
     listing = _run_slurm(["squeue", "--noheader", f"--user={os.getuid()}", f"--name={job.name}", "--format=%i %T"])
     existing = listing.stdout.split("\n")[:-1]
     if existing and not behind:
-        raise ClusterError(f"The run {job.run_directory} is in the queue already ({'; '.join(existing)}). Cancel it "
-                           f"with scancel --name={job.name}, or queue more jobs behind it with --behind.")
+        raise ClusterError(
+            f"The run {job.run_directory} is in the queue already ({'; '.join(existing)}). Cancel it "
+            f"with scancel --name={job.name}, or queue more jobs behind it with --behind."
+        )
 
 
-def _write_config(run_directory: Path, config: Config, *, change: bool) -> None:
-    path = run_directory / "config.yaml"
+def _write_config(run_directory: Path, config: Config) -> None:
     text = dump(config)
-    if path.exists() and not change:
-        differences = _differences(parse_yaml(path.read_text(), str(path)), parse_yaml(text, "the configuration"))
-        if differences:
-            raise ConfigError(f"{path} is of an earlier submission and differs in {', '.join(differences)}. Choose "
-                              f"another run.name or run.directory, or change this run's with --change-config.")
-    run_directory.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(path, text)
-
-
-def _differences(old: object, new: object, prefix: str = "") -> list[str]:
-    """Dotted keys in which two trees differ."""
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return [] if old == new else [prefix.rstrip(".")]
-    names = sorted({*old, *new})
-    return [key for name in names for key in _differences(old.get(name), new.get(name), f"{prefix}{name}.")]
+    if (run_directory / "config.yaml").exists():
+        RunDirectory(run_directory).check(parse_yaml(text, "the configuration"))
+    write_text_atomic(run_directory / "config.yaml", text)
 
 
 def _write_run_directory(job: Job, text_of: Callable[[Job], str], name: str = SCRIPT) -> Path:
@@ -245,7 +271,7 @@ def _write_run_directory(job: Job, text_of: Callable[[Job], str], name: str = SC
     provenance.record(directory, job.recorded_environment)
     code = provenance.copy_code(directory) if job.cluster.snapshot_code else job.code_directory
     script = directory / name
-    write_text_atomic(script, text_of(Job(**{**job.__dict__, "code_directory": code})))
+    write_text_atomic(script, text_of(replace(job, code_directory=code)))
     return script
 
 
@@ -255,12 +281,16 @@ def _sbatch(arguments: list[str]) -> str:
 
 def _run_slurm(command: list[str]) -> subprocess.CompletedProcess[str]:
     if shutil.which(command[0]) is None:
-        raise ClusterError(f"{command[0]} is not on the PATH: submit from a login node of the cluster, or look at the "
-                           f"script with --dry-run.")
+        raise ClusterError(
+            f"{command[0]} is not on the PATH: submit from a login node of the cluster, or look at the "
+            f"script with --dry-run."
+        )
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
-        raise ClusterError(f"`{' '.join(command)}` failed: {result.stderr.strip() or result.stdout.strip()}. Check the "
-                           f"partition, account and limits in the cluster file.")
+        raise ClusterError(
+            f"`{' '.join(command)}` failed: {result.stderr.strip() or result.stdout.strip()}. Check the "
+            f"partition, account and limits in the cluster file."
+        )
     return result
 
 

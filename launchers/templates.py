@@ -62,7 +62,9 @@ def directives(options: Mapping[str, str | int | bool | None]) -> Shell:
             continue
         text = str(value)
         if not re.fullmatch(r"[A-Za-z0-9._/+=@:,&|*\[\]%-]+", text):
-            raise ValueError(f"--{name}={text!r} holds characters that may not stand on an #SBATCH line; use letters, "
-                             f"digits and . _ - / + = @ : ,")
+            raise ValueError(
+                f"--{name}={text!r} holds characters that may not stand on an #SBATCH line; use letters, "
+                f"digits and . _ - / + = @ : ,"
+            )
         lines.append(f"#SBATCH --{name}={text}")
     return Shell("\n".join(lines))

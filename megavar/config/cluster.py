@@ -108,8 +108,18 @@ class ClusterConfig(Section):
     setup: tuple[str, ...] = ()
     """Shell lines run in the batch script before anything else, such as ``module load cuda/12.9``. This is the only key
     whose content is shell."""
-    record_environment: tuple[str, ...] = ("NCCL_*", "TORCH*", "CUDA_*", "OMP_NUM_THREADS", "HF_HOME", "WANDB_MODE",
-                                           "WANDB_PROJECT", "WANDB_ENTITY", "FI_*", "UCX_*")
+    record_environment: tuple[str, ...] = (
+        "NCCL_*",
+        "TORCH*",
+        "CUDA_*",
+        "OMP_NUM_THREADS",
+        "HF_HOME",
+        "WANDB_MODE",
+        "WANDB_PROJECT",
+        "WANDB_ENTITY",
+        "FI_*",
+        "UCX_*",
+    )
     """Allow-list (shell patterns) of variables of the submitting shell that are recorded in the run directory and set
     in the job, so that a later submission by hand gives the same job. Names that look like secrets are never taken."""
     node_local_directory: str = "/tmp"

@@ -44,8 +44,9 @@ class Stubs:
 
     def run(self, script: Path, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run a rendered batch script as slurmd would, in a clean environment."""
-        return subprocess.run(["bash", str(script)], capture_output=True, text=True, timeout=60,
-                              env=self.environment(variables))
+        return subprocess.run(
+            ["bash", str(script)], capture_output=True, text=True, timeout=60, env=self.environment(variables)
+        )
 
     def environment(self, variables: Mapping[str, str]) -> dict[str, str]:
         """The environment of a batch script of job 4711 on one node."""

@@ -19,7 +19,7 @@ def checkpoint(run: Path, step: int) -> None:
 
 
 def start(run: Path, maximum: int = 3) -> tuple[ExitCode, int]:
-    return begin(run, maximum=maximum, job="1", nodes="n1")
+    return begin(run, maximum=maximum)
 
 
 def test_newest_checkpoint_ignores_unfinished_ones(tmp_path):
@@ -58,6 +58,18 @@ def test_progress_resets_the_count(tmp_path):
     assert end(tmp_path, maximum=2, status=1) == (ExitCode.NO_PROGRESS, CANCEL)
 
 
+def test_a_required_run_that_advances_is_progress(tmp_path):
+    """``train`` first trains the tokenizer that a generator requires; that may take more than one job."""
+    run, tokenizer = tmp_path / "generator", tmp_path / "tokenizer"
+    run.mkdir()
+    for step in (10, 20, 30):
+        assert begin(run, [tokenizer], maximum=1)[0] == ExitCode.FINISHED
+        checkpoint(tokenizer, step)
+        assert end(run, [tokenizer], maximum=1, status=ExitCode.PREEMPTED)[1] == RESTART
+    begin(run, [tokenizer], maximum=1)
+    assert end(run, [tokenizer], maximum=1, status=ExitCode.PREEMPTED)[1] == CANCEL
+
+
 def test_preemption_without_progress_counts(tmp_path):
     """A time limit shorter than the start-up would otherwise go on for ever."""
     actions = []
@@ -67,10 +79,17 @@ def test_preemption_without_progress_counts(tmp_path):
     assert actions == [RESTART, RESTART, CANCEL]
 
 
-@pytest.mark.parametrize(("code", "action"), [
-    (ExitCode.CONFIGURATION, CANCEL), (ExitCode.NON_FINITE, CANCEL), (ExitCode.HANG, RESTART),
-    (ExitCode.PREEMPTED, RESTART), (ExitCode.FAILED, RESTART), (ExitCode.PREFLIGHT, RESTART),
-])
+@pytest.mark.parametrize(
+    ("code", "action"),
+    [
+        (ExitCode.CONFIGURATION, CANCEL),
+        (ExitCode.NON_FINITE, CANCEL),
+        (ExitCode.HANG, RESTART),
+        (ExitCode.PREEMPTED, RESTART),
+        (ExitCode.FAILED, RESTART),
+        (ExitCode.PREFLIGHT, RESTART),
+    ],
+)
 def test_what_follows(tmp_path, code, action):
     start(tmp_path)
     assert end(tmp_path, maximum=3, status=code) == (code, action)
@@ -78,11 +97,13 @@ def test_what_follows(tmp_path, code, action):
 
 def test_the_rank_that_failed_first_decides_not_the_ones_that_srun_terminated(tmp_path):
     """Measured: srun -K returns 143 whatever the failing rank's own exit code was."""
-    messages = ("srun: error: n2: task 1: Exited with exit code 86\n"
-                "srun: launch/slurm: _step_signal: Terminating StepId=2.0\n"
-                "srun: error: n1: task 0: Terminated\n")
+    messages = (
+        "srun: error: n2: task 1: Exited with exit code 86\n"
+        "srun: launch/slurm: _step_signal: Terminating StepId=2.0\n"
+        "srun: error: n1: task 0: Terminated\n"
+    )
     start(tmp_path)
-    assert end(tmp_path, maximum=3, status=143, srun_messages=messages) == (ExitCode.NON_FINITE, CANCEL)
+    assert end(tmp_path, maximum=3, status=143, task_messages=messages) == (ExitCode.NON_FINITE, CANCEL)
 
 
 def test_groups_of_tasks_in_sruns_messages():
@@ -126,14 +147,18 @@ def test_a_damaged_ledger_is_reported(tmp_path):
 
 def test_command_line_prints_attempt_and_action(tmp_path):
     def call(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, "-m", "launchers.progress", *arguments], capture_output=True, text=True,
-                              cwd=Path(__file__).parents[2])
+        return subprocess.run(
+            [sys.executable, "-m", "launchers.progress", *arguments],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parents[2],
+        )
 
     first = call("begin", str(tmp_path), "--maximum", "1")
     assert (first.returncode, first.stdout) == (0, "1\n")
-    messages = tmp_path / "srun.txt"
+    messages = tmp_path / "tasks.txt"
     messages.write_text("srun: error: n2: task 1: Exited with exit code 7\n")
-    last = call("end", str(tmp_path), "--maximum", "1", "--status", "143", "--srun-messages", str(messages))
+    last = call("end", str(tmp_path), "--maximum", "1", "--status", "143", "--task-messages", str(messages))
     assert (last.returncode, last.stdout) == (ExitCode.NO_PROGRESS, "cancel\n")
     (attempt,) = json.loads((tmp_path / "restarts.json").read_text())["attempts"]
     assert attempt["outcome"] == "NO_PROGRESS"

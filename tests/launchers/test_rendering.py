@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from megavar.errors import ConfigError, ExitCode
 from tests.launchers.stubs import Stubs
 
 GOLDEN = Path(__file__).parent / "golden"
-HOSTILE = "it's \"$(touch pwned)\" `touch pwned`; touch pwned #\n#SBATCH --nodes=99\ntouch pwned & {{nodes}} \\"
+HOSTILE = 'it\'s "$(touch pwned)" `touch pwned`; touch pwned #\n#SBATCH --nodes=99\ntouch pwned & {{nodes}} \\'
 
 CLUSTER = {
     "partition": "gpu",
@@ -81,9 +82,15 @@ def test_scripts_are_valid_bash(name, tmp_path):
 
 
 def local_job(tmp_path: Path, cluster: dict, **changes) -> Job:
-    return job({"gpus_per_node": 0, "preflight": False, "node_local_directory": str(tmp_path / "local"), **cluster},
-               run_directory=tmp_path / "run", code_directory=Path(__file__).parents[2], submit_directory=tmp_path,
-               nodes=1, recorded_environment={}, **changes)
+    return job(
+        {"gpus_per_node": 0, "preflight": False, "node_local_directory": str(tmp_path / "local"), **cluster},
+        run_directory=tmp_path / "run",
+        code_directory=Path(__file__).parents[2],
+        submit_directory=tmp_path,
+        nodes=1,
+        recorded_environment={},
+        **changes,
+    )
 
 
 def fake_python(path: Path, body: str) -> str:
@@ -108,9 +115,17 @@ def test_hostile_values_stay_inert(tmp_path):
     body = f"json.dump([sys.argv, os.environ['HOSTILE'], os.getcwd()], open({str(seen)!r}, 'w'))"
     python = fake_python(place / "python", body)
     container = {"name": "pyxis", "image": HOSTILE, "mounts": [HOSTILE]}
-    hostile = local_job(tmp_path, {"environment": {"HOSTILE": HOSTILE}, "python": python, "container": container,
-                                   "host_python": sys.executable, "node_local_directory": f"/tmp/{HOSTILE}"})
-    hostile = Job(**{**hostile.__dict__, "submit_directory": place})
+    hostile = local_job(
+        tmp_path,
+        {
+            "environment": {"HOSTILE": HOSTILE},
+            "python": python,
+            "container": container,
+            "host_python": sys.executable,
+            "node_local_directory": f"/tmp/{HOSTILE}",
+        },
+    )
+    hostile = replace(hostile, submit_directory=place, required_runs=[Path(HOSTILE)])
     stubs = Stubs(tmp_path / "bin")
     result = stubs.run(write_script(hostile))
     arguments, value, folder = json.loads(seen.read_text())
@@ -244,8 +259,10 @@ def test_job_names_are_safe_and_unique():
     assert job_name(Path("/a/r;u'n")).startswith("megavar-r_u_n-")
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("30", 1800), ("90:30", 5430), ("24:00:00", 86400), ("2-12", 216000),
-                                               ("1-00:30", 88200), ("1-00:00:01", 86401)])
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("30", 1800), ("90:30", 5430), ("24:00:00", 86400), ("2-12", 216000), ("1-00:30", 88200), ("1-00:00:01", 86401)],
+)
 def test_slurm_times(text, seconds):
     assert seconds_of_slurm_time(text) == seconds
 

@@ -120,8 +120,9 @@ class LoopbackCluster:
     def wait_for_end(self, *jobs: str, seconds: float = 120) -> None:
         """Wait until none of the ``jobs`` is pending, running or completing."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
-        assert self.wait(lambda: all(self.state(job) in ended for job in jobs), seconds), \
-            self.run("squeue") + "".join(self.run("scontrol", "show", "job", job) for job in jobs)
+        assert self.wait(lambda: all(self.state(job) in ended for job in jobs), seconds), self.run("squeue") + "".join(
+            self.run("scontrol", "show", "job", job) for job in jobs
+        )
 
     def _write_configuration(self) -> None:
         probes = [socket.socket() for _ in range(3)]
@@ -130,13 +131,20 @@ class LoopbackCluster:
         ports = [probe.getsockname()[1] for probe in probes]
         for probe in probes:
             probe.close()
-        self.configuration.write_text(_CONFIGURATION.format(host=socket.gethostname().split(".")[0], ports=ports,
-                                                            directory=self.directory, kill_wait=KILL_WAIT_SECONDS))
+        self.configuration.write_text(
+            _CONFIGURATION.format(
+                host=socket.gethostname().split(".")[0],
+                ports=ports,
+                directory=self.directory,
+                kill_wait=KILL_WAIT_SECONDS,
+            )
+        )
 
     def _start(self, *command: str) -> None:
         with (self.directory / f"{command[0]}.out").open("a") as output:
-            self._daemons.append(subprocess.Popen(command, env=self.environment, stdout=output, stderr=output,
-                                                  start_new_session=True))
+            self._daemons.append(
+                subprocess.Popen(command, env=self.environment, stdout=output, stderr=output, start_new_session=True)
+            )
 
     def _wait_until_idle(self, seconds: float) -> bool:
         def idle() -> bool:

@@ -1,0 +1,271 @@
+"""Which failure of an attempt came first, and what to do about it."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launchers.run_logs import Failure, RankLog, TaskEnd, main_thread, read_rank_log, read_task_ends
+from megavar.errors import ExitCode
+
+_REMEDIES = [  # the first pattern found in the failure's summary decides
+    (
+        r"OutOfMemoryError|CUDA out of memory|HIP out of memory",
+        "The GPU ran out of memory: lower train.micro_batch_size, set parallel.recompute=full, or raise the ZeRO "
+        "stage. `python -m megavar plan` predicts the need.",
+    ),
+    (
+        r"No space left on device|Disk quota exceeded|Errno 28|Errno 122",
+        "The disk is full: free space, or lower train.checkpoint.keep_last. Nothing but the steps since the last "
+        "checkpoint is lost.",
+    ),
+    (
+        r"Stale file handle|Input/output error|Transport endpoint|Errno 116|Errno 5\b",
+        "The file system failed on this node: exclude the node (exclude in the cluster file) and submit again.",
+    ),
+    (
+        r"Bus error|shm|shared memory",
+        "/dev/shm is too small for the data workers: lower data.workers or mount a larger /dev/shm.",
+    ),
+    (
+        r"ModuleNotFoundError|ImportError|GLIBC|libcud",
+        "The environment of this node differs: compare packages.txt in the run directory, and python and setup "
+        "of the cluster file.",
+    ),
+    (
+        r"uncorrectable|ECC|CUDA error|CUDNN_STATUS|Xid|device-side assert",
+        "The GPU or its driver failed: look for Xid in dmesg of this node, exclude it, and submit again.",
+    ),
+    (
+        r"DamagedSampleError|DataError|cannot identify image|UnidentifiedImage|truncated",
+        "A sample cannot be read: verify the data, or set data.damaged_samples=skip-and-count.",
+    ),
+    (
+        r"CheckpointError|manifest",
+        "A checkpoint cannot be used: the message says why; older ones are tried by themselves.",
+    ),
+    (
+        r"Error: invalid|ConfigError|ValidationError|error: ",
+        "The configuration does not fit: the message names the key.",
+    ),
+]
+_CODE_REMEDIES = {
+    ExitCode.CONFIGURATION: "Correct what the message names and submit again.",
+    ExitCode.NON_FINITE: "Lower optimizer.lr or optimizer.gradient_clipping, or look at the data around this step; "
+    "metrics.jsonl holds the losses before it. Then submit again: the run continues from its last checkpoint.",
+    ExitCode.PREFLIGHT: "The table in preflight-0000.log names what failed and where. Exclude the nodes or mend the "
+    "file system, then submit again.",
+}
+_OUT_OF_MEMORY = re.compile(r"oom.kill|out of memory|OUT_OF_MEMORY", re.IGNORECASE)
+_CANCELLED = re.compile(r"\*\*\* (?:JOB|STEP) \S+ ON (\S+) CANCELLED AT \S+ DUE TO ([A-Z ]+?) \*\*\*")
+_COLLECTIVE = re.compile(r"distributed_c10d|torch/distributed|all_reduce|barrier|deepspeed/comm")
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The cause of an attempt's end."""
+
+    cause: str
+    """One line."""
+    rank: int | None
+    """None: all ranks alike, or not a rank's fault."""
+    node: str | None
+    step: int | None
+    remedy: str
+    evidence: str = ""
+    """The lines that show it, and where they stand."""
+    consequences: int = 0
+    """Failures on other ranks that followed from it."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt: its entry in the ledger and what it left in its log directory."""
+
+    entry: dict[str, Any]
+    directory: Path
+    batch_log: str = ""
+    """What the job's batch script and slurmd wrote."""
+
+    @property
+    def ranks(self) -> list[RankLog]:
+        """The parsed logs of its ranks."""
+        return [read_rank_log(path) for path in sorted(self.directory.glob("rank-*.log"))]
+
+    @property
+    def task_ends(self) -> list[TaskEnd]:
+        """How its tasks ended, where srun or the local launcher said so."""
+        path = self.directory / "tasks.txt"
+        return read_task_ends(path.read_text(errors="replace")) if path.exists() else []
+
+    def node_of(self, rank: int) -> str | None:
+        """Ranks are distributed in blocks: consecutive ones share a node."""
+        nodes, per_node = self.entry.get("nodes", []), self.entry.get("tasks_per_node", 1)
+        return nodes[rank // per_node] if rank // per_node < len(nodes) else None
+
+
+def diagnose(attempt: Attempt) -> Diagnosis:
+    """Find the earliest failure that is not the consequence of another one.
+
+    A process that a signal ended first leaves no traceback; the others then fail in the collective that it left. Errors
+    of communication therefore count only where nothing else is found.
+    """
+    logs, ends = attempt.ranks, attempt.task_ends
+    failures = sorted((failure for log in logs for failure in _first_of_each_kind(log)), key=lambda item: item.time)
+    own = [failure for failure in failures if failure.kind in ("exception", "user_error")]
+    death = next((end for end in ends if end.how != "Terminated"), None)
+    if death is not None and death.is_death and not any(failure.rank == death.rank for failure in own):
+        return _from_death(attempt, death, logs, len(failures))
+    if own:
+        return _from_failure(attempt, own[0], failures)
+    hangs = [failure for failure in failures if failure.kind == "hang"]
+    if hangs:
+        return _from_hang(attempt, hangs)
+    if failures:
+        return _from_communication(attempt, failures)
+    return _from_scheduler(attempt, ends, logs)
+
+
+def _first_of_each_kind(log: RankLog) -> list[Failure]:
+    """The trainer logs an exception, and Python prints it once more."""
+    found: dict[str, Failure] = {}
+    for failure in log.failures:
+        found.setdefault(failure.kind, failure)
+    return list(found.values())
+
+
+def _from_failure(attempt: Attempt, failure: Failure, failures: list[Failure]) -> Diagnosis:
+    same = {item.rank for item in failures if item.summary == failure.summary}
+    everywhere = len(same) > 1 and len(same) == len(attempt.ranks)
+    code = attempt.entry.get("outcome", "")
+    remedy = next((text for pattern, text in _REMEDIES if re.search(pattern, failure.summary)), None)
+    if failure.kind == "user_error":
+        remedy = _CODE_REMEDIES.get(ExitCode.__members__.get(code, ExitCode.CONFIGURATION), remedy)
+    return Diagnosis(
+        cause=failure.summary,
+        rank=None if everywhere else failure.rank,
+        node=None if everywhere else attempt.node_of(failure.rank),
+        step=failure.step,
+        remedy=remedy or "Read the traceback: it stands below and in the log.",
+        evidence=_excerpt(attempt, failure),
+        consequences=sum(item.rank not in same for item in failures),
+    )
+
+
+def _from_death(attempt: Attempt, end: TaskEnd, logs: list[RankLog], consequences: int) -> Diagnosis:
+    log = next((log for log in logs if log.rank == end.rank), None)
+    steps = [item.last_step for item in logs if item.last_step is not None]
+    own_text = log.path.read_text(errors="replace") if log is not None else ""
+    if end.how.startswith("Out Of Memory") or _OUT_OF_MEMORY.search(own_text + attempt.batch_log):
+        cause = "was killed because the node ran out of memory"
+        remedy = "Ask for more memory (memory in the cluster file), or lower data.workers and data.prefetch."
+    elif end.how.startswith("Killed"):
+        cause = "was killed (SIGKILL) without a word"
+        remedy = (
+            "Look for the out-of-memory killer (dmesg) and for failed hardware on this node. If there is "
+            "nothing, somebody or the node's monitoring ended it; the run continues from its last checkpoint."
+        )
+    else:
+        cause = f"died: {end.how}"
+        remedy = next(
+            (text for pattern, text in _REMEDIES if re.search(pattern, end.how)),
+            "A native library crashed: if it happens again on the same node, exclude the node.",
+        )
+    return Diagnosis(
+        f"rank {end.rank} {cause}",
+        end.rank,
+        end.node,
+        max(steps, default=None),
+        remedy,
+        evidence=f"{attempt.directory}/tasks.txt: {end.node}: task {end.rank}: {end.how}",
+        consequences=consequences,
+    )
+
+
+def _from_hang(attempt: Attempt, hangs: list[Failure]) -> Diagnosis:
+    """All ranks dump their stacks; the one that is not waiting in a collective keeps the others waiting."""
+    outside = [hang for hang in hangs if not any(_COLLECTIVE.search(frame) for frame in main_thread(hang.detail))]
+    if len(outside) == len(hangs) or not outside:
+        places = Counter((main_thread(hang.detail) or ["?"])[0] for hang in hangs)
+        rarest = min(places.values())
+        odd = [hang for hang in hangs if places[(main_thread(hang.detail) or ["?"])[0]] == rarest]
+        suspect = odd[0] if len(places) > 1 else None
+    else:
+        suspect = outside[0]
+    shown = suspect or hangs[0]
+    place = (main_thread(shown.detail) or ["an unknown place"])[0]
+    return Diagnosis(
+        cause=f"a step did not end; {'rank ' + str(shown.rank) if suspect else 'every rank'} stands in {place}",
+        rank=suspect.rank if suspect else None,
+        node=attempt.node_of(suspect.rank) if suspect else None,
+        step=shown.step,
+        remedy="Compare the stacks of all ranks, and with NCCL the flight_recorder folder. A rank outside of any "
+        "collective (data, file system, GPU) is the cause; if all wait in the same one, suspect the network.",
+        evidence=_excerpt(attempt, shown),
+        consequences=len(hangs) - 1,
+    )
+
+
+def _from_communication(attempt: Attempt, failures: list[Failure]) -> Diagnosis:
+    first, failed = failures[0], {failure.rank for failure in failures}
+    silent = [log.rank for log in attempt.ranks if log.rank not in failed]
+    suspect = silent[0] if len(silent) == 1 else None
+    return Diagnosis(
+        cause=f"communication failed first on rank {first.rank}, with no other error: {first.summary}",
+        rank=suspect,
+        node=attempt.node_of(suspect) if suspect is not None else None,
+        step=first.step,
+        remedy=(f"Rank {suspect} said nothing: look at its node first. " if suspect is not None else "")
+        + "Check network and nodes with `python -m launchers.preflight`; a killed process leaves no traceback.",
+        evidence=_excerpt(attempt, first),
+        consequences=len(failures) - 1,
+    )
+
+
+def _from_scheduler(attempt: Attempt, ends: list[TaskEnd], logs: list[RankLog]) -> Diagnosis:
+    reason = _CANCELLED.findall(attempt.batch_log)
+    steps = [log.last_step for log in logs if log.last_step is not None]
+    step = max(steps, default=None)
+    if reason:
+        node, why = reason[-1]
+        return Diagnosis(
+            f"Slurm ended the job: {why.lower()}",
+            None,
+            node if "NODE" in why else None,
+            step,
+            "The run continues from its last checkpoint. If it lost much, save more often "
+            "(train.checkpoint.interval) or raise signal_lead_seconds in the cluster file.",
+        )
+    codes = [end for end in ends if end.exit_code]
+    if codes:
+        end = codes[0]
+        log = next((log for log in logs if log.rank == end.rank), None)
+        code = end.exit_code
+        remedy = _CODE_REMEDIES.get(ExitCode(code)) if code in set(ExitCode) else None
+        cause = f"rank {end.rank} left with exit code {code}; its last line: {log.last_text if log else ''}"
+        return Diagnosis(
+            cause, end.rank, end.node, step, remedy or "Read the end of its log.", f"{attempt.directory}/tasks.txt"
+        )
+    if "ended" not in attempt.entry and attempt.entry:
+        return Diagnosis(
+            "the job vanished without an end (or it still runs)",
+            None,
+            None,
+            step,
+            "If it is not running, the first node failed: look at its state with `sinfo -R`.",
+        )
+    return Diagnosis(
+        "nothing in the logs explains the end",
+        None,
+        None,
+        step,
+        f"Read the batch log logs/slurm-{attempt.entry.get('job', '*')}.out.",
+    )
+
+
+def _excerpt(attempt: Attempt, failure: Failure, limit: int = 14) -> str:
+    lines = failure.detail.splitlines()
+    if len(lines) > limit:
+        lines = [*lines[:3], "    ...", *lines[3 - limit :]]
+    return "\n".join([f"{attempt.directory}/rank-{failure.rank:04d}.log:", *lines])

@@ -1,0 +1,263 @@
+"""The doctor on the remains of runs that failed in known ways.
+
+Logs are written in the formats of megavar/logs.py, Python, faulthandler and srun; the gloo and NCCL messages are those
+that real runs printed.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launchers import doctor
+from launchers.diagnosis import diagnose
+from launchers.history import read_metrics, summarize
+from launchers.run_logs import expand, read_rank_log
+
+GLOO = (
+    "RuntimeError: [../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:52414: "
+    "Connection reset by peer"
+)
+NCCL = (
+    "torch.distributed.DistBackendError: NCCL communicator was aborted on rank 2. Original reason for failure was: "
+    "[Rank 2] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=812, OpType=ALLREDUCE) ran for 600029 ms"
+)
+
+
+def stamp(seconds: float) -> str:
+    return f"2026-08-22T12:{int(seconds // 60):02d}:{seconds % 60:06.3f}Z"
+
+
+def line(rank: int, seconds: float, step: int | str, text: str, level: str = "INFO") -> str:
+    return f"{stamp(seconds)} rank={rank} step={step} {level} {text}\n"
+
+
+def traceback(exception: str, place: str = '  File "/code/megavar/training/trainer.py", line 90, in run') -> str:
+    return f"Traceback (most recent call last):\n{place}\n    self._loop(stop)\n    ^^^^^^^^^^^^^^^^\n{exception}\n"
+
+
+def crash(rank: int, seconds: float, step: int, exception: str) -> str:
+    """As the trainer does: logged with its time, then printed once more by Python."""
+    logged = line(rank, seconds, step, f"Ended by an exception after step {step}.", "CRITICAL")
+    return logged + traceback(exception) + traceback(exception)
+
+
+class Remains:
+    """A run directory with one attempt."""
+
+    def __init__(self, path: Path, outcome: str = "FAILED", nodes: tuple[str, ...] = ("n1", "n2"), per_node: int = 2):
+        self.path = path
+        self.logs = path / "logs/attempt-0001"
+        self.logs.mkdir(parents=True)
+        entry = {"attempt": 1, "job": "7", "nodes": nodes, "tasks_per_node": per_node, "started": 0.0, "ended": 60.0,
+                 "steps_before": [-1], "steps_after": [-1], "outcome": outcome, "action": "restart"}  # fmt: skip
+        (path / "restarts.json").write_text(json.dumps({"counted_from": 0, "attempts": [entry]}))
+
+    def rank(self, number: int, text: str) -> None:
+        (self.logs / f"rank-{number:04d}.log").write_text(text)
+
+    def tasks(self, text: str) -> None:
+        (self.logs / "tasks.txt").write_text(text)
+
+    def diagnosis(self):
+        (attempt,) = doctor.find_attempts(self.path)
+        return diagnose(attempt)
+
+
+def test_an_exception_and_the_timeouts_it_caused(tmp_path):
+    remains = Remains(tmp_path)
+    remains.rank(0, line(0, 1, "-", "Continuing after step 100 of 500.") + crash(0, 50, 120, GLOO))
+    remains.rank(1, crash(1, 45, 120, NCCL))
+    remains.rank(2, crash(2, 40.5, 120, NCCL))
+    remains.rank(3, crash(3, 40.6, 120, "FileNotFoundError: [Errno 2] No such file or directory: '/data/shard-17.tar'"))
+    remains.tasks("srun: error: n1: task 2: Exited with exit code 1\nsrun: error: n2: tasks 0-1,3: Terminated\n")
+    found = remains.diagnosis()
+    assert (found.rank, found.node, found.step) == (3, "n2", 120)
+    assert "shard-17.tar" in found.cause
+    assert found.consequences == 3
+    assert "rank-0003.log" in found.evidence
+
+
+def test_the_earliest_of_several_real_exceptions(tmp_path):
+    remains = Remains(tmp_path)
+    remains.rank(0, crash(0, 30, 12, "ValueError: the second"))
+    remains.rank(1, crash(1, 29, 12, "OSError: [Errno 28] No space left on device"))
+    found = remains.diagnosis()
+    assert found.rank == 1
+    assert "disk is full" in found.remedy
+
+
+def test_the_first_of_chained_exceptions_is_the_cause(tmp_path):
+    remains = Remains(tmp_path)
+    because = "\nThe above exception was the direct cause of the following exception:\n\n"
+    chained = traceback("KeyError: 'label'") + because + traceback(NCCL)
+    remains.rank(0, line(0, 3, 5, "x") + chained)
+    remains.rank(1, crash(1, 2, 5, GLOO))
+    found = remains.diagnosis()
+    assert (found.rank, found.cause) == (0, "KeyError: 'label'")
+
+
+def test_a_killed_rank_that_said_nothing(tmp_path):
+    remains = Remains(tmp_path)
+    remains.rank(0, line(0, 5, 31, "x") + crash(0, 41, 33, GLOO))
+    for rank in (1, 2):
+        remains.rank(rank, crash(rank, 40, 33, GLOO))
+    remains.rank(3, "")
+    remains.tasks(
+        "srun: error: n2: task 3: Killed\nsrun: launch/slurm: _step_signal: Terminating StepId=7.1\n"
+        "srun: error: n1: tasks 0-1: Exited with exit code 1\nsrun: error: n2: task 2: Terminated\n"
+    )
+    found = remains.diagnosis()
+    assert (found.rank, found.node, found.step) == (3, "n2", 33)
+    assert "SIGKILL" in found.cause
+    assert found.consequences == 3
+
+
+@pytest.mark.parametrize(
+    ("how", "log"), [("Out Of Memory", ""), ("Killed", "slurmstepd: error: Detected 1 oom_kill event")]
+)
+def test_a_rank_that_ran_out_of_memory(tmp_path, how, log):
+    remains = Remains(tmp_path)
+    remains.rank(0, crash(0, 40, 33, GLOO))
+    remains.rank(1, log)
+    remains.tasks(f"srun: error: n1: task 1: {how}\n")
+    found = remains.diagnosis()
+    assert found.rank == 1
+    assert "out of memory" in found.cause
+    assert "more memory" in found.remedy
+
+
+def test_a_non_finite_stop_is_all_ranks_alike(tmp_path):
+    remains = Remains(tmp_path, outcome="NON_FINITE")
+    message = (
+        "Loss or gradient of var-d16 was not finite in the last 4 steps up to 1203, and train.recovery.rollbacks=2"
+    )
+    for rank in range(4):
+        skipped = line(rank, 20, 1203, "Step 1203 was not applied: its loss or gradient is not finite.", "WARNING")
+        remains.rank(rank, skipped + f"megavar train: error: {message} are used up.\n")
+    remains.tasks("srun: error: n1: task 1: Exited with exit code 86\nsrun: error: n2: tasks 2-3: Terminated\n")
+    found = remains.diagnosis()
+    assert (found.rank, found.node, found.step) == (None, None, 1203)
+    assert "not finite" in found.cause
+    assert "optimizer.lr" in found.remedy
+
+
+STACK = """Thread 0x00007f1bf1dde6c0 (most recent call first):
+  File "/code/megavar/training/watchdog.py", line 80 in _watch
+
+Thread 0x00007f1bf2c26b80 (most recent call first):
+{frames}
+"""
+WAITING = (
+    '  File "/venv/torch/distributed/distributed_c10d.py", line 2810 in all_reduce\n  File "/code/x.py", line 2 in f'
+)
+READING = '  File "/code/megavar/data/reading.py", line 41 in read\n  File "/code/x.py", line 9 in f'
+
+
+def test_a_hang_names_the_rank_that_does_not_wait(tmp_path):
+    remains = Remains(tmp_path, outcome="HANG")
+    for rank in range(4):
+        hang = line(
+            rank, 300 + rank, 77, "HANG: no step for 300 s after step 77 (limit 300 s). Stacks follow.", "CRITICAL"
+        )
+        remains.rank(rank, hang + STACK.format(frames=READING if rank == 2 else WAITING))
+    found = remains.diagnosis()
+    assert (found.rank, found.node, found.step) == (2, "n2", 77)
+    assert "reading.py" in found.cause
+
+
+def test_a_hang_of_all_in_one_collective_blames_nobody(tmp_path):
+    remains = Remains(tmp_path, outcome="HANG")
+    for rank in range(4):
+        hang = line(rank, 300, 77, "HANG: no step for 300 s.", "CRITICAL")
+        remains.rank(rank, hang + STACK.format(frames=WAITING))
+    found = remains.diagnosis()
+    assert found.rank is None
+    assert "network" in found.remedy
+
+
+def test_a_rank_that_is_silent_while_all_others_lose_it(tmp_path):
+    remains = Remains(tmp_path)
+    for rank in range(3):
+        remains.rank(rank, crash(rank, 40 + rank, 9, GLOO))
+    remains.rank(3, line(3, 2, "-", "Continuing.", "WARNING"))
+    found = remains.diagnosis()
+    assert (found.rank, found.node) == (3, "n2")
+
+
+def test_slurm_ended_it(tmp_path):
+    remains = Remains(tmp_path)
+    remains.rank(0, line(0, 30, 14, "x"))
+    (tmp_path / "logs/slurm-7.out").write_text(
+        "Z job 7: begins attempt 1 on n[1-2]\nslurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED AT 2026-08-22T12:00:00 "
+        "DUE TO TIME LIMIT ***\n"
+    )
+    found = remains.diagnosis()
+    assert "time limit" in found.cause
+    assert found.step == 14
+
+
+def test_a_configuration_error_before_the_first_step(tmp_path):
+    remains = Remains(tmp_path, outcome="CONFIGURATION")
+    for rank in range(2):
+        remains.rank(rank, "megavar train: error: train.global_batch_size=7 cannot be split evenly over 2 ranks.\n")
+    found = remains.diagnosis()
+    assert found.rank is None
+    assert "global_batch_size=7" in found.cause
+    assert found.step is None
+
+
+def test_real_tracebacks_are_parsed(tmp_path):
+    """Not written by hand: Python's own output, with notes, carets and chains."""
+    code = "def f():\n  try: {}['a']\n  except KeyError as e: raise ValueError('two\\nlines') from e\nf()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    path = tmp_path / "rank-0012.log"
+    path.write_text("before\n" + result.stderr + line(12, 5, 3, "after"))
+    log = read_rank_log(path)
+    assert log.rank == 12
+    assert [failure.summary for failure in log.failures] == ["KeyError: 'a'"]
+    assert log.last_step == 3
+
+
+def test_groups_of_tasks():
+    assert expand("0-2,5,7-8") == [0, 1, 2, 5, 7, 8]
+
+
+def test_history_counts_restarts_lost_steps_and_time(tmp_path):
+    attempts = [
+        {"attempt": 1, "job": "7", "nodes": ["n1"], "started": 0.0, "ended": 100.0, "steps_before": [-1],
+         "steps_after": [30], "outcome": "FAILED"},
+        {"attempt": 2, "job": "7", "nodes": ["n1"], "started": 130.0, "ended": 200.0, "steps_before": [30],
+         "steps_after": [60], "outcome": "FINISHED"},
+    ]  # fmt: skip
+    kept = [{"time": 20.0, "step": 10}, {"time": 40.0, "step": 20},
+            {"time": 60.0, "step": 30, "checkpoint_seconds": 5.0}, {"time": 150.0, "step": 40}, {"time": 190.0, "step": 60, "checkpoint_seconds": 5.0}]  # fmt: skip
+    discarded = [{"time": 80.0, "step": 40}, {"time": 95.0, "step": 48}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept) + '{"time": 1')
+    (tmp_path / "metrics.discarded.jsonl").write_text("".join(json.dumps(record) + "\n" for record in discarded))
+    first, second = summarize(attempts, read_metrics(tmp_path), now=300.0)
+    assert (first.first_step, first.kept_step, first.reached_step, first.lost_steps) == (0, 30, 48, 18)
+    assert first.seconds == {"waiting": 0, "starting": 20, "training": 35, "saving": 5, "repeated": 35, "stopping": 5}
+    assert second.seconds == {"waiting": 30, "starting": 20, "training": 35, "saving": 5, "repeated": 0, "stopping": 10}
+    assert second.lost_steps == 0
+
+
+def test_report(tmp_path, capsys):
+    remains = Remains(tmp_path)
+    remains.rank(1, crash(1, 29, 12, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"))
+    assert doctor.main([str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "rank    1" in text and "node    n1" in text and "step    12" in text and "micro_batch_size" in text
+    assert doctor.main([str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["diagnosis"]["rank"] == 1
+    assert doctor.main([str(tmp_path / "nothing")]) == 2
+    assert "holds no logs" in capsys.readouterr().err
+
+
+def test_a_run_without_a_launcher(tmp_path, capsys):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/rank-0000.log").write_text(crash(0, 29, 12, "ZeroDivisionError: division by zero"))
+    assert doctor.main([str(tmp_path)]) == 0
+    assert "ZeroDivisionError" in capsys.readouterr().out

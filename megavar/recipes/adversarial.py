@@ -80,34 +80,39 @@ def reconstruction_realism_loss(kind: str, fake: Tensor) -> Tensor:
     return -fake.mean() if kind == "hinge" else F.softplus(-fake).mean()
 
 
-def last_layer_gradient(loss: Tensor, images: Tensor, last_features: Tensor) -> Tensor:
-    """Gradient of ``loss`` with respect to the weight [C_out, C_in, 3, 3] of the decoder's last convolution.
+def last_layer_gradient(at_images: Tensor, last_features: Tensor) -> Tensor:
+    """Gradient of a loss with respect to the weight [C_out, C_in, 3, 3] of the decoder's last convolution.
 
-    It is computed from the gradient at the convolution's output ``images`` and its input ``last_features``, without
-    touching the parameter: it is right whatever an engine does with parameters. The graph stays usable.
+    It follows from the gradient at the convolution's output ``at_images`` [B, C_out, H, W] and its input
+    ``last_features`` [B, C_in, H, W] without touching the parameter: right whatever an engine does with parameters.
     """
-    (at_images,) = torch.autograd.grad(loss, images, retain_graph=True)
-    shape = (images.shape[1], last_features.shape[1], 3, 3)
+    shape = (at_images.shape[1], last_features.shape[1], 3, 3)
     return conv2d_weight(last_features.float(), shape, at_images.float(), padding=1)
 
 
 def adaptive_weight(
-    reconstruction: Tensor, realism: Tensor, images: Tensor, last_features: Tensor, config: AdversarialConfig
+    reconstruction_at_images: Tensor, realism_at_images: Tensor, last_features: Tensor, config: AdversarialConfig
 ) -> Tensor:
-    """VQGAN Eq. 7: ||gradient of reconstruction|| / (||gradient of realism|| + epsilon), bounded; scalar, no gradient.
+    """VQGAN Eq. 7: ||gradient of reconstruction|| / (||gradient of realism|| + epsilon), bounded; scalar.
 
-    The gradients are those of the batch of all ranks, so the weight does not depend on how it is split over them.
+    The norms are of gradients with respect to the decoder's last convolution over the batch of all ranks, so the weight
+    does not depend on how the batch is split over them.
 
     Args:
-        reconstruction: pixel plus perceptual loss, scalar.
-        realism: the tokenizer's adversarial loss, scalar.
-        images: reconstructions from which both were computed, [B, C, H, W].
-        last_features: input of the convolution that made them, [B, C_in, H, W].
+        reconstruction_at_images: gradient of pixel plus perceptual loss at the reconstructions, [B, C, H, W].
+        realism_at_images: the same of the tokenizer's adversarial loss.
+        last_features: input of the convolution that made the reconstructions, [B, C_in, H, W].
         config: epsilon and bound.
     """
-    gradients = torch.stack([last_layer_gradient(loss, images, last_features) for loss in (reconstruction, realism)])
-    numerator, denominator = mean_over_ranks(gradients).flatten(1).norm(dim=1)
-    return (numerator / (denominator + config.adaptive_epsilon)).clamp(0, config.adaptive_maximum).detach()
+    both = [last_layer_gradient(g, last_features) for g in (reconstruction_at_images, realism_at_images)]
+    numerator, denominator = mean_over_ranks(torch.stack(both)).flatten(1).norm(dim=1)
+    return (numerator / (denominator + config.adaptive_epsilon)).clamp(0, config.adaptive_maximum)
+
+
+def with_gradient(value: Tensor, at: Tensor, gradient: Tensor) -> Tensor:
+    """A scalar that equals ``value`` and whose gradient at the tensor ``at`` is ``gradient``."""
+    carrier = (at * gradient.detach()).sum()
+    return value.detach() + (carrier - carrier.detach())
 
 
 def lecam_regularization(discriminator: PatchDiscriminator, real: Tensor, fake: Tensor, decay: float) -> Tensor:

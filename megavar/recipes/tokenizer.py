@@ -28,6 +28,7 @@ from megavar.recipes.adversarial import (
     frozen,
     lecam_regularization,
     reconstruction_realism_loss,
+    with_gradient,
 )
 from megavar.recipes.base import Losses
 from megavar.recipes.codebook import CodebookUpkeep, usage_metrics
@@ -118,38 +119,61 @@ class TokenizerTraining:
         return self._discriminator_loss(output)
 
     def _autoencoder_loss(self, output: Reconstruction, inputs: TokenizerInputs, step: int) -> Losses:
-        config = self.config
-        error = output.images.float() - inputs.images
-        named = {"squared_error": error.square().mean(), "absolute_error": error.abs().mean()}
-        reconstruction = config.l2_weight * named["squared_error"] + config.l1_weight * named["absolute_error"]
-        if self.perceptual is not None and config.perceptual is not None:
-            named["perceptual"] = self.perceptual(output.images, inputs.images).mean()
-            reconstruction = reconstruction + config.perceptual.weight * named["perceptual"]
+        adversarial = self.active("discriminator", step)
+        # To balance two losses their gradients at the reconstructions are needed one by one: see _add_realism.
+        images = output.images.detach().requires_grad_() if adversarial else output.images
+        reconstruction, named = self._reconstruction_loss(images.float(), inputs.images)
+        total = reconstruction
+        if adversarial:
+            total, more = self._add_realism(reconstruction, images, output)
+            named |= more
         named["quantizer"] = output.quantized.loss
-        total = reconstruction + config.quantizer_weight * output.quantized.loss
-        if self.active("discriminator", step):
-            realism, weight = self._realism(output, reconstruction)
-            named |= {"realism": realism, "adaptive_weight": weight}
-            total = total + weight * realism
+        total = total + self.config.quantizer_weight * output.quantized.loss
         if torch.is_grad_enabled():
             self.codebook.observe(step, output.quantized, inputs.keys)
+        named = {"loss": total} | named
+        pixels = inputs.images.numel()
         statistics = {
             "codebook_usage": output.quantized.usage,
-            "squared_error": error.detach().square().sum(dtype=torch.float64),
-            "pixels": torch.full((), error.numel(), dtype=torch.float64, device=error.device),
+            "squared_error": named["squared_error"].detach().double() * pixels,
+            "pixels": torch.full((), pixels, dtype=torch.float64, device=total.device),
         }
-        return Losses(total, {"loss": total.detach()} | {k: v.detach() for k, v in named.items()}, statistics)
+        return Losses(total, {name: value.detach() for name, value in named.items()}, statistics)
 
-    def _realism(self, output: Reconstruction, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokenizer's adversarial loss and its weight, both scalar."""
+    def _reconstruction_loss(self, images: Tensor, originals: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Pixel plus perceptual loss of reconstructions, scalar, and its unweighted terms."""
+        config = self.config
+        error = images - originals
+        terms = {"squared_error": error.square().mean(), "absolute_error": error.abs().mean()}
+        total = config.l2_weight * terms["squared_error"] + config.l1_weight * terms["absolute_error"]
+        if self.perceptual is not None and config.perceptual is not None:
+            terms["perceptual"] = self.perceptual(images, originals).mean()
+            total = total + config.perceptual.weight * terms["perceptual"]
+        return total, terms
+
+    def _add_realism(
+        self, reconstruction: Tensor, images: Tensor, output: Reconstruction
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """``reconstruction + lambda_G * w * realism`` with its gradient at ``output.images``, and its terms.
+
+        ``images`` is a copy of ``output.images`` that ends the graph: both losses are differentiated up to it, once
+        each, and an engine's hooks on its module's output see only the backward pass of the total.
+        """
         adversarial = self.config.adversarial
         assert adversarial is not None and self.discriminator is not None
         with frozen(self.discriminator):
-            realism = reconstruction_realism_loss(adversarial.loss, self.discriminator(output.images).float())
+            realism = reconstruction_realism_loss(adversarial.loss, self.discriminator(images).float())
         weight = realism.new_full((), adversarial.weight)
-        if adversarial.adaptive and torch.is_grad_enabled():
-            weight = weight * adaptive_weight(reconstruction, realism, output.images, output.last_features, adversarial)
-        return realism, weight
+        if torch.is_grad_enabled():
+            (of_reconstruction,) = torch.autograd.grad(reconstruction, images)
+            (of_realism,) = torch.autograd.grad(realism, images)
+            if adversarial.adaptive:
+                weight = weight * adaptive_weight(of_reconstruction, of_realism, output.last_features, adversarial)
+            gradient = of_reconstruction + weight * of_realism
+            total = with_gradient(reconstruction + weight * realism, output.images, gradient)
+        else:
+            total = reconstruction + weight * realism
+        return total, {"realism": realism, "adaptive_weight": weight}
 
     def _discriminator_loss(self, output: Judgement) -> Losses:
         adversarial = self.config.adversarial

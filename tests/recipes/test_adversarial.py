@@ -50,8 +50,8 @@ def setup(batch: slice):
 
 def test_last_layer_gradient_is_the_gradient_of_the_weight():
     last, h, images, loss, _ = setup(slice(None))
-    ours = adversarial.last_layer_gradient(loss, images, h)
-    (expected,) = torch.autograd.grad(loss, last.weight)
+    at_images, expected = torch.autograd.grad(loss, [images, last.weight])
+    ours = adversarial.last_layer_gradient(at_images, h)
     assert torch.allclose(ours, expected, rtol=1e-4, atol=1e-7)
 
 
@@ -59,7 +59,8 @@ def weight_of_this_part(parts: int) -> float:
     rank = torch.distributed.get_rank() if parts > 1 else 0
     share = 4 // parts
     _, h, images, first, second = setup(slice(rank * share, (rank + 1) * share))
-    return float(adaptive_weight(first, second, images, h, CONFIG))
+    gradients = [torch.autograd.grad(loss, images, retain_graph=True)[0] for loss in (first, second)]
+    return float(adaptive_weight(*gradients, h, CONFIG))
 
 
 def test_adaptive_weight_is_the_ratio_of_gradient_norms():
@@ -70,8 +71,18 @@ def test_adaptive_weight_is_the_ratio_of_gradient_norms():
 
 def test_adaptive_weight_is_bounded():
     _, h, images, first, _ = setup(slice(None))
-    nothing = (images * 0).sum()
-    assert float(adaptive_weight(first, nothing, images, h, CONFIG.model_copy(update={"adaptive_maximum": 3.0}))) == 3
+    (gradient,) = torch.autograd.grad(first, images)
+    bounded = CONFIG.model_copy(update={"adaptive_maximum": 3.0})
+    assert float(adaptive_weight(gradient * 1e6, gradient * 0, h, bounded)) == 3
+
+
+def test_a_value_with_a_given_gradient():
+    x = torch.randn(3, requires_grad=True)
+    gradient = torch.tensor([1.0, -2.0, 3.0])
+    value = adversarial.with_gradient(torch.tensor(7.0), x, gradient)
+    value.backward()
+    assert value.item() == 7
+    assert torch.equal(x.grad, gradient)
 
 
 @pytest.mark.distributed

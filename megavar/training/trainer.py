@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megavar import logs
 from megavar.config.deepspeed import complete_deepspeed
 from megavar.data.batch import Batch
 from megavar.errors import ExitCode, MegavarError, NonFiniteError
@@ -22,6 +23,7 @@ from megavar.training.engine import Engine
 from megavar.training.experts import expert_parameters
 from megavar.training.metrics import MetricAccumulator
 from megavar.training.monitor import Monitor, Stopwatch
+from megavar.training.parameter_rows import write_rows
 from megavar.training.preemption import StopRequest
 from megavar.training.recovery import Recovery, Verdict
 from megavar.training.run import Run, micro_batch_size, on_first_rank
@@ -46,6 +48,8 @@ class Trainer:
         self.steps_per_epoch = run.samples / train.global_batch_size
         self.micro_batch_size = micro_batch_size(train, run.topology)
         self.engines = {name: self._build_engine(name, module) for name, module in run.recipe.modules().items()}
+        if hasattr(run.recipe, "write_rows"):  # a recipe that replaces rows between steps: DeepSpeed keeps copies
+            run.recipe.write_rows = functools.partial(write_rows, list(self.engines.values()))
         self.averages: dict[str, MovingAverage] = {}
         if train.ema is not None:
             self.averages = {name: MovingAverage(engine, train.ema) for name, engine in self.engines.items()}
@@ -83,9 +87,10 @@ class Trainer:
         finally:
             self.directory.release()
             self.stop.restore()
+            logs.set_step(None)
 
     def _loop(self) -> ExitCode:
-        train, logs = self.setup.train, self.setup.logging
+        train, reports = self.setup.train, self.setup.logging
         self._restore(fresh=self._fresh())
         while self.step < self.total_steps:
             self.stopwatch.step_begins()
@@ -95,10 +100,11 @@ class Trainer:
             self.step, self.data_step = self.step + 1, self.data_step + 1
             self.stopwatch.step_done()
             self.watchdog.beat(self.step)
+            logs.set_step(self.step)
             if not self._recovered(applied):
                 continue
             last = self.step == self.total_steps
-            if last or self._due(logs.interval):
+            if last or self._due(reports.interval):
                 self._log()
             self.monitor.advance(self.step)
             stopping = self._due(train.agreement_interval) and self.stop.agreed() and not last
@@ -108,7 +114,7 @@ class Trainer:
                 self.checkpointer.close()
                 _log.info("Stopped and saved after step %d of %d, as agreed.", self.step, self.total_steps)
                 return ExitCode.PREEMPTED
-            if last or self._due(logs.samples_interval):
+            if last or self._due(reports.samples_interval):
                 self._preview()
             if self._due(train.garbage_collection_interval):
                 gc.collect()

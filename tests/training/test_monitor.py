@@ -1,0 +1,111 @@
+import json
+
+import pytest
+import torch
+
+from megavar.config.logging import LoggingConfig
+from megavar.config.train import RecoveryConfig
+from megavar.training.monitor import MetricsFile, Monitor, Stopwatch
+from megavar.training.recovery import Recovery, Verdict
+from megavar.training.run_directory import RunDirectory
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_lines_of_a_crashed_attempt_are_not_repeated(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, 0)
+    for step in (10, 20, 30, 40):
+        file.write({"step": step, "loss": float(step)})
+    file.close()
+    with path.open("ab") as raw:
+        raw.write(b'{"step": 50, "lo')  # cut off by a crash
+    file = MetricsFile(path, 20)  # the last checkpoint was of step 20
+    file.write({"step": 30, "loss": 31.0})
+    file.close()
+    assert [(line["step"], line["loss"]) for line in lines(path)] == [(10, 10.0), (20, 20.0), (30, 31.0)]
+    kept = (tmp_path / "metrics.discarded.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in kept[:2]] == [30, 40] and kept[2] == '{"step": 50, "lo'
+
+
+def test_a_file_without_later_lines_is_left_alone(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    MetricsFile(path, 0).write({"step": 1})
+    before = path.stat().st_ino
+    MetricsFile(path, 1).close()
+    assert path.stat().st_ino == before and not (tmp_path / "metrics.discarded.jsonl").exists()
+
+
+def test_speed_and_shares():
+    watch = Stopwatch()
+    watch._steps = [1.0] * 18 + [2.0, 5.0]
+    watch._parts = {"data": 5.0, "checkpoint": 3.0}
+    read = watch.read(images_per_step=10)
+    assert read["images_per_second"] == pytest.approx(200 / 25)
+    assert read["step_seconds"] == 1.0 and read["step_seconds_p95"] == 2.0 and read["step_seconds_max"] == 5.0
+    assert read["data_wait_share"] == pytest.approx(0.2)
+    assert read["checkpoint_seconds"] == 3.0
+    assert watch.read(10) == {}
+
+
+def monitor(tmp_path, rank=0, **options):
+    settings = {"progress": "lines", "lines_seconds": 0, "wandb": {"mode": "disabled"}} | options
+    return Monitor(LoggingConfig.model_validate(settings), RunDirectory(tmp_path), "name", rank, 10)
+
+
+def test_progress_lines_and_grids(tmp_path, capsys):
+    from PIL import Image
+
+    shown = monitor(tmp_path)
+    shown.open(0, {})
+    shown.log({"step": 5, "loss": 1.25, "images_per_second": 12.5})
+    shown.advance(5)
+    shown.save_grid(5, torch.full((4, 3, 64, 64), 200, dtype=torch.uint8))
+    shown.close()
+    printed = capsys.readouterr().err
+    assert "name step 5/10 loss 1.25 images/s 12.5 left 0:00:0" in printed
+    assert lines(tmp_path / "metrics.jsonl")[0]["loss"] == 1.25
+    with Image.open(tmp_path / "samples" / "step-00000005.png") as image:
+        assert image.size[0] >= 128 and image.getpixel((10, 10)) == (200, 200, 200)
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    silent = monitor(tmp_path, rank=1)
+    silent.open(0, {})
+    silent.log({"step": 5, "loss": 1.25})
+    silent.event(5, "something")
+    silent.advance(5)
+    silent.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wandb_offline_keeps_its_run_id(tmp_path):
+    for step in (0, 5):
+        shown = monitor(tmp_path, wandb={"mode": "offline"}, progress="none")
+        shown.open(step, {"some": {"key": 1}})
+        shown.log({"step": step + 1, "loss": 1.0})
+        shown.close()
+    identity = (tmp_path / "wandb_id").read_text().strip()
+    runs = [path.name for path in (tmp_path / "wandb").iterdir() if path.name.startswith("offline-run-")]
+    assert len(runs) >= 1 and all(name.endswith(identity) for name in runs)
+
+
+def test_recovery_counts():
+    recovery = Recovery(RecoveryConfig(skips=2, rollbacks=1))
+    assert [recovery.judge(ok) for ok in (True, False, False, True, False, False)] == [Verdict.CONTINUE] * 6
+    assert recovery.judge(False) is Verdict.ROLL_BACK
+    recovery.rolled_back()
+    assert [recovery.judge(False) for _ in range(3)] == [Verdict.CONTINUE, Verdict.CONTINUE, Verdict.STOP]
+    recovery.judge(True)
+    recovery.saved()
+    assert [recovery.judge(False) for _ in range(3)][-1] is Verdict.ROLL_BACK
+    assert recovery.skipped == 11
+
+
+def test_loss_spikes():
+    recovery = Recovery(RecoveryConfig(spike_factor=2.0))
+    assert [recovery.spike(1.0 + 0.01 * i) for i in range(20)] == [None] * 20
+    assert recovery.spike(2.5) == pytest.approx(1.095)
+    assert recovery.spike(1.2) is None and recovery.spike(None) is None

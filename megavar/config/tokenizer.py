@@ -77,8 +77,8 @@ class MultiScaleVQConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "MultiScaleVQConfig":
-        if any(b <= a for a, b in zip(self.scales, self.scales[1:])):
-            raise ValueError(f"scales {list(self.scales)} do not increase: list side lengths from coarse to fine")
+        if any(b < a for a, b in zip(self.scales, self.scales[1:])):
+            raise ValueError(f"scales {list(self.scales)} decrease somewhere: list side lengths from coarse to fine")
         if self.latent_kernel % 2 == 0:
             raise ValueError(f"latent_kernel {self.latent_kernel} is even: use an odd one, which keeps the map's size")
         for multiplier in self.channel_multipliers:

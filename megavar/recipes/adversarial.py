@@ -64,8 +64,8 @@ class PatchDiscriminator(nn.Module):
         self.mean_logits.zero_()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Judge."""
-        return self.layers(images)
+        """Judge. Computes in the type of the parameters."""
+        return self.layers(images.to(self.layers[0].weight.dtype))
 
 
 def discriminator_loss(kind: str, real: Tensor, fake: Tensor) -> Tensor:

@@ -31,7 +31,9 @@ def part(batch: Batch, start: int, count: int) -> Batch:
     return Batch(batch.images[chosen], batch.labels[chosen], batch.sample_ids[chosen], batch.epochs[chosen])
 
 
-def train(stage: int, micro_batches: int, adversarial: bool) -> tuple[list[dict[str, float]], torch.Tensor]:
+def train(
+    stage: int, micro_batches: int, adversarial: bool, precision: str = "fp32"
+) -> tuple[list[dict[str, float]], torch.Tensor]:
     """Metrics of every step, averaged over micro-batches and ranks, and the final codebook."""
     topology = initialize(ParallelConfig(), environment())
     config = CONFIG if adversarial else CONFIG.model_copy(update={"adversarial": None})
@@ -40,7 +42,7 @@ def train(stage: int, micro_batches: int, adversarial: bool) -> tuple[list[dict[
     size = share // micro_batches
     plan = complete_deepspeed(
         {"zero_optimization": {"stage": stage}}, where="test.json", parallel=topology.config,
-        data_parallel_size=topology.data, global_batch_size=GLOBAL_BATCH, micro_batch_size=size, precision="fp32",
+        data_parallel_size=topology.data, global_batch_size=GLOBAL_BATCH, micro_batch_size=size, precision=precision,
         gradient_clipping=1.0,
     )  # fmt: skip
     engines = {
@@ -104,3 +106,14 @@ def test_adversarial_training(alone, ranks, stage):
     assert {"autoencoder/realism", "discriminator/norm"} <= alone[True][0][-1].keys()
     for result in run_ranks(ranks, train, stage, 1, True):
         assert_same(result, alone[True], 1e-3)
+
+
+@pytest.mark.distributed
+def test_bfloat16_parameters(alone):
+    """Rounded to 8 bits the first step's losses are near, and training works."""
+    curve, codes = run_ranks(2, train, 1, 1, True, "bf16")[0]
+    for name in ("squared_error", "absolute_error"):
+        assert curve[0][f"autoencoder/{name}"] == pytest.approx(alone[True][0][0][f"autoencoder/{name}"], rel=0.05)
+    assert curve[-1]["autoencoder/squared_error"] < curve[0]["autoencoder/squared_error"]
+    assert codes.dtype == torch.bfloat16
+    assert codes.isfinite().all()

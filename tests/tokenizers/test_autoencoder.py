@@ -159,7 +159,7 @@ def test_files_that_are_no_state_dict_are_refused(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scales": (1, 3, 3)}, "do not increase"),
+        ({"scales": (1, 3, 2)}, "decrease somewhere"),
         ({"base_channels": 20}, "multiple of norm_groups 32"),
         ({"latent_kernel": 2}, "even"),
         ({"refinement": "shared", "refinement_count": 4}, "shared means one"),

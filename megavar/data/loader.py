@@ -1,6 +1,8 @@
 """The stream of micro-batches of one rank, from any step on, read by worker processes or in place."""
 
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
@@ -33,11 +35,23 @@ class _Reads(Dataset):
             return error
 
 
-def _ignore_signals(worker: int) -> None:
-    # A preemption signal reaches every process of a job. The training process decides what it means; a worker that
-    # died of it would break the last steps before the checkpoint.
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+def leave_signals_to_parent(worker: int) -> None:
+    """Make this worker process deaf to signals that are meant for the training process.
+
+    A preemption signal reaches every process of a job; a worker that died of it would break the last steps before the
+    checkpoint. SIGTERM ends the worker only when the training process sends it.
+    """
+    for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    parent = os.getppid()
+
+    def wait_for_parent() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait_for_parent, daemon=True).start()
 
 
 class Loader:
@@ -91,7 +105,7 @@ class Loader:
     def _results(self) -> Iterator[Batch | MegavarError]:
         if not self._workers:
             return map(self._reads.__getitem__, self._places())
-        options: dict[str, Any] = {"prefetch_factor": self._prefetch, "worker_init_fn": _ignore_signals}
+        options: dict[str, Any] = {"prefetch_factor": self._prefetch, "worker_init_fn": leave_signals_to_parent}
         return iter(
             DataLoader(
                 self._reads,

@@ -1,6 +1,5 @@
 import multiprocessing
-import os
-import signal
+import subprocess
 
 import pytest
 import torch
@@ -101,7 +100,21 @@ def test_workers_outlive_a_preemption_signal():
     first = next(iterator)
     workers = multiprocessing.active_children()
     assert len(workers) == 2
-    for worker in workers:
-        os.kill(worker.pid, signal.SIGTERM)
+    for worker in workers:  # not from this process: the job's manager sends it
+        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
     rest = [batch for step in iterator for batch in step]
     assert len(first) + len(rest) == 800
+
+
+def _fail_while_workers_wait(error):
+    iterator = iter(load(workers=2, stop_step=200))
+    next(iterator)
+    error.iterator = iterator  # as a traceback does
+    raise error
+
+
+def test_a_failing_run_does_not_hang_on_its_workers():
+    run = multiprocessing.get_context("fork").Process(target=_fail_while_workers_wait, args=(ValueError("on purpose"),))
+    run.start()
+    run.join(timeout=60)
+    assert run.exitcode == 1

@@ -57,7 +57,9 @@ def test_any_layout_continues_under_any_other(source, target, saved, reference, 
     actual = read_everything(tmp_path, FINAL)
     assert actual.keys() == reference.keys()
     for key, expected in reference.items():
-        torch.testing.assert_close(actual[key], expected, rtol=2e-6, atol=1e-7, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(
+            actual[key], expected, rtol=2e-6, atol=1e-7, msg=lambda text, key=key: f"{key}: {text}"
+        )
     if source == target:
         assert_same(actual, read_everything(saved(source, FINAL), FINAL))
 

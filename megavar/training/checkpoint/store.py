@@ -35,6 +35,11 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def is_checkpoint_name(path: Path) -> bool:
+    """Whether ``path`` is an existing directory called like a checkpoint; it may be damaged."""
+    return _FINAL.match(path.name) is not None and path.is_dir()
+
+
 def step_of(path: Path) -> int:
     """The step in the name of a checkpoint or of one of its temporary forms."""
     match = _FINAL.match(path.name) or _OTHER.match(path.name)
@@ -46,7 +51,7 @@ def list_checkpoints(root: Path) -> list[Path]:
     """Directories of ``root`` that are called a checkpoint, newest step first. They may be damaged."""
     if not root.is_dir():
         return []
-    return sorted((p for p in root.iterdir() if _FINAL.match(p.name) and p.is_dir()), key=step_of, reverse=True)
+    return sorted(filter(is_checkpoint_name, root.iterdir()), key=step_of, reverse=True)
 
 
 def _list_others(root: Path, *kinds: str) -> list[Path]:

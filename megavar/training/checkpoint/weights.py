@@ -33,17 +33,14 @@ def find_checkpoint(path: Path, verify: bool = True) -> tuple[Path, Manifest]:
             one checkpoint gets that one or an error, never an older one.
     """
     path = Path(path)
-    for root in (path, path / "checkpoints"):
-        candidates = store.list_checkpoints(root)
-        if candidates:
-            path = candidates[0]
-            break
-    else:
-        if not (path / manifests.FILE_NAME).exists():
-            raise CheckpointError(
-                f"{path} is not a checkpoint and holds none. Name a checkpoint (step-00001000), a directory of "
-                f"checkpoints, or a run directory."
-            )
+    newest = [*store.list_checkpoints(path)[:1], *store.list_checkpoints(path / "checkpoints")[:1]]
+    if newest:
+        path = newest[0]
+    elif not store.is_checkpoint_name(path) and not (path / manifests.FILE_NAME).exists():
+        raise CheckpointError(
+            f"{path} is not a checkpoint and holds none. Name a checkpoint (step-00001000), a directory of "
+            f"checkpoints, or a run directory."
+        )
     try:
         manifest = manifests.read(path)
         problem = manifests.damage(path, manifest.files) if verify else None

@@ -25,10 +25,8 @@ def heads(layout, device="cpu", requires_grad=False):
 
 def by_hand(q, k, v, layout, softmax_scale):
     """One query at a time over the keys it may see."""
-    scale_of, segment = [], 0
-    for size in [side * side for side in layout.scales] + [layout.padding]:
-        scale_of += [segment] * size
-        segment += 1
+    sizes = [side * side for side in layout.scales] + [layout.padding]
+    scale_of = [segment for segment, size in enumerate(sizes) for _ in range(size)]
     out = torch.empty_like(q)
     for row in range(layout.length):
         seen = [column for column in range(layout.length) if scale_of[column] <= scale_of[row]]

@@ -71,8 +71,9 @@ def balance_by_loop(scores, groups):
 
 
 def groups_of(scope, batch):
-    by_image = [[(row, sample) for row in range(tiny.TOKENS)] for sample in range(batch)]
-    return by_image if scope == "image" else [sum(by_image, [])]
+    if scope == "image":
+        return [[(row, sample) for row in range(tiny.TOKENS)] for sample in range(batch)]
+    return [[(row, sample) for row in range(tiny.TOKENS) for sample in range(batch)]]
 
 
 VARIANTS = [

@@ -1,5 +1,7 @@
 """A small VAR whose every part matters, and inputs for it."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -78,4 +80,5 @@ def copy_logical(source, target, rename=lambda name: name):
 def assert_same(one, other, rtol=1e-5, atol=1e-6):
     assert one.keys() == other.keys()
     for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=rtol, atol=atol, msg=lambda text, n=name: f"{n}: {text}")
+        named = functools.partial("{}: {}".format, name)
+        torch.testing.assert_close(one[name], other[name], rtol=rtol, atol=atol, msg=named)

@@ -41,8 +41,8 @@ def check_backend(experts: ExpertsConfig, parallel: ParallelConfig) -> None:
     if backend == "deepspeed" and parallel.tensor > 1:
         raise ConfigError(
             f"generator.experts.backend=deepspeed cannot run with parallel.tensor={parallel.tensor}: DeepSpeed-MoE "
-            f"expects every tensor-parallel rank to hold all tokens (deepspeed/moe/sharded_moe.py drops the duplicates), "
-            f"while ours hold a share of them each. Choose the backend megatron, grouped or tutel."
+            f"expects every tensor-parallel rank to hold all tokens (deepspeed/moe/sharded_moe.py drops duplicates), "
+            f"while each of ours holds a share of them. Choose the backend megatron, grouped or tutel."
         )
     if backend == "tutel" and importlib.util.find_spec("tutel") is None:
         raise ConfigError(

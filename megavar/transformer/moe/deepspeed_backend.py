@@ -74,5 +74,6 @@ class DeepSpeedMixture(nn.Module):
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, None]:
         """[L, B, C] -> [L, B, C] and None."""
-        self._gate.slots = assign_slots(*self.router(hidden), self.top_k, self.group)
+        gates, assignment = self.router(hidden)
+        self._gate.slots = assign_slots(gates, assignment, self.top_k, self.group)
         return self._exchange_and_compute[0](hidden, None), None

@@ -24,13 +24,17 @@ from megavar.transformer.moe.router import ScaleAwareRouter
 class ExpertOutputLinear(RowParallelLinear):
     """Second layer of an expert, which lies whole on its rank.
 
-    Without expert parallelism Megatron-core 0.16 passes its output through a reduction over one rank, which returns
-    a view that ``mlp.py:247`` then changes in place: autograd refuses. Experts need no reduction.
+    Two things in Megatron-core 0.16 are meant for layers whose output is a sum over tensor-parallel ranks. Without
+    expert parallelism it passes the output through a reduction over one rank, which returns a view that ``mlp.py:247``
+    then changes in place: autograd refuses. And it marks the bias as one whose gradient must be added up over
+    tensor-parallel ranks (``tensor_parallel/layers.py:1174``), but the ranks hold different experts, or their gradients
+    are added up with the experts' other ones.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.explicit_expert_comm = True
+        self.bias.sequence_parallel = False
 
 
 def _build_mixture(backend: str, config: TransformerConfig, router: RouterBuilder, block: int) -> nn.Module:

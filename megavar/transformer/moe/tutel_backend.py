@@ -32,7 +32,8 @@ class TutelMixture(nn.Module):
         from tutel import moe as tutel
 
         tokens = hidden.flatten(0, -2).contiguous()
-        slots = assign_slots(*self.router(hidden), self.top_k, self.group)
+        gates, assignment = self.router(hidden)
+        slots = assign_slots(gates, assignment, self.top_k, self.group)
         dispatcher = tutel.fast_dispatcher(self.number, slots.capacity, tokens.shape[-1], tokens.dtype)
         dispatcher.update(list(slots.experts), list(slots.places), list(slots.gates), capacity=slots.capacity)
         sent = dispatcher.encode(tokens).view(self.ranks, -1, slots.capacity, tokens.shape[-1])

@@ -75,11 +75,17 @@ def evaluate(options: argparse.Namespace, store: ChunkStore, images: ImageSet, n
     if images.labels is not None and is_sorted_by_class(images.labels):
         notes.append("the images are sorted by class: ADM's official script would give a meaningless Inception score")
     return Result(
-        suite=f"adm/{options.backend}", metrics=metrics, count=len(images), rounding=options.rounding,
+        suite=f"adm/{options.backend}",
+        metrics=metrics,
+        count=len(images),
+        rounding=options.rounding,
         class_histogram=class_histogram(images.labels) if images.labels is not None else {},
         order="Inception score over a seeded shuffle, otherwise index order",
-        extractor={"name": network.name, "sha256": network.weights_sha256}, reference=reference.identity,
-        sampler={"images": images.identity, "feature_chunk_size": CHUNK}, notes=notes)
+        extractor={"name": network.name, "sha256": network.weights_sha256},
+        reference=reference.identity,
+        sampler={"images": images.identity, "feature_chunk_size": CHUNK},
+        notes=notes,
+    )
 
 
 def reference(options: argparse.Namespace) -> None:
@@ -122,8 +128,10 @@ def selfcheck(options: argparse.Namespace) -> None:
         apart = {key: abs(ours.get(key, float("nan")) / value - 1) for key, value in PUBLISHED_ADM.items()}
         wrong = [key for key, value in apart.items() if not value < (0.01 if key in ("precision", "recall") else 0.002)]
         if wrong:
-            raise ConfigError(f"{', '.join(wrong)} differ from the published numbers: check that the files are ADM's "
-                              f"samples (admnet_guided_upsampled_imagenet256.npz) and VIRTUAL_imagenet256_labeled.npz")
+            raise ConfigError(
+                f"{', '.join(wrong)} differ from the published numbers: check that the files are ADM's "
+                f"samples (admnet_guided_upsampled_imagenet256.npz) and VIRTUAL_imagenet256_labeled.npz"
+            )
         print("agrees with ADM's script")
 
 
@@ -138,8 +146,9 @@ def _features(options: argparse.Namespace, ranks: Environment, images: ImageSet,
     store = ChunkStore.open(directory, count=len(images), size=CHUNK, identity=identity)
     todo = sum(store.range(chunk)[1] - store.range(chunk)[0] for chunk in store.missing(ranks.rank, ranks.world_size))
     with tqdm(total=todo, unit="image", desc="features", disable=ranks.rank > 0) as bar:
-        adm.extract_features(store, images, network, rank=ranks.rank, world_size=ranks.world_size,
-                             on_progress=bar.update)
+        adm.extract_features(
+            store, images, network, rank=ranks.rank, world_size=ranks.world_size, on_progress=bar.update
+        )
     if dist.is_initialized():
         dist.barrier()
     return store
@@ -149,8 +158,9 @@ def _join() -> Environment:
     ranks = environment()
     if ranks.world_size > 1 and not dist.is_initialized():
         # Ranks share nothing but files; the group only lets rank 0 wait for the others.
-        dist.init_process_group("gloo", rank=ranks.rank, world_size=ranks.world_size,
-                                timeout=datetime.timedelta(hours=6))
+        dist.init_process_group(
+            "gloo", rank=ranks.rank, world_size=ranks.world_size, timeout=datetime.timedelta(hours=6)
+        )
     return ranks
 
 
@@ -175,8 +185,9 @@ def _report(result: Result, path: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tools.evaluate_fid", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.evaluate_fid", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for run in (score, reference, export, selfcheck):
         command = commands.add_parser(run.__name__, help=run.__doc__)
@@ -201,8 +212,12 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--reference", type=Path, required=True, help="reference statistics (three kinds)")
         if run is score:
             command.add_argument("--backend", choices=["megavar", "torch-fidelity"], default="megavar")
-            command.add_argument("--rounding", choices=["round", "truncate", "unknown"], default="unknown",
-                                 help="how the images became uint8, for the record")
+            command.add_argument(
+                "--rounding",
+                choices=["round", "truncate", "unknown"],
+                default="unknown",
+                help="how the images became uint8, for the record",
+            )
     return parser
 
 

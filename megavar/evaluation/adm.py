@@ -37,8 +37,13 @@ SHUFFLE_SEED = 2020  # torch-fidelity's default: the headline Inception score eq
 NEIGHBOURS = 3
 _STATISTICS_BLOCK = 1024  # images taken into the statistics at a time
 
-METRICS = (Metric("fid", better="lower"), Metric("sfid", better="lower"), Metric("is", better="higher"),
-           Metric("precision", better="higher"), Metric("recall", better="higher"))
+METRICS = (
+    Metric("fid", better="lower"),
+    Metric("sfid", better="lower"),
+    Metric("is", better="higher"),
+    Metric("precision", better="higher"),
+    Metric("recall", better="higher"),
+)
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,15 @@ def write_features(store: ChunkStore, chunk: int, images: Tensor, network: ADMIn
     store.write(chunk, {"pool": features.pool.cpu().numpy(), "spatial": features.spatial.cpu().numpy()})
 
 
-def extract_features(store: ChunkStore, images: ImageSet, network: ADMInception, *, rank: int = 0, world_size: int = 1,
-                     on_progress: Callable[[int], None] = lambda images: None) -> None:
+def extract_features(
+    store: ChunkStore,
+    images: ImageSet,
+    network: ADMInception,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    on_progress: Callable[[int], None] = lambda images: None,
+) -> None:
     """Put the features of this rank's chunks of ``images`` into ``store``, except of those already there."""
     device = next(network.parameters()).device
     for chunk in store.missing(rank, world_size):
@@ -95,8 +107,9 @@ def reference_from(features: Features, identity: dict[str, object], *, seed: int
     return Reference(features.pool_statistics, features.spatial_statistics, features.pool[chosen].clone(), identity)
 
 
-def adm_metrics(features: Features, reference: Reference, network: ADMInception, *,
-                labels: Tensor | None = None) -> tuple[dict[str, float], list[str]]:
+def adm_metrics(
+    features: Features, reference: Reference, network: ADMInception, *, labels: Tensor | None = None
+) -> tuple[dict[str, float], list[str]]:
     """Compute all metrics that ``reference`` allows, and the notes that belong beside them.
 
     Precision and recall are headlined with ADM's float16 distances and given in float32 as ``*_fp32``. The Inception
@@ -125,9 +138,11 @@ def adm_metrics(features: Features, reference: Reference, network: ADMInception,
     return qualified(metrics, len(pool), network), notes
 
 
-def torch_fidelity_metrics(features: Features, reference: Reference,
-                           network: ADMInception) -> tuple[dict[str, float], list[str]]:
+def torch_fidelity_metrics(
+    features: Features, reference: Reference, network: ADMInception
+) -> tuple[dict[str, float], list[str]]:
     """FID, Inception score, precision and recall by torch-fidelity's own functions on the same features (no sFID)."""
+
     def statistics(gaussian: Gaussian) -> dict[str, np.ndarray]:
         # torch-fidelity asserts equal types on both sides; means are float32 in its own statistics and in ADM's.
         return {"mu": gaussian.mean.numpy().astype(np.float32), "sigma": gaussian.covariance.numpy()}
@@ -137,8 +152,9 @@ def torch_fidelity_metrics(features: Features, reference: Reference,
     isc = isc_features_to_metric(logits, splits=SPLITS, shuffle=True, rng_seed=SHUFFLE_SEED)
     metrics = {"fid": fid[KEY_METRIC_FID], "is": isc[KEY_METRIC_ISC_MEAN], "is_deviation": isc[KEY_METRIC_ISC_STD]}
     if reference.pool_features is not None:
-        prc = prc_features_to_metric(features.pool, reference.pool_features, prc_neighborhood=NEIGHBOURS,
-                                     save_cpu_ram=True, verbose=False)
+        prc = prc_features_to_metric(
+            features.pool, reference.pool_features, prc_neighborhood=NEIGHBOURS, save_cpu_ram=True, verbose=False
+        )
         metrics |= {"precision_fp32": prc[KEY_METRIC_PRECISION], "recall_fp32": prc[KEY_METRIC_RECALL]}
     return qualified(metrics, len(features.pool), network), count_notes(len(features.pool))
 
@@ -167,5 +183,7 @@ def count_notes(count: int) -> list[str]:
     """What to say about numbers made from ``count`` images."""
     if count == USUAL_COUNT:
         return []
-    return [f"{count} images instead of {USUAL_COUNT}: FID and sFID are biased upwards, the Inception score downwards, "
-            f"and recall depends on the number of images; do not compare with published numbers"]
+    return [
+        f"{count} images instead of {USUAL_COUNT}: FID and sFID are biased upwards, the Inception score downwards, "
+        f"and recall depends on the number of images; do not compare with published numbers"
+    ]

@@ -57,7 +57,8 @@ class ChunkStore:
                 key = differing[0]
                 raise DataError(
                     f"{directory} holds the chunks of other work: {key} is {present.get(key)!r} there and "
-                    f"{wanted.get(key)!r} here. Use another directory, or delete it to start again.")
+                    f"{wanted.get(key)!r} here. Use another directory, or delete it to start again."
+                )
         return cls(directory, count, size)
 
     def __len__(self) -> int:
@@ -99,8 +100,9 @@ class ChunkStore:
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise DataError(f"{path} is damaged ({error}): delete it and run the same command again") from error
         if not np.array_equal(arrays.pop("index", None), np.arange(first, last)):
-            raise DataError(f"{path} does not hold images {first} to {last - 1}: delete it and run the same command "
-                            f"again")
+            raise DataError(
+                f"{path} does not hold images {first} to {last - 1}: delete it and run the same command again"
+            )
         return arrays
 
     def read_all(self) -> Iterator[dict[str, np.ndarray]]:

@@ -92,8 +92,9 @@ class ClassifierNetwork(nn.Module):
 class ClassifierExtractor(FeatureExtractorBase):
     """A ``ClassifierNetwork`` as torch-fidelity sees it; one class serves every registered name."""
 
-    def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None,
-                 **unused: Any) -> None:
+    def __init__(
+        self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None, **unused: Any
+    ) -> None:
         super().__init__(name, features_list)
         if feature_extractor_weights_path is None:
             raise ValueError(f"{name} is trained on the spot: pass feature_extractor_weights_path=extractor.path")
@@ -133,8 +134,15 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megavar" / "extractors"
 
 
-def trained_extractor(name: str, recipe: Recipe, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], *,
-                      seed: int = 0, directory: Path | None = None) -> TrainedExtractor:
+def trained_extractor(
+    name: str,
+    recipe: Recipe,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    *,
+    seed: int = 0,
+    directory: Path | None = None,
+) -> TrainedExtractor:
     """Return the extractor ``name`` for this data, training it unless the cache holds it, and register it.
 
     ``train`` and ``test`` are (images uint8 [N, 3, S, S], labels int64 [N]). The file is named by the hash of recipe,

@@ -63,8 +63,10 @@ def evaluate_digits(images: Tensor, labels: Tensor, *, directory: Path | None = 
     """
     pixels = grey_values(images)
     if len(images) < 16 or len(labels) != len(images):
-        raise DataError(f"scoring digits needs at least 16 images and one label for each, got {len(images)} images and "
-                        f"{len(labels)} labels: sample more")
+        raise DataError(
+            f"scoring digits needs at least 16 images and one label for each, got {len(images)} images and "
+            f"{len(labels)} labels: sample more"
+        )
     reference = digits_reference()
     precision, recall = precision_recall(pixels, reference.train)
     return {
@@ -91,8 +93,13 @@ def baselines(count: int = 1000, *, seed: int = 0, directory: Path | None = None
 def digits_extractor(directory: Path | None = None) -> TrainedExtractor:
     """The registered extractor ``digits-cnn``, trained on the training split at 16x16 unless it is in the cache."""
     reference = digits_reference()
-    return trained_extractor(EXTRACTOR_NAME, _EXTRACTOR_RECIPE, (as_images(reference.train), reference.train_labels),
-                             (as_images(reference.test), reference.test_labels), directory=directory)
+    return trained_extractor(
+        EXTRACTOR_NAME,
+        _EXTRACTOR_RECIPE,
+        (as_images(reference.train), reference.train_labels),
+        (as_images(reference.test), reference.test_labels),
+        directory=directory,
+    )
 
 
 @functools.cache
@@ -112,8 +119,10 @@ def grey_values(images: Tensor) -> Tensor:
     """Average uint8 images [N, 3, H, W] down to 8x8 grey values 0..16: float64 [N, 64]."""
     side = images.shape[-1]
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[-2] != side or side % SIDE:
-        raise DataError(f"digits are scored as uint8 [N, 3, S, S] with S a multiple of {SIDE}, got {images.dtype} "
-                        f"{list(images.shape)}: set the image size to 8, 16 or 32")
+        raise DataError(
+            f"digits are scored as uint8 [N, 3, S, S] with S a multiple of {SIDE}, got {images.dtype} "
+            f"{list(images.shape)}: set the image size to 8, 16 or 32"
+        )
     # Scaled last: the mean of equal integers is exact, so the size at which a digit is shown does not matter.
     grey = functional.avg_pool2d(images.double().mean(dim=1, keepdim=True), side // SIDE)
     return grey.flatten(1) * (16 / 255)

@@ -20,8 +20,9 @@ ExportOrder = Literal["interleaved", "shuffled"]
 _BATCH = 64
 
 
-def export_npz(path: Path, images: ImageSet, order: ExportOrder, *,
-               on_progress: Callable[[int], None] = lambda images: None) -> None:
+def export_npz(
+    path: Path, images: ImageSet, order: ExportOrder, *, on_progress: Callable[[int], None] = lambda images: None
+) -> None:
     """Write ``images`` as ``arr_0`` uint8 [N, H, W, 3] and their labels, if known, as ``arr_1`` int64 [N].
 
     The official script cuts the array into consecutive splits of 5,000 for the Inception score, so the order decides
@@ -49,11 +50,15 @@ def export_order(images: ImageSet, order: ExportOrder) -> Tensor:
     if order == "shuffled":
         return shuffled_order(len(images))
     if order != "interleaved":
-        raise DataError(f"images cannot be exported in the order {order!r}: sorted by class, the official script's "
-                        f"Inception score is meaningless; use shuffled or interleaved")
+        raise DataError(
+            f"images cannot be exported in the order {order!r}: sorted by class, the official script's "
+            f"Inception score is meaningless; use shuffled or interleaved"
+        )
     if images.labels is None:
-        raise DataError("the interleaved order needs the class of every image, but these images have no labels: export "
-                        "from the sampler's chunks, or use the shuffled order")
+        raise DataError(
+            "the interleaved order needs the class of every image, but these images have no labels: export "
+            "from the sampler's chunks, or use the shuffled order"
+        )
     return interleaved_order(images.labels)
 
 

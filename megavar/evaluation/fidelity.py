@@ -36,9 +36,25 @@ def fidelity_metrics(images: Tensor, reference: Tensor, extractor: TrainedExtrac
     if len(images) <= NEIGHBOURS:
         raise DataError(f"precision and recall need more than {NEIGHBOURS} images, got {len(images)}: sample more")
     values = torch_fidelity.calculate_metrics(
-        input1=ImageTensor(images), input2=ImageTensor(reference), fid=True, isc=True, prc=True,
-        feature_extractor=extractor.name, feature_extractor_weights_path=str(Path(extractor.path)), isc_splits=1,
-        prc_neighborhood=NEIGHBOURS, batch_size=256, cuda=False, cache=False, save_cpu_ram=True, verbose=False)
-    keys = {"fid": torch_fidelity.KEY_METRIC_FID, "isc": torch_fidelity.KEY_METRIC_ISC_MEAN,
-            "precision": torch_fidelity.KEY_METRIC_PRECISION, "recall": torch_fidelity.KEY_METRIC_RECALL}
+        input1=ImageTensor(images),
+        input2=ImageTensor(reference),
+        fid=True,
+        isc=True,
+        prc=True,
+        feature_extractor=extractor.name,
+        feature_extractor_weights_path=str(Path(extractor.path)),
+        isc_splits=1,
+        prc_neighborhood=NEIGHBOURS,
+        batch_size=256,
+        cuda=False,
+        cache=False,
+        save_cpu_ram=True,
+        verbose=False,
+    )
+    keys = {
+        "fid": torch_fidelity.KEY_METRIC_FID,
+        "isc": torch_fidelity.KEY_METRIC_ISC_MEAN,
+        "precision": torch_fidelity.KEY_METRIC_PRECISION,
+        "recall": torch_fidelity.KEY_METRIC_RECALL,
+    }
     return {f"{short}@{extractor.name}": float(values[key]) for short, key in keys.items()}

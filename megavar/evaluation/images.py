@@ -49,8 +49,10 @@ class NpzImages:
         self.notes: list[str] = []
         self._images = _npz_member(self.path, "arr_0")
         if self._images.dtype != np.uint8 or self._images.ndim != 4 or self._images.shape[-1] != 3:
-            raise DataError(f"arr_0 of {path} is {self._images.dtype} {list(self._images.shape)}, but images are uint8 "
-                            f"[N, H, W, 3]: write it as ADM's scripts do, channels last, values 0..255")
+            raise DataError(
+                f"arr_0 of {path} is {self._images.dtype} {list(self._images.shape)}, but images are uint8 "
+                f"[N, H, W, 3]: write it as ADM's scripts do, channels last, values 0..255"
+            )
         with np.load(self.path, allow_pickle=False) as file:
             self.labels = torch.from_numpy(file["arr_1"].astype(np.int64)) if "arr_1" in file.files else None
         self.identity = {"kind": "npz", "path": str(path), "sha256": sha256_of_file(self.path)}
@@ -78,8 +80,12 @@ class PngFolder:
             raise DataError(f"the image folder {path} holds no PNG files{hint}: write samples as PNG")
         self.labels: Tensor | None = None
         self.notes = [f"{len(lossy)} JPEG or WebP files beside the PNG files were not scored"] if lossy else []
-        self.identity = {"kind": "folder", "path": str(path), "first": self._files[0].name,
-                         "last": self._files[-1].name}
+        self.identity = {
+            "kind": "folder",
+            "path": str(path),
+            "first": self._files[0].name,
+            "last": self._files[-1].name,
+        }
 
     def __len__(self) -> int:
         return len(self._files)
@@ -89,8 +95,10 @@ class PngFolder:
         images = [self._read(file) for file in self._files[first:last]]
         sizes = {tuple(image.shape) for image in images}
         if len(sizes) > 1:
-            raise DataError(f"{self._files[first].parent} holds images of different sizes, for example "
-                            f"{sorted(sizes)[:2]}: score images of one size")
+            raise DataError(
+                f"{self._files[first].parent} holds images of different sizes, for example "
+                f"{sorted(sizes)[:2]}: score images of one size"
+            )
         return torch.stack(images)
 
     @staticmethod

@@ -51,8 +51,9 @@ class ADMInception(nn.Module):
         super().__init__()
         self.weights_sha256 = check_weights(weights, unofficial=unofficial)
         self.official = self.weights_sha256.startswith(WEIGHTS_SHA256_PREFIX)
-        self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"],
-                                                   feature_extractor_weights_path=str(weights))
+        self.network = FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights)
+        )
         self.eval().requires_grad_(False)
         self._spatial: Tensor | None = None
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)  # TensorFlow's mixed_6 is torch's Mixed_6d

@@ -57,9 +57,11 @@ def load_reference(path: Path, network: ADMInception, device: torch.device) -> R
             names = set(file.files)
             small = {name: file[name] for name in names - {"arr_0", "arr_1"}}
     except FileNotFoundError as error:
-        raise DataError(f"the reference statistics {path} do not exist: download ADM's "
-                        f"VIRTUAL_imagenet256_labeled.npz, or make statistics of your own images with "
-                        f"tools/evaluate_fid.py reference") from error
+        raise DataError(
+            f"the reference statistics {path} do not exist: download ADM's "
+            f"VIRTUAL_imagenet256_labeled.npz, or make statistics of your own images with "
+            f"tools/evaluate_fid.py reference"
+        ) from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"the reference statistics {path} are not a readable npz file ({error})") from error
     identity: dict[str, Any] = {"path": str(path), "sha256": sha256_of_file(path)}
@@ -71,8 +73,10 @@ def load_reference(path: Path, network: ADMInception, device: torch.device) -> R
         pool = _gaussian(path, small, "mu", "sigma", network.pool_dimensions)
         spatial = _gaussian(path, small, "mu_s", "sigma_s", network.spatial_dimensions) if "mu_s" in names else None
         return Reference(pool, spatial, None, {"kind": "statistics", **identity})
-    raise DataError(f"{path} holds {', '.join(sorted(names)) or 'nothing'}, but reference statistics hold arr_0 (ADM), "
-                    f"mu and sigma (statistics), or were made with tools/evaluate_fid.py reference")
+    raise DataError(
+        f"{path} holds {', '.join(sorted(names)) or 'nothing'}, but reference statistics hold arr_0 (ADM), "
+        f"mu and sigma (statistics), or were made with tools/evaluate_fid.py reference"
+    )
 
 
 def save_reference(path: Path, reference: Reference, network: ADMInception) -> None:
@@ -81,33 +85,48 @@ def save_reference(path: Path, reference: Reference, network: ADMInception) -> N
     meta = {**reference.identity, "weights_sha256": network.weights_sha256, "count": reference.pool.count}
     buffer = io.BytesIO()
     np.savez(
-        buffer, allow_pickle=False, meta=np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8),
-        mu=reference.pool.mean.cpu().numpy(), sigma=reference.pool.covariance.cpu().numpy(),
-        mu_s=reference.spatial.mean.cpu().numpy(), sigma_s=reference.spatial.covariance.cpu().numpy(),
-        pool=reference.pool_features.cpu().numpy())
+        buffer,
+        allow_pickle=False,
+        meta=np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8),
+        mu=reference.pool.mean.cpu().numpy(),
+        sigma=reference.pool.covariance.cpu().numpy(),
+        mu_s=reference.spatial.mean.cpu().numpy(),
+        sigma_s=reference.spatial.covariance.cpu().numpy(),
+        pool=reference.pool_features.cpu().numpy(),
+    )
     write_bytes_atomic(Path(path), buffer.getvalue())
 
 
 def _own(path: Path, content: dict[str, np.ndarray], network: ADMInception, identity: dict[str, Any]) -> Reference:
     meta = json.loads(content["meta"].tobytes())
     if meta["weights_sha256"] != network.weights_sha256:
-        raise DataError(f"{path} was made with Inception weights {meta['weights_sha256'][:8]}, but the loaded ones are "
-                        f"{network.weights_sha256[:8]}: use the same weights, or make the reference again")
+        raise DataError(
+            f"{path} was made with Inception weights {meta['weights_sha256'][:8]}, but the loaded ones are "
+            f"{network.weights_sha256[:8]}: use the same weights, or make the reference again"
+        )
     pool = _gaussian(path, content, "mu", "sigma", network.pool_dimensions, meta["count"])
     spatial = _gaussian(path, content, "mu_s", "sigma_s", network.spatial_dimensions, meta["count"])
     origin = {key: value for key, value in meta.items() if key != "weights_sha256"}
     return Reference(pool, spatial, torch.from_numpy(content["pool"]), {**identity, "kind": "megavar", "of": origin})
 
 
-def _adm(path: Path, content: dict[str, np.ndarray], network: ADMInception, device: torch.device,
-         identity: dict[str, Any]) -> Reference:
+def _adm(
+    path: Path, content: dict[str, np.ndarray], network: ADMInception, device: torch.device, identity: dict[str, Any]
+) -> Reference:
     pool, spatial = features_of(NpzImages(path), network, device)
     if "mu" in content:  # then ADM's script takes all statistics from the file, and the images serve P and R alone
-        return Reference(_gaussian(path, content, "mu", "sigma", network.pool_dimensions),
-                         _gaussian(path, content, "mu_s", "sigma_s", network.spatial_dimensions), pool,
-                         {"kind": "adm", **identity, "precision_recall_count": len(pool)})
-    return Reference(gaussian(pool.split(1024)), gaussian(spatial.split(1024)), pool,
-                     {"kind": "images", **identity, "count": len(pool)})
+        return Reference(
+            _gaussian(path, content, "mu", "sigma", network.pool_dimensions),
+            _gaussian(path, content, "mu_s", "sigma_s", network.spatial_dimensions),
+            pool,
+            {"kind": "adm", **identity, "precision_recall_count": len(pool)},
+        )
+    return Reference(
+        gaussian(pool.split(1024)),
+        gaussian(spatial.split(1024)),
+        pool,
+        {"kind": "images", **identity, "count": len(pool)},
+    )
 
 
 def features_of(images: ImageSet, network: ADMInception, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -120,11 +139,14 @@ def features_of(images: ImageSet, network: ADMInception, device: torch.device) -
     return torch.cat(pools), torch.cat(spatials)
 
 
-def _gaussian(path: Path, content: dict[str, np.ndarray], mean: str, covariance: str, dimensions: int,
-              count: int = 0) -> Gaussian:
+def _gaussian(
+    path: Path, content: dict[str, np.ndarray], mean: str, covariance: str, dimensions: int, count: int = 0
+) -> Gaussian:
     for name, shape in ((mean, (dimensions,)), (covariance, (dimensions, dimensions))):
         if name not in content or content[name].shape != shape:
             found = "is missing" if name not in content else f"has shape {list(content[name].shape)}"
-            raise DataError(f"{name} {found} in {path}, but Inception statistics hold {name} of shape {list(shape)}: "
-                            f"the file is not ADM's, or was made with another network")
+            raise DataError(
+                f"{name} {found} in {path}, but Inception statistics hold {name} of shape {list(shape)}: "
+                f"the file is not ADM's, or was made with another network"
+            )
     return Gaussian(torch.from_numpy(content[mean]).double(), torch.from_numpy(content[covariance]).double(), count)

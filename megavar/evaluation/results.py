@@ -51,8 +51,11 @@ class Result:
 
     def as_dict(self) -> dict[str, Any]:
         """The content of the file."""
-        versions = {"megavar": megavar.__version__, "torch": torch.__version__,
-                    "torch_fidelity": torch_fidelity.__version__}
+        versions = {
+            "megavar": megavar.__version__,
+            "torch": torch.__version__,
+            "torch_fidelity": torch_fidelity.__version__,
+        }
         return {"format": FORMAT, **asdict(self), "tf32": False, "versions": versions}
 
 

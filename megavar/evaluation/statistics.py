@@ -104,8 +104,9 @@ def inception_score(logits: Tensor, *, splits: int = 10, order: Tensor | None = 
     return float(stacked.mean()), float(stacked.std(correction=0))
 
 
-def precision_recall(generated: Tensor, real: Tensor, *, neighbours: int = 3,
-                     half: bool = False) -> tuple[float, float]:
+def precision_recall(
+    generated: Tensor, real: Tensor, *, neighbours: int = 3, half: bool = False
+) -> tuple[float, float]:
     """Share of ``generated`` inside the manifold of ``real``, and of ``real`` inside that of ``generated``.
 
     Improved precision and recall (Kynkäänniemi et al. 2019): the manifold of a set is the union of the balls around its
@@ -115,8 +116,10 @@ def precision_recall(generated: Tensor, real: Tensor, *, neighbours: int = 3,
     """
     for name, features in (("generated", generated), ("real", real)):
         if len(features) <= neighbours:
-            raise DataError(f"precision and recall with k={neighbours} need more than {neighbours} {name} images, "
-                            f"got {len(features)}: evaluate more images")
+            raise DataError(
+                f"precision and recall with k={neighbours} need more than {neighbours} {name} images, "
+                f"got {len(features)}: evaluate more images"
+            )
     real_radii = _radii(real, neighbours, half)
     precision = torch.cat([(block <= real_radii).any(dim=1) for block in _blocks(generated, real, half)])
     generated_radii = _radii(generated, neighbours, half)

@@ -42,8 +42,13 @@ def format_table(rows: Mapping[str, Mapping[str, float]], metrics: Sequence[Metr
     head = [["", *(words[i - height] if i >= height - len(words) else "" for words in headings)] for i in range(height)]
     body = [[metric.heading(), *(_cell(metric, row.get(metric.key)) for row in rows.values())] for metric in metrics]
     widths = [max(len(line[i]) for line in head + body) for i in range(len(rows) + 1)]
-    return "\n".join([*(_line(line, widths) for line in head), "  ".join("-" * width for width in widths),
-                      *(_line(line, widths) for line in body)])
+    return "\n".join(
+        [
+            *(_line(line, widths) for line in head),
+            "  ".join("-" * width for width in widths),
+            *(_line(line, widths) for line in body),
+        ]
+    )
 
 
 def thresholds_missed(row: Mapping[str, float], metrics: Sequence[Metric]) -> list[str]:

@@ -62,9 +62,21 @@ def test_every_metric_is_its_definition_on_the_stored_features(pair, metrics, sm
     values, notes = metrics
     suffix = f"@60@{small_inception.name}"
     logits = small_inception.logits(generated.pool)
-    assert set(values) == {key + suffix for key in (
-        "fid", "sfid", "is", "is_deviation", "is_single_split", "is_interleaved", "precision", "recall",
-        "precision_fp32", "recall_fp32")}
+    assert set(values) == {
+        key + suffix
+        for key in (
+            "fid",
+            "sfid",
+            "is",
+            "is_deviation",
+            "is_single_split",
+            "is_interleaved",
+            "precision",
+            "recall",
+            "precision_fp32",
+            "recall_fp32",
+        )
+    }
     assert values["fid" + suffix] == frechet_distance(generated.pool_statistics, real.pool_statistics)
     assert values["sfid" + suffix] == frechet_distance(generated.spatial_statistics, real.spatial_statistics)
     assert values["is_single_split" + suffix] == inception_score(logits, splits=1)[0]
@@ -131,7 +143,8 @@ def test_real_network_fills_and_resumes_a_store(images, inception, tmp_path):
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_any_assignment_to_ranks_and_any_interruption_give_the_same_bits(
-        store, images, small_inception, tmp_path, world_size):
+    store, images, small_inception, tmp_path, world_size
+):
     again = ChunkStore.open(tmp_path, count=COUNT, size=CHUNK, identity={})
     for rank in reversed(range(world_size)):
         assert again.missing(rank, world_size)

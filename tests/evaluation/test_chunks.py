@@ -31,8 +31,11 @@ def test_same_results_are_the_same_bytes(tmp_path):
 def test_other_work_in_the_same_directory_is_refused(tmp_path):
     ChunkStore.open(tmp_path, count=5, size=2, identity={"weights": "a"})
     ChunkStore.open(tmp_path, count=5, size=2, identity={"weights": "a"})
-    for other in ({"count": 6, "size": 2, "identity": {"weights": "a"}}, {"count": 5, "size": 3, "identity": {}},
-                  {"count": 5, "size": 2, "identity": {"weights": "b"}}):
+    for other in (
+        {"count": 6, "size": 2, "identity": {"weights": "a"}},
+        {"count": 5, "size": 3, "identity": {}},
+        {"count": 5, "size": 2, "identity": {"weights": "b"}},
+    ):
         with pytest.raises(DataError, match="other work"):
             ChunkStore.open(tmp_path, **other)
     with pytest.raises(DataError, match="nothing to do"):

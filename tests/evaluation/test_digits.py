@@ -26,13 +26,16 @@ def test_reference_is_the_training_split_in_its_published_units():
 
 # Columns of the table: FD64, accuracy, precision, recall, distance to the nearest training image. The table does not
 # say how many images its samplers drew; with 1000 the tolerances below cover what other counts and seeds give.
-@pytest.mark.parametrize(("name", "expected", "tolerance"), [
-    ("held-out real", (19.3, 0.989, 0.876, 0.930, 16.9), (0.1, 0.001, 0.002, 0.002, 0.1)),
-    ("per-class Gaussian", (25.0, 0.993, 0.714, 0.678, 19.3), (4, 0.01, 0.03, 0.04, 0.3)),
-    ("class means", (454.8, 1.0, 1.0, 0.0, 15.7), (6, 0.0, 0.0, 0.0, 0.1)),
-    ("memoriser (train copies)", (3.3, 1.0, 1.0, 0.939, 0.0), (2, 0.0, 0.0, 0.05, 0.0)),
-    ("uniform noise", (2585, 0.102, 0, 0, 58), (70, 0.04, 0, 0.01, 2)),
-])
+@pytest.mark.parametrize(
+    ("name", "expected", "tolerance"),
+    [
+        ("held-out real", (19.3, 0.989, 0.876, 0.930, 16.9), (0.1, 0.001, 0.002, 0.002, 0.1)),
+        ("per-class Gaussian", (25.0, 0.993, 0.714, 0.678, 19.3), (4, 0.01, 0.03, 0.04, 0.3)),
+        ("class means", (454.8, 1.0, 1.0, 0.0, 15.7), (6, 0.0, 0.0, 0.0, 0.1)),
+        ("memoriser (train copies)", (3.3, 1.0, 1.0, 0.939, 0.0), (2, 0.0, 0.0, 0.05, 0.0)),
+        ("uniform noise", (2585, 0.102, 0, 0, 58), (70, 0.04, 0, 0.01, 2)),
+    ],
+)
 def test_baselines_reproduce_the_measured_table(scores, name, expected, tolerance):
     keys = ("fd64", "judge_accuracy", "precision@pixels64", "recall@pixels64", "nearest_train_distance")
     for key, value, allowed in zip(keys, expected, tolerance):
@@ -63,7 +66,8 @@ def test_wrong_labels_are_seen_by_the_judge_alone(scores, extractor_directory):
     assert row["judge_accuracy"] < 0.05
     right = scores["held-out real"]
     assert {k: v for k, v in row.items() if k != "judge_accuracy"} == pytest.approx(
-        {k: v for k, v in right.items() if k != "judge_accuracy"})
+        {k: v for k, v in right.items() if k != "judge_accuracy"}
+    )
 
 
 def test_unusable_images_are_refused():
@@ -84,7 +88,16 @@ def test_table_shows_directions_thresholds_and_gaps(scores):
     text = format_table({**scores, "untrained": {"fd64": 900.0}}, METRICS)
     assert "fd64 ↓ ≤60" in text and "judge_accuracy ↑ ≥0.9" in text
     line = next(line for line in text.splitlines() if line.startswith("fd64"))
-    assert line.split()[3:] == ["19.2", "✓", *line.split()[5:7], "450.7", "✗", *line.split()[9:11],
-                                *line.split()[11:13], "900.0", "✗"]
+    assert line.split()[3:] == [
+        "19.2",
+        "✓",
+        *line.split()[5:7],
+        "450.7",
+        "✗",
+        *line.split()[9:11],
+        *line.split()[11:13],
+        "900.0",
+        "✗",
+    ]
     assert next(line for line in text.splitlines() if line.startswith("judge")).split()[-1] == "-"
     assert max(len(line) for line in text.splitlines()) < 120

@@ -20,8 +20,13 @@ def features(inception, images):
 
 
 def test_pool_and_logits_are_those_of_torch_fidelity(inception, images, features, random_weights):
-    theirs = create_feature_extractor("inception-v3-compat", ["2048", "logits_unbiased"], cuda=False, verbose=False,
-                                      feature_extractor_weights_path=str(random_weights))
+    theirs = create_feature_extractor(
+        "inception-v3-compat",
+        ["2048", "logits_unbiased"],
+        cuda=False,
+        verbose=False,
+        feature_extractor_weights_path=str(random_weights),
+    )
     pool, logits = theirs(images)
     assert torch.equal(features.pool, pool)
     torch.testing.assert_close(inception.logits(pool), logits)

@@ -8,10 +8,18 @@ from megavar.evaluation.results import Result, class_histogram, read_result, wri
 
 
 def result():
-    return Result(suite="digits", metrics={"fid@digits-cnn": 0.5}, count=30,
-                  class_histogram=class_histogram(torch.arange(30) % 10), rounding="round", order="interleaved",
-                  extractor={"name": "digits-cnn", "sha256": "0"}, reference={"name": "digits train", "count": 1433},
-                  sampler={"cfg": 1.5, "seed": 0, "chunk_size": 8}, checkpoint={"step": 3, "ema": True})
+    return Result(
+        suite="digits",
+        metrics={"fid@digits-cnn": 0.5},
+        count=30,
+        class_histogram=class_histogram(torch.arange(30) % 10),
+        rounding="round",
+        order="interleaved",
+        extractor={"name": "digits-cnn", "sha256": "0"},
+        reference={"name": "digits train", "count": 1433},
+        sampler={"cfg": 1.5, "seed": 0, "chunk_size": 8},
+        checkpoint={"step": 3, "ema": True},
+    )
 
 
 def test_result_file_identifies_the_number_and_is_the_same_bytes_again(tmp_path):

@@ -23,8 +23,6 @@ def small_network(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     directory = tmp_path_factory.mktemp("inputs")
@@ -62,7 +60,14 @@ def test_scores_and_their_identity_are_written(folder, reference, tmp_path, caps
     assert content["rounding"] == "round" and content["extractor"]["sha256"] == SmallInception.weights_sha256
     assert len(content["reference"]["sha256"]) == 64 and content["sampler"]["feature_chunk_size"] == 64
     assert {key.split("@")[0] for key in content["metrics"]} >= {
-        "fid", "sfid", "is", "is_interleaved", "precision", "recall", "precision_fp32"}
+        "fid",
+        "sfid",
+        "is",
+        "is_interleaved",
+        "precision",
+        "recall",
+        "precision_fp32",
+    }
     printed = capsys.readouterr().out
     assert "fid@150@small" in printed and "150 images instead of 50000" in printed
 
@@ -74,8 +79,6 @@ def test_png_folder_and_torch_fidelity_give_the_same_numbers(folder, reference, 
     npz, png, theirs = (json.loads((tmp_path / f"{name}.json").read_text())["metrics"] for name in ("npz", "png", "tf"))
     assert png == {key: value for key, value in npz.items() if "interleaved" not in key}
     assert theirs == pytest.approx({key: npz[key] for key in theirs}, rel=1e-5)
-
-
 
 
 @pytest.mark.distributed
@@ -112,8 +115,18 @@ def test_reference_from_a_run_configuration_and_from_adm(folder, tmp_path):
     config.write_text("run: {name: x}\ndata: {source: {name: digits}, image_size: 16}\n")
     assert call("reference", "--config", config, "--out", tmp_path / "digits.npz", "--inception-weights", "w") == 0
     assert json.loads(np.load(tmp_path / "digits.npz")["meta"].tobytes())["count"] == 1433
-    assert call("reference", "--from-reference", folder / "real.npz", "--out", tmp_path / "adm.npz",
-                "--inception-weights", "w") == 0
+    assert (
+        call(
+            "reference",
+            "--from-reference",
+            folder / "real.npz",
+            "--out",
+            tmp_path / "adm.npz",
+            "--inception-weights",
+            "w",
+        )
+        == 0
+    )
     assert np.load(tmp_path / "adm.npz")["pool"].shape == (200, 24)
 
 
@@ -134,6 +147,7 @@ def test_missing_weights_are_explained_before_anything_is_written(folder, tmp_pa
 
 def test_selfcheck_refuses_what_is_not_the_published_samples(folder, reference, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert call("selfcheck", "--images", folder / "samples.npz", "--reference", reference,
-                "--inception-weights", "w") == 2
+    assert (
+        call("selfcheck", "--images", folder / "samples.npz", "--reference", reference, "--inception-weights", "w") == 2
+    )
     assert "differ from the published numbers" in capsys.readouterr().err

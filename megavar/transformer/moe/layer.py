@@ -27,7 +27,7 @@ class ExpertOutputLinear(RowParallelLinear):
     Two things in Megatron-core 0.16 are meant for layers whose output is a sum over tensor-parallel ranks. Without
     expert parallelism it passes the output through a reduction over one rank, which returns a view that ``mlp.py:247``
     then changes in place: autograd refuses. And it marks the bias as one whose gradient must be added up over
-    tensor-parallel ranks (``tensor_parallel/layers.py:1174``), but the ranks hold different experts, or their gradients
+    tensor-parallel ranks (``tensor_parallel/layers.py:1228``), but the ranks hold different experts, or their gradients
     are added up with the experts' other ones.
     """
 

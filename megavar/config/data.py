@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megavar.config.base import Section
+from megavar.config.shapes import ShapesSource
 
 
 class DigitsSource(Section):
@@ -37,7 +38,7 @@ class ImageFolderSource(Section):
     """Folder of the test images, with the same class folders."""
 
 
-SourceConfig = Annotated[DigitsSource | PhotographsSource | ImageFolderSource, Field(discriminator="name")]
+SourceConfig = Annotated[DigitsSource | PhotographsSource | ShapesSource | ImageFolderSource, Field(discriminator="name")]
 
 
 class NoTransform(Section):

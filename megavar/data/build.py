@@ -10,6 +10,7 @@ from megavar.data.digits import Digits
 from megavar.data.image_folder import ImageFolder
 from megavar.data.loader import Loader
 from megavar.data.photographs import Photographs
+from megavar.data.shapes import Shapes
 from megavar.data.source import Source, Split
 from megavar.data.transforms import Transform
 from megavar.errors import ConfigError, DataError
@@ -30,6 +31,11 @@ def build_source(config: DataConfig, split: Split = "train") -> Source:
             length = source.length if split == "train" else source.test_length
             return Photographs(
                 split, config.image_size, length=length, short_side=source.short_side, seed=source.seed
+            )
+        case config_room.ShapesSource():
+            length = source.length if split == "train" else source.test_length
+            return Shapes(
+                split, config.image_size, length=length, conditioning=source.conditioning, seed=source.seed
             )
         case config_room.ImageFolderSource():
             return _image_folder(source, split)

@@ -38,7 +38,9 @@ class ImageFolderSource(Section):
     """Folder of the test images, with the same class folders."""
 
 
-SourceConfig = Annotated[DigitsSource | PhotographsSource | ShapesSource | ImageFolderSource, Field(discriminator="name")]
+SourceConfig = Annotated[
+    DigitsSource | PhotographsSource | ShapesSource | ImageFolderSource, Field(discriminator="name")
+]
 
 
 class NoTransform(Section):

@@ -146,13 +146,14 @@ class Engine:
         self.deepspeed.destroy()
 
 
-class _Scheduled:
-    """A module as Megatron-core's schedules want to see it."""
+class _Scheduled(nn.Module):
+    """A module as Megatron-core's schedules want to see it; only the interleaved one insists on an ``nn.Module``."""
 
     def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
         from megatron.core.enums import ModelType
         from megatron.core.transformer import TransformerConfig
 
+        super().__init__()
         self.call = call
         self.config = getattr(module, "config", None)
         if not isinstance(self.config, TransformerConfig):  # not made of Megatron-core parts: the smallest one will do

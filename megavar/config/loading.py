@@ -138,8 +138,8 @@ def _explain(problem: Mapping[str, Any], model: type[BaseModel], tree: Mapping[s
     if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
         expected = problem["ctx"].get("expected_tags", "")
         given = problem["ctx"].get("tag")
-        nearest = difflib.get_close_matches(str(given), re.findall(r"'([^']+)'", expected), 1)
-        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        alike = difflib.get_close_matches(str(given), re.findall(r"'([^']+)'", expected), 1)
+        hint = f" Did you mean {alike[0]!r}?" if alike else ""
         what = f"is {given!r}" if given is not None else "is missing"
         return f"{key}.name {what}; it must be one of {expected or 'the names in the documentation'}.{hint}"
     message = re.sub(r"^(Value error|Assertion failed), ", "", problem["msg"])

@@ -24,7 +24,8 @@ def vocabulary_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: f
     # Megatron-core spreads the smoothing over the V - 1 wrong classes, PyTorch over all V.
     vocabulary = logits.shape[-1] * size
     smoothing = label_smoothing * (vocabulary - 1) / vocabulary
-    return tensor_parallel.vocab_parallel_cross_entropy(logits.clone(), targets, smoothing)  # it works in place
+    own = logits.clone(memory_format=torch.contiguous_format)  # the kernel works in place, on flat rows
+    return tensor_parallel.vocab_parallel_cross_entropy(own, targets, smoothing)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from megavar.config.recipe import MEPAConfig
 from megavar.data.batch import Batch
-from megavar.generators.var import VAR, VARInputs, VAROutput
+from megavar.generators.var import VARInputs, VAROutput
 from megavar.parallel import seeds
 from megavar.parallel.vocabulary import vocabulary_cross_entropy, vocabulary_hits
 from megavar.recipes.base import Losses
@@ -38,8 +38,8 @@ class MEPAInputs:
 class MEPA:
     """Next-scale cross entropy with balanced experts."""
 
-    def __init__(self, config: MEPAConfig, generator: VAR | nn.ModuleList, tokenizer: MultiScaleVQ, seed: int) -> None:
-        """Train ``generator`` (a list of model chunks under virtual pipelining) on the tokens of a frozen tokenizer."""
+    def __init__(self, config: MEPAConfig, generator: nn.Module, tokenizer: MultiScaleVQ, seed: int) -> None:
+        """Train ``generator``, a VAR or a ``ModuleList`` of its chunks, on the tokens of a frozen tokenizer."""
         self.config = config
         self.generator = generator
         self.chunks: list[Any] = list(generator) if isinstance(generator, nn.ModuleList) else [generator]

@@ -49,7 +49,8 @@ class Sampler:
     def fill(self, store: ChunkStore, rank: int, world_size: int) -> None:
         """Write this rank's missing chunks: images, labels and tokens."""
         missing = store.missing(rank, world_size)
-        bar = tqdm(missing, desc="sampling", unit="chunk", disable=rank != 0 or not missing, mininterval=1.0)
+        # disable=None: a bar on terminals only
+        bar = tqdm(missing, desc="sampling", unit="chunk", disable=True if rank or not missing else None)
         for chunk in bar:
             first, end = store.range(chunk)
             images, labels, tokens = self.draw(torch.arange(first, end))

@@ -61,10 +61,11 @@ def _flex_block_mask(layout: ScaleLayout, device: torch.device) -> Any:
 
 
 @functools.lru_cache(maxsize=1)
-def _flex_function() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
+def _flex_function() -> Callable[..., Any]:
+    from torch.nn.attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False) if torch.cuda.is_available() else flex_attention
+    function: Callable[..., Any] = flex_attention.flex_attention
+    return torch.compile(function, dynamic=False) if torch.cuda.is_available() else function
 
 
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, layout: ScaleLayout, softmax_scale: float) -> Tensor:

@@ -1,0 +1,213 @@
+"""Trains a small STMoE-VAR for some steps under a layout and returns its curve; used by the layout tests."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from megavar.config.deepspeed import complete_deepspeed
+from megavar.config.generator import ExpertsConfig, VARConfig
+from megavar.config.optimizer import ConstantSchedule, OptimizerConfig
+from megavar.config.parallel import ParallelConfig
+from megavar.config.recipe import MEPAConfig
+from megavar.config.tokenizer import MultiScaleVQConfig
+from megavar.data.batch import Batch
+from megavar.generators.var import VAR, Stage
+from megavar.parallel import seeds, topology
+from megavar.parallel.environment import environment
+from megavar.parallel.logical import initialize_parameters
+from megavar.recipes.mepa import MEPA
+from megavar.tokenizers.multiscale_vq import MultiScaleVQ
+from megavar.training.engine import Engine
+from megavar.training.metrics import MetricAccumulator
+
+STEPS = 10
+BATCH = 8
+CLIPPING = 0.5
+LEARNING_RATE, WEIGHT_DECAY = 3e-3, 0.05
+CLASSES, VOCABULARY, CODE = 10, 64, 8
+SCALES = (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a layout has to reproduce."""
+
+    loss: tuple[float, ...]
+    gradient_norm: tuple[float, ...]
+    load: Any
+    """Tokens per block, scale and expert over all steps; None for a dense model."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A layout and everything else that must not change the curve."""
+
+    world_size: int = 1
+    stage: int = 1
+    micro_batch_size: int | None = None
+    offload: tuple[str, ...] = ()
+    precision: str = "fp32"
+    backend: str = "megatron"
+    dense: bool = False
+    shared: bool = False
+    taps: tuple[int, ...] = ()
+    parallel: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        layout = "-".join(f"{name}{value}" for name, value in self.parallel.items() if value)
+        extras = [*(f"offload_{part}" for part in self.offload), self.precision if self.precision != "fp32" else ""]
+        extras += [self.backend if self.backend != "megatron" else "", "dense" if self.dense else ""]
+        extras += [f"micro{self.micro_batch_size}" if self.micro_batch_size else "", "shared" if self.shared else ""]
+        return "-".join(filter(None, [f"ranks{self.world_size}", layout, f"zero{self.stage}", *extras]))
+
+
+def generator_config(setup: Setup) -> VARConfig:
+    experts = ExpertsConfig(number=4, top_k=2, balance_coefficient=0.05, backend=setup.backend)
+    return VARConfig(
+        depth=4,
+        width=32,
+        heads=4,
+        classes=CLASSES,
+        drop_path=0.2,
+        label_drop=0.2,
+        initial_gamma=0.3,  # the default starts the blocks so close to the identity that errors inside would not show
+        initial_head=1.0,
+        shared_adaptive_norm=setup.shared,
+        experts=None if setup.dense else experts,
+    )
+
+
+def tokenizer() -> MultiScaleVQ:
+    config = MultiScaleVQConfig(
+        scales=SCALES, vocabulary_size=VOCABULARY, code_dimension=CODE, base_channels=8, channel_multipliers=(1, 1),
+        residual_blocks=1, norm_groups=4,
+    )  # fmt: skip
+    model = MultiScaleVQ(config)
+
+    def fill(name: str, value: torch.Tensor, generator: torch.Generator) -> None:
+        value.normal_(generator=generator).mul_(0.5)
+
+    initialize_parameters(model, fill, seed=3)
+    return model
+
+
+def batches(step: int, data_rank: int, data_size: int, micro_batch_size: int) -> Iterator[Batch]:
+    """This rank's micro-batches of a step: tokens, labels and sample numbers from counters."""
+    share = BATCH // data_size
+    first = step * BATCH + data_rank * share
+    for start in range(first, first + share, micro_batch_size):
+        ids = torch.arange(start, start + micro_batch_size)
+        length = sum(side * side for side in SCALES)
+        tokens = seeds.random_bits(1, "tokens", ids[:, None], torch.arange(length)) % VOCABULARY
+        labels = seeds.random_bits(1, "labels", ids) % CLASSES
+        yield Batch(None, labels, ids, torch.zeros_like(ids), tokens=tokens)
+
+
+def build(setup: Setup, mesh: topology.Topology) -> MEPA:
+    chunks = [
+        VAR(
+            generator_config(setup),
+            scales=SCALES,
+            code_dimension=CODE,
+            vocabulary_size=VOCABULARY,
+            parallel=mesh.config,
+            stage=Stage.split(4, mesh.config, mesh.pipeline_rank, chunk),
+            dtype=torch.bfloat16 if setup.precision == "bf16" else torch.float32,
+            seed=11,
+            taps=setup.taps,
+        )
+        for chunk in range(mesh.config.virtual_pipeline)
+    ]
+    generator = chunks[0] if len(chunks) == 1 else torch.nn.ModuleList(chunks)
+    return MEPA(MEPAConfig(tokenizer_weights="unused"), generator, tokenizer(), seed=5)
+
+
+def build_engine(setup: Setup, recipe: MEPA, mesh: topology.Topology) -> Engine:
+    zero: dict[str, Any] = {"stage": setup.stage}
+    if setup.stage == 3:
+        zero["stage3_param_persistence_threshold"] = 0  # the default keeps all of a model this small on every rank
+    for part in setup.offload:
+        zero[f"offload_{part}"] = {"device": "cpu"}
+    plan = complete_deepspeed(
+        {"zero_optimization": zero},
+        where="test",
+        parallel=mesh.config,
+        data_parallel_size=mesh.data,
+        global_batch_size=BATCH,
+        micro_batch_size=setup.micro_batch_size or BATCH // mesh.data,
+        precision=setup.precision,
+        gradient_clipping=CLIPPING,
+        has_experts=not setup.dense,
+        device_type="cpu",
+    )
+    return Engine(
+        "generator",
+        recipe.generator,
+        decays=lambda name, parameter: recipe.decays("generator", name, parameter),
+        optimizer=OptimizerConfig(lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, schedule=ConstantSchedule()),
+        plan=plan,
+        topology=mesh,
+    )
+
+
+def train_step(setup: Setup, recipe: MEPA, engine: Engine, mesh: topology.Topology, step: int) -> dict[str, float]:
+    """One optimizer step; returns loss, gradient norm and so on, the same on every rank."""
+    metrics = MetricAccumulator()
+    size = setup.micro_batch_size or BATCH // mesh.data
+    prepared = [recipe.prepare(batch, step) for batch in batches(step, mesh.data_rank, mesh.data, size)]
+
+    def loss(output: Any, inputs: Any) -> torch.Tensor:
+        losses = recipe.loss("generator", output, inputs, step)
+        metrics.add(losses)
+        return losses.total
+
+    engine.forward_backward(prepared, lambda model, inputs: recipe.forward("generator", model, inputs), loss)
+    metrics.add_step("generator", engine.step(LEARNING_RATE, WEIGHT_DECAY))
+    values, statistics = metrics.reduce(recipe.collect())
+    values["load"] = statistics.get("load")  # type: ignore[assignment]
+    return values
+
+
+def engine_curve(setup: Setup) -> Curve:
+    """Runs on every rank: the curve under ``setup``."""
+    mesh = topology.initialize(ParallelConfig(**setup.parallel), environment())
+    recipe = build(setup, mesh)
+    engine = build_engine(setup, recipe, mesh)
+    values = [train_step(setup, recipe, engine, mesh, step) for step in range(STEPS)]
+    return _curve(values)
+
+
+def bare_curve(setup: Setup) -> Curve:
+    """The reference: one process, no engine; a loop anyone would write."""
+    mesh = topology.initialize(ParallelConfig(), environment())
+    recipe = build(setup, mesh)
+    named = list(recipe.generator.named_parameters())
+    decaying = [p for name, p in named if recipe.decays("generator", name, p)]
+    others = [p for name, p in named if not recipe.decays("generator", name, p)]
+    optimizer = torch.optim.AdamW(
+        [{"params": decaying, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}],
+        lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8,
+    )  # fmt: skip
+    values: list[dict[str, Any]] = []
+    for step in range(STEPS):
+        (batch,) = batches(step, 0, 1, BATCH)
+        inputs = recipe.prepare(batch, step)
+        total = recipe.loss("generator", recipe.generator(inputs.model), inputs, step).total
+        optimizer.zero_grad()
+        total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(recipe.generator.parameters(), CLIPPING)
+        optimizer.step()
+        collected = recipe.collect()
+        values.append({"loss": float(total), "gradient_norm": float(norm), "load": collected.get("load")})
+    return _curve(values)
+
+
+def _curve(values: list[dict[str, Any]]) -> Curve:
+    loads = [value["load"] for value in values]
+    return Curve(
+        loss=tuple(value["loss"] for value in values),
+        gradient_norm=tuple(float(value["gradient_norm"]) for value in values),
+        load=None if loads[0] is None else torch.stack(loads).sum(0).tolist(),
+    )

@@ -38,8 +38,27 @@ class ImageFolderSource(Section):
     """Folder of the test images, with the same class folders."""
 
 
+class WebDatasetSource(Section):
+    """A folder of WebDataset shards made, or given an index and a manifest, by ``tools/shard_images.py``."""
+
+    name: Literal["webdataset"] = "webdataset"
+    path: str
+    """Folder of the training shards."""
+    test_path: str | None = None
+    """Folder of the test shards; they are always read by index."""
+    order: Literal["index", "stream"] = "index"
+    """``index``: random access, a new random order of all samples in every epoch. ``stream``: shards are read from
+    first to last sample, for object stores and pipes. Both give every world size the same global batches."""
+    url: str | None = None
+    """Where ``stream`` reads shards, with ``{shard}`` for the file name, for example
+    ``pipe:aws s3 cp s3://bucket/train/{shard} -``. Default: ``path``, which must hold the manifest in any case."""
+    lanes: int = Field(8, ge=1)
+    """Shards that ``stream`` reads side by side, over all ranks. It divides the global batch, and the data-parallel
+    ranks divide it; changing it changes the order of samples."""
+
+
 SourceConfig = Annotated[
-    DigitsSource | PhotographsSource | ShapesSource | ImageFolderSource, Field(discriminator="name")
+    DigitsSource | PhotographsSource | ShapesSource | ImageFolderSource | WebDatasetSource, Field(discriminator="name")
 ]
 
 

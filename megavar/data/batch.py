@@ -1,5 +1,7 @@
 """What a loader yields: one micro-batch of one rank."""
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -54,6 +56,17 @@ class Batch:
         }
         return replace(self, **pinned)
 
+    def split(self, size: int) -> "list[Batch]":
+        """Consecutive batches of ``size`` samples, the last one possibly smaller."""
+        parts = []
+        for start in range(0, len(self), size):
+            values = {field.name: getattr(self, field.name) for field in fields(self)}
+            sliced: dict[str, Any] = {
+                name: None if value is None else value[start : start + size] for name, value in values.items()
+            }
+            parts.append(Batch(**sliced))
+        return parts
+
     def require_images(self) -> Tensor:
         """``images``, for recipes that cannot do without.
 
@@ -66,3 +79,17 @@ class Batch:
                 "Set data.source to the images from which the cache was made."
             )
         return self.images
+
+
+def concatenate(batches: Sequence[Batch]) -> Batch:
+    """One batch of all samples, in order. The batches must offer the same fields."""
+    joined: dict[str, Any] = {}
+    for field in fields(Batch):
+        values = [getattr(batch, field.name) for batch in batches]
+        if values[0] is None:
+            joined[field.name] = None
+        elif isinstance(values[0], Tensor):
+            joined[field.name] = torch.cat(values)
+        else:
+            joined[field.name] = tuple(itertools.chain(*values))
+    return Batch(**joined)

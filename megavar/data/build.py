@@ -1,5 +1,6 @@
 """From the ``data`` section of the configuration to sources, transforms and loaders."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from megavar.data.loader import Loader
 from megavar.data.photographs import Photographs
 from megavar.data.shapes import Shapes
 from megavar.data.source import Source, Split
+from megavar.data.streaming import ShardStreams, StreamLoader
 from megavar.data.transforms import Transform
+from megavar.data.webdataset import ShardFolder
 from megavar.errors import ConfigError, DataError
 
 
@@ -38,25 +41,27 @@ def build_source(config: DataConfig, split: Split = "train") -> Source:
                 split, config.image_size, length=length, conditioning=source.conditioning, seed=source.seed
             )
         case config_room.ImageFolderSource():
-            return _image_folder(source, split)
+            return _of_split(ImageFolder, source.path, source.test_path, split)
+        case config_room.WebDatasetSource():
+            if source.order == "stream" and split == "train":
+                return ShardStreams(split, Path(source.path), url=source.url, lanes=source.lanes)
+            return _of_split(ShardFolder, source.path, source.test_path, split)
 
 
-def _image_folder(source: config_room.ImageFolderSource, split: Split) -> ImageFolder:
+def _of_split(open_folder: Callable[[Split, Path], Source], path: str, test_path: str | None, split: Split) -> Source:
     if split == "train":
-        return ImageFolder(split, Path(source.path))
-    if source.test_path is None:
-        raise ConfigError(
-            "Test images are needed, but data.source.test_path is not set. Set it to the folder of test images."
-        )
-    folder = ImageFolder(split, Path(source.test_path))
-    expected = ImageFolder("train", Path(source.path)).class_names
-    if folder.class_names != expected:
-        differing = sorted(set(folder.class_names) ^ set(expected))
+        return open_folder(split, Path(path))
+    if test_path is None:
+        raise ConfigError("Test data are needed, but data.source.test_path is not set. Set it to their folder.")
+    source = open_folder(split, Path(test_path))
+    expected = open_folder("train", Path(path)).class_names
+    if source.class_names != expected:
+        differing = sorted(set(source.class_names) ^ set(expected))
         raise DataError(
-            f"The class folders of {source.test_path} and {source.path} differ, for example {differing[0]!r} is in one "
-            f"of them only. Labels would not agree: give both the same class folders."
+            f"The classes of {test_path} and {path} differ, for example {differing[0]!r} is in one of them only. "
+            f"Labels would not agree: give both the same classes."
         )
-    return folder
+    return source
 
 
 def build_transform(config: DataConfig, split: Split = "train") -> Transform:
@@ -85,11 +90,8 @@ def build_transform(config: DataConfig, split: Split = "train") -> Transform:
 
 def build_loader(config: DataConfig, source: Source, **arguments: Any) -> Loader:
     """A loader over ``source``; ``arguments`` are those of :class:`Loader` that the configuration does not decide."""
-    return Loader(
-        source,
-        build_transform(config, source.split),
-        workers=config.workers,
-        prefetch=config.prefetch,
-        damaged=config.damaged_samples,
-        **arguments,
-    )
+    arguments |= {"workers": config.workers, "prefetch": config.prefetch, "damaged": config.damaged_samples}
+    transform = build_transform(config, source.split)
+    if isinstance(source, ShardStreams):
+        return StreamLoader(source, transform, **arguments)
+    return Loader(source, transform, **arguments)

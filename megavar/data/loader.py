@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -79,55 +79,60 @@ class Loader:
     ) -> None:
         rank_batch_size(global_batch_size, micro_batch_size, data_parallel_size)
         self.order = Order(len(source), seed)
+        self.reader = SampleReader(source, transform, seed=seed, damaged=damaged)
+        self.global_batch_size = global_batch_size
+        self.micro_batch_size = micro_batch_size
+        self.data_parallel_rank = data_parallel_rank
+        self.data_parallel_size = data_parallel_size
         self.start_step = start_step
         self.stop_step = stop_step
+        self.workers = workers
+        self.prefetch = prefetch
+        self.device = torch.device(device)
         self.replaced = 0
         """Damaged samples of this rank that others have stood in for since ``start_step``."""
-        self._sizes = {
-            "global_batch_size": global_batch_size,
-            "micro_batch_size": micro_batch_size,
-            "data_parallel_rank": data_parallel_rank,
-            "data_parallel_size": data_parallel_size,
-        }
-        self._workers = workers
-        self._prefetch = prefetch
-        self._device = torch.device(device)
-        self._reads = _Reads(SampleReader(source, transform, seed=seed, damaged=damaged))
 
     def _steps(self) -> Iterator[int]:
         return iter(count(self.start_step) if self.stop_step is None else range(self.start_step, self.stop_step))
 
-    def _places(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for step in self._steps():
-            for start, stop in micro_batch_positions(step, **self._sizes):
-                yield self.order.locate(start, stop)
+    def _ranges(self, step: int) -> list[tuple[int, int]]:
+        return micro_batch_positions(
+            step,
+            global_batch_size=self.global_batch_size,
+            micro_batch_size=self.micro_batch_size,
+            data_parallel_rank=self.data_parallel_rank,
+            data_parallel_size=self.data_parallel_size,
+        )
 
     def _results(self) -> Iterator[Batch | MegavarError]:
-        if not self._workers:
-            return map(self._reads.__getitem__, self._places())
-        options: dict[str, Any] = {"prefetch_factor": self._prefetch, "worker_init_fn": leave_signals_to_parent}
+        """Micro-batches with uint8 images on the CPU, or the error to raise."""
+        reads = _Reads(self.reader)
+        places = (self.order.locate(*positions) for step in self._steps() for positions in self._ranges(step))
+        return self._in_workers(reads, self.workers, places) if self.workers else map(reads.__getitem__, places)
+
+    def _in_workers(self, dataset: Dataset, workers: int, keys: Iterable[Any] | None = None) -> Iterator[Any]:
         return iter(
             DataLoader(
-                self._reads,
-                sampler=self._places(),  # type: ignore[arg-type]  # any iterable of keys
+                dataset,
+                sampler=keys,  # type: ignore[arg-type]  # any iterable of keys
                 batch_size=None,
-                num_workers=self._workers,
-                pin_memory=self._device.type == "cuda",
+                num_workers=workers,
+                prefetch_factor=self.prefetch,
+                pin_memory=self.device.type == "cuda",
+                worker_init_fn=leave_signals_to_parent,
                 generator=torch.Generator(),  # else every iterator would advance the global generator
-                **options,
             )
         )
 
     def __iter__(self) -> Iterator[list[Batch]]:
         results = self._results()
-        micro_batches = sum(1 for _ in micro_batch_positions(0, **self._sizes))
-        for _ in self._steps():
-            yield [self._finish(next(results)) for _ in range(micro_batches)]
+        for step in self._steps():
+            yield [self._finish(next(results)) for _ in self._ranges(step)]
 
     def _finish(self, result: Batch | MegavarError) -> Batch:
         if isinstance(result, MegavarError):
             raise result
         if result.replaced is not None:
             self.replaced += int(result.replaced.sum())
-        batch = result.to(self._device)
+        batch = result.to(self.device)
         return batch if batch.images is None else replace(batch, images=to_float(batch.images))

@@ -7,7 +7,6 @@ dropped or padded, every world size sees the same global batches, and a run resu
 """
 
 import functools
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -65,9 +64,8 @@ def rank_batch_size(global_batch_size: int, micro_batch_size: int, data_parallel
 
 def micro_batch_positions(
     step: int, *, global_batch_size: int, micro_batch_size: int, data_parallel_rank: int, data_parallel_size: int
-) -> Iterator[tuple[int, int]]:
+) -> list[tuple[int, int]]:
     """The half-open ranges of positions of a rank's micro-batches in ``step``, in order."""
     size = rank_batch_size(global_batch_size, micro_batch_size, data_parallel_size)
     first = step * global_batch_size + data_parallel_rank * size
-    for start in range(first, first + size, micro_batch_size):
-        yield start, start + micro_batch_size
+    return [(start, start + micro_batch_size) for start in range(first, first + size, micro_batch_size)]

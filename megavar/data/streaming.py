@@ -1,0 +1,285 @@
+"""Shards read as streams, for object stores and pipes that offer no random access.
+
+The stream is split into lanes, a number fixed by the configuration and independent of the number of ranks. In epoch e
+the shards stand in a random order of their own; lane l reads the shards at places l, l + lanes, ... of it from their
+first to their last sample, then goes on to the next epoch. Each step takes the next ``global_batch_size / lanes``
+samples of every lane. Since the manifest tells how many samples each shard has, the place of every lane at any step
+follows from the step number: resuming opens the right shard and passes over the samples before the right one.
+
+Compared with ``order: index``, samples of a shard always follow each other in the order of the tar (random, but the
+same in every epoch), and lanes may be in different epochs by a few shards.
+
+Damage under the policy ``skip-and-count``: the samples of a shard are read in a circle. A sample that is damaged is
+replaced by the next whole one of the circle; where the shard breaks off, reading goes on from its start. Both depend on
+the shard alone, are named in the log, and are counted.
+"""
+
+import hashlib
+import itertools
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import webdataset
+
+from megavar.data.batch import Batch, concatenate
+from megavar.data.loader import Loader
+from megavar.data.order import Order
+from megavar.data.reading import REMEDY, STAND_IN_ATTEMPTS, DamagePolicy, Preparation, Prepared, stack
+from megavar.data.shards.index import IMAGE_EXTENSIONS
+from megavar.data.shards.manifest import Manifest, read_manifest
+from megavar.data.source import DamagedSampleError, Sample, Split
+from megavar.data.transforms import Transform
+from megavar.errors import ConfigError, DataError, MegavarError
+
+OPENINGS = 3
+"""How often a stream that breaks off is opened anew before the shard is taken to be cut."""
+Raw = tuple[int, dict[str, Any]]
+"""Place in its shard, and members as webdataset reads them."""
+log = logging.getLogger(__name__)
+
+
+class ShardStreams:
+    """A folder of shards that is read as streams. Only its manifest needs to be local."""
+
+    def __init__(self, split: Split, path: Path, *, url: str | None = None, lanes: int = 8) -> None:
+        """Read the manifest.
+
+        Args:
+            path: folder of the manifest.
+            url: where shards come from, with ``{shard}`` for the file name: anything that webdataset opens, such as
+                ``pipe:aws s3 cp s3://bucket/train/{shard} -`` or ``https://host/train/{shard}``. Default: ``path``.
+            lanes: number of lanes.
+
+        Raises:
+            DataError: there is no manifest.
+            ConfigError: more lanes than shards, or a url without ``{shard}``.
+        """
+        self.split: Split = split
+        self.manifest: Manifest = read_manifest(Path(path))
+        self.class_names = tuple(self.manifest.class_names)
+        self.lanes = lanes
+        self.fingerprint = f"streams-{split}-{len(self)}-{self.manifest.checksum[:16]}-{lanes}"
+        self.starts = [0, *itertools.accumulate(shard.samples for shard in self.manifest.shards)]
+        """Index of the first sample of each shard."""
+        self._url = url if url is not None else f"{path}/{{shard}}"
+        if "{shard}" not in self._url:
+            raise ConfigError(f"data.source.url is {self._url!r}: it must contain {{shard}} for the file name.")
+        if lanes > len(self.manifest.shards):
+            raise ConfigError(
+                f"data.source.lanes is {lanes}, but {path} has only {len(self.manifest.shards)} shards and every lane "
+                f"reads whole shards. Use fewer lanes, or make more shards."
+            )
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, 0 for text-image pairs."""
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        return self.manifest.samples
+
+    def read(self, index: int) -> Sample:
+        """Streams have no random access."""
+        raise ConfigError(
+            "data.source.order is stream, which cannot read single samples. Use order: index for evaluation and caches."
+        )
+
+    def open(self, shard: int) -> Iterator[dict[str, Any]]:
+        """The samples of one shard as webdataset reads them. Ends early where the stream breaks off."""
+        url = self._url.replace("{shard}", self.manifest.shards[shard].file)
+
+        def note(error: Exception) -> bool:
+            log.warning("Reading %s broke off: %s", url, error)
+            return True
+
+        samples = webdataset.DataPipeline(lambda: [{"url": url}], webdataset.tarfile_to_samples(handler=note))
+        for sample, following in itertools.pairwise(itertools.chain(samples, [None])):
+            if following is not None or _image(sample) is not None:  # the last one may be torn
+                yield sample
+
+
+def _image(members: dict[str, Any]) -> bytes | None:
+    return next((members[name] for name in IMAGE_EXTENSIONS if name in members), None)
+
+
+def lane_shards(streams: ShardStreams, order: Order, lane: int) -> Iterator[tuple[int, int]]:
+    """(epoch, shard) in the order in which ``lane`` reads them, without end."""
+    count = len(streams.manifest.shards)
+    for epoch in itertools.count():
+        _, shards = order.locate(epoch * count, (epoch + 1) * count)
+        for shard in shards[lane :: streams.lanes].tolist():
+            yield epoch, shard
+
+
+def lane_samples(
+    streams: ShardStreams, prepare: Preparation, damaged: DamagePolicy, lane: int, first: int
+) -> Iterator[Prepared]:
+    """The samples of ``lane`` from its ``first`` on, without end."""
+    for epoch, shard in lane_shards(streams, Order(len(streams.manifest.shards), prepare.seed), lane):
+        count = streams.manifest.shards[shard].samples
+        if first >= count:
+            first -= count
+            continue
+        yield from _shard_samples(streams, prepare, damaged, epoch, shard, first)
+        first = 0
+
+
+def _shard_samples(
+    streams: ShardStreams, prepare: Preparation, damaged: DamagePolicy, epoch: int, shard: int, first: int
+) -> Iterator[Prepared]:
+    entry = streams.manifest.shards[shard]
+    circle = itertools.islice(_circle(streams, shard, damaged), first, None)
+    waiting: list[Raw] = []  # read ahead in search of a whole sample
+
+    def prepared(place: int, found: Raw) -> Prepared:
+        index = streams.starts[shard] + found[0]
+        result = prepare(_to_sample(found[1], entry.file, bool(streams.class_names)), epoch, index)
+        return replace(result, replaced=True) if found[0] != place else result
+
+    for place in range(first, entry.samples):
+        own = waiting.pop(0) if waiting else next(circle)
+        try:
+            result = prepared(place, own)
+            problem = f"{entry.file} breaks off before sample {place} of {entry.samples}"
+        except DamagedSampleError as error:
+            problem = f"Sample {place} of {entry.file} is damaged: {error}"
+            if damaged == "fail":
+                raise DataError(f"{problem}. {REMEDY}") from None
+            result = _next_whole(prepared, place, waiting, circle, problem)
+        if result.replaced:
+            log.warning("%s. %s stands in for it in epoch %d.", problem, result.sample.key, epoch)
+        yield result
+
+
+def _next_whole(
+    prepared: Callable[[int, Raw], Prepared], place: int, waiting: list[Raw], circle: Iterator[Raw], problem: str
+) -> Prepared:
+    for ahead in range(STAND_IN_ATTEMPTS):
+        if ahead == len(waiting):
+            waiting.append(next(circle))
+        try:
+            return replace(prepared(place, waiting[ahead]), replaced=True)
+        except DamagedSampleError:
+            continue
+    raise DataError(
+        f"{problem}, and so are the {STAND_IN_ATTEMPTS} samples after it. Check that the storage works, and verify the "
+        f"shards."
+    )
+
+
+def _circle(streams: ShardStreams, shard: int, damaged: DamagePolicy) -> Iterator[Raw]:
+    """(place, sample) of a shard, beginning anew after the last.
+
+    Raises:
+        DataError: the shard breaks off and ``damaged`` is ``fail``, or it has no samples at all.
+    """
+    entry = streams.manifest.shards[shard]
+    place = -1
+    for _ in range(OPENINGS):  # connections fail: a shard counts as cut only if it breaks off repeatedly
+        for read in itertools.islice(enumerate(streams.open(shard)), place + 1, entry.samples):
+            place = read[0]
+            yield read
+        if place == entry.samples - 1:
+            break
+    else:
+        if damaged == "fail" or place < 0:
+            raise DataError(f"The stream of {entry.file} ends after {place + 1} of {entry.samples} samples. {REMEDY}")
+    available = place + 1
+    while True:
+        yield from itertools.islice(enumerate(streams.open(shard)), available)
+
+
+def _to_sample(members: dict[str, Any], file: str, has_classes: bool) -> Sample:
+    """Check and convert a sample as webdataset reads it.
+
+    Raises:
+        DamagedSampleError: the image or class is absent, or the image is not the one whose hash was noted.
+    """
+    key = f"{file}/{members['__key__']}"
+    image = _image(members)
+    if image is None:
+        raise DamagedSampleError(f"{key}: it has no image")
+    try:
+        label = int(members["cls"]) if has_classes else -1
+        expected = json.loads(members["json"]).get("sha256") if "json" in members else None
+    except (KeyError, ValueError, AttributeError) as error:
+        raise DamagedSampleError(f"{key}: its class or json member cannot be read") from error
+    if expected is not None and hashlib.sha256(image).hexdigest() != expected:
+        raise DamagedSampleError(f"{key}: the image is not as it was written (hash)")
+    caption = members.get("txt", b"").decode(errors="replace") if not has_classes else None
+    return Sample(key=key, label=label, image=image, caption=caption)
+
+
+class LaneReads(torch.utils.data.IterableDataset):
+    """What a worker process runs: step by step and lane by lane, one batch of the step's samples of that lane."""
+
+    def __init__(
+        self,
+        streams: ShardStreams,
+        prepare: Preparation,
+        damaged: DamagePolicy,
+        *,
+        lanes: range,
+        samples_per_step: int,
+        start_step: int,
+    ) -> None:
+        self.streams = streams
+        self.prepare = prepare
+        self.damaged: DamagePolicy = damaged
+        self.lanes = lanes
+        self.samples_per_step = samples_per_step
+        self.start_step = start_step
+
+    def __iter__(self) -> Iterator[Batch | MegavarError]:
+        """Batches of every nth lane, without end; n is the number of workers, so that they alternate lane by lane."""
+        worker = torch.utils.data.get_worker_info()
+        place, workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        first = self.start_step * self.samples_per_step
+        lanes = [
+            lane_samples(self.streams, self.prepare, self.damaged, lane, first) for lane in self.lanes[place::workers]
+        ]
+        try:
+            for lane in itertools.cycle(lanes):
+                yield stack(list(itertools.islice(lane, self.samples_per_step)))
+        except MegavarError as error:
+            yield error
+
+
+class StreamLoader(Loader):
+    """The loader of streams: takes the same arguments and yields the same kind of batches as :class:`Loader`."""
+
+    def __init__(self, streams: ShardStreams, transform: Transform, **arguments: Any) -> None:
+        super().__init__(streams, transform, **arguments)
+        batch, ranks = self.global_batch_size, self.data_parallel_size
+        if batch % streams.lanes or streams.lanes % ranks:
+            raise ConfigError(
+                f"data.source.lanes is {streams.lanes}: it must divide the global batch of {batch} samples and be a "
+                f"multiple of the {ranks} data-parallel ranks. Change it; it may be as large as the number of shards."
+            )
+        own = streams.lanes // ranks
+        self._reads = LaneReads(
+            streams,
+            self.reader.prepare,
+            self.reader.damaged,
+            lanes=range(self.data_parallel_rank * own, (self.data_parallel_rank + 1) * own),
+            samples_per_step=batch // streams.lanes,
+            start_step=self.start_step,
+        )
+
+    def _results(self) -> Iterator[Batch | MegavarError]:
+        lanes = self._reads.lanes
+        workers = max((n for n in range(1, self.workers + 1) if len(lanes) % n == 0), default=0)
+        parts = iter(self._reads) if not workers else self._in_workers(self._reads, workers)
+        for _ in self._steps():
+            step = []
+            for part in itertools.islice(parts, len(lanes)):
+                if isinstance(part, MegavarError):
+                    yield part
+                    return
+                step.append(part)
+            yield from concatenate(step).split(self.micro_batch_size)

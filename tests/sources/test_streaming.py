@@ -1,0 +1,186 @@
+"""Shards read as streams: the order is exact, whatever reads it and wherever it resumes."""
+
+import logging
+import shutil
+
+import pytest
+import torch
+
+from megavar.config.data import DataConfig, VarTransform, WebDatasetSource
+from megavar.data.build import build_loader, build_source
+from megavar.data.pixels import to_float
+from megavar.data.reading import SampleReader
+from megavar.data.shards.index import build_index
+from megavar.data.streaming import ShardStreams
+from megavar.data.transforms import Var
+from megavar.data.webdataset import ShardFolder
+from megavar.errors import ConfigError, DataError
+from tests.sources.originals import flip_bit
+
+STEPS, BATCH, LANES = 16, 12, 4
+
+
+def configure(folder, damaged="fail", workers=0, **source):
+    return DataConfig(
+        source=WebDatasetSource(path=str(folder), order="stream", lanes=LANES, **source),
+        image_size=32,
+        transform=VarTransform(),
+        damaged_samples=damaged,
+        workers=workers,
+    )
+
+
+def read(config, ranks=1, start_step=0, stop_step=STEPS, micro_batch_size=3):
+    """Sample ids, epochs and images per step of the global batch, gathered from all ranks, and all loaders."""
+    loaders = [
+        build_loader(
+            config,
+            build_source(config),
+            seed=7,
+            global_batch_size=BATCH,
+            micro_batch_size=micro_batch_size,
+            data_parallel_rank=rank,
+            data_parallel_size=ranks,
+            start_step=start_step,
+            stop_step=stop_step,
+        )
+        for rank in range(ranks)
+    ]
+    streams = [iter(loader) for loader in loaders]
+    batches = [batch for _ in range(start_step, stop_step) for stream in streams for batch in next(stream)]
+    assert all(len(batch) == micro_batch_size for batch in batches)
+    ids, epochs, images = [
+        torch.cat([getattr(batch, name) for batch in batches]).unflatten(0, (-1, BATCH))
+        for name in ("sample_ids", "epochs", "images")
+    ]
+    return ids, epochs, images, loaders
+
+
+@pytest.fixture(scope="module")
+def whole(shards):
+    return read(configure(shards), micro_batch_size=12)
+
+
+@pytest.fixture
+def copy(shards, tmp_path):
+    return shutil.copytree(shards, tmp_path / "copy")
+
+
+def test_every_epoch_of_the_lanes_covers_every_sample(whole):
+    ids, epochs, _, _ = whole
+    assert sorted(ids[epochs == 0].tolist()) == list(range(60))
+    assert sorted(ids[epochs == 1].tolist()) == list(range(60))
+    lanes = ids.view(STEPS, LANES, 3).transpose(0, 1).flatten(1)
+    for lane in lanes:  # every lane reads whole shards of twelve, from the first to the last sample
+        for start in range(0, STEPS * 3 - 12, 12):
+            shard = int(lane[start]) // 12
+            assert lane[start : start + 12].tolist() == list(range(shard * 12, shard * 12 + 12))
+
+
+def test_images_and_labels_are_those_of_the_index(shards):
+    """The same sample of the same epoch gets the same crop, whichever way it is read."""
+    config = configure(shards)
+    loader = build_loader(config, build_source(config), seed=7, global_batch_size=12, micro_batch_size=12)
+    batch = next(iter(loader))[0]
+    expected = SampleReader(ShardFolder("train", shards), Var(32), seed=7).read(batch.epochs, batch.sample_ids)
+    assert torch.equal(batch.images, to_float(expected.images))
+    assert torch.equal(batch.labels, expected.labels)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "workers", "micro_batch_size"), [(2, 0, 3), (4, 0, 1), (1, 2, 4), (1, 3, 6), (2, 5, 2)]
+)
+def test_ranks_and_workers_change_nothing(shards, whole, ranks, workers, micro_batch_size):
+    found = read(configure(shards, workers=workers), ranks=ranks, stop_step=6, micro_batch_size=micro_batch_size)
+    for field in range(3):
+        assert torch.equal(found[field], whole[field][:6])
+
+
+@pytest.mark.parametrize("step", [1, 4, 5, 9, 14])
+def test_resuming_continues_inside_a_shard(shards, whole, step):
+    found = read(configure(shards), ranks=2, start_step=step)
+    for field in range(3):
+        assert torch.equal(found[field], whole[field][step:])
+
+
+def test_pipes_are_read_like_files(shards, whole, tmp_path):
+    shutil.copy(shards / "manifest.json", tmp_path)  # the tars are elsewhere
+    found = read(configure(tmp_path, url=f"pipe:cat {shards}/{{shard}}"), start_step=3, stop_step=6)
+    assert torch.equal(found[0], whole[0][3:6])
+
+
+def damage_a_sample(folder):
+    path = folder / "shard-000001.tar"
+    record = build_index(path)[0][4]
+    flip_bit(path, 8 * (int(record["image_offset"]) + 100))
+    return {16: 17}
+
+
+def damage_the_last_two_samples(folder):
+    path = folder / "shard-000001.tar"
+    for place in (10, 11):
+        record = build_index(path)[0][place]
+        flip_bit(path, 8 * (int(record["image_offset"]) + 100))
+    return {22: 12, 23: 12}
+
+
+def cut_in_half(folder):
+    path = folder / "shard-000001.tar"
+    record = build_index(path)[0][7]
+    path.write_bytes(path.read_bytes()[: int(record["image_offset"]) + 10])
+    return {12 + 7 + place: 12 + place for place in range(5)}
+
+
+@pytest.mark.parametrize("damage", [damage_a_sample, damage_the_last_two_samples, cut_in_half])
+def test_damage_has_the_outcome_of_the_policy(copy, whole, damage, caplog):
+    stand_ins = damage(copy)
+    with pytest.raises(DataError, match=r"shard-000001\.tar.*skip-and-count"):
+        read(configure(copy))
+    with pytest.raises(DataError, match=r"shard-000001\.tar.*skip-and-count"):
+        read(configure(copy, workers=2))
+
+    config = configure(copy, damaged="skip-and-count")
+    with caplog.at_level(logging.WARNING):
+        ids, _, _, (loader,) = read(config)
+    expected = whole[0].clone().apply_(lambda index: stand_ins.get(index, index))
+    assert torch.equal(ids, expected)
+    assert loader.replaced == (ids != whole[0]).sum() > 0
+    assert caplog.text.count("stands in for it") == loader.replaced
+    for ranks, workers, start_step in ((2, 0, 0), (4, 0, 5), (1, 2, 11)):
+        found = read(
+            config.model_copy(update={"workers": workers}), ranks=ranks, start_step=start_step, micro_batch_size=1
+        )
+        assert torch.equal(found[0], expected[start_step:])
+        assert sum(loader.replaced for loader in found[3]) == (found[0] != whole[0][start_step:]).sum()
+
+
+def test_a_stream_that_breaks_off_once_is_opened_anew(shards, whole, tmp_path):
+    """As a connection does: the first opening of each shard ends after 20 kB, later ones are whole."""
+    script = tmp_path / "fetch"
+    script.write_text(
+        f'if mkdir "{tmp_path}/$1.seen" 2>/dev/null; then head -c 20000 {shards}/$1; else cat {shards}/$1; fi'
+    )
+    found = read(configure(shards, url=f"pipe:sh {script} {{shard}}"), stop_step=8)
+    for field in range(3):
+        assert torch.equal(found[field], whole[field][:8])
+    assert len(list(tmp_path.glob("*.seen"))) == 5
+
+
+@pytest.mark.parametrize("damaged", ["fail", "skip-and-count"])
+def test_an_absent_shard_ends_the_run(copy, damaged):
+    (copy / "shard-000003.tar").unlink()
+    with pytest.raises(DataError, match=r"shard-000003\.tar ends after 0 of 12"):
+        read(configure(copy, damaged=damaged))
+
+
+def test_lanes_that_do_not_fit_are_refused(shards):
+    with pytest.raises(ConfigError, match="only 5 shards"):
+        ShardStreams("train", shards, lanes=6)
+    with pytest.raises(ConfigError, match=r"\{shard\}"):
+        ShardStreams("train", shards, url="pipe:cat x")
+    with pytest.raises(ConfigError, match="must divide the global batch of 12"):
+        config = configure(shards)
+        source = ShardStreams("train", shards, lanes=5)
+        build_loader(config, source, seed=0, global_batch_size=12, micro_batch_size=12)
+    with pytest.raises(ConfigError, match=r"order: index"):
+        ShardStreams("train", shards, lanes=1).read(0)

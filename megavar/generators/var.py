@@ -200,7 +200,8 @@ class VAR(nn.Module):
             conditions, hidden, tapped = self._unpack()
         hidden = self._run_blocks(hidden, conditions, context, tapped)
         if not self.stage.is_last:
-            return torch.cat([conditions, hidden, *tapped.values()])
+            slots = [tapped.get(number, torch.zeros_like(hidden)) for number in self.taps]  # zeros: tapped later
+            return torch.cat([conditions, hidden, *slots])
         taps = {number: self._to_tokens(value).transpose(0, 1) for number, value in tapped.items()}
         return VAROutput(self.head(self._to_tokens(hidden), conditions[0]), taps)
 

@@ -11,9 +11,14 @@ from megavar.training.engine import StepResult
 
 
 class MetricAccumulator:
-    """Sums over micro-batches and steps on this rank."""
+    """Sums over micro-batches and steps on this rank.
 
-    def __init__(self) -> None:
+    Args:
+        several_modules: whether the recipe trains several modules; gradient norms are then named after them.
+    """
+
+    def __init__(self, several_modules: bool = False) -> None:
+        self._several_modules = several_modules
         self.forget()
 
     def forget(self) -> None:
@@ -81,6 +86,6 @@ class MetricAccumulator:
             dist.all_reduce(total)
             statistics[name] = total.cpu()
         for name, norm in self._norms.items():
-            values["gradient_norm" if len(self._norms) == 1 else f"gradient_norm/{name}"] = float(norm)
+            values[f"gradient_norm/{name}" if self._several_modules else "gradient_norm"] = float(norm)
         self.forget()
         return values, statistics

@@ -117,7 +117,7 @@ class RunDirectory:
         given = _flatten(json.loads(json.dumps(config)))
         differing = sorted(
             key for key in stored.keys() | given.keys()
-            if stored.get(key) != given.get(key) and not key.startswith(CHANGEABLE)
+            if stored.get(key) != given.get(key) and not f"{key}.".startswith(CHANGEABLE)
         )  # fmt: skip
         if differing:
             key = differing[0]

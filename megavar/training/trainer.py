@@ -57,7 +57,7 @@ class Trainer:
         self.monitor = Monitor(run.logging, run.directory, run.name, run.topology.rank, self.total_steps)
         self.watchdog = Watchdog(train.watchdog)
         self.recovery = Recovery(train.recovery)
-        self.metrics, self.stopwatch = MetricAccumulator(), Stopwatch()
+        self.metrics, self.stopwatch = MetricAccumulator(several_modules=len(self.engines) > 1), Stopwatch()
         self.step = 0
         """Steps taken, skipped ones included."""
         self.data_step = 0

@@ -1,0 +1,49 @@
+"""Closed-form parameter counts of a rank equal what real ranks of every kind of layout hold."""
+
+import pytest
+
+from megavar.config.generator import VARConfig
+from megavar.config.parallel import ParallelConfig
+from megavar.planning.parameters import rank_parameters
+from tests.distributed.harness import run_ranks
+from tests.planning.models import CODE_DIMENSION, MEPA, VOCABULARY, shape_of
+
+LAYOUTS = [
+    ({"tensor": 2}, None, False), ({"tensor": 2, "sequence": True}, None, True),
+    ({"pipeline": 2}, None, True), ({"pipeline": 2, "virtual_pipeline": 2}, None, False),
+    ({"expert": 2}, MEPA, False), ({"tensor": 2, "expert": 2}, MEPA, False), ({"pipeline": 2}, MEPA, False),
+]  # fmt: skip
+
+
+def config_of(experts, shared):
+    return VARConfig(depth=4, width=32, heads=4, classes=10, experts=experts, shared_adaptive_norm=shared)
+
+
+def held():
+    """Per layout: pipeline rank, scalars outside and inside experts."""
+    from megavar.generators.var import VAR, Stage
+    from megavar.parallel.environment import environment
+    from megavar.parallel.topology import initialize
+
+    result = []
+    for layout, experts, shared in LAYOUTS:
+        parallel, config = ParallelConfig(**layout), config_of(experts, shared)
+        place = initialize(parallel, environment())
+        sizes = {True: 0, False: 0}
+        for chunk in range(parallel.virtual_pipeline):
+            stage = Stage.split(config.depth, parallel, place.pipeline_rank, chunk)
+            model = VAR(config, scales=(1, 2), code_dimension=CODE_DIMENSION, vocabulary_size=VOCABULARY,
+                        parallel=parallel, stage=stage)  # fmt: skip
+            for name, parameter in model.named_parameters():
+                sizes[".experts." in name] += parameter.numel()
+        result.append((place.pipeline_rank, sizes[False], sizes[True]))
+    return result
+
+
+@pytest.mark.distributed
+def test_each_rank_holds_what_was_counted():
+    for rank in run_ranks(2, held):
+        for (layout, experts, shared), (stage, replicated, held_experts) in zip(LAYOUTS, rank, strict=True):
+            shape = shape_of(config_of(experts, shared), scales=(1, 2))
+            counted = rank_parameters(shape, ParallelConfig(**layout), stage)
+            assert (counted.replicated, counted.experts) == (replicated, held_experts), layout

@@ -57,8 +57,32 @@ class WebDatasetSource(Section):
     ranks divide it; changing it changes the order of samples."""
 
 
-SourceConfig = Annotated[
+ImagesConfig = Annotated[
     DigitsSource | PhotographsSource | ShapesSource | ImageFolderSource | WebDatasetSource, Field(discriminator="name")
+]
+
+
+class CacheSource(Section):
+    """Token ids or encoder features made by ``tools/cache_tokens.py`` from images.
+
+    ``data.image_size`` and ``data.transform`` say how they were made from the images and must stay the same."""
+
+    name: Literal["cache"] = "cache"
+    path: str
+    """Folder of the cache of the training samples."""
+    content: Literal["tokens", "latents"] = "tokens"
+    """``tokens``: ids of the tokenizer's scales. ``latents``: encoder features, for recipes whose scales change in every
+    step (FlexVAR, SAR)."""
+    views: int = Field(1, ge=1)
+    """Augmented versions of each sample, one of which is chosen in each epoch. The ten-crop transform has 10; for
+    transforms with continuous randomness 8 to 16 are reasonable; without randomness there is 1."""
+    images: ImagesConfig
+    """The images that are cached; test images always come from there."""
+
+
+SourceConfig = Annotated[
+    DigitsSource | PhotographsSource | ShapesSource | ImageFolderSource | WebDatasetSource | CacheSource,
+    Field(discriminator="name"),
 ]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from megavar.config import data as config_room
 from megavar.config.data import DataConfig
 from megavar.data import transforms
+from megavar.data.caches import CachedSamples
 from megavar.data.digits import Digits
 from megavar.data.image_folder import ImageFolder
 from megavar.data.loader import Loader
@@ -42,10 +43,38 @@ def build_source(config: DataConfig, split: Split = "train") -> Source:
             )
         case config_room.ImageFolderSource():
             return _of_split(ImageFolder, source.path, source.test_path, split)
+        case config_room.CacheSource():
+            if split == "test":
+                return build_source(of_images(config), split)
+            return _cache(config, source)
         case config_room.WebDatasetSource():
             if source.order == "stream" and split == "train":
                 return ShardStreams(split, Path(source.path), url=source.url, lanes=source.lanes)
             return _of_split(ShardFolder, source.path, source.test_path, split)
+
+
+def of_images(config: DataConfig) -> DataConfig:
+    """The same configuration with the images themselves as source, where a cache of them is named."""
+    if isinstance(config.source, config_room.CacheSource):
+        return config.model_copy(update={"source": config.source.images})
+    return config
+
+
+def _cache(config: DataConfig, source: config_room.CacheSource) -> CachedSamples:
+    cached = CachedSamples("train", Path(source.path))
+    plan, transform = cached.cache.plan, repr(build_transform(config))
+    for key, wanted, found in (
+        ("data.source.content", source.content, plan.content),
+        ("data.source.views", source.views, plan.views),
+        ("data.image_size", config.image_size, plan.image_size),
+        ("data.transform", transform, plan.transform),
+    ):
+        if wanted != found:
+            raise ConfigError(
+                f"{key} is {wanted}, but the cache {source.path} was made with {found}. Change the configuration, or "
+                f"make another cache with `python -m tools.cache_tokens CONFIG`."
+            )
+    return cached
 
 
 def _of_split(open_folder: Callable[[Split, Path], Source], path: str, test_path: str | None, split: Split) -> Source:

@@ -64,13 +64,14 @@ class Preparation:
             image = decode(sample.image)
         except DamagedSampleError as error:
             raise DamagedSampleError(f"{sample.key}: {error}") from error
-        return Prepared(sample, index, epoch, np.asarray(self.transform(image, self._draws(epoch, index))))
+        return Prepared(sample, index, epoch, np.asarray(self.transform(image, self.draws(epoch, index))))
 
     def _passes(self, image: np.ndarray) -> bool:
         size = self.transform.size
         return isinstance(self.transform, Unchanged) and image.shape == (size, size, 3)
 
-    def _draws(self, epoch: int, index: int) -> Sequence[float]:
+    def draws(self, epoch: int, index: int) -> Sequence[float]:
+        """The random numbers of the transform for sample ``index`` in ``epoch``."""
         if not self.transform.draws:
             return ()
         return uniform(self.seed, "augmentation", epoch, index, torch.arange(self.transform.draws)).tolist()

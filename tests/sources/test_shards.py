@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import webdataset
 
+from megavar.data.progress import PROGRESS
 from megavar.data.shards.index import build_index, encode_index, index_path, open_index
 from megavar.data.shards.listing import list_originals
 from megavar.data.shards.manifest import read_manifest
 from megavar.data.shards.verification import adopt_shards, verify_shards
-from megavar.data.shards.writing import PROGRESS, Plan, write_shards
+from megavar.data.shards.writing import Plan, write_shards
 from megavar.data.webdataset import ShardFolder
 from megavar.errors import DataError
 from tests.sources.interruption import run_until

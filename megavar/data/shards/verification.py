@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from megavar.data.progress import PROGRESS, in_processes
 from megavar.data.shards.index import RECORD, build_index, encode_index, index_path
 from megavar.data.shards.listing import Listing
 from megavar.data.shards.manifest import FILE_NAME, Manifest, ShardEntry, read_manifest, write_manifest
-from megavar.data.shards.writing import PROGRESS, Plan, in_processes, shard_is_whole, shard_name, write_shard
+from megavar.data.shards.writing import Plan, shard_is_whole, shard_name, write_shard
 from megavar.data.source import DamagedSampleError
 from megavar.data.transforms import decode
 from megavar.errors import DataError

@@ -5,41 +5,33 @@ While work is under way the folder contains ``.progress/``: ``plan.json`` (what 
 shards whose hashes still agree and makes the others. The last act is the manifest; then ``.progress`` is removed.
 """
 
-import fcntl
 import hashlib
 import io
 import json
-import multiprocessing
-import os
 import shutil
 import tarfile
-import threading
-import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeVar
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
 
 from megavar.data.image_folder import IMAGE_SUFFIXES
+from megavar.data.progress import PROGRESS, in_processes, only_one, publish
 from megavar.data.shards.index import RECORD, encode_index, index_path
 from megavar.data.shards.listing import Listing, Original
-from megavar.data.shards.manifest import FILE_NAME, Manifest, ShardEntry, read_manifest, write_manifest
+from megavar.data.shards.manifest import FILE_NAME, Manifest, ShardEntry, read_manifest
 from megavar.data.source import DamagedSampleError
 from megavar.data.transforms import decode
 from megavar.errors import DataError
 from megavar.parallel.seeds import random_bits
 from megavar.storage import atomic_file, sha256_of_file, write_bytes_atomic, write_json_atomic
 
-PROGRESS = ".progress"
 Damaged = Literal["fail", "leave-out"]
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -169,8 +161,7 @@ def write_shard(plan: Plan, permutation: np.ndarray, shard: int, folder: Path) -
         raise DataError(f"Every image of {path.name} is damaged, for example {left_out[0]}. Use fewer shards.")
     index = encode_index(np.stack(records))
     write_bytes_atomic(folder / PROGRESS / index_path(path).name, index)
-    for name in (path.name, index_path(path).name):
-        (folder / PROGRESS / name).replace(folder / name)
+    publish(folder, path.name, index_path(path).name)
     counts = Counter(int(record["label"]) for record in records)
     return ShardEntry(
         file=path.name,
@@ -216,52 +207,6 @@ def _finish_shard(shard: int) -> int:
     return entry.samples
 
 
-def end_with_parent(parent: int) -> None:
-    """End this process soon after the process ``parent`` has died, however it died."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-@contextmanager
-def only_one(lock: Path, patience: float = 10.0) -> Iterator[None]:
-    """Hold ``lock`` against other processes. Forked children share it, so it outlives a killed parent until they end.
-
-    Raises:
-        DataError: another process keeps the lock for ``patience`` seconds.
-    """
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        for _ in range(max(1, round(patience / 0.05))):
-            with suppress(BlockingIOError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            time.sleep(0.05)
-        else:
-            raise DataError(f"Another process is at work in {lock.parent.parent}. Wait for it, or stop it.")
-        yield
-
-
-def in_processes(
-    function: Callable[[int], Result], items: Iterable[int], processes: int
-) -> Iterable[tuple[int, Result]]:
-    """Run ``function`` on every item in forked processes; yield (item, result) as they finish."""
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(
-        processes, mp_context=context, initializer=end_with_parent, initargs=(os.getpid(),)
-    ) as pool:
-        futures = {pool.submit(function, item): item for item in items}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
 def write_shards(
     plan: Plan,
     folder: Path,
@@ -296,7 +241,8 @@ def write_shards(
     if len(entries) < plan.shards:
         return None
     manifest = Manifest(arguments, list(plan.listing.class_names), entries)
-    write_manifest(folder, manifest)
+    write_bytes_atomic(folder / PROGRESS / FILE_NAME, manifest.encode())
+    publish(folder, FILE_NAME)
     shutil.rmtree(folder / PROGRESS, ignore_errors=True)  # another part may be removing it too
     return manifest
 

@@ -1,0 +1,182 @@
+"""Caches of token ids or encoder features, so that a frozen tokenizer runs once instead of in every step.
+
+A cache folder holds ``cache.json`` and parts ``part-00000.bin``, ... of ``rows_per_part`` rows each (the last one may
+be shorter). Row r of the cache is sample r of the source. A row is an int32 label followed by K views, little endian::
+
+    tokens   uint16  [K, L]         ids of all scales, one after the other, row-major within a scale
+    latents  float16 [K, C, h, w]   encoder features, for recipes whose scales change in every step (FlexVAR, SAR)
+
+so ``numpy.memmap(part, dtype=[("label", "<i4"), ("views", "<u2", (K, L))])`` reads a part. View v is what the training
+transform makes of the sample in epoch v (of the ten-crop transform: its view v). Training in epoch e takes view
+``hash(seed, e, r) % K``.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from torch import nn
+
+from megavar.data.source import Sample, Split
+from megavar.errors import ConfigError, DataError
+
+FORMAT = "megavar cache 1"
+FILE_NAME = "cache.json"
+Content = Literal["tokens", "latents"]
+ELEMENTS: dict[str, str] = {"tokens": "<u2", "latents": "<f2"}
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """Everything that the bytes of a cache depend on."""
+
+    content: Content
+    views: int
+    shape: tuple[int, ...]
+    """Of one view: (L,) or (C, h, w)."""
+    rows: int
+    rows_per_part: int
+    batch_rows: int
+    """Rows that are encoded together."""
+    image_size: int
+    transform: str
+    """The training transform with its options."""
+    seed: int
+    """Of the transform's random numbers."""
+    source: str
+    """Fingerprint of the images."""
+    tokenizer_sha256: str
+    class_names: tuple[str, ...]
+
+    @property
+    def row(self) -> np.dtype:
+        """Type of one row."""
+        return np.dtype([("label", "<i4"), ("views", ELEMENTS[self.content], (self.views, *self.shape))])
+
+    @property
+    def parts(self) -> int:
+        """Number of parts."""
+        return -(-self.rows // self.rows_per_part)
+
+    def rows_of(self, part: int) -> range:
+        """The rows that ``part`` holds."""
+        return range(part * self.rows_per_part, min(self.rows, (part + 1) * self.rows_per_part))
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A finished cache: its plan, and the SHA-256 of every part."""
+
+    plan: CachePlan
+    part_sha256: tuple[str, ...]
+
+    def encode(self) -> bytes:
+        """The one byte sequence that represents this cache's ``cache.json``."""
+        content: dict[str, Any] = {"format": FORMAT, **asdict(self.plan), "part_sha256": self.part_sha256}
+        content["checksum"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        return (json.dumps(content, indent=1) + "\n").encode()
+
+
+def part_name(part: int) -> str:
+    """File name of a part."""
+    return f"part-{part:05d}.bin"
+
+
+def plan_from_json(content: dict[str, Any]) -> CachePlan:
+    """The inverse of ``asdict``, for plans that went through JSON; other keys are ignored."""
+    values = {name: content[name] for name in CachePlan.__dataclass_fields__}
+    return CachePlan(**values | {"shape": tuple(values["shape"]), "class_names": tuple(values["class_names"])})
+
+
+def read_cache_file(folder: Path) -> Cache:
+    """Read and check the ``cache.json`` of a folder.
+
+    Raises:
+        DataError: there is none, or any of its bits is not as written.
+    """
+    path = folder / FILE_NAME
+    if not path.is_file():
+        raise DataError(
+            f"{folder} has no {FILE_NAME}, so it is not a finished cache. Make it with `python -m tools.cache_tokens "
+            f"CONFIG` (run it again if it was interrupted), or correct data.source.path."
+        )
+    raw = path.read_bytes()
+    try:
+        content = json.loads(raw)
+        cache = Cache(plan_from_json(content), tuple(content["part_sha256"]))
+        same = cache.encode() == raw
+    except (ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        raise DataError(
+            f"{path} is damaged: its content does not agree with its checksum. Restore it from a copy, or make the "
+            f"cache again in another folder."
+        )
+    return cache
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """Hash of a module's parameters and buffers, to tell which tokenizer a cache was made with."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(-1).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class CachedSamples:
+    """The rows of a cache as a data source."""
+
+    def __init__(self, split: Split, folder: Path) -> None:
+        self.split: Split = split
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise DataError(
+                f"The cache {self.folder} does not exist. Make it with `python -m tools.cache_tokens CONFIG`, or "
+                f"correct data.source.path."
+            )
+        self.cache = read_cache_file(self.folder)
+        self.class_names = self.cache.plan.class_names
+        content = hashlib.sha256(self.cache.encode()).hexdigest()
+        self.fingerprint = f"cache-{split}-{len(self)}-{content[:16]}"
+        self._parts: dict[int, np.ndarray] = {}
+        plan = self.cache.plan
+        for part in range(plan.parts):
+            path, size = self.folder / part_name(part), len(plan.rows_of(part)) * plan.row.itemsize
+            if not path.is_file() or path.stat().st_size != size:
+                found = f"has {path.stat().st_size} bytes instead of {size}" if path.is_file() else "is missing"
+                raise DataError(f"The cache part {path} {found}. Make it again: `python -m tools.cache_tokens CONFIG`.")
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of the images that were cached."""
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        return self.cache.plan.rows
+
+    def read(self, index: int) -> Sample:
+        """Row ``index``; its views are mapped, not read."""
+        plan = self.cache.plan
+        part, row = divmod(index, plan.rows_per_part)
+        if part not in self._parts:
+            self._parts[part] = np.memmap(self.folder / part_name(part), dtype=plan.row, mode="r")
+        stored = self._parts[part][row]
+        sample = Sample(key=f"{part_name(part)}[{row}]", label=int(stored["label"]))
+        return replace(sample, **{plan.content: stored["views"]})
+
+    def check_tokenizer(self, tokenizer: nn.Module) -> None:
+        """Make sure that the cache was made with ``tokenizer``.
+
+        Raises:
+            ConfigError: it was not.
+        """
+        if weights_sha256(tokenizer) != self.cache.plan.tokenizer_sha256:
+            raise ConfigError(
+                f"The cache {self.folder} was made with another tokenizer than the one that this run loads. Make a "
+                f"cache with this tokenizer (`python -m tools.cache_tokens CONFIG`), or correct the weights."
+            )

@@ -1,0 +1,304 @@
+"""Making and verifying caches (the format is described in ``megavar/data/caches.py``).
+
+The parts of a cache are dealt out to ranks like cards; ranks share nothing but the folder, so their number may change
+when an interrupted job is started again. Images are encoded in batches that depend on the plan alone. Hence the bytes
+do not depend on ranks or interruptions. While work is under way, ``.progress/`` holds the plan and one record per
+finished part; whichever rank finds all records writes ``cache.json`` and removes it.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from megavar.data.caches import (
+    FILE_NAME,
+    Cache,
+    CachePlan,
+    part_name,
+    plan_from_json,
+    read_cache_file,
+)
+from megavar.data.loader import leave_signals_to_parent
+from megavar.data.pixels import to_float
+from megavar.data.progress import PROGRESS, publish
+from megavar.data.reading import Preparation
+from megavar.data.source import DamagedSampleError, Source
+from megavar.data.transforms import TenCrop, Transform, decode
+from megavar.errors import ConfigError, DataError, MegavarError
+from megavar.parallel.seeds import random_bits
+from megavar.storage import atomic_file, sha256_of_file, write_bytes_atomic, write_json_atomic
+
+Encode = Callable[[Tensor], Tensor]
+"""Images, float32 [B, 3, H, W] in [-1, 1], to token ids, integers [B, L], or to features [B, C, h, w]."""
+
+
+def check_views(transform: Transform, views: int) -> None:
+    """Refuse numbers of views that the transform cannot fill.
+
+    Raises:
+        ConfigError: ten crops need ten views; without randomness there is only one.
+    """
+    if isinstance(transform, TenCrop) and views != 10:
+        raise ConfigError(f"data.source.views is {views}, but the ten-crop transform has 10 views. Set it to 10.")
+    if not transform.draws and views != 1:
+        raise ConfigError(
+            f"data.source.views is {views}, but the transform is not random, so all views would be the same. Set it to "
+            f"1, or choose a random transform."
+        )
+
+
+class ViewReader(Dataset):
+    """Reads all views of some rows: sample indices -> images, uint8 [rows * views, 3, H, W], and labels."""
+
+    def __init__(self, source: Source, transform: Transform, *, seed: int, views: int) -> None:
+        check_views(transform, views)
+        self.source = source
+        self.prepare = Preparation(transform, seed)
+        self.views = views
+
+    def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, list[int]] | MegavarError:
+        try:
+            samples = [self.source.read(index) for index in indices]
+            images = [self._views(index, sample.image) for index, sample in zip(indices, samples)]
+        except MegavarError as error:
+            return error
+        stacked = torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2).contiguous()
+        return stacked, [sample.label for sample in samples]
+
+    def _views(self, index: int, encoded: np.ndarray | bytes | None) -> np.ndarray:
+        assert encoded is not None
+        try:
+            image = decode(encoded)
+        except DamagedSampleError as error:
+            raise DataError(f"Sample {index} of {self.source.fingerprint} is damaged: {error}. Repair it.") from error
+        transform = self.prepare.transform
+        if isinstance(transform, TenCrop):
+            views = [transform.view(image, view) for view in range(10)]
+        else:
+            views = [transform(image, self.prepare.draws(epoch, index)) for epoch in range(self.views)]
+        return np.stack([np.asarray(view) for view in views])
+
+
+def encode_batches(
+    reader: ViewReader, batches: Sequence[Sequence[int]], encode: Encode, *, workers: int, device: torch.device | str
+) -> Iterator[tuple[np.ndarray, list[int]]]:
+    """Read and encode batches of rows; yields arrays [rows, views, ...] and labels."""
+    read: Iterator[Any] = map(reader.__getitem__, batches)
+    if workers:
+        read = iter(
+            DataLoader(
+                reader,
+                sampler=batches,
+                batch_size=None,
+                num_workers=workers,
+                worker_init_fn=leave_signals_to_parent,
+                generator=torch.Generator(),
+            )
+        )
+    for result in read:
+        if isinstance(result, MegavarError):
+            raise result
+        images, labels = result
+        with torch.no_grad():
+            encoded = encode(to_float(images.to(device))).cpu()
+        yield encoded.unflatten(0, (len(labels), reader.views)).numpy(), labels
+
+
+def write_cache(
+    folder: Path,
+    plan: CachePlan,
+    reader: ViewReader,
+    encode: Encode,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], Any] = lambda rows: None,
+) -> Cache | None:
+    """Make this rank's parts of the cache in ``folder``, continuing what an interrupted run has left.
+
+    Args:
+        progress: called with a number of finished rows.
+
+    Returns:
+        the cache, or None if other ranks are not finished yet.
+
+    Raises:
+        DataError: the folder holds something else, or an image is damaged.
+        ConfigError: the tokenizer's ids do not fit the format.
+    """
+    _claim(folder, plan)
+    if (folder / FILE_NAME).exists():
+        return read_cache_file(folder)
+    for part in range(rank, plan.parts, world_size):
+        if not _is_finished(folder, part):
+            rows = plan.rows_of(part)
+            batches = [rows[start : start + plan.batch_rows] for start in range(0, len(rows), plan.batch_rows)]
+            with atomic_file(folder / PROGRESS / part_name(part)) as file:
+                for views, labels in encode_batches(reader, batches, encode, workers=workers, device=device):
+                    file.write(_to_rows(plan, views, labels).tobytes())
+                    progress(len(labels))
+            publish(folder, part_name(part))
+            write_json_atomic(_record(folder, part), {"sha256": sha256_of_file(folder / part_name(part))})
+        else:
+            progress(len(plan.rows_of(part)))
+    hashes = [digest for part in range(plan.parts) if (digest := _recorded(folder, part)) is not None]
+    if len(hashes) < plan.parts:
+        # Another rank may have found all of them already, and tidied up.
+        return read_cache_file(folder) if (folder / FILE_NAME).exists() else None
+    cache = Cache(plan, tuple(hashes))
+    write_bytes_atomic(folder / PROGRESS / FILE_NAME, cache.encode())
+    publish(folder, FILE_NAME)
+    shutil.rmtree(folder / PROGRESS, ignore_errors=True)
+    return cache
+
+
+def _to_rows(plan: CachePlan, views: np.ndarray, labels: list[int]) -> np.ndarray:
+    assert views.shape[1:] == (plan.views, *plan.shape), (views.shape, plan)
+    if plan.content == "tokens" and (views.min() < 0 or views.max() >= 2**16):
+        raise ConfigError(
+            f"The tokenizer gave the id {views.max()}, but caches store ids below 65536. Encode online instead."
+        )
+    rows = np.zeros(len(labels), dtype=plan.row)
+    rows["label"] = labels
+    rows["views"] = views
+    if plan.content == "latents" and not np.isfinite(rows["views"]).all():
+        raise ConfigError("The tokenizer's features do not fit into float16. Encode online instead.")
+    return rows
+
+
+def _record(folder: Path, part: int) -> Path:
+    return folder / PROGRESS / f"part-{part:05d}.json"
+
+
+def _recorded(folder: Path, part: int) -> str | None:
+    try:
+        return json.loads(_record(folder, part).read_text())["sha256"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _is_finished(folder: Path, part: int) -> bool:
+    expected, path = _recorded(folder, part), folder / part_name(part)
+    return expected is not None and path.is_file() and sha256_of_file(path) == expected
+
+
+def _claim(folder: Path, plan: CachePlan) -> None:
+    """Make sure that ``folder`` is empty or holds work on the same plan."""
+    plan_path = folder / PROGRESS / "plan.json"
+    if (folder / FILE_NAME).exists():
+        found = read_cache_file(folder).plan
+        shutil.rmtree(folder / PROGRESS, ignore_errors=True)  # killed between cache.json and the clean-up
+    elif plan_path.exists():
+        found = plan_from_json(json.loads(plan_path.read_text()))
+    elif folder.exists() and any(folder.glob("part-*.bin")):
+        raise DataError(f"{folder} contains parts of a cache without a plan. Choose an empty folder.")
+    else:
+        write_json_atomic(plan_path, asdict(plan))
+        return
+    check_plan(folder, found, plan)
+
+
+def check_plan(folder: Path, found: CachePlan, plan: CachePlan) -> None:
+    """Compare what a folder holds with what is wanted.
+
+    Raises:
+        DataError: they differ; the message says in what.
+    """
+    if found != plan:
+        wanted = asdict(plan)
+        differing = [f"{key} {old!r} -> {wanted[key]!r}" for key, old in asdict(found).items() if old != wanted[key]]
+        raise DataError(
+            f"{folder} holds a cache made otherwise ({', '.join(differing)}). Choose another folder, or delete this "
+            f"one to start anew."
+        )
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """What verification found."""
+
+    problems: tuple[str, ...]
+    rows: int
+    """Rows that were encoded again."""
+    agreement: float
+    """Share of their tokens that are the same, or of their features within float16 rounding (relative 1e-2)."""
+
+
+def damaged_parts(folder: Path, progress: Callable[[int], Any] = lambda rows: None) -> list[int]:
+    """The parts whose bytes are not those that were written.
+
+    Raises:
+        DataError: ``cache.json`` is missing or damaged.
+    """
+    cache, damaged = read_cache_file(folder), []
+    for part, expected in enumerate(cache.part_sha256):
+        path = folder / part_name(part)
+        if not path.is_file() or sha256_of_file(path) != expected:
+            damaged.append(part)
+        progress(len(cache.plan.rows_of(part)))
+    return damaged
+
+
+def verify_cache(
+    folder: Path,
+    reader: ViewReader,
+    encode: Encode,
+    *,
+    rows: int = 1000,
+    seed: int = 0,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], Any] = lambda rows: None,
+) -> CacheReport:
+    """Compare the bytes of all parts with their hashes, and random rows with a fresh encoding.
+
+    A few tokens may differ even if all is well: batches of another size round differently, which can tip the choice
+    between two nearly equidistant code vectors. At least 99.9 % should agree.
+    """
+    plan = read_cache_file(folder).plan
+    damaged = damaged_parts(folder, progress)
+    problems = [f"{part_name(part)}: missing, or its hash is not the one in {FILE_NAME}" for part in damaged]
+    chosen = (random_bits(seed, "verify_cache", torch.arange(rows)) % plan.rows).unique().tolist() if rows else []
+    chosen = [row for row in chosen if row // plan.rows_per_part not in damaged]
+    batches = [chosen[start : start + plan.batch_rows] for start in range(0, len(chosen), plan.batch_rows)]
+    same = total = wrong_labels = 0
+    fresh = encode_batches(reader, batches, encode, workers=workers, device=device)
+    for batch, (views, labels) in zip(batches, fresh):
+        stored = np.stack([_read_row(folder, plan, row) for row in batch])
+        wrong_labels += int((stored["label"] != labels).sum())
+        if plan.content == "tokens":
+            equal = stored["views"] == views
+        else:
+            equal = np.isclose(stored["views"].astype(np.float32), views, rtol=1e-2, atol=1e-3)
+        same, total = same + int(equal.sum()), total + equal.size
+    if wrong_labels:
+        problems.append(f"{wrong_labels} of {len(chosen)} rows have another label than the source")
+    agreement = same / total if total else 1.0
+    if agreement < 0.999:
+        problems.append(f"only {agreement:.2%} of {len(chosen)} freshly encoded rows agree (99.9% expected)")
+    return CacheReport(tuple(problems), len(chosen), agreement)
+
+
+def _read_row(folder: Path, plan: CachePlan, row: int) -> np.ndarray:
+    part, place = divmod(row, plan.rows_per_part)
+    return np.memmap(folder / part_name(part), dtype=plan.row, mode="r")[place]
+
+
+def forget_parts(folder: Path, parts: Sequence[int]) -> None:
+    """Reopen a finished cache so that :func:`write_cache` makes ``parts`` again and keeps the others."""
+    cache = read_cache_file(folder)
+    for part, digest in enumerate(cache.part_sha256):
+        if part not in parts:
+            write_json_atomic(_record(folder, part), {"sha256": digest})
+    write_json_atomic(folder / PROGRESS / "plan.json", asdict(cache.plan))
+    (folder / FILE_NAME).unlink()

@@ -1,0 +1,191 @@
+"""Run the frozen tokenizer once over the training images, and keep its tokens or features.
+
+    python -m tools.cache_tokens CONFIG [key=value ...]             make the cache that data.source of CONFIG names
+    torchrun --nproc-per-node 8 -m tools.cache_tokens CONFIG        the same on eight GPUs
+    python -m tools.cache_tokens CONFIG --verify [--rows 1000]      hashes, and random rows encoded again
+    python -m tools.cache_tokens CONFIG --repair                    make damaged parts again
+
+CONFIG is the run that will be trained, with for example::
+
+    data:
+      source: {name: cache, path: caches/imagenet-256, views: 10, images: {name: webdataset, path: shards/train}}
+      transform: {name: ten_crop}        # or var, with as many random views as you like
+
+Interrupt it whenever you like: the same command continues, on any number of ranks, and the bytes are the same.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megavar.assembly import load_tokenizer
+from megavar.config.data import CacheSource
+from megavar.config.loading import load_config
+from megavar.data.build import build_source, build_transform, of_images
+from megavar.data.caches import CachePlan, Content, read_cache_file, weights_sha256
+from megavar.data.caching import (
+    ViewReader,
+    check_plan,
+    damaged_parts,
+    encode_batches,
+    forget_parts,
+    verify_cache,
+    write_cache,
+)
+from megavar.errors import ConfigError, ExitCode, MegavarError
+from megavar.parallel.environment import Environment, environment
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the tool; returns its exit code."""
+    options = _parse(arguments)
+    place = environment()
+    try:
+        return _run(options, place)
+    except MegavarError as error:
+        print(f"cache_tokens: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="cache_tokens", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", type=Path, metavar="CONFIG")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--tokenizer-weights", metavar="PATH", help="default: recipe.tokenizer_weights of CONFIG")
+    parser.add_argument("--rows-per-part", type=int, default=4096, metavar="N", help="default: 4096")
+    parser.add_argument("--batch", type=int, default=64, metavar="N", help="images encoded together (default: 64)")
+    parser.add_argument("--verify", action="store_true", help="verify a finished cache")
+    parser.add_argument("--rows", type=int, default=1000, metavar="N", help="rows that --verify encodes again")
+    parser.add_argument("--repair", action="store_true", help="make parts again whose hash is wrong")
+    return parser.parse_intermixed_args(arguments)
+
+
+def _run(options: argparse.Namespace, place: Environment) -> int:
+    config = load_config(options.config, options.overrides)
+    source = config.data.source
+    if not isinstance(source, CacheSource):
+        raise ConfigError(
+            f"data.source.name is {source.name!r}. Name the cache to be made, with the images under it, for example "
+            f"data.source={{name: cache, path: caches/{config.run.name}, images: {{name: {source.name}}}}}."
+        )
+    folder = Path(source.path)
+    weights = options.tokenizer_weights or getattr(config.recipe, "tokenizer_weights", None)
+    if weights is None:
+        raise ConfigError(f"The recipe {config.recipe.name!r} names no tokenizer weights. Give --tokenizer-weights.")
+    tokenizer = load_tokenizer(config.tokenizer, weights, place.device)
+    encode = encoder(tokenizer, source.content)
+    images = build_source(of_images(config.data))
+    transform = build_transform(config.data)
+    reader = ViewReader(images, transform, seed=config.train.seed, views=source.views)
+    sizes = options.rows_per_part, max(1, options.batch // source.views)
+    if options.verify or options.repair:
+        existing = read_cache_file(folder).plan
+        sizes = existing.rows_per_part, existing.batch_rows
+    plan = CachePlan(
+        content=source.content,
+        views=source.views,
+        shape=_shape_of_view(reader, encode, place),
+        rows=len(images),
+        rows_per_part=sizes[0],
+        batch_rows=sizes[1],
+        image_size=config.data.image_size,
+        transform=repr(transform),
+        seed=config.train.seed,
+        source=images.fingerprint,
+        tokenizer_sha256=weights_sha256(tokenizer),
+        class_names=images.class_names,
+    )
+    if options.verify or options.repair:
+        check_plan(folder, existing, plan)
+    if options.verify:
+        return _verify(folder, plan, reader, encode, options.rows, config.data.workers, place)
+    if options.repair:
+        if place.world_size > 1:
+            raise ConfigError("--repair runs in one process. Start it without torchrun.")
+        damaged = damaged_parts(folder)
+        if not damaged:
+            print(f"{folder}: all {plan.parts} parts are as they were written")
+            return ExitCode.FINISHED
+        forget_parts(folder, damaged)
+    return _write(folder, plan, reader, encode, config.data.workers, place)
+
+
+class Tokenizer(Protocol):
+    """What is needed of a tokenizer."""
+
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """Token ids of every scale."""
+        ...
+
+    def encode_features(self, images: Tensor) -> Tensor:
+        """Encoder features."""
+        ...
+
+
+def encoder(tokenizer: Tokenizer, content: Content) -> Callable[[Tensor], Tensor]:
+    """What turns images into the content of a cache."""
+    if content == "latents":
+        return tokenizer.encode_features
+    return lambda images: torch.cat([ids.flatten(1) for ids in tokenizer.encode(images)], dim=1)
+
+
+def _shape_of_view(reader: ViewReader, encode: Callable[[Tensor], Tensor], place: Environment) -> tuple[int, ...]:
+    views, _ = next(encode_batches(reader, [[0]], encode, workers=0, device=place.device))
+    return views.shape[2:]
+
+
+def _write(
+    folder: Path,
+    plan: CachePlan,
+    reader: ViewReader,
+    encode: Callable[[Tensor], Tensor],
+    workers: int,
+    place: Environment,
+) -> int:
+    own = sum(len(plan.rows_of(part)) for part in range(place.rank, plan.parts, place.world_size))
+    with tqdm(total=own, unit=" images", desc="caching", smoothing=0.05, disable=place.rank > 0) as bar:
+        cache = write_cache(
+            folder,
+            plan,
+            reader,
+            encode,
+            rank=place.rank,
+            world_size=place.world_size,
+            workers=workers,
+            device=place.device,
+            progress=bar.update,
+        )
+    if cache is not None:
+        print(f"{folder}: {plan.rows} samples x {plan.views} views of {plan.content} {list(plan.shape)}")
+    return ExitCode.FINISHED
+
+
+def _verify(
+    folder: Path,
+    plan: CachePlan,
+    reader: ViewReader,
+    encode: Callable[[Tensor], Tensor],
+    rows: int,
+    workers: int,
+    place: Environment,
+) -> int:
+    with tqdm(total=plan.rows, unit=" images", desc="verifying") as bar:
+        report = verify_cache(
+            folder, reader, encode, rows=rows, workers=workers, device=place.device, progress=bar.update
+        )
+    for problem in report.problems:
+        print(problem)
+    print(f"{plan.parts} parts hashed, {report.rows} samples encoded again: {report.agreement:.3%} the same")
+    return ExitCode.CONFIGURATION if report.problems else ExitCode.FINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -30,7 +30,7 @@ SIDE = 8  # pixels of a digit as it was published, grey values 0..16
 EXTRACTOR_NAME = "digits-cnn"
 _EXTRACTOR_RECIPE = Recipe(resolution=16, num_classes=NUM_CLASSES)
 
-METRICS = (
+METRICS: tuple[Metric, ...] = (
     Metric("fid@digits-cnn", better="lower"),
     Metric("isc@digits-cnn", better="higher"),
     Metric("precision@digits-cnn", better="higher"),

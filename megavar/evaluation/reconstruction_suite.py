@@ -1,0 +1,136 @@
+"""From ``evaluation.reconstruction`` and a tokenizer to reconstruction metrics, for any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megavar.config.data import DataConfig
+from megavar.config.evaluation import ReconstructionConfig
+from megavar.config.tokenizer_training import PerceptualConfig
+from megavar.data.build import build_source
+from megavar.data.pixels import to_float
+from megavar.data.shapes_grammar import evaluation_prompts
+from megavar.evaluation.chunks import ChunkStore
+from megavar.evaluation.classes import class_extractor, class_reference
+from megavar.evaluation.classifier import load_network
+from megavar.evaluation.digits import digits_extractor
+from megavar.evaluation.image_quality import AlexNetDistance
+from megavar.evaluation.inception import ADMInception
+from megavar.evaluation.reconstruction import (
+    METRICS,
+    ROUNDING,
+    Instruments,
+    reconstruct_chunks,
+    reconstruction_metrics,
+)
+from megavar.evaluation.reference import load_reference
+from megavar.evaluation.rounding import quantize
+from megavar.evaluation.shape_eval import tokenizer_ceiling
+from megavar.evaluation.suites import Scores
+from megavar.parallel.environment import Environment
+from megavar.recipes.perceptual import PerceptualDistance
+
+_CLASSIFIER_IMAGES = 4096
+_CEILING_PROMPTS_PER_TAG = 50
+
+
+@torch.no_grad()
+def score_tokenizer(
+    config: ReconstructionConfig,
+    data: DataConfig,
+    reconstruct: Callable[[Tensor], Tensor],
+    place: Environment,
+    *,
+    work_directory: Path,
+    identity: dict[str, Any],
+) -> Scores | None:
+    """Measure the reconstructions of the test split. Collective; rank 0 gets the scores, the others None.
+
+    Args:
+        reconstruct: decode(encode(x)) of float images [B, 3, S, S] in [-1, 1] on ``place.device``.
+        work_directory: keeps per-image results, so that interrupted work continues.
+        identity: which weights; kept work of others is refused.
+    """
+    instruments, network = _instruments(config, data, place.device)
+    source = build_source(data, "test")
+    count = min(config.images or len(source), len(source))
+    described = {
+        **identity,
+        "source": source.fingerprint,
+        "protocol": config.protocol,
+        "model_size": config.model_size,
+        "features": instruments.features_name if instruments.features is not None else None,
+        "perceptual": sorted(instruments.perceptual),
+    }
+    store = ChunkStore.open(
+        work_directory / f"reconstruction-{config.protocol}", count=count, size=config.chunk_size, identity=described
+    )
+    reconstruct_chunks(
+        store,
+        source,
+        reconstruct,
+        instruments,
+        protocol=config.protocol,
+        model_size=config.model_size or data.image_size,
+        size=data.image_size,
+        device=place.device,
+        rank=place.rank,
+        world_size=place.world_size,
+    )
+    if dist.is_initialized():
+        dist.barrier()
+    if place.rank != 0:
+        return None
+    reference = None
+    if config.reference is not None and isinstance(network, ADMInception):
+        reference = load_reference(Path(config.reference), network, place.device)
+    metrics, notes = reconstruction_metrics(store, config.protocol, instruments, reference=reference)
+    if data.source.name == "shapes" and data.source.conditioning == "caption":
+        metrics |= _shapes_ceiling(reconstruct, data, place.device)
+    extractor = {"name": instruments.features_name}
+    if isinstance(network, ADMInception):
+        extractor["sha256"] = network.weights_sha256
+    compared = {"name": f"{data.source.name}/test", "count": count, "fingerprint": source.fingerprint}
+    return Scores(metrics, METRICS if config.protocol == "standard" else (), extractor, compared, notes)
+
+
+def _instruments(
+    config: ReconstructionConfig, data: DataConfig, device: torch.device
+) -> tuple[Instruments, nn.Module | None]:
+    perceptual: dict[str, nn.Module] = {}
+    if config.lpips_vgg is not None:
+        weights = PerceptualConfig(vgg16_weights=config.lpips_vgg.backbone, lpips_weights=config.lpips_vgg.linear)
+        perceptual["lpips_vgg"] = PerceptualDistance(weights).to(device)
+    if config.lpips_alex is not None:
+        perceptual["lpips_alex"] = AlexNetDistance(config.lpips_alex.backbone, config.lpips_alex.linear).to(device)
+    if config.inception_weights is not None:
+        inception = ADMInception(Path(config.inception_weights), unofficial=config.unofficial_weights).to(device)
+        return Instruments(lambda images: inception(images).pool, inception.name, perceptual), inception
+    if build_source(data, "test").num_classes < 2:
+        return Instruments(None, "none", perceptual), None
+    cache = Path(config.extractor_cache) if config.extractor_cache else None
+    if data.source.name == "digits":
+        extractor = digits_extractor(cache)
+    else:
+        extractor = class_extractor(class_reference(data, _CLASSIFIER_IMAGES), cache)
+    classifier = load_network(extractor.path).to(device)
+    return Instruments(lambda images: classifier(images)[0], extractor.name, perceptual), classifier
+
+
+def _shapes_ceiling(
+    reconstruct: Callable[[Tensor], Tensor], data: DataConfig, device: torch.device
+) -> dict[str, float]:
+    """ShapeEval of reconstructed right scenes, as ``ceiling/strict`` and so on."""
+
+    def through_tokenizer(images: Tensor) -> Tensor:
+        return quantize(reconstruct(to_float(images.to(device))), ROUNDING["standard"]).cpu()
+
+    prompts = evaluation_prompts(data.image_size, per_tag=_CEILING_PROMPTS_PER_TAG, held_out=False)
+    ceiling = tokenizer_ceiling(through_tokenizer, prompts, data.image_size)
+    return {f"ceiling/{name}": value for name, value in ceiling.items()}

@@ -1,0 +1,145 @@
+"""From ``evaluation.suite`` and a set of images to scores: one function for every suite, for any number of ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megavar.config.data import DataConfig
+from megavar.config.evaluation import ADMSuite, ClassifierSuite, DigitsSuite, ShapesSuite, SuiteConfig
+from megavar.data.build import build_source
+from megavar.data.shapes_grammar import Prompt, evaluation_prompts
+from megavar.errors import ConfigError
+from megavar.evaluation import adm, classes, digits, shape_eval
+from megavar.evaluation.chunks import ChunkStore
+from megavar.evaluation.images import ImageSet
+from megavar.evaluation.inception import ADMInception
+from megavar.evaluation.reference import load_reference
+from megavar.evaluation.table import Metric
+from megavar.parallel.environment import Environment
+
+_FEATURE_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a suite found."""
+
+    metrics: dict[str, float]
+    table: tuple[Metric, ...]
+    """Directions and thresholds for printing; empty prints every metric."""
+    extractor: dict[str, Any] = field(default_factory=dict)
+    """Name and sha256 of the network behind the numbers."""
+    reference: dict[str, Any] = field(default_factory=dict)
+    """What the images were compared with."""
+    notes: list[str] = field(default_factory=list)
+
+
+def check_suite(suite: SuiteConfig, data: DataConfig) -> None:
+    """Refuse a suite that does not fit the data, before anything is sampled.
+
+    Raises:
+        ConfigError: with the suites that do fit.
+    """
+    source = data.source.name
+    wanted = {"digits": "digits", "shapes": "shapes"}.get(suite.name, source)
+    if source != wanted:
+        raise ConfigError(
+            f"evaluation.suite.name={suite.name} scores the source {wanted!r}, but data.source.name is {source!r}. Use "
+            f"evaluation.suite.name=classifier (any source with classes) or adm (with Inception weights)."
+        )
+    if isinstance(suite, ClassifierSuite) and source == "digits":
+        raise ConfigError(
+            "evaluation.suite.name=classifier does not score digits, which have a suite of their own with the same "
+            "extractor name. Use evaluation.suite.name=digits."
+        )
+    if isinstance(suite, ClassifierSuite) and build_source(data).num_classes < 2:
+        raise ConfigError(
+            f"evaluation.suite.name=classifier needs classes, but data.source.name={source} has none. Use "
+            f"evaluation.suite.name=shapes for captioned shapes, or adm with Inception weights."
+        )
+
+
+def score_images(
+    suite: SuiteConfig, data: DataConfig, images: ImageSet, place: Environment, *, work_directory: Path
+) -> Scores | None:
+    """Score ``images``. Collective; rank 0 gets the scores, the others None.
+
+    ``work_directory`` keeps the Inception features of the ADM suite, so that interrupted work continues.
+    """
+    if isinstance(suite, ADMSuite):
+        return _adm(suite, images, place, work_directory)
+    if place.rank != 0:
+        return None
+    everything = images.read(0, len(images))
+    if isinstance(suite, ShapesSuite):
+        prompts = [prompt for prompt in shape_prompts(suite, data) for _ in range(suite.per_prompt)]
+        records = shape_eval.score_scenes(everything, prompts)
+        shape_eval.write_records(work_directory / "shape_eval.jsonl", records)
+        reference = {"name": "shapes", "held_out": suite.held_out, "prompts": len(prompts) // suite.per_prompt}
+        return Scores(shape_eval.summarize(records), shape_eval.METRICS, {"name": "shape detector"}, reference)
+    if images.labels is None:
+        raise ConfigError(
+            f"evaluation.suite.name={suite.name} needs the class of every image: score the chunks of megavar sample"
+        )
+    cache = Path(suite.extractor_cache) if suite.extractor_cache else None
+    if isinstance(suite, DigitsSuite):
+        metrics = digits.evaluate_digits(everything, images.labels, directory=cache)
+        extractor, table = digits.digits_extractor(cache), digits.METRICS
+        train = build_source(data)
+        reference = {"name": "digits/train", "count": len(train), "fingerprint": train.fingerprint}
+    else:
+        real = classes.class_reference(data, suite.reference_images)
+        metrics = classes.evaluate_classes(everything, images.labels, real, directory=cache)
+        extractor, table = classes.class_extractor(real, cache), classes.class_metrics(real.source_name)
+        reference = {"name": f"{real.source_name}/train", "count": len(real.train), "fingerprint": real.fingerprint}
+    return Scores(metrics, table, {"name": extractor.name, "sha256": extractor.sha256}, reference)
+
+
+def suite_baselines(suite: SuiteConfig, data: DataConfig, count: int) -> dict[str, dict[str, float]]:
+    """Scores of samplers that need no network, for the table beside the model; empty where the suite has none."""
+    if isinstance(suite, DigitsSuite) and suite.baselines:
+        return digits.baselines(count, directory=Path(suite.extractor_cache) if suite.extractor_cache else None)
+    if isinstance(suite, ClassifierSuite) and suite.baselines:
+        reference = classes.class_reference(data, suite.reference_images)
+        cache = Path(suite.extractor_cache) if suite.extractor_cache else None
+        return classes.class_baselines(reference, count, directory=cache)
+    if isinstance(suite, ShapesSuite):
+        prompts = shape_prompts(suite, data)
+        true = shape_eval.true_scenes(prompts, data.image_size)
+        turned = prompts[1:] + prompts[:1]
+        return {
+            "right scenes": shape_eval.summarize(shape_eval.score_scenes(true, prompts)),
+            "other captions": shape_eval.summarize(shape_eval.score_scenes(true, turned)),
+        }
+    return {}
+
+
+def shape_prompts(suite: ShapesSuite, data: DataConfig) -> list[Prompt]:
+    """The prompts of ShapeEval in index order; sample j of prompt p is image ``p * per_prompt + j``."""
+    return evaluation_prompts(data.image_size, per_tag=suite.per_tag, held_out=suite.held_out, seed=suite.seed)
+
+
+def _adm(suite: ADMSuite, images: ImageSet, place: Environment, work_directory: Path) -> Scores | None:
+    network = ADMInception(Path(suite.inception_weights), unofficial=suite.unofficial_weights).to(place.device)
+    identity = {"images": images.identity, "weights_sha256": network.weights_sha256}
+    store = ChunkStore.open(
+        work_directory / f"features-{network.name}", count=len(images), size=_FEATURE_CHUNK, identity=identity
+    )
+    adm.extract_features(store, images, network, rank=place.rank, world_size=place.world_size)
+    if dist.is_initialized():
+        dist.barrier()
+    if place.rank != 0:
+        return None
+    features = adm.collect_features(store)
+    reference = load_reference(Path(suite.reference), network, torch.device(place.device))
+    if suite.backend == "torch-fidelity":
+        metrics, notes = adm.torch_fidelity_metrics(features, reference, network)
+    else:
+        metrics, notes = adm.adm_metrics(features, reference, network, labels=images.labels)
+    extractor = {"name": network.name, "sha256": network.weights_sha256}
+    return Scores(metrics, (), extractor, reference.identity, notes + images.notes)

@@ -1,0 +1,155 @@
+"""Suites by configuration: what fits is scored by one call, what does not fit is refused before sampling."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from megavar.config.data import DataConfig, DigitsSource, PhotographsSource
+from megavar.config.evaluation import (
+    ADMSuite,
+    ClassifierSuite,
+    DigitsSuite,
+    EvaluationConfig,
+    ReconstructionConfig,
+    ShapesSuite,
+)
+from megavar.config.loading import decode
+from megavar.config.shapes import ShapesSource
+from megavar.data.build import build_source
+from megavar.errors import ConfigError
+from megavar.evaluation import classes, suites
+from megavar.evaluation.chunks import ChunkStore
+from megavar.evaluation.images import ChunkImages
+from megavar.evaluation.reconstruction_suite import score_tokenizer
+from megavar.evaluation.shape_eval import true_scenes
+from megavar.evaluation.suites import check_suite, score_images, shape_prompts, suite_baselines
+from megavar.parallel.environment import Environment
+
+ONE = Environment(0, 1, 0, "single")
+PHOTOGRAPHS = DataConfig(source=PhotographsSource(length=400, test_length=60, short_side=64), image_size=16)
+SHAPES = DataConfig(source=ShapesSource(length=100, test_length=40), image_size=32)
+
+
+def as_chunks(directory, images, labels):
+    store = ChunkStore.open(directory, count=len(images), size=32, identity={})
+    for chunk in store.missing():
+        first, last = store.range(chunk)
+        store.write(chunk, {"images": images[first:last].numpy(), "labels": labels[first:last].numpy()})
+    return ChunkImages(directory)
+
+
+def real_images(data, split="test"):
+    source = build_source(data, split)
+    samples = [source.read(index) for index in range(len(source))]
+    images = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2)
+    return images, torch.tensor([sample.label for sample in samples])
+
+
+def test_digits_suite(tmp_path, extractor_directory):
+    data = DataConfig()
+    suite = DigitsSuite(extractor_cache=str(extractor_directory))
+    images = as_chunks(tmp_path / "chunks", *real_images(data))
+    scores = score_images(suite, data, images, ONE, work_directory=tmp_path)
+    assert scores.metrics["fd64"] == pytest.approx(19.24, abs=0.1) and len(scores.extractor["sha256"]) == 64
+    assert scores.reference["count"] == 1433 and scores.table
+    assert score_images(suite, data, images, Environment(1, 2, 1, "torchrun"), work_directory=tmp_path) is None
+    assert suite_baselines(DigitsSuite(baselines=False), data, 50) == {}
+
+
+def test_classifier_suite_names_the_source_and_sees_copies(tmp_path, extractor_directory, monkeypatch):
+    monkeypatch.setattr(classes, "_STEPS", 80)
+    suite = ClassifierSuite(reference_images=400, extractor_cache=str(extractor_directory))
+    images = as_chunks(tmp_path / "chunks", *real_images(PHOTOGRAPHS))
+    scores = score_images(suite, PHOTOGRAPHS, images, ONE, work_directory=tmp_path)
+    keys = {f"{key}@photographs-cnn" for key in ("fid", "isc", "precision", "recall", "label_accuracy")}
+    assert set(scores.metrics) == keys | {"nearest_train_distance"} == {metric.key for metric in scores.table}
+    rows = suite_baselines(suite, PHOTOGRAPHS, 60)
+    assert rows["held-out real"] == pytest.approx(scores.metrics)
+    fid = {name: row["fid@photographs-cnn"] for name, row in rows.items()}
+    assert fid["memoriser (train copies)"] < fid["held-out real"] < min(fid["class means"], fid["uniform noise"])
+    assert rows["memoriser (train copies)"]["nearest_train_distance"] == 0 < scores.metrics["nearest_train_distance"]
+    assert rows["held-out real"]["label_accuracy@photographs-cnn"] > 0.4
+
+
+def test_shapes_suite_scores_prompts_in_index_order(tmp_path):
+    suite = ShapesSuite(name="shapes", per_tag=5, per_prompt=2)
+    prompts = shape_prompts(suite, SHAPES)
+    doubled = [prompt for prompt in prompts for _ in range(2)]
+    images = as_chunks(tmp_path / "chunks", true_scenes(doubled, 32), torch.full((len(doubled),), -1))
+    scores = score_images(suite, SHAPES, images, ONE, work_directory=tmp_path)
+    assert scores.metrics["strict"] == scores.metrics["lenient/position"] == 1
+    assert len((tmp_path / "shape_eval.jsonl").read_text().splitlines()) == len(doubled)
+    rows = suite_baselines(suite, SHAPES, 0)
+    assert rows["right scenes"]["strict"] == 1 and rows["other captions"]["strict"] < 0.3
+
+
+def test_adm_suite_keeps_features_and_qualifies_keys(tmp_path, small_inception, monkeypatch):
+    monkeypatch.setattr(suites, "ADMInception", lambda weights, unofficial: small_inception)
+    from megavar.evaluation import reference
+
+    real, _ = real_images(PHOTOGRAPHS, "train")
+    features = small_inception(real)
+    statistics = [reference.gaussian(part) for part in (features.pool, features.spatial)]
+    made = reference.Reference(*statistics, features.pool, {"of": "photographs"})
+    reference.save_reference(tmp_path / "ref.npz", made, small_inception)
+    images = as_chunks(tmp_path / "chunks", *real_images(PHOTOGRAPHS))
+    for backend in ("megavar", "torch-fidelity"):
+        suite = ADMSuite(name="adm", inception_weights="w", reference=str(tmp_path / "ref.npz"), backend=backend)
+        scores = score_images(suite, PHOTOGRAPHS, images, ONE, work_directory=tmp_path)
+        assert scores.metrics["fid@60@small"] > 0 and scores.reference["kind"] == "megavar"
+        assert any("60 images instead of 50000" in note for note in scores.notes)
+    assert (tmp_path / "features-small" / "chunk_000000.npz").exists()
+
+
+@pytest.mark.parametrize(
+    ("suite", "data", "remedy"),
+    [
+        (DigitsSuite(), PHOTOGRAPHS, "classifier"),
+        (ShapesSuite(name="shapes"), DataConfig(source=DigitsSource()), "classifier"),
+        (ClassifierSuite(), SHAPES, "shapes"),
+        (ClassifierSuite(), DataConfig(source=DigitsSource()), "digits"),
+    ],
+)
+def test_suites_that_do_not_fit_the_data_are_refused(suite, data, remedy):
+    with pytest.raises(ConfigError, match=f"evaluation.suite.name={remedy}"):
+        check_suite(suite, data)
+
+
+def test_suites_that_fit_pass():
+    check_suite(DigitsSuite(), DataConfig())
+    check_suite(ClassifierSuite(), PHOTOGRAPHS)
+    check_suite(ShapesSuite(name="shapes"), SHAPES)
+    check_suite(ADMSuite(name="adm", inception_weights="w", reference="r"), SHAPES)
+
+
+def test_configuration_is_decoded_strictly():
+    tree = {
+        "samples": 64,
+        "suite": {"name": "adm", "inception_weights": "w.pth", "reference": "r.npz"},
+        "reconstruction": {"protocol": "vgt", "lpips_alex": {"backbone": "a", "linear": "b"}},
+    }
+    config = decode(tree, EvaluationConfig, "test")
+    assert isinstance(config.suite, ADMSuite) and config.reconstruction.protocol == "vgt"
+    for wrong in ({"suite": {"name": "fid"}}, {"reconstruction": {"protocol": "mine"}}, {"samples": 2}):
+        with pytest.raises(ConfigError):
+            decode(wrong, EvaluationConfig, "test")
+    assert json.loads(config.model_dump_json())["suite"]["backend"] == "megavar"
+
+
+def test_tokenizer_is_measured_by_the_configuration(tmp_path, extractor_directory):
+    config = ReconstructionConfig(images=40, extractor_cache=str(extractor_directory), chunk_size=16)
+    scores = {}
+    for name, reconstruct in (("exact", lambda x: x), ("dark", lambda x: x - 0.2)):
+        arguments = {"work_directory": tmp_path / name, "identity": {"tokenizer": name}}
+        scores[name] = score_tokenizer(config, DataConfig(), reconstruct, ONE, **arguments).metrics
+    assert scores["exact"]["ssim"] == 1 and "psnr" not in scores["exact"]
+    assert 19 < scores["dark"]["psnr"] < 26 and scores["dark"]["rfid@digits-cnn"] > scores["exact"]["rfid@digits-cnn"]
+
+
+def test_tokenizer_of_captioned_shapes_has_a_ceiling_instead_of_a_classifier(tmp_path):
+    arguments = {"work_directory": tmp_path, "identity": {}}
+    scores = score_tokenizer(ReconstructionConfig(images=20), SHAPES, lambda x: -x, ONE, **arguments)
+    assert scores.metrics["ceiling/strict"] < 0.5 and "psnr" in scores.metrics
+    assert not any(key.startswith("rfid") for key in scores.metrics)

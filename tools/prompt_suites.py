@@ -1,0 +1,125 @@
+"""Images of text-to-image benchmarks: write them as the official scorers read them, check them, score shapes.
+
+    python -m tools.prompt_suites emit geneval --prompts evaluation_metadata.jsonl --images CHUNKS --out DIR
+    python -m tools.prompt_suites verify geneval --prompts evaluation_metadata.jsonl --out DIR
+    python -m tools.prompt_suites emit dpg --prompts dpg_bench/prompts --images CHUNKS --out DIR
+    python -m tools.prompt_suites verify dpg --prompts dpg_bench/prompts --out DIR
+    python -m tools.prompt_suites prompts shapes --image-size 32 --out evaluation_metadata.jsonl
+    python -m tools.prompt_suites score shapes --images CHUNKS --out results.jsonl
+
+Sample j of prompt p is image ``p * per_prompt + j`` of ``--images`` (chunks of ``megavar sample``, an npz or a folder
+of PNG files). The official prompt files are not part of megavar: take them from djghosh13/geneval and
+TencentQQGYLab/ELLA. Their scorers run in environments of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megavar.data.shapes_grammar import evaluation_prompts
+from megavar.errors import DataError, MegavarError
+from megavar.evaluation import layouts, shape_eval
+from megavar.evaluation.images import open_images
+from megavar.evaluation.table import format_table
+from megavar.storage import write_text_atomic
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except MegavarError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(error.exit_code)
+    return 0
+
+
+def emit(options: argparse.Namespace) -> None:
+    """Write images in the layout of the official scorer."""
+    images = open_images(options.images)
+    with tqdm(total=len(images), unit="image") as bar:
+        if options.suite == "geneval":
+            prompts = layouts.read_geneval_prompts(options.prompts)
+            layouts.emit_geneval(options.out, prompts, images, per_prompt=options.per_prompt, on_progress=bar.update)
+        else:
+            texts = layouts.read_dpg_prompts(options.prompts)
+            layouts.emit_dpg(options.out, texts, images, per_prompt=options.per_prompt, on_progress=bar.update)
+    verify(options)
+
+
+def verify(options: argparse.Namespace) -> None:
+    """Check that the official scorer finds exactly what it should."""
+    if options.suite == "geneval":
+        metadata = layouts.read_geneval_prompts(options.prompts)
+        count, usual = len(metadata), layouts.GENEVAL_PROMPTS
+        problems = layouts.verify_geneval(options.out, metadata, per_prompt=options.per_prompt)
+    else:
+        prompts = layouts.read_dpg_prompts(options.prompts)
+        count, usual = len(prompts), layouts.DPG_PROMPTS
+        problems = layouts.verify_dpg(options.out, prompts)
+    if problems:
+        listed = "\n".join(problems[:20])
+        raise DataError(f"{options.out} has {len(problems)} problems; repair or emit again:\n{listed}")
+    if count != usual:
+        print(f"note: {count} prompts instead of the official {usual}")
+    print(f"{options.out}: {count} prompts, nothing amiss")
+
+
+def prompts(options: argparse.Namespace) -> None:
+    """Write the prompts of ShapeEval, one JSON object a line."""
+    chosen = _shape_prompts(options, options.image_size)
+    write_text_atomic(options.out, "".join(json.dumps(prompt.metadata()) + "\n" for prompt in chosen))
+    print(f"wrote {options.out}: {len(chosen)} prompts")
+
+
+def score(options: argparse.Namespace) -> None:
+    """Score images of ShapeEval; the result file is read by GenEval's summary_scores.py as well."""
+    images = open_images(options.images)
+    pixels = images.read(0, len(images))
+    chosen = [prompt for prompt in _shape_prompts(options, pixels.shape[-1]) for _ in range(options.per_prompt)]
+    records = shape_eval.score_scenes(pixels, chosen)
+    shape_eval.write_records(options.out, records)
+    print(format_table({"score": shape_eval.summarize(records)}, shape_eval.METRICS))
+    print(f"wrote {options.out}")
+
+
+def _shape_prompts(options: argparse.Namespace, image_size: int) -> list[shape_eval.Prompt]:
+    return evaluation_prompts(image_size, per_tag=options.per_tag, held_out=not options.seen, seed=options.seed)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.prompt_suites",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for run in (emit, verify, prompts, score):
+        command = commands.add_parser(run.__name__, help=run.__doc__)
+        command.set_defaults(run=run)
+        official = run in (emit, verify)
+        command.add_argument("suite", choices=["geneval", "dpg"] if official else ["shapes"])
+        command.add_argument("--out", type=Path, required=True, help="folder of the layout, or file to write")
+        if run in (emit, score):
+            command.add_argument("--images", type=Path, required=True, help="chunks, npz, or folder of PNG files")
+        if run is not prompts:
+            command.add_argument("--per-prompt", type=int, default=layouts.PER_PROMPT, help="images per prompt")
+        if official:
+            command.add_argument("--prompts", type=Path, required=True, help="the official prompt file or folder")
+        else:
+            command.add_argument("--per-tag", type=int, default=100, help="prompts of each of the six kinds")
+            command.add_argument("--seen", action="store_true", help="combinations that training shows")
+            command.add_argument("--seed", type=int, default=0, help="chooses the prompts")
+        if run is prompts:
+            command.add_argument("--image-size", type=int, choices=[32, 64], required=True)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

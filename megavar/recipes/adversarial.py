@@ -65,7 +65,7 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Judge. Computes in the type of the parameters."""
-        return self.layers(images.to(self.layers[0].weight.dtype))
+        return self.layers(images.to(next(self.parameters()).dtype))
 
 
 def discriminator_loss(kind: str, real: Tensor, fake: Tensor) -> Tensor:

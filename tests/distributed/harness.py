@@ -103,7 +103,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
             context.Process(target=_child, args=(rank, world_size, directory, function, arguments), daemon=True)
             for rank in range(world_size)
         ]
-        gc.freeze()  # else the first full collection in each child touches, and so copies, all pages of the parent: 0.5 s
+        gc.freeze()  # else the first full collection in each child touches, and so copies, all of the parent: 0.5 s
         for process in processes:
             process.start()
         gc.unfreeze()

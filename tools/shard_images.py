@@ -56,7 +56,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parsed.part = int(part), int(parts)
     if parsed.existing is None and parsed.out is None:
         parser.error("--out is needed: the folder for the shards")
-    if min(parsed.processes, parsed.samples_per_shard, parsed.shards or 1) < 1:
+    if min(parsed.processes, parsed.samples_per_shard, 1 if parsed.shards is None else parsed.shards) < 1:
         parser.error("--processes, --samples-per-shard and --shards must be at least 1")
     return parsed
 

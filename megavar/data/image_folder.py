@@ -22,8 +22,8 @@ def list_class_folders(root: Path) -> tuple[tuple[str, ...], list[tuple[str, int
     """
     if not root.is_dir():
         raise DataError(
-            f"The image folder {root} does not exist or is not a folder. Point data.source.path at a folder that "
-            f"has one sub-folder of images per class."
+            f"The image folder {root} does not exist or is not a folder. Give the path of a folder that has "
+            f"one sub-folder of images per class."
         )
     names = tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")))
     if not names:

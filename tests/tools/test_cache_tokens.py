@@ -1,0 +1,93 @@
+"""The caching tool as a person runs it."""
+
+import multiprocessing
+import os
+
+import pytest
+import torch
+
+from megavar.config.loading import load_config
+from megavar.data.build import build_source
+from megavar.errors import ExitCode
+from megavar.tokenizers.multiscale_vq import MultiScaleVQ
+from tests.sources.originals import content_of, flip_bit
+from tools import cache_tokens
+
+CONFIG = """
+run: {name: cached}
+recipe: {name: mepa, tokenizer_weights: WEIGHTS}
+generator: {name: var, depth: 1, width: 16, heads: 2, classes: 10}
+tokenizer:
+  name: multiscale_vq
+  scales: [1, 2, 4]
+  vocabulary_size: 300
+  code_dimension: 8
+  base_channels: 8
+  channel_multipliers: [1, 1, 2]
+  residual_blocks: 1
+  norm_groups: 4
+  lowest_level_attention: false
+  middle_attention: false
+data:
+  source: {name: cache, path: CACHE, views: 4, images: {name: photographs, length: 40, short_side: 128}}
+  transform: {name: var}
+  image_size: 16
+train: {steps: 1, global_batch_size: 8}
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "config.yaml"
+    text = CONFIG.replace("WEIGHTS", str(tmp_path / "tokenizer.pth")).replace("CACHE", str(tmp_path / "cache"))
+    path.write_text(text)
+    torch.manual_seed(0)
+    torch.save(MultiScaleVQ(load_config(path).tokenizer).reference_state_dict(), tmp_path / "tokenizer.pth")
+    return path
+
+
+def test_make_verify_and_repair(config, tmp_path, capsys):
+    arguments = [str(config), "--rows-per-part", "16"]
+    assert cache_tokens.main(arguments) == ExitCode.FINISHED
+    assert "40 samples x 4 views of tokens [21]" in capsys.readouterr().out
+    assert build_source(load_config(config).data).read(3).tokens.shape == (4, 21)
+    assert cache_tokens.main([*arguments, "--verify", "--rows", "30"]) == ExitCode.FINISHED
+    assert "3 parts hashed" in capsys.readouterr().out
+    before = content_of(tmp_path / "cache")
+    flip_bit(tmp_path / "cache" / "part-00001.bin", 999)
+    assert cache_tokens.main([*arguments, "--verify", "--rows", "0"]) == ExitCode.CONFIGURATION
+    assert "part-00001.bin" in capsys.readouterr().out
+    assert cache_tokens.main([*arguments, "--repair"]) == ExitCode.FINISHED
+    assert content_of(tmp_path / "cache") == before
+    assert cache_tokens.main([*arguments, "--repair"]) == ExitCode.FINISHED
+
+
+def _as_rank(rank, arguments):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": str(rank), "MASTER_ADDR": "", "MASTER_PORT": ""}
+    os._exit(cache_tokens.main(arguments))
+
+
+def test_ranks_share_the_work(config, tmp_path):
+    arguments = [str(config), "--rows-per-part", "8"]
+    assert cache_tokens.main([*arguments, f"data.source.path={tmp_path / 'alone'}"]) == ExitCode.FINISHED
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=_as_rank, args=(rank, arguments)) for rank in range(3)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+        assert process.exitcode == 0
+    assert content_of(tmp_path / "cache") == content_of(tmp_path / "alone")
+
+
+def test_what_is_wrong_is_one_paragraph(config, tmp_path, capsys):
+    assert cache_tokens.main([str(config), "data.source={name: digits}"]) == ExitCode.CONFIGURATION
+    assert "data.source.name is 'digits'" in capsys.readouterr().err
+    assert cache_tokens.main([str(config), "--verify"]) == ExitCode.CONFIGURATION
+    assert "not a finished cache" in capsys.readouterr().err
+    assert cache_tokens.main([str(config), "data.source.content=latents"]) == ExitCode.FINISHED
+    assert cache_tokens.main([str(config)]) == ExitCode.CONFIGURATION
+    assert "content 'latents' -> 'tokens'" in capsys.readouterr().err
+    torch.save({}, tmp_path / "tokenizer.pth")
+    assert cache_tokens.main([str(config)]) == ExitCode.CONFIGURATION
+    assert not list((tmp_path / "cache").glob(".progress"))

@@ -12,9 +12,6 @@ from megavar.planning.flops import Recompute
 from megavar.planning.shape import GeneratorShape
 
 FLOAT32 = 4
-IMBALANCE = 1.25
-"""Tokens of the busiest rank's experts over the mean, under expert parallelism. An assumption; a trained balance loss
-keeps it near 1."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +26,9 @@ class MicroBatch:
     """Bytes of an activation: 2 for bf16, 4 for fp32."""
     kernel: str
     """Attention kernel."""
+    imbalance: float = 1.25
+    """Tokens of the busiest rank's experts over the mean, under expert parallelism. An assumption; a working balance
+    loss keeps it near 1."""
 
     @property
     def rows(self) -> int:
@@ -89,7 +89,7 @@ def feed_forward_bytes(batch: MicroBatch) -> float:
 def expert_tokens(batch: MicroBatch) -> float:
     """Copies of tokens that this rank's experts compute."""
     assert batch.shape.experts is not None
-    spread = IMBALANCE if batch.parallel.expert > 1 else 1.0
+    spread = batch.imbalance if batch.parallel.expert > 1 else 1.0
     return batch.rows / batch.parallel.tensor * batch.shape.experts.top_k * spread
 
 

@@ -52,7 +52,7 @@ def attention_pairs(shape: GeneratorShape, kernel: str) -> int:
     """Pairs (query, key) of an image that an attention kernel computes.
 
     ``dense`` computes all, ``prefix`` (and ``visible``, the mathematics) the visible ones, ``flex`` (and ``auto``, which
-    is flex on GPUs) whole tiles with at least one visible pair.
+    means it on GPUs) whole tiles with at least one visible pair.
     """
     if kernel == "dense":
         return shape.tokens**2

@@ -6,7 +6,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megavar.config.generator import SCALES, ExpertsConfig, VARConfig
+from megavar.config.generator import SCALES, ExpertsConfig
 from megavar.generators import var
 from megavar.generators.var import VAR, VARInputs
 from megavar.parallel.vocabulary import vocabulary_cross_entropy

@@ -1,0 +1,124 @@
+"""Which layouts are allowed: one function, asked by the trainer before anything is built and by ``megavar plan``.
+
+Every refusal names the keys, the reason and a remedy. Where a library is the reason, its place is named.
+"""
+
+from megavar.config.generator import VARConfig
+from megavar.config.parallel import ParallelConfig
+from megavar.errors import ConfigError
+from megavar.parallel.topology import data_parallel_size
+
+
+def check_layout(
+    parallel: ParallelConfig,
+    generator: VARConfig | None,
+    *,
+    zero_stage: int,
+    world_size: int,
+    micro_batches: int,
+    vocabulary_size: int | None = None,
+) -> None:
+    """Refuse a layout that cannot run or would compute something else.
+
+    Args:
+        generator: None while a tokenizer is trained.
+        zero_stage: ZeRO stage that the DeepSpeed JSON asks for.
+        world_size: number of ranks.
+        micro_batches: micro-batches that a data-parallel rank computes per step.
+        vocabulary_size: of the tokenizer; None leaves the head's rule unchecked.
+
+    Raises:
+        ConfigError: the first rule that is broken.
+    """
+    data_parallel_size(parallel, world_size)
+    if generator is None:
+        _check_tokenizer(parallel)
+        return
+    _check_tensor(parallel, generator, vocabulary_size)
+    _check_pipeline(parallel, generator, micro_batches)
+    _check_zero(parallel, zero_stage)
+    _check_experts(parallel, generator)
+
+
+def _check_tokenizer(parallel: ParallelConfig) -> None:
+    sizes = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "expert": parallel.expert}
+    for name, size in sizes.items():
+        if size > 1:
+            raise ConfigError(
+                f"parallel.{name}={size} is not offered while a tokenizer is trained: convolutions are replicated, "
+                f"only data parallelism and ZeRO spread them. Set parallel.{name}=1."
+            )
+
+
+def _check_tensor(parallel: ParallelConfig, generator: VARConfig, vocabulary_size: int | None) -> None:
+    tensor, hidden = parallel.tensor, int(generator.hidden_size * generator.feed_forward_ratio)
+    shared = {"attention heads (generator.heads)": generator.attention_heads}
+    if generator.experts is None:  # experts lie whole on a rank
+        shared["rows of the feed-forward network (generator.width x feed_forward_ratio)"] = hidden
+    if vocabulary_size is not None:
+        shared["codes (tokenizer.vocabulary_size)"] = vocabulary_size
+    for what, number in shared.items():
+        if number % tensor:
+            raise ConfigError(
+                f"parallel.tensor={tensor} does not divide the {number} {what} that tensor-parallel ranks share. "
+                f"Choose parallel.tensor among the divisors of {number}."
+            )
+
+
+def _check_pipeline(parallel: ParallelConfig, generator: VARConfig, micro_batches: int) -> None:
+    stages, chunks = parallel.pipeline, parallel.virtual_pipeline
+    if chunks > 1 and stages == 1:
+        raise ConfigError(
+            f"parallel.virtual_pipeline={chunks} needs pipeline stages to interleave, but parallel.pipeline=1. Set "
+            f"parallel.pipeline above 1 or parallel.virtual_pipeline=1."
+        )
+    if generator.depth % (stages * chunks):
+        raise ConfigError(
+            f"generator.depth={generator.depth} blocks cannot be split evenly into parallel.pipeline={stages} x "
+            f"parallel.virtual_pipeline={chunks} = {stages * chunks} parts. Choose sizes whose product divides "
+            f"{generator.depth}."
+        )
+    if chunks > 1 and micro_batches % stages:
+        raise ConfigError(
+            f"parallel.virtual_pipeline={chunks} needs the number of micro-batches per step to be a multiple of "
+            f"parallel.pipeline={stages}, but it is {micro_batches} (Megatron-core's interleaved schedule works "
+            f"through them in groups of that size). Change train.micro_batch_size, or set parallel.virtual_pipeline=1."
+        )
+
+
+def _check_zero(parallel: ParallelConfig, stage: int) -> None:
+    if parallel.pipeline > 1 and stage > 1:
+        raise ConfigError(
+            f"ZeRO stage {stage} does not work with parallel.pipeline={parallel.pipeline}: it reduces gradients after "
+            f"every micro-batch, in an order that differs between interleaved stages (DeepSpeed 0.19.8 raises in "
+            f"zero/stage_1_and_2.py:2860 or waits for ever). Name a DeepSpeed JSON with stage 1, or set "
+            f"parallel.pipeline=1."
+        )
+
+
+def _check_experts(parallel: ParallelConfig, generator: VARConfig) -> None:
+    experts = generator.experts
+    if experts is None:
+        if parallel.expert > 1:
+            raise ConfigError(
+                f"parallel.expert={parallel.expert}, but the generator has no experts. Add generator.experts or set "
+                f"parallel.expert=1."
+            )
+        return
+    if experts.number % parallel.expert:
+        raise ConfigError(
+            f"generator.experts.number={experts.number} is not a multiple of parallel.expert={parallel.expert}: every "
+            f"rank holds the same number of experts. Change one of them."
+        )
+    if experts.backend in ("tutel", "deepspeed") and parallel.dispatcher != "alltoall":
+        raise ConfigError(
+            f"generator.experts.backend={experts.backend} exchanges tokens by its own all-to-all, but "
+            f"parallel.dispatcher={parallel.dispatcher} is asked for. Set parallel.dispatcher=alltoall, or choose the "
+            f"backend megatron or grouped."
+        )
+    if experts.backend == "deepspeed" and parallel.tensor > 1:
+        raise ConfigError(
+            f"generator.experts.backend=deepspeed cannot run with parallel.tensor={parallel.tensor}: DeepSpeed-MoE "
+            f"expects every tensor-parallel rank to hold all tokens (deepspeed/moe/sharded_moe.py drops duplicates), "
+            f"while each of ours holds a share of them. Choose the backend megatron, grouped or tutel."
+        )

@@ -1,0 +1,150 @@
+"""Memory of one rank, part by part. Bytes per parameter follow what DeepSpeed's ZeRO stages really allocate.
+
+With w bytes per weight (2 under bf16, 4 under fp32) and d data-parallel ranks, per parameter:
+
+======  =========  =========  ==============  ==========
+stage   weights    gradients  fp32 master     moments
+======  =========  =========  ==============  ==========
+0       w          w          none            8
+1       w          w          4 / d           8 / d
+2       w          w / d      4 / d           8 / d
+3       w / d      w / d      4 / d           8 / d
+======  =========  =========  ==============  ==========
+
+plus buckets in which gradients are reduced, and under stage 3 the parameters gathered at a time. Experts count with the
+number of ranks that hold the same experts. DeepSpeed keeps the fp32 master copy under fp32, too. Checked against the
+tensors of real engines in tests/planning/test_memory.py.
+"""
+
+from dataclasses import dataclass, fields
+
+from megavar.planning.activations import MicroBatch, activation_bytes, working_bytes
+from megavar.planning.hardware import FRAGMENTATION, RESERVED
+from megavar.planning.layout import Layout
+from megavar.planning.parameters import RankParameters, rank_parameters
+from megavar.planning.shape import GeneratorShape
+from megavar.planning.tokenizer_cost import TokenizerCost
+
+FLOAT32 = 4
+SEARCH_BYTES = 2**28
+"""The tokenizer's distances to its codes (``quantizer.py``)."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the device at the fullest moment of a step, by what they hold."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    """Master weights and both moments."""
+    ema: float
+    buckets: float
+    """Gradient buckets, and parameters gathered by ZeRO-3."""
+    activations: float
+    logits: float
+    """Head, logits and cross entropy."""
+    working: float
+    """Gradients inside a block; under full recomputation also its activations."""
+    tokenizer: float
+    """The frozen tokenizer's weights, and the step's images and features."""
+    encoding: float
+    """What encoding a micro-batch takes beyond the room that training leaves at that moment."""
+    reserved: float
+    """CUDA context, libraries, fragmentation."""
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    def parts(self) -> dict[str, float]:
+        """By name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes of a rank that stay from step to step, and the gradients."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    ema: float
+    host: float
+    """Offloaded to the memory of the node."""
+
+
+def state_bytes(parameters: RankParameters, layout: Layout, element: int, *, ema: bool) -> StateBytes:
+    """Weights, gradients and optimizer state of a rank."""
+    zero = layout.zero
+    # Without expert and tensor parallelism DeepSpeed sees experts as ordinary parameters.
+    ranks = {True: layout.data, False: layout.expert_data}
+    held = {True: parameters.replicated, False: parameters.experts}
+
+    def spread(bytes_per_parameter: float, sharded: bool) -> float:
+        return sum(held[kind] * bytes_per_parameter / (ranks[kind] if sharded else 1) for kind in held)
+
+    weights = spread(element, zero.stage == 3)
+    optimizer = spread(12 if zero.stage else 8, zero.stage >= 1)
+    host = (optimizer if zero.offload_optimizer else 0.0) + (weights if zero.offload_parameters else 0.0)
+    return StateBytes(
+        weights=0.0 if zero.offload_parameters else weights,
+        gradients=spread(element, zero.stage >= 2),
+        optimizer=0.0 if zero.offload_optimizer else optimizer,
+        ema=spread(FLOAT32, zero.stage >= 1) if ema else 0.0,
+        host=host,
+    )
+
+
+def _bucket_bytes(parameters: RankParameters, layout: Layout, element: int) -> float:
+    zero = layout.zero
+    if zero.stage == 0:
+        return 0.0
+    gathered = min(parameters.total, zero.live_parameters) * element if zero.stage == 3 else 0.0
+    return zero.bucket * element * zero.buckets + gathered
+
+
+def rank_memory(
+    shape: GeneratorShape,
+    layout: Layout,
+    *,
+    pipeline_rank: int,
+    element: int,
+    kernel: str,
+    ema: bool,
+    tokenizer: TokenizerCost | None,
+    image_bytes: float,
+) -> Memory:
+    """Memory of a rank of one pipeline stage.
+
+    Args:
+        element: bytes of a weight and of an activation.
+        kernel: attention kernel.
+        ema: whether a moving average of the weights is kept.
+        tokenizer: costs of the frozen tokenizer; None where tokens are cached.
+        image_bytes: of one prepared image: pixels, tokens, features.
+    """
+    batch = MicroBatch(shape, layout.parallel, layout.micro_batch, element, kernel)
+    recompute = layout.parallel.recompute
+    parameters = rank_parameters(shape, layout.parallel, pipeline_rank)
+    state = state_bytes(parameters, layout, element, ema=ema)
+    parts = activation_bytes(batch, recompute, pipeline_rank, layout.micro_batches)
+    buckets = _bucket_bytes(parameters, layout, element)
+    working = working_bytes(batch, recompute)
+    training = state.gradients + buckets + sum(parts.values()) + working
+    encoding = 0.0 if tokenizer is None else layout.micro_batch * tokenizer.encode_bytes + SEARCH_BYTES
+    inputs = layout.micro_batch * layout.micro_batches * image_bytes
+    return Memory(
+        weights=state.weights,
+        gradients=state.gradients,
+        optimizer=state.optimizer,
+        ema=state.ema,
+        buckets=buckets,
+        activations=parts["blocks"],
+        logits=parts["head"] + parts["logits"],
+        working=working,
+        tokenizer=inputs + (0.0 if tokenizer is None else tokenizer.parameters * FLOAT32),
+        encoding=max(0.0, encoding - training),
+        reserved=RESERVED + FRAGMENTATION * max(training, encoding),
+    )

@@ -6,7 +6,7 @@ is not decided here. Legend: N images, D feature dimensions, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -133,31 +133,47 @@ def _radii(features: Tensor, neighbours: int, half: bool) -> Tensor:
     return torch.cat([block.kthvalue(neighbours + 1, dim=1).values for block in blocks])
 
 
-def _blocks(rows: Tensor, columns: Tensor, half: bool) -> Iterable[Tensor]:
+def _blocks(rows: Tensor, columns: Tensor, half: bool) -> Iterator[Tensor]:
     """Squared distances of all rows to all columns, as consecutive blocks of rows, float32."""
     size = max(1, _BLOCK_ELEMENTS // len(columns))
-    for start in range(0, len(rows), size):
-        block = rows[start : start + size]
-        if half:
-            distances = _squared_distances_half(block, columns)
+    single = _SingleDistances(columns)
+    rounded = _HalfDistances(columns) if half else None
+    for block in rows.split(size):
+        if rounded is not None:
+            distances = rounded.of(block)
             if bool(torch.isfinite(distances).all()):
                 yield distances
                 continue
-        yield _squared_distances(block.float(), columns.float())
+        yield single.of(block)
 
 
-def _squared_distances(rows: Tensor, columns: Tensor) -> Tensor:
-    # Coordinates relative to a common origin: the squares stay small, so that the expansion below does not cancel.
-    origin = columns.mean(dim=0)
-    rows, columns = rows - origin, columns - origin
-    squares = rows.square().sum(dim=1)[:, None] + columns.square().sum(dim=1)[None, :]
-    return (squares - 2 * rows @ columns.T).clamp(min=0)
+class _SingleDistances:
+    """Squared distances to fixed columns in float32."""
+
+    def __init__(self, columns: Tensor) -> None:
+        # Coordinates relative to a common origin: the squares stay small, so that the expansion does not cancel.
+        self._origin = columns.float().mean(dim=0)
+        self._columns = columns.float() - self._origin
+        self._squares = self._columns.square().sum(dim=1)
+
+    def of(self, rows: Tensor) -> Tensor:
+        rows = rows.float() - self._origin
+        squares = rows.square().sum(dim=1)[:, None] + self._squares[None, :]
+        return squares.addmm_(rows, self._columns.T, alpha=-2).clamp_(min=0)
 
 
-def _squared_distances_half(rows: Tensor, columns: Tensor) -> Tensor:
-    # float16 values multiplied and summed in float32, every result rounded to float16: what tensor cores do.
-    rows, columns = rows.half(), columns.half()
-    row_squares = rows.float().square().half().float().sum(dim=1).half()
-    column_squares = columns.float().square().half().float().sum(dim=1).half()
-    products = (rows.float() @ columns.float().T).half()
-    return (row_squares[:, None] - 2 * products + column_squares[None, :]).clamp(min=0).float()
+class _HalfDistances:
+    """Squared distances in float16: products summed in float32, every result rounded, as tensor cores do."""
+
+    def __init__(self, columns: Tensor) -> None:
+        self._columns = columns.half().float()
+        self._squares = self._rounded_squares(self._columns)
+
+    def of(self, rows: Tensor) -> Tensor:
+        rows = rows.half().float()
+        products = (rows @ self._columns.T).half()
+        return (self._rounded_squares(rows)[:, None] - 2 * products + self._squares[None, :]).clamp(min=0).float()
+
+    @staticmethod
+    def _rounded_squares(values: Tensor) -> Tensor:
+        return values.square().half().float().sum(dim=1).half()

@@ -18,6 +18,19 @@ class WandbConfig(Section):
     """User or team; default: the one of your login."""
 
 
+class ProfileConfig(Section):
+    """A trace of some steps in ``profiles/``, to open in https://ui.perfetto.dev."""
+
+    after: int = Field(10, ge=1)
+    """Steps after the start (or restart) of the process before recording begins."""
+    steps: int = Field(3, ge=1)
+    """Steps to record."""
+    ranks: tuple[int, ...] = Field((0,), strict=False)
+    """Ranks that record."""
+    memory: bool = False
+    """Also write a snapshot of CUDA's allocator, to open in https://pytorch.org/memory_viz."""
+
+
 class LoggingConfig(Section):
     """Metrics, progress and previews."""
 
@@ -29,5 +42,7 @@ class LoggingConfig(Section):
     """A bar on a terminal, plain lines elsewhere (``auto``), or one of them always."""
     lines_seconds: float = Field(30.0, ge=0)
     """Least time between plain progress lines."""
+    profile: ProfileConfig | None = None
+    """Record a trace of the trainer; none by default."""
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases."""

@@ -98,6 +98,10 @@ class Engine:
             loss: runs on the last stage only.
         """
         from megatron.core.pipeline_parallel import get_forward_backward_func
+        from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+        # A backward outside the schedules leaves a scalar here, into which they cannot copy their one-element tensor.
+        MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
         def forward_step(iterator: Iterator[Any], model: "_Scheduled") -> tuple[Any, Callable[[Any], Any]]:
             item = next(iterator)

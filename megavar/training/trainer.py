@@ -25,11 +25,13 @@ from megavar.training.metrics import MetricAccumulator
 from megavar.training.monitor import Monitor, Stopwatch
 from megavar.training.parameter_rows import write_rows
 from megavar.training.preemption import StopRequest
+from megavar.training.profiler import Profiler
 from megavar.training.recovery import Recovery, Verdict
 from megavar.training.run import Run, micro_batch_size, on_first_rank
 from megavar.training.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
+_REPLACED = "replaced_samples"
 
 
 class Trainer:
@@ -55,6 +57,7 @@ class Trainer:
             self.averages = {name: MovingAverage(engine, train.ema) for name, engine in self.engines.items()}
         self.checkpointer = Checkpointer(run.directory.checkpoints, train.checkpoint, self._layout())
         self.monitor = Monitor(run.logging, run.directory, run.name, run.topology.rank, self.total_steps)
+        self.profiler = Profiler(run.logging.profile, run.directory.path / "profiles", run.topology.rank)
         self.watchdog = Watchdog(train.watchdog)
         self.recovery = Recovery(train.recovery)
         self.metrics, self.stopwatch = MetricAccumulator(several_modules=len(self.engines) > 1), Stopwatch()
@@ -93,6 +96,7 @@ class Trainer:
         train, reports = self.setup.train, self.setup.logging
         self._restore(fresh=self._fresh())
         while self.step < self.total_steps:
+            self.profiler.step_begins()
             self.stopwatch.step_begins()
             with self.stopwatch.part("data"):
                 micro_batches = next(self._batches)
@@ -129,6 +133,10 @@ class Trainer:
         # Our randomness is counter-based; this makes the rest (dropout of a third-party module) resume exactly, too.
         torch.manual_seed(int(seeds.random_bits(self.setup.train.seed, "step", self.step, self.topology.data_rank)))
         prepared = [self.recipe.prepare(batch, self.step) for batch in micro_batches]
+        replaced = [batch.replaced.sum() for batch in micro_batches if batch.replaced is not None]
+        if replaced:  # damaged samples whose place others took
+            count = torch.stack(replaced).sum().to(micro_batches[0].labels.device)
+            self.metrics.add_statistics({_REPLACED: count})
         applied = True
         for name, engine in self.engines.items():
             if not self.recipe.active(name, self.step):
@@ -200,6 +208,8 @@ class Trainer:
 
     def _log(self) -> None:
         values, statistics = self.metrics.reduce(self.recipe.collect())
+        if (replaced := statistics.pop(_REPLACED, torch.zeros(()))) > 0:
+            values[_REPLACED] = float(replaced)
         values |= self.recipe.summarize(statistics)
         for name in self.engines:
             suffix = f"/{name}" if len(self.engines) > 1 else ""

@@ -109,3 +109,21 @@ def test_loss_spikes():
     assert [recovery.spike(1.0 + 0.01 * i) for i in range(20)] == [None] * 20
     assert recovery.spike(2.5) == pytest.approx(1.095)
     assert recovery.spike(1.2) is None and recovery.spike(None) is None
+
+
+def test_a_trace_of_the_named_steps(tmp_path):
+    import gzip
+
+    from megavar.config.logging import ProfileConfig
+    from megavar.training.profiler import Profiler
+
+    for rank in (0, 1):
+        profiler = Profiler(ProfileConfig(after=2, steps=2), tmp_path, rank)
+        for step in range(6):
+            profiler.step_begins()
+            with torch.profiler.record_function(f"step {step}"):
+                torch.ones(3).sum()
+    (place,) = tmp_path.iterdir()
+    with gzip.open(place, "rt") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert names & {f"step {step}" for step in range(6)} == {"step 2", "step 3"}

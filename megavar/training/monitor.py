@@ -189,9 +189,9 @@ class Monitor:
             return
         from PIL import Image
 
-        from megavar.sampling.sampler import image_grid
+        from megavar.data.pixels import image_grid
 
-        grid = image_grid(images, columns=max(1, round(images.shape[0] ** 0.5)))
+        grid = image_grid(images, columns=10)
         path = self.directory.samples / f"step-{step:08d}.png"
         with storage.atomic_file(path) as file:
             Image.fromarray(grid).save(file, format="PNG")

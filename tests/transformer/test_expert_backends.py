@@ -1,6 +1,7 @@
 """Every implementation of the experts computes the same function and holds the same logical tensors."""
 
 import importlib.util
+import sys
 
 import pytest
 import torch
@@ -174,12 +175,18 @@ def test_grouped_experts_without_tokens_still_have_gradients():
     assert all(parameter.grad is not None and parameter.grad.abs().max() == 0 for parameter in experts.parameters())
 
 
-def test_auto_is_grouped_on_cuda_and_megatron_elsewhere(monkeypatch):
-    assert choose_backend("tutel") == "tutel"
+def test_auto_is_grouped_on_cuda_where_sizes_allow_and_megatron_elsewhere(monkeypatch):
+    fits = megatron_config("auto")
+    odd = transformer_config(tiny.config({}, width=12), ParallelConfig(), torch.bfloat16)
+    assert choose_backend("tutel", odd) == "tutel"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert choose_backend("auto") == "grouped"
+    assert choose_backend("auto", fits) == "grouped"
+    assert choose_backend("auto", odd) == "megatron"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_backend("auto") == "megatron"
+    assert choose_backend("auto", fits) == "megatron"
+    assert choose_backend("grouped", fits) == "grouped"
+    with pytest.raises(ConfigError, match=r"generator\.width=12 .* multiples of 8 .* megatron"):
+        choose_backend("grouped", odd)
 
 
 REFUSED = [
@@ -200,3 +207,13 @@ def test_missing_tutel_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"backend=tutel needs the package tutel.*NO_CUDA=1"):
         check_backend(ExpertsConfig(backend="tutel"), ParallelConfig())
+
+
+def test_tutel_that_does_not_load_is_reported(monkeypatch, tmp_path):
+    (tmp_path / "tutel").mkdir()
+    (tmp_path / "tutel" / "__init__.py").write_text("raise NameError('tutel_custom_kernel is not defined')")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tutel"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"does not load \(tutel_custom_kernel is not defined\).*another backend"):
+        layer("tutel")

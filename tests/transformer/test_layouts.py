@@ -16,12 +16,10 @@ from megavar.parallel.logical import logical_tensors
 from megavar.parallel.vocabulary import vocabulary_cross_entropy
 from megavar.training.gradients import register_sequence_parallel_hooks
 from megavar.transformer.context import KeyValueCache
-from tests.distributed.harness import run_ranks
 from tests.transformer import layouts, tiny
 
 pytestmark = pytest.mark.distributed
 BATCH = 4
-HAS_TUTEL = importlib.util.find_spec("tutel") is not None
 
 
 def sum_gradients(model):
@@ -48,11 +46,10 @@ def decoded(model, given):
     return torch.cat(logits, 1)
 
 
-def run_case(parallel, experts):
+def run_case(place, parallel, experts):
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    place = topology.initialize(ParallelConfig(**parallel), environment())
-    model = tiny.model(tiny.config(experts), place.config)
+    model = tiny.model(tiny.config(experts), parallel)
     register_sequence_parallel_hooks(model)
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1 / place.data))
     given, targets = tiny.inputs(BATCH)
@@ -71,7 +68,13 @@ def run_case(parallel, experts):
 
 
 def run_cases(cases):
-    return [run_case(*case) for case in cases]
+    results, sizes, place = [], None, None
+    for parallel, experts in cases:
+        parallel = ParallelConfig(**parallel)
+        if sizes != (parallel.tensor, parallel.expert):  # new groups take longer than the rest
+            sizes, place = (parallel.tensor, parallel.expert), topology.initialize(parallel, environment())
+        results.append(run_case(place, parallel, experts))
+    return results
 
 
 def megatron_and_grouped(*layouts_of_a_world):
@@ -83,24 +86,35 @@ def megatron_and_grouped(*layouts_of_a_world):
     ]
 
 
+def with_tutel(*layouts_of_a_world):
+    installed = importlib.util.find_spec("tutel") is not None
+    return [(layout, {"backend": "tutel"}) for layout in layouts_of_a_world if installed]
+
+
 TP2, TP2_SP = {"tensor": 2}, {"tensor": 2, "sequence": True}
 CASES = {
     2: [
         (TP2, None),
         (TP2_SP, None),
-        *megatron_and_grouped({"expert": 2}, TP2, TP2_SP, TP2 | {"expert": 2}, TP2_SP | {"expert": 2}),
-        ({"expert": 2, "recompute": "full"}, {"backend": "grouped"}),
+        *megatron_and_grouped(TP2, TP2_SP),
+        *with_tutel(TP2),
         (TP2_SP | {"recompute": "full"}, {"backend": "megatron"}),
-        ({"expert": 2}, {"backend": "megatron", "router": "scale"}),
         (TP2_SP, {"backend": "grouped", "router": "scale"}),
+        *megatron_and_grouped({"expert": 2}),
+        ({"expert": 2, "recompute": "full"}, {"backend": "grouped"}),
+        ({"expert": 2}, {"backend": "megatron", "router": "scale"}),
         ({"expert": 2}, {"backend": "deepspeed"}),
         ({"expert": 2, "recompute": "full"}, {"backend": "deepspeed"}),
-        *([(layout, {"backend": "tutel"}) for layout in ({"expert": 2}, TP2, TP2_SP | {"expert": 2})] if HAS_TUTEL else []),
+        *with_tutel({"expert": 2}),
+        *megatron_and_grouped(TP2 | {"expert": 2}, TP2_SP | {"expert": 2}),
+        *with_tutel(TP2_SP | {"expert": 2}),
     ],
     4: [
-        *megatron_and_grouped(TP2 | {"expert": 2}, TP2_SP | {"expert": 4}),
+        (TP2 | {"expert": 2, "dispatcher": "allgather"}, {"backend": "megatron"}),
+        (TP2 | {"expert": 2}, {"backend": "grouped"}),
+        *with_tutel(TP2 | {"expert": 2}),
+        (TP2_SP | {"expert": 4}, {"backend": "grouped"}),
         ({"expert": 4}, {"backend": "deepspeed"}),
-        *([(TP2 | {"expert": 2}, {"backend": "tutel"})] if HAS_TUTEL else []),
     ],
 }
 ALL = [(world, number) for world, cases in CASES.items() for number in range(len(cases))]
@@ -116,7 +130,7 @@ def name_of(case):
 @pytest.fixture(scope="module")
 def results():
     """Results of all cases by world size, rank and number: one fork for each world size."""
-    return {world: run_ranks(world, run_cases, cases) for world, cases in CASES.items()}
+    return {world: layouts.run_layout(world, run_cases, cases) for world, cases in CASES.items()}
 
 
 @pytest.fixture(scope="module")
@@ -124,13 +138,13 @@ def references():
     """Results of one process for each kind of router."""
     kinds = [None, "scale_token", "scale"]
     cases = [({}, kind and {"backend": "megatron", "router": kind}) for kind in kinds]
-    return dict(zip(kinds, run_ranks(1, run_cases, cases)[0]))
+    return dict(zip(kinds, layouts.run_layout(1, run_cases, cases)[0]))
 
 
 @pytest.mark.parametrize("case", ALL, ids=name_of)
 def test_layout_computes_what_one_process_does(case, results, references):
     world, number = case
-    parallel, experts = CASES[world][number]
+    experts = CASES[world][number][1]
     ranks = [of_rank[number] for of_rank in results[world]]
     expected = references[experts and experts.get("router", "scale_token")]
     by_replica = {rank["replica"]: rank for rank in ranks}

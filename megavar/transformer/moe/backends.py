@@ -7,16 +7,31 @@ and Tutel's default one renormalize, and both divide the balance loss differentl
 import importlib.util
 
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megavar.config.generator import ExpertsConfig
 from megavar.config.parallel import ParallelConfig
 from megavar.errors import ConfigError
 
 
-def choose_backend(name: str) -> str:
-    """The backend ``name``; ``auto`` is ``grouped`` on CUDA and ``megatron`` elsewhere."""
+def choose_backend(name: str, config: TransformerConfig) -> str:
+    """The backend ``name``; ``auto`` is ``grouped`` on CUDA, if the sizes allow it, and ``megatron`` elsewhere.
+
+    Raises:
+        ConfigError: ``grouped`` is asked for with sizes that grouped matrix products do not take.
+    """
+    hidden = config.moe_ffn_hidden_size
+    assert hidden is not None
+    multiple = 16 // config.params_dtype.itemsize  # rows must start at multiples of 16 bytes
+    aligned = config.hidden_size % multiple == 0 and hidden % multiple == 0
     if name == "auto":
-        return "grouped" if torch.cuda.is_available() else "megatron"
+        return "grouped" if torch.cuda.is_available() and aligned else "megatron"
+    if name == "grouped" and not aligned:
+        raise ConfigError(
+            f"generator.experts.backend=grouped needs generator.width={config.hidden_size} and the experts' hidden "
+            f"size {hidden} (width x generator.feed_forward_ratio) to be multiples of {multiple} in this precision. "
+            f"Change them, or choose the backend megatron."
+        )
     return name
 
 

@@ -77,7 +77,7 @@ class ExpertFeedForward(nn.Module):
             config = copy(config)
             config.sequence_parallel = True
         router = functools.partial(ScaleAwareRouter, experts=experts, block=block, scales=scales)
-        self.moe: Any = _build_mixture(choose_backend(experts.backend), config, router, block)
+        self.moe: Any = _build_mixture(choose_backend(experts.backend, config), config, router, block)
 
     def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
         """[L, B, C] -> [L, B, C]."""

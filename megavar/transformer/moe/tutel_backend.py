@@ -6,13 +6,31 @@ and the routing statistics stay ours.
 
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_layer import RouterBuilder
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megavar.errors import ConfigError
 from megavar.transformer.moe.experts import PaddedExperts
 from megavar.transformer.moe.slots import assign_slots
+
+
+def _import_tutel() -> tuple[Any, Any]:
+    """Tutel's dispatch and communication modules.
+
+    Raises:
+        ConfigError: the installed package does not load, for example because it was built for another PyTorch.
+    """
+    try:
+        from tutel import moe, net
+    except Exception as error:  # it raises whatever its missing kernels lead to
+        raise ConfigError(
+            f"generator.experts.backend=tutel: the installed package tutel does not load ({error}). Build it again for "
+            f"PyTorch {torch.__version__}, or choose another backend."
+        ) from error
+    return moe, net
 
 
 class TutelMixture(nn.Module):
@@ -20,6 +38,7 @@ class TutelMixture(nn.Module):
 
     def __init__(self, config: TransformerConfig, router: RouterBuilder) -> None:
         super().__init__()
+        self._tutel = _import_tutel()
         assert config.num_moe_experts is not None
         self.number, self.top_k = config.num_moe_experts, config.moe_router_topk
         self.group = parallel_state.get_expert_model_parallel_group()
@@ -29,12 +48,10 @@ class TutelMixture(nn.Module):
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, None]:
         """[L, B, C] -> [L, B, C] and None."""
-        from tutel import moe as tutel
-
         tokens = hidden.flatten(0, -2).contiguous()
         gates, assignment = self.router(hidden)
         slots = assign_slots(gates, assignment, self.top_k, self.group)
-        dispatcher = tutel.fast_dispatcher(self.number, slots.capacity, tokens.shape[-1], tokens.dtype)
+        dispatcher = self._tutel[0].fast_dispatcher(self.number, slots.capacity, tokens.shape[-1], tokens.dtype)
         dispatcher.update(list(slots.experts), list(slots.places), list(slots.gates), capacity=slots.capacity)
         sent = dispatcher.encode(tokens).view(self.ranks, -1, slots.capacity, tokens.shape[-1])
         received = self._exchange(sent).transpose(0, 1)  # [own experts, ranks, capacity, C]
@@ -44,6 +61,4 @@ class TutelMixture(nn.Module):
 
     def _exchange(self, parts: Tensor) -> Tensor:
         """Row r of ``parts`` goes to rank r of the expert-parallel group."""
-        from tutel import net
-
-        return parts if self.ranks == 1 else net.all_to_all_single(parts.contiguous(), group=self.group)
+        return parts if self.ranks == 1 else self._tutel[1].all_to_all_single(parts.contiguous(), group=self.group)

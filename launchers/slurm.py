@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="submit | evaluate | shard")
     submit = commands.add_parser(
         "submit",
+        allow_abbrev=False,
         help="train; the run continues over as many jobs as it needs",
         epilog="Further arguments key=value change the configuration.",
     )

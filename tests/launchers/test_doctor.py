@@ -233,7 +233,8 @@ def test_history_counts_restarts_lost_steps_and_time(tmp_path):
          "steps_after": [60], "outcome": "FINISHED"},
     ]  # fmt: skip
     kept = [{"time": 20.0, "step": 10}, {"time": 40.0, "step": 20},
-            {"time": 60.0, "step": 30, "checkpoint_seconds": 5.0}, {"time": 150.0, "step": 40}, {"time": 190.0, "step": 60, "checkpoint_seconds": 5.0}]  # fmt: skip
+            {"time": 60.0, "step": 30, "checkpoint_seconds": 5.0}, {"time": 150.0, "step": 40},
+            {"time": 190.0, "step": 60, "checkpoint_seconds": 5.0}]  # fmt: skip
     discarded = [{"time": 80.0, "step": 40}, {"time": 95.0, "step": 48}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept) + '{"time": 1')
     (tmp_path / "metrics.discarded.jsonl").write_text("".join(json.dumps(record) + "\n" for record in discarded))

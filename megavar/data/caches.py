@@ -8,7 +8,7 @@ be shorter). Row r of the cache is sample r of the source. A row is an int32 lab
 
 so ``numpy.memmap(part, dtype=[("label", "<i4"), ("views", "<u2", (K, L))])`` reads a part. View v is what the training
 transform makes of the sample in epoch v (of the ten-crop transform: its view v). Training in epoch e takes view
-``hash(seed, e, r) % K``.
+``floor(K u)``, where u is the first random number that the transform would get, a hash of (seed, e, r).
 """
 
 import hashlib
@@ -164,7 +164,8 @@ class CachedSamples:
         plan = self.cache.plan
         part, row = divmod(index, plan.rows_per_part)
         if part not in self._parts:
-            self._parts[part] = np.memmap(self.folder / part_name(part), dtype=plan.row, mode="r")
+            mapped = np.memmap(self.folder / part_name(part), dtype=plan.row, mode="r")
+            self._parts[part] = np.asarray(mapped)  # indexing the subclass is slow
         stored = self._parts[part][row]
         sample = Sample(key=f"{part_name(part)}[{row}]", label=int(stored["label"]))
         return replace(sample, **{plan.content: stored["views"]})

@@ -83,7 +83,8 @@ class ViewReader(Dataset):
         if isinstance(transform, TenCrop):
             views = [transform.view(image, view) for view in range(10)]
         else:
-            views = [transform(image, self.prepare.draws(epoch, index)) for epoch in range(self.views)]
+            rows = self.prepare.draws(torch.arange(self.views), torch.full((self.views,), index))
+            views = [transform(image, draws) for draws in rows]
         return np.stack([np.asarray(view) for view in views])
 
 

@@ -5,8 +5,9 @@ Under ``skip-and-count`` another sample stands in for it, so that every rank kee
 stand-in is a function of (seed, epoch, index), both are named in the log, and ``Batch.replaced`` marks the place.
 """
 
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from megavar.data.batch import Batch
 from megavar.data.source import DamagedSampleError, Sample, Source
-from megavar.data.transforms import Transform, Unchanged, decode
+from megavar.data.transforms import Transform, Unchanged, choose, decode
 from megavar.errors import DataError
 from megavar.parallel.seeds import random_bits, uniform
 
@@ -42,21 +43,32 @@ class Prepared:
 
 
 class Preparation:
-    """Decodes and transforms samples, or chooses a view of cached ones, as (seed, epoch, index) say."""
+    """Decodes and transforms samples, or chooses a view of cached ones, as (seed, epoch, index) say.
+
+    The first random number chooses the view of a cached sample, as it does in the ten-crop transform: training from
+    images and from a cache of their ten crops is the same.
+    """
 
     def __init__(self, transform: Transform, seed: int) -> None:
         self.transform = transform
         self.seed = seed
 
-    def __call__(self, sample: Sample, epoch: int, index: int) -> Prepared:
+    def __call__(
+        self, sample: Sample, epoch: int, index: int, draws: Callable[[], Sequence[float]] | None = None
+    ) -> Prepared:
         """Prepare ``sample``, which is sample ``index`` of its source.
+
+        Args:
+            draws: gives the sample's row of :meth:`draws` where it is known already.
 
         Raises:
             DamagedSampleError: the image cannot be decoded.
         """
+        if draws is None:
+            draws = functools.partial(self._draws_of, epoch, index)
         for views in (sample.tokens, sample.latents):
             if views is not None:
-                return Prepared(sample, index, epoch, views[self._view(epoch, index, len(views))])
+                return Prepared(sample, index, epoch, views[choose(draws()[0], len(views))])
         assert sample.image is not None
         if isinstance(sample.image, np.ndarray) and self._passes(sample.image):
             return Prepared(sample, index, epoch, sample.image)
@@ -64,20 +76,20 @@ class Preparation:
             image = decode(sample.image)
         except DamagedSampleError as error:
             raise DamagedSampleError(f"{sample.key}: {error}") from error
-        return Prepared(sample, index, epoch, np.asarray(self.transform(image, self.draws(epoch, index))))
+        numbers = draws() if self.transform.draws else ()
+        return Prepared(sample, index, epoch, np.asarray(self.transform(image, numbers)))
 
     def _passes(self, image: np.ndarray) -> bool:
         size = self.transform.size
         return isinstance(self.transform, Unchanged) and image.shape == (size, size, 3)
 
-    def draws(self, epoch: int, index: int) -> Sequence[float]:
-        """The random numbers of the transform for sample ``index`` in ``epoch``."""
-        if not self.transform.draws:
-            return ()
-        return uniform(self.seed, "augmentation", epoch, index, torch.arange(self.transform.draws)).tolist()
+    def draws(self, epochs: Tensor, indices: Tensor) -> list[list[float]]:
+        """Uniform random numbers in [0, 1) for B samples: one row each, as many as the transform uses, at least one."""
+        count = max(1, self.transform.draws)
+        return uniform(self.seed, "augmentation", epochs[:, None], indices[:, None], torch.arange(count)).tolist()
 
-    def _view(self, epoch: int, index: int, count: int) -> int:
-        return int(random_bits(self.seed, "view", epoch, index) % count)
+    def _draws_of(self, epoch: int, index: int) -> Sequence[float]:
+        return self.draws(torch.tensor([epoch]), torch.tensor([index]))[0]
 
 
 class SampleReader:
@@ -99,11 +111,17 @@ class SampleReader:
         Returns:
             a batch whose images, if any, are uint8 [B, 3, H, W].
         """
-        return stack([self._read(epoch, index) for epoch, index in zip(epochs.tolist(), indices.tolist())])
+        table = functools.cache(lambda: self.prepare.draws(epochs, indices))  # for all at once: much faster
 
-    def _read(self, epoch: int, index: int) -> Prepared:
+        def of_row(row: int) -> Callable[[], Sequence[float]]:
+            return lambda: table()[row]
+
+        places = enumerate(zip(epochs.tolist(), indices.tolist()))
+        return stack([self._read(epoch, index, of_row(row)) for row, (epoch, index) in places])
+
+    def _read(self, epoch: int, index: int, draws: Callable[[], Sequence[float]]) -> Prepared:
         try:
-            return self._load(epoch, index)
+            return self._load(epoch, index, draws)
         except DamagedSampleError as error:
             name = f"Sample {index} of {self.source.fingerprint} is damaged: {error}"
         if self.damaged == "fail":
@@ -121,12 +139,12 @@ class SampleReader:
             f"throughout: check that its storage is mounted, and verify it."
         )
 
-    def _load(self, epoch: int, index: int) -> Prepared:
+    def _load(self, epoch: int, index: int, draws: Callable[[], Sequence[float]] | None = None) -> Prepared:
         try:
             sample = self.source.read(index)
         except OSError as error:
             raise DamagedSampleError(f"it cannot be read ({error})") from error
-        return self.prepare(sample, epoch, index)
+        return self.prepare(sample, epoch, index, draws)
 
 
 def stack(prepared: list[Prepared]) -> Batch:

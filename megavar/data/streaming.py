@@ -134,11 +134,14 @@ def _shard_samples(
 ) -> Iterator[Prepared]:
     entry = streams.manifest.shards[shard]
     circle = itertools.islice(_circle(streams, shard, damaged), first, None)
+    indices = torch.arange(streams.starts[shard], streams.starts[shard + 1])
+    draws = prepare.draws(torch.full_like(indices, epoch), indices)
     waiting: list[Raw] = []  # read ahead in search of a whole sample
 
     def prepared(place: int, found: Raw) -> Prepared:
         index = streams.starts[shard] + found[0]
-        result = prepare(_to_sample(found[1], entry.file, bool(streams.class_names)), epoch, index)
+        sample = _to_sample(found[1], entry.file, bool(streams.class_names))
+        result = prepare(sample, epoch, index, lambda: draws[found[0]])
         return replace(result, replaced=True) if found[0] != place else result
 
     for place in range(first, entry.samples):

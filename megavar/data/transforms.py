@@ -45,7 +45,9 @@ def decode(image: np.ndarray | bytes) -> Image.Image:
     if isinstance(image, np.ndarray):
         return Image.fromarray(image)
     try:
-        return Image.open(io.BytesIO(image)).convert("RGB")
+        decoded = Image.open(io.BytesIO(image))
+        decoded.load()
+        return decoded if decoded.mode == "RGB" else decoded.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow's decoders raise
         raise DamagedSampleError(f"the image cannot be decoded ({error})") from error
 

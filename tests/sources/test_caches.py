@@ -17,7 +17,7 @@ from megavar.data.caching import ViewReader, damaged_parts, forget_parts, verify
 from megavar.data.pixels import to_float
 from megavar.data.reading import SampleReader
 from megavar.errors import ConfigError, DataError
-from megavar.parallel.seeds import random_bits
+from megavar.parallel.seeds import uniform
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
 from tests.sources.interruption import run_until
 from tests.sources.originals import content_of, flip_bit
@@ -120,7 +120,7 @@ def test_training_takes_a_view_by_hash(made):
     batches = [batch for step in loader for batch in step]
     seen = set()
     for batch in batches:
-        views = random_bits(11, "view", batch.epochs, batch.sample_ids) % 3
+        views = (uniform(11, "augmentation", batch.epochs, batch.sample_ids, 0) * 3).long()
         expected = online(made, views, batch.sample_ids)
         found = batch.tokens if made.source.content == "tokens" else batch.latents
         assert batch.images is None
@@ -155,6 +155,17 @@ def test_ten_crop_views_are_the_ten_crops(tmp_path):
     assert np.array_equal(build_source(config).read(4).tokens, expected.numpy())
     with pytest.raises(ConfigError, match="10 views"):
         make(configure(tmp_path / "other", views=8, transform=TenCropTransform()))
+
+
+def test_training_from_ten_crops_is_training_from_images(tmp_path):
+    config = configure(tmp_path, views=10, transform=TenCropTransform())
+    make(config)
+    arguments = {"seed": 3, "global_batch_size": 10, "micro_batch_size": 10, "stop_step": 8}
+    images = of_images(config)
+    cached = build_loader(config, build_source(config), **arguments)
+    for (expected,), (found,) in zip(build_loader(images, build_source(images), **arguments), cached):
+        assert torch.equal(found.tokens, tokens_of(expected.images))
+        assert torch.equal(found.sample_ids, expected.sample_ids)
 
 
 def test_bytes_do_not_depend_on_ranks_or_workers(cache, tmp_path):

@@ -96,7 +96,8 @@ def render_evaluation(job: Job, arguments: Sequence[str]) -> str:
 
 def render_sharding(job: Job, arguments: Sequence[str]) -> str:
     """The script of a job that runs ``python -m tools.shard_images <arguments>``, one task per node, without GPUs."""
-    cpu_only = job.cluster.model_copy(update={"gpus_per_node": 0, "tasks_per_node": 1})
+    cores = job.cluster.ranks_per_node * job.cluster.cpus_per_task
+    cpu_only = job.cluster.model_copy(update={"gpus_per_node": 0, "tasks_per_node": 1, "cpus_per_task": cores})
     job = replace(job, cluster=cpu_only)
     return _render(
         "shard.sbatch",

@@ -251,7 +251,7 @@ def _try_out(script: str, given: argparse.Namespace) -> int:
 
 def _refuse_second_submission(job: Job, *, behind: bool) -> None:
     listing = _run_slurm(["squeue", "--noheader", f"--user={os.getuid()}", f"--name={job.name}", "--format=%i %T"])
-    existing = listing.stdout.split("\n")[:-1]
+    existing = [line for line in listing.stdout.splitlines() if line.strip()]
     if existing and not behind:
         raise ClusterError(
             f"The run {job.run_directory} is in the queue already ({'; '.join(existing)}). Cancel it "

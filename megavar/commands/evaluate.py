@@ -1,20 +1,33 @@
-"""``megavar evaluate``: draw images if they are not there yet, and score them with baselines beside."""
+"""``megavar evaluate``: score a trained generator or tokenizer, with baselines beside it."""
 
 import argparse
+import functools
 from pathlib import Path
+from typing import Any
 
-from megavar.commands.sample import Samples, draw_samples, read_images
-from megavar.config.evaluation import DigitsSuite
+import torch
+from torch import Tensor
+
+from megavar.assembly import load_tokenizer
+from megavar.commands.sample import Samples, draw_samples
 from megavar.config.loading import load_config
 from megavar.config.parallel import ParallelConfig
+from megavar.config.recipe import MEPAConfig
 from megavar.config.root import Config
-from megavar.data.build import build_source
-from megavar.errors import ConfigError, ExitCode
-from megavar.evaluation import digits
+from megavar.errors import ExitCode
+from megavar.evaluation import suites
+from megavar.evaluation.images import ChunkImages
+from megavar.evaluation.reconstruction_suite import score_tokenizer
 from megavar.evaluation.results import Result, class_histogram, write_result
+from megavar.evaluation.suites import Scores
 from megavar.evaluation.table import format_table, thresholds_missed
 from megavar.parallel import topology
 from megavar.parallel.environment import Environment, environment
+from megavar.storage import sha256_of_file
+from megavar.tokenizers.multiscale_vq import MultiScaleVQ
+from megavar.training.checkpoint.weights import find_checkpoint
+
+ORDER = "index i has class i modulo the number of classes"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,52 +46,98 @@ def run(options: argparse.Namespace) -> ExitCode:
 
 
 def score(config: Config, place: Environment, *, untrained: bool = False) -> dict[str, float]:
-    """Sample ``evaluation.samples`` images and score them. Collective; the scores are returned on rank 0 only.
+    """Score the run's latest checkpoint, print a table, write a result file. Collective; rank 0 gets the scores."""
+    if isinstance(config.recipe, MEPAConfig):
+        return _score_generator(config, place, untrained)
+    return _score_tokenizer(config, place)
 
-    Beside the model stand the untrained model and the suite's baselines.
-    """
+
+def _score_generator(config: Config, place: Environment, untrained: bool) -> dict[str, float]:
+    """Draw ``evaluation.samples`` images and score them beside the untrained model and the suite's baselines."""
+    suite = config.evaluation.suite
+    suites.check_suite(suite, config.data)
     config = config.model_copy(
         update={"sampling": config.sampling.model_copy(update={"number": config.evaluation.samples})}
     )
-    if not isinstance(config.evaluation.suite, DigitsSuite) or config.data.source.name != "digits":
-        raise ConfigError(
-            f"evaluation.suite={config.evaluation.suite.name!r} scores digits, but data.source.name is "
-            f"{config.data.source.name!r}. Choose a suite that fits the data."
-        )
-    samples = draw_samples(config, place, untrained=untrained)
-    initial = samples if untrained else draw_samples(config, place, untrained=True)
+    name = "untrained model" if untrained else config.run.name
+    rows: dict[str, dict[str, float]] = {}
+    found: list[tuple[Samples, Scores]] = []
+    for row in dict.fromkeys((name, "untrained model")):
+        samples = draw_samples(config, place, untrained=row == "untrained model")
+        images = ChunkImages(samples.store.directory)
+        scores = suites.score_images(suite, config.data, images, place, work_directory=samples.store.directory)
+        if scores is not None:
+            rows[row] = scores.metrics
+            found.append((samples, scores))
     if place.rank != 0:
         return {}
-    suite = config.evaluation.suite
-    cache = Path(suite.extractor_cache) if suite.extractor_cache else None
-    name = "untrained model" if untrained else config.run.name
-    rows = {name: digits.evaluate_digits(*read_images(samples.store), directory=cache)}
-    if not untrained:
-        rows["untrained model"] = digits.evaluate_digits(*read_images(initial.store), directory=cache)
-    if suite.baselines:
-        rows |= digits.baselines(config.evaluation.samples, directory=cache)
-    result = _result(config, samples, rows[name])
-    path = Path(config.run.path) / f"scores-{samples.store.directory.name}.json"
-    write_result(path, result)
-    print(format_table(rows, digits.METRICS))
-    missed = thresholds_missed(rows[name], digits.METRICS)
-    print(f"\n{name}: " + (f"misses {', '.join(missed)}" if missed else "meets every threshold (✓ = met, ✗ = missed)"))
-    print(f"scores: {path}\nsamples: {samples.grid}", flush=True)
-    return rows[name]
-
-
-def _result(config: Config, samples: Samples, scores: dict[str, float]) -> Result:
-    _, labels = read_images(samples.store)
-    source = build_source(config.data)
-    return Result(
-        suite="digits",
-        metrics=scores,
+    rows |= suites.suite_baselines(suite, config.data, config.evaluation.samples)
+    samples, scores = found[0]
+    labels = ChunkImages(samples.store.directory).labels
+    result = Result(
+        suite=suite.name,
+        metrics=scores.metrics,
         count=samples.store.count,
-        class_histogram=class_histogram(labels),
+        class_histogram=class_histogram(labels) if labels is not None else {},
         rounding="round",
-        order="index i has class i modulo the number of classes",
-        extractor={"name": digits.EXTRACTOR_NAME},
-        reference={"name": "digits/train", "count": len(source), "fingerprint": source.fingerprint},
+        order=ORDER,
+        extractor=scores.extractor,
+        reference=scores.reference,
         sampler=config.sampling.model_dump(mode="json"),
         checkpoint=samples.checkpoint,
+        notes=scores.notes,
     )
+    path = Path(config.run.path) / f"scores-{samples.store.directory.name}.json"
+    _report(name, rows, scores, result, path)
+    print(f"samples: {samples.grid}", flush=True)
+    return scores.metrics
+
+
+@torch.no_grad()
+def _reconstruct(tokenizer: MultiScaleVQ, images: Tensor) -> Tensor:
+    return tokenizer.decode(tokenizer.encode(images))
+
+
+def _score_tokenizer(config: Config, place: Environment) -> dict[str, float]:
+    """Reconstruct the test images and compare."""
+    directory = Path(config.run.path)
+    checkpoint, _ = find_checkpoint(directory, verify=False)  # loading verifies it
+    tokenizer = load_tokenizer(config.tokenizer, str(checkpoint), place.device)
+    identity: dict[str, Any] = {
+        "checkpoint": checkpoint.name, "manifest_sha256": sha256_of_file(checkpoint / "manifest.json")
+    }  # fmt: skip
+    scores = score_tokenizer(
+        config.evaluation.reconstruction,
+        config.data,
+        functools.partial(_reconstruct, tokenizer),
+        place,
+        work_directory=directory / "reconstructed" / checkpoint.name,
+        identity=identity,
+    )
+    if scores is None:
+        return {}
+    result = Result(
+        suite=f"reconstruction/{config.evaluation.reconstruction.protocol}",
+        metrics=scores.metrics,
+        count=int(scores.reference["count"]),
+        class_histogram={},
+        rounding=config.evaluation.reconstruction.protocol,
+        order="the source's",
+        extractor=scores.extractor,
+        reference=scores.reference,
+        checkpoint=identity,
+        notes=scores.notes,
+    )
+    _report(config.run.name, {config.run.name: scores.metrics}, scores, result, directory / "reconstruction.json")
+    return scores.metrics
+
+
+def _report(name: str, rows: dict[str, dict[str, float]], scores: Scores, result: Result, path: Path) -> None:
+    write_result(path, result)
+    print(format_table(rows, scores.table or None))
+    missed = thresholds_missed(rows[name], scores.table)
+    if any(metric.threshold is not None for metric in scores.table):
+        print(f"\n{name}: " + (f"misses {', '.join(missed)}" if missed else "meets every threshold"))
+    for note in scores.notes:
+        print(f"note: {note}")
+    print(f"scores: {path}", flush=True)

@@ -20,18 +20,19 @@ def run(*arguments: str) -> tuple[int, str]:
 
 def _run(arguments: tuple[str, ...]) -> tuple[int, str]:
     import contextlib
-    import io
+    import tempfile
 
     from megavar.__main__ import main
 
-    error = io.StringIO()
-    with contextlib.redirect_stderr(error):
-        code = main(arguments)
-    return code, error.getvalue()
+    with tempfile.TemporaryFile("w+") as error:
+        with contextlib.redirect_stderr(error):
+            code = main(arguments)
+        error.seek(0)
+        return code, error.read()
 
 
 def snapshot(directory: Path) -> dict[str, tuple[int, int]]:
-    files = [path for path in directory.rglob("*") if path.is_file() and path.suffix != ".log"]
+    files = [path for path in directory.rglob("*") if path.is_file() and path.name != ".lock" and path.suffix != ".log"]
     return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
 

@@ -12,8 +12,6 @@
 ``DONE``             written last: the run has reached and saved its last step
 """
 
-import errno
-import fcntl
 import fnmatch
 import importlib.metadata
 import json
@@ -25,12 +23,13 @@ import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import yaml
 
 from megavar import storage
 from megavar.errors import ConfigError
+from megavar.training.checkpoint.lock import RunLock
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ class RunDirectory:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self._lock_file: TextIO | None = None
+        self._lock: RunLock | None = None
 
     @property
     def config(self) -> Path:
@@ -136,33 +135,15 @@ class RunDirectory:
         """Hold the run, so that a second start of it is refused, until :meth:`release` or the end of the process.
 
         Raises:
-            ConfigError: another process holds it.
+            ClusterError: another process holds it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        file = (self.path / ".lock").open("a+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                _log.warning("%s offers no file locks (%s): a second start would not be noticed.", self.path, error)
-            else:
-                file.seek(0)
-                holder = file.read().strip() or "unknown"
-                file.close()
-                raise ConfigError(
-                    f"{self.path} is in use by another process ({holder}). Wait until it ends, stop it, or use another "
-                    f"run.directory."
-                ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}")
-        file.flush()
-        self._lock_file = file
+        self._lock = RunLock.acquire(self.path)
 
     def release(self) -> None:
         """Give up the lock."""
-        if self._lock_file is not None:
-            self._lock_file.close()
-            self._lock_file = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

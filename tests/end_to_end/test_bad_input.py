@@ -32,7 +32,7 @@ def _run(arguments: tuple[str, ...]) -> tuple[int, str]:
 
 
 def snapshot(directory: Path) -> dict[str, tuple[int, int]]:
-    files = [path for path in directory.rglob("*") if path.is_file() and path.name != ".lock" and path.suffix != ".log"]
+    files = [path for path in directory.rglob("*") if path.is_file() and path.name != "run.lock" and path.suffix != ".log"]
     return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
 

@@ -3,7 +3,7 @@ import json
 import pytest
 import yaml
 
-from megavar.errors import ConfigError
+from megavar.errors import ClusterError, ConfigError
 from megavar.training.run_directory import RunDirectory
 
 CONFIG = {
@@ -77,7 +77,7 @@ def test_done_is_kept_unless_the_run_starts_anew(tmp_path):
 def test_one_process_at_a_time(tmp_path):
     first, second = RunDirectory(tmp_path), RunDirectory(tmp_path)
     first.acquire()
-    with pytest.raises(ConfigError, match=r"in use by another process \(process \d+ on"):
+    with pytest.raises(ClusterError, match=r"in use by process \d+ on"):
         second.acquire()
     first.release()
     second.acquire()

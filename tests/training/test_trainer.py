@@ -118,7 +118,7 @@ def _second_start(directory):
 
 
 def test_a_live_run_is_not_started_twice(tmp_path):
-    assert "in use by another process (process" in run_ranks(1, _second_start, tmp_path)[0]
+    assert "is in use by process" in run_ranks(1, _second_start, tmp_path)[0]
 
 
 def _stops_at_skewed_signals(directory, delays, steps):

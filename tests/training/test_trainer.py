@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megavar.errors import ConfigError, ExitCode, NonFiniteError
+from megavar.errors import ClusterError, ConfigError, ExitCode, NonFiniteError
 from megavar.training.trainer import Trainer
 from tests.distributed.harness import run_ranks
 from tests.training import tiny
@@ -112,7 +112,7 @@ def _refused(directory):
 def _second_start(directory):
     run = tiny.build_run(directory)
     run.directory.acquire()
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ClusterError) as caught:
         Trainer(tiny.build_run(directory)).run()
     return str(caught.value)
 

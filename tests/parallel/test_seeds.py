@@ -45,7 +45,7 @@ def test_streams_seeds_and_keys_are_independent() -> None:
     correlation = torch.corrcoef(torch.stack(draws)).fill_diagonal_(0)
     assert correlation.abs().max() < 0.03
     for draw in draws:
-        assert 0 <= draw.min() and draw.max() < 1
+        assert draw.min() >= 0 and draw.max() < 1
         assert abs(draw.mean() - 0.5) < 0.01 and abs(draw.var() - 1 / 12) < 0.005
 
 

@@ -60,8 +60,8 @@ def load(model: VAR, tensors: dict[str, torch.Tensor]) -> None:
 
 def quantizer_of(case: Case) -> MultiScaleQuantizer:
     given = case.config
-    config = MultiScaleVQConfig(**quantizer_options(given | given["quant"] | {"v_patch_nums": given["patch_nums"], "beta": 0.25}))
-    quantizer = MultiScaleQuantizer(config)
+    reference = given | given["quant"] | {"v_patch_nums": given["patch_nums"], "beta": 0.25}
+    quantizer = MultiScaleQuantizer(MultiScaleVQConfig(**quantizer_options(reference)))
     quantizer.load_state_dict(case.under("weights.vae.quantize."))
     return quantizer
 

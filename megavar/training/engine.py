@@ -6,6 +6,7 @@
 """
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -68,13 +69,13 @@ class Engine:
         self.chunks: list[nn.Module] = list(module) if isinstance(module, nn.ModuleList) else [module]
         experts.tag_experts(module, plan.stage)
         register_sequence_parallel_hooks(module)
+        module.register_forward_hook(_lay_open)  # before DeepSpeed's own hooks
         groups = parameter_groups(module, decays)
         _check_equal_groups(name, len(groups), topology)
         inner = build_optimizer(optimizer, name, groups)
         self.deepspeed: Any = _initialize_deepspeed(module, inner, plan)
         # Stage 0 has no master copy and no norm of its own: clip and guard right before torch's step.
         self._clipped = ClippedStep(inner, plan.clip_norm) if plan.stage == 0 else None
-        module.register_forward_hook(_expose_dataclass)
         self._scheduled = [_Scheduled(chunk, self._callable(chunk)) for chunk in self.chunks]
         for note in plan.notes:
             _log.warning("%s: %s", name, note)
@@ -85,7 +86,7 @@ class Engine:
 
         def call(*arguments: Any, **options: Any) -> Any:
             output = target(*arguments, **options)
-            return output.value if isinstance(output, _Exposed) else output
+            return output.closed() if isinstance(output, _Open) else output
 
         return call
 
@@ -166,18 +167,26 @@ class _Scheduled(nn.Module):
         self.set_input_tensor = getattr(module, "set_input_tensor", lambda tensor: None)
 
 
-class _Exposed(tuple):
-    """An output dataclass with its tensors laid open: DeepSpeed looks for tensors in tuples, lists and dicts only."""
+class _Open(tuple):
+    """The fields of an output dataclass: DeepSpeed looks for tensors in tuples, lists and dicts only."""
 
-    value: Any
+    kind: type
+
+    def closed(self) -> Any:
+        """The dataclass."""
+        return self.kind(**{field.name: value for field, value in zip(dataclasses.fields(self.kind), self)})
 
 
-def _expose_dataclass(module: nn.Module, arguments: Any, output: Any) -> Any:
-    if not dataclasses.is_dataclass(output) or isinstance(output, type):
+@functools.cache
+def _open_type(kind: type) -> type[_Open]:
+    return type(f"Open{kind.__name__}", (_Open,), {"kind": kind})  # ZeRO-3 rebuilds outputs by their class
+
+
+def _lay_open(module: nn.Module, arguments: Any, output: Any) -> Any:
+    if not dataclasses.is_dataclass(output):
         return None
-    exposed = _Exposed(getattr(output, field.name) for field in dataclasses.fields(output))
-    exposed.value = output
-    return exposed
+    kind: type = type(output)
+    return _open_type(kind)(getattr(output, field.name) for field in dataclasses.fields(output))
 
 
 def _poisoned_if_not_finite(loss: Tensor) -> Tensor:

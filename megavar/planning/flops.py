@@ -51,8 +51,8 @@ class ForwardFlops:
 def attention_pairs(shape: GeneratorShape, kernel: str) -> int:
     """Pairs (query, key) of an image that an attention kernel computes.
 
-    ``dense`` computes all, ``prefix`` (and ``visible``, the mathematics) the visible ones, ``flex`` (and ``auto``, which
-    means it on GPUs) whole tiles with at least one visible pair.
+    ``dense`` computes all, ``prefix`` (and ``visible``, the mathematics) the visible ones, ``flex`` (and ``auto``,
+    which means it on GPUs) whole tiles with at least one visible pair.
     """
     if kernel == "dense":
         return shape.tokens**2

@@ -1,6 +1,6 @@
 """What the accelerators can do, from their data sheets, and what is assumed about how much of it a run reaches.
 
-Peaks are dense (without structured sparsity), in operations per second; rates are in bytes per second and one direction.
+Peaks are dense (without structured sparsity), in operations per second; rates are bytes per second in one direction.
 """
 
 from dataclasses import dataclass

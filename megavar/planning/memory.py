@@ -45,7 +45,8 @@ class Memory:
     logits: float
     """Head, logits and cross entropy."""
     working: float
-    """Gradients inside a block; under full recomputation also its activations."""
+    """Gradients inside a block and, under full recomputation, its activations; beyond what the logits leave, which are
+    gone by then."""
     tokenizer: float
     """The frozen tokenizer's weights, and the step's images and features."""
     encoding: float
@@ -131,7 +132,7 @@ def rank_memory(
     state = state_bytes(parameters, layout, element, ema=ema)
     parts = activation_bytes(batch, recompute, pipeline_rank, layout.micro_batches)
     buckets = _bucket_bytes(parameters, layout, element)
-    working = working_bytes(batch, recompute)
+    working = max(0.0, working_bytes(batch, recompute) - parts["head"] - parts["logits"])
     training = state.gradients + buckets + sum(parts.values()) + working
     encoding = 0.0 if tokenizer is None else layout.micro_batch * tokenizer.encode_bytes + SEARCH_BYTES
     inputs = layout.micro_batch * layout.micro_batches * image_bytes

@@ -2,7 +2,7 @@
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,13 +29,14 @@ class TokenizerCost:
     """What autograd keeps of a training forward pass of encoder and decoder."""
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Follows the memory of all tensors made within it, from creation to release."""
 
-    def __init__(self) -> None:
+    def __init__(self, existing: Iterable[Tensor] = ()) -> None:
+        """Tensors in ``existing``, and views of them, do not count."""
         super().__init__()
         self.live = self.peak = 0
-        self._known: set[int] = set()
+        self._known = {tensor.untyped_storage()._cdata for tensor in existing}
 
     def _release(self, key: int, size: int) -> None:
         self.live -= size
@@ -55,9 +56,9 @@ class _LiveBytes(TorchDispatchMode):
         return result
 
 
-def _count(work: Callable[[], Any]) -> tuple[float, float]:
-    """FLOPs and peak bytes of ``work``."""
-    counter, memory = FlopCounterMode(display=False), _LiveBytes()
+def _count(work: Callable[[], Any], parameters: list[Tensor]) -> tuple[float, float]:
+    """FLOPs of ``work`` and the peak of the memory it takes."""
+    counter, memory = FlopCounterMode(display=False), LiveBytes(parameters)
     with torch.no_grad(), memory, counter:
         work()
     return counter.get_total_flops(), memory.peak
@@ -91,7 +92,7 @@ def autoencoder_cost(config: TokenizerConfig) -> TokenizerCost:
         tokenizer = MultiScaleVQ(config)
         images = torch.empty(1, config.image_channels, side, side)
         latent = torch.empty(1, config.code_dimension, config.scales[-1], config.scales[-1])
-        parameters = list(tokenizer.parameters())
+        parameters: list[Tensor] = list(tokenizer.parameters())
 
         def encode() -> None:
             tokenizer.quantizer.teacher_forcing_input(tokenizer.encode(images))
@@ -99,8 +100,8 @@ def autoencoder_cost(config: TokenizerConfig) -> TokenizerCost:
         def reconstruct() -> Tensor:
             return tokenizer.decoder(tokenizer.post_quant_conv(tokenizer.encode_features(images)))
 
-        encode_flops, encode_bytes = _count(encode)
-        decode_flops, _ = _count(lambda: tokenizer.decode_features(latent))
+        encode_flops, encode_bytes = _count(encode, parameters)
+        decode_flops, _ = _count(lambda: tokenizer.decode_features(latent), parameters)
         training_bytes = saved_bytes(reconstruct, [*parameters, images])
     return TokenizerCost(
         sum(parameter.numel() for parameter in parameters), encode_flops, decode_flops, encode_bytes, training_bytes

@@ -1,0 +1,132 @@
+"""Searches the layouts that a run could use instead, and ranks those that fit by their step time."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
+
+from megavar.errors import ConfigError
+from megavar.parallel.rules import check_layout
+from megavar.planning.layout import Layout, Zero
+
+if TYPE_CHECKING:
+    from megavar.planning.plan import Prediction, Workload
+
+STAGES = (1, 2, 3)
+RECOMPUTE: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
+MINIMUM_GAIN = 0.01
+"""A layout that is not this much faster than a simpler one is not worth its complexity."""
+
+
+def _sizes(largest: int) -> Iterator[int]:
+    size = 1
+    while size <= largest:
+        yield size
+        size *= 2
+
+
+def candidates(workload: "Workload", base: Layout) -> Iterator[Layout]:
+    """Layouts that the rules allow for the same ranks and the same global batch, simplest first."""
+    shape, world = workload.shape, base.world_size
+    experts = shape.experts
+    for tensor in _sizes(min(world, workload.machine.gpus_per_node)):
+        for pipeline in _sizes(min(world // tensor, shape.depth)):
+            for expert in _sizes(min(world // pipeline, experts.number)) if experts is not None else (1,):
+                parallel = base.parallel.model_copy(
+                    update={"tensor": tensor, "sequence": tensor > 1, "pipeline": pipeline, "virtual_pipeline": 1,
+                            "expert": expert}
+                )  # fmt: skip
+                data = world // (tensor * pipeline)
+                if world % (tensor * pipeline) or base.global_batch % data:
+                    continue
+                share = base.global_batch // data
+                for stage in STAGES if pipeline == 1 else (1,):
+                    for micro in (size for size in range(share, 0, -1) if share % size == 0):
+                        for recompute in RECOMPUTE:
+                            yield Layout(
+                                parallel.model_copy(update={"recompute": recompute}), _zero(base, stage), world,
+                                base.global_batch, micro,
+                            )  # fmt: skip
+
+
+def _zero(base: Layout, stage: int) -> Zero:
+    """DeepSpeed's settings of ``configs/deepspeed/zero<stage>.json``, or the base's own where it has that stage."""
+    if stage == base.zero.stage and not base.zero.offload_optimizer:
+        return base.zero
+    return Zero(stage, buckets=2 if stage == 2 else 1)
+
+
+def is_allowed(workload: "Workload", layout: Layout) -> bool:
+    """Whether the rules of layouts allow it."""
+    try:
+        check_layout(
+            layout.parallel,
+            workload.shape.generator,
+            zero_stage=layout.zero.stage,
+            world_size=layout.world_size,
+            micro_batches=layout.micro_batches,
+            vocabulary_size=workload.shape.vocabulary,
+        )
+    except ConfigError:
+        return False
+    return True
+
+
+def _mesh(layout: Layout) -> tuple:
+    parallel = layout.parallel
+    return parallel.tensor, parallel.pipeline, parallel.expert, layout.zero.stage
+
+
+def complexity(layout: Layout) -> tuple:
+    """Order of preference among equally fast layouts."""
+    parallel = layout.parallel
+    return (
+        parallel.pipeline,
+        parallel.tensor,
+        layout.zero.stage,
+        RECOMPUTE.index(parallel.recompute),
+        parallel.expert,
+        layout.micro_batches,
+    )
+
+
+def suggest(workload: "Workload", base: Layout, count: int) -> list["Prediction"]:
+    """The ``count`` best layouts that fit, fastest first, one per mesh and ZeRO stage.
+
+    Where nothing fits, the same with ZeRO-3 and everything offloaded is tried last.
+    """
+    found = _fitting(workload, candidates(workload, base))
+    if not found:
+        offloaded = Zero(3, offload_optimizer=True, offload_parameters=True)
+        layouts = (
+            dataclasses.replace(layout, zero=offloaded)
+            for layout in candidates(workload, base)
+            if layout.zero.stage == 3
+        )
+        found = _fitting(workload, layouts)
+    best: dict[tuple, Prediction] = {}
+    for prediction in found:
+        best.setdefault(_mesh(prediction.layout), prediction)
+    ranked: list[Prediction] = []
+    for prediction in best.values():
+        simpler = [other for other in ranked if complexity(other.layout) <= complexity(prediction.layout)]
+        if len(ranked) < count and all(_is_worth(prediction, other) for other in simpler):
+            ranked.append(prediction)
+    return ranked
+
+
+def _is_worth(prediction: "Prediction", simpler: "Prediction") -> bool:
+    """Layouts are met in the order of their time: a later one is worth showing only if it needs less memory."""
+    return prediction.memory.total < simpler.memory.total * (1 - MINIMUM_GAIN)
+
+
+def _fitting(workload: "Workload", layouts: Iterator[Layout]) -> list["Prediction"]:
+    capacity = workload.machine.gpu.memory
+    allowed = (workload.predict(layout) for layout in layouts if is_allowed(workload, layout))
+    fitting = [prediction for prediction in allowed if prediction.fits(capacity)]
+
+    def rank(prediction: "Prediction") -> tuple:
+        # Times within a hundredth of each other count as equal: then the simpler layout wins.
+        rounded = round(prediction.time.total, 3 - len(str(int(prediction.time.total * 1000))))
+        return rounded, complexity(prediction.layout)
+
+    return sorted(fitting, key=rank)

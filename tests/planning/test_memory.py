@@ -1,0 +1,136 @@
+"""Predicted bytes of weights, gradients, optimizer and buckets equal the tensors that real engines hold."""
+
+import gc
+import itertools
+
+import pytest
+import torch
+
+from megavar.config.generator import ExpertsConfig, VARConfig
+from megavar.config.optimizer import OptimizerConfig
+from megavar.config.parallel import ParallelConfig
+from megavar.config.train import EmaConfig
+from megavar.planning.activations import MicroBatch, activation_bytes, working_bytes
+from megavar.planning.layout import Layout, Zero
+from megavar.planning.memory import state_bytes
+from megavar.planning.parameters import rank_parameters
+from megavar.planning.tokenizer_cost import LiveBytes
+from tests.distributed.harness import run_ranks
+from tests.planning.models import CODE_DIMENSION, VOCABULARY, build, forward_loss, inputs, shape_of
+
+SCALES = (1, 2)
+BUCKET = 400_000  # elements; the largest parameter fits
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+EXPERTS = ExpertsConfig(number=4, top_k=2, backend="megatron")
+CASES = [
+    *((stage, "fp32", {}, None) for stage in (0, 1, 2, 3)), *((stage, "bf16", {}, None) for stage in (1, 2, 3)),
+    (1, "bf16", {"expert": 2}, EXPERTS), (3, "bf16", {"expert": 2}, EXPERTS), (1, "bf16", {"tensor": 2}, EXPERTS),
+    (1, "fp32", {"pipeline": 2}, None),
+]  # fmt: skip
+
+
+def config_of(experts):
+    return VARConfig(depth=2, width=128, heads=4, classes=10, experts=experts)
+
+
+def live_storages(parameters):
+    """Storages of all tensors that Python knows, and of the gradients."""
+    gc.collect()
+    tensors = [item for item in gc.get_objects() if isinstance(item, torch.Tensor) and not item.is_meta]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    storages = [tensor.untyped_storage() for tensor in itertools.chain(tensors, gradients)]
+    return {storage._cdata: storage for storage in storages}
+
+
+def added_bytes(parameters, before):
+    """Bytes of storages that are not in ``before`` (which keeps its own alive, so no address is used twice)."""
+    return sum(storage.nbytes() for key, storage in live_storages(parameters).items() if key not in before)
+
+
+def measure(stage, precision, parallel, experts):
+    """Pipeline rank; bytes after a step, with gradients and buckets besides, of the moving average."""
+    from megavar.config.deepspeed import complete_deepspeed
+    from megavar.generators.var import VAR, Stage
+    from megavar.parallel import topology
+    from megavar.parallel.environment import environment
+    from megavar.parallel.vocabulary import vocabulary_cross_entropy
+    from megavar.training.ema import MovingAverage
+    from megavar.training.engine import Engine
+
+    place = topology.initialize(parallel, environment())
+    before = live_storages([])
+    model = VAR(config_of(experts), scales=SCALES, code_dimension=CODE_DIMENSION, vocabulary_size=VOCABULARY,
+                parallel=parallel, dtype=TYPES[precision], stage=Stage.split(2, parallel, place.pipeline_rank))  # fmt: skip
+    zero = {"stage": stage, "reduce_bucket_size": BUCKET}
+    plan = complete_deepspeed(
+        {"zero_optimization": zero | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})},
+        where="test.json", parallel=parallel, data_parallel_size=place.data, global_batch_size=2 * place.data,
+        micro_batch_size=2, precision=precision, gradient_clipping=1.0, has_experts=experts is not None,
+    )  # fmt: skip
+    engine = Engine("generator", model, decays=lambda name, parameter: parameter.ndim > 1,
+                    optimizer=OptimizerConfig(), plan=plan, topology=place)  # fmt: skip
+    targets = torch.zeros(2, 5, dtype=torch.long)
+
+    def forward_backward():
+        engine.forward_backward(
+            [inputs(model, 2)], lambda call, item: call(item),
+            lambda output, item: vocabulary_cross_entropy(output.logits, targets).mean(),
+        )  # fmt: skip
+
+    forward_backward()
+    engine.step(1e-3, 0.0)
+    kept = added_bytes(model.parameters(), before)
+    forward_backward()
+    full = added_bytes(model.parameters(), before)
+    average = MovingAverage(engine, EmaConfig())
+    ema = sum(tensor.untyped_storage().nbytes() for tensor in average.tensors)
+    engine.destroy()
+    return place.pipeline_rank, kept, full, ema
+
+
+def measure_all():
+    return [measure(stage, precision, ParallelConfig(**layout), experts) for stage, precision, layout, experts in CASES]
+
+
+def predict(stage, precision, layout, experts, pipeline_rank):
+    parallel, element = ParallelConfig(**layout), TYPES[precision].itemsize
+    shape = shape_of(config_of(experts), scales=SCALES)
+    parameters = rank_parameters(shape, parallel, pipeline_rank)
+    place = Layout(parallel, Zero(stage, bucket=BUCKET), world_size=2, global_batch=4, micro_batch=2)
+    state = state_bytes(parameters, place, element, ema=True)
+    kept = state.weights + state.optimizer
+    if stage == 3:  # allocated once for the whole run
+        kept += state.gradients + BUCKET * element
+    # Stage 2 releases its buckets after each backward pass, but the last of them holds gradients.
+    full = state.weights + state.optimizer + state.gradients + (BUCKET * element if stage in (1, 3) else 0)
+    return kept, full, state.ema
+
+
+@pytest.mark.distributed
+def test_state_of_real_engines():
+    for rank in run_ranks(2, measure_all):
+        for case, (pipeline_rank, *measured) in zip(CASES, rank, strict=True):
+            tolerance = 0.05 if case[0] == 2 else 2e-3
+            assert predict(*case, pipeline_rank) == pytest.approx(tuple(measured), rel=tolerance), case
+
+
+@pytest.mark.parametrize("width", [64, 512])  # the logits are the fullest moment, or a block
+@pytest.mark.parametrize("experts", [None, EXPERTS])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_peak_of_a_forward_and_backward_pass(single_process, experts, recompute, precision, width):
+    """What is alive at the fullest moment beyond weights and gradients, from the second micro-batch on."""
+    images, scales, parallel = 8, (1, 2, 4, 6), ParallelConfig(recompute=recompute)
+    config = VARConfig(depth=3, width=width, heads=4, classes=10, experts=experts, attention_kernel="prefix")
+    model = build(config, scales, parallel=parallel, dtype=TYPES[precision]).train()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    forward_loss(model, 1).backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    with LiveBytes([*model.parameters(), *gradients]) as memory:
+        forward_loss(model, images).backward()
+    element = TYPES[precision].itemsize
+    batch = MicroBatch(shape_of(config, scales=scales), parallel, images, element, "prefix")
+    parts = activation_bytes(batch, recompute)
+    predicted = parts["blocks"] + max(parts["head"] + parts["logits"], working_bytes(batch, recompute))
+    assert predicted == pytest.approx(memory.peak, rel=0.15 if recompute == "full" else 0.04)

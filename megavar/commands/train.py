@@ -76,7 +76,7 @@ def _train_one(config: Config, place: Environment) -> ExitCode:
     mesh = topology.initialize(config.parallel, place)
     directory = RunDirectory(config.run.path)
     resolved = json.loads(config.model_dump_json())
-    if directory.done:
+    if directory.done and not config.train.fresh:
         on_first_rank(lambda: directory.check(resolved))
         if place.rank == 0:
             print(f"{config.run.name} is finished already ({directory.path}).", flush=True)

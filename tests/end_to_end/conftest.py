@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[2]
 TINY_TOKENIZER = ("train.steps=6", "train.checkpoint.interval=6", "logging.samples_interval=6")
 TINY = (
     "run.requires=[]", "generator.depth=2", "generator.width=32", "train.steps=20", "train.global_batch_size=16",
-    "train.checkpoint.interval=5", "logging.interval=1", "logging.samples_interval=20", "evaluation.after_training=false",
-    "logging.wandb.mode=disabled",
+    "train.checkpoint.interval=5", "logging.interval=1", "logging.samples_interval=20",
+    "evaluation.after_training=false", "logging.wandb.mode=disabled",
 )  # fmt: skip
 
 

@@ -32,7 +32,8 @@ def _run(arguments: tuple[str, ...]) -> tuple[int, str]:
 
 
 def snapshot(directory: Path) -> dict[str, tuple[int, int]]:
-    files = [path for path in directory.rglob("*") if path.is_file() and path.name != "run.lock" and path.suffix != ".log"]
+    """Size and time of every file that matters (not the lock, which comes and goes)."""
+    files = [path for path in directory.rglob("*") if path.is_file() and path.suffix not in (".lock", ".log")]
     return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
 

@@ -47,6 +47,8 @@ class ModuleEntry:
     """Names of the persistent buffers."""
     has_average: bool = False
     """Whether an exponential moving average of the weights is stored."""
+    has_moments: bool = True
+    """Whether the optimizer's moments are stored; converted weights have none, and training starts with zeros."""
 
     @property
     def identity(self) -> str:

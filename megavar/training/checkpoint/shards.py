@@ -45,6 +45,14 @@ def write(directory: Path, tensors: dict[str, Tensor], ranks: Ranks) -> list[str
     return [*mine, METADATA] if ranks.rank == 0 else mine
 
 
+def write_alone(directory: Path, tensors: dict[str, Tensor]) -> list[str]:
+    """:func:`write` by a process without process groups."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(directory, sync_files=True), no_dist=True)
+    return sorted(path.name for path in directory.iterdir())
+
+
 def read(directory: Path, templates: dict[str, Tensor]) -> None:
     """Fill ``templates`` in place, each with its part of the stored tensor. Not collective."""
     if not templates:

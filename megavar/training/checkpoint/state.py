@@ -160,7 +160,8 @@ class Restorer:
         self.name, self.state, self.entry = name, state, entry
         self._names = logical_by_parameter(state.engine.module)
         self._every, self._trained = _buckets(state)
-        self._stored_kinds = {WEIGHT, *master.MOMENTS} | ({AVERAGE} if entry.has_average else set())
+        self._stored_kinds = {WEIGHT} | ({AVERAGE} if entry.has_average else set())
+        self._stored_kinds |= set(master.MOMENTS) if entry.has_moments else set()
         self._whole: dict[str, dict[str, Tensor]] = {}
         self.templates: dict[str, Tensor] = {}
         """What this rank has to read, by key."""
@@ -187,6 +188,8 @@ class Restorer:
         for kind, tensors in _kinds(self.state).items():
             if kind in self._stored_kinds:
                 spread(self._buckets_of(kind), self._whole.pop(kind), tensors, engine_device(engine))
+            elif kind in master.MOMENTS:
+                torch._foreach_zero_(tensors)
         if self.state.average is not None and not self.entry.has_average:  # averaging was switched on: start here
             for average, weight in zip(self.state.average, master.master_tensors(engine), strict=True):
                 average.copy_(weight)

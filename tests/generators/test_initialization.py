@@ -11,6 +11,7 @@ from megavar.generators.var import VAR, Stage
 from megavar.parallel import topology
 from megavar.parallel.environment import environment
 from megavar.parallel.logical import logical_tensors
+from tests.distributed.harness import run_ranks
 from tests.transformer import layouts, tiny
 
 CONFIG = tiny.config({}, depth=4)
@@ -41,8 +42,8 @@ def test_shards_of_every_layout_make_up_the_same_model():
         (CONFIG, {"tensor": 2, "sequence": True, "expert": 2}),
         (SHARED, {"tensor": 2}),
     ]
-    ranks = layouts.run_layout(2, all_initial_parts, cases)
-    single = layouts.run_layout(1, all_initial_parts, [(CONFIG, {}), (SHARED, {})])[0]
+    ranks = run_ranks(2, all_initial_parts, cases)
+    single = run_ranks(1, all_initial_parts, [(CONFIG, {}), (SHARED, {})])[0]
     for number, (config, parallel) in enumerate(cases):
         found = layouts.whole([rank[number] for rank in ranks])
         expected = {name: value for name, (_, _, value) in single[config is SHARED].items()}

@@ -1,5 +1,6 @@
 """Fixtures of the tests of blocks and experts."""
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -15,3 +16,4 @@ def one_process() -> Iterator[None]:
     topology.initialize(ParallelConfig(), Environment(0, 1, 0, "single"))
     yield
     topology.shutdown()
+    gc.collect()  # models hold groups, too, and a process forked later must not be the one to destroy them

@@ -1,27 +1,9 @@
-"""Ranks of a layout: start them; put logical tensors together again from the parts they hold."""
-
-import gc
+"""Logical tensors put together again from the parts that the ranks of a layout hold."""
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megavar.parallel.logical import logical_tensors
-from tests.distributed.harness import run_ranks
-
-
-def run_layout(world_size, function, *arguments):
-    """:func:`run_ranks` after an earlier test of this process may have owned process groups.
-
-    ``destroy_model_parallel`` of Megatron-core 0.16 forgets a few groups. A forked rank that replaced them would run
-    the destructor of a gloo group whose threads it has not got, and crash.
-    """
-    for name, value in vars(parallel_state).items():
-        held = value if isinstance(value, list) else [value]
-        if any(isinstance(group, dist.ProcessGroup) for group in held):
-            setattr(parallel_state, name, [] if isinstance(value, list) else None)
-    gc.collect()
-    return run_ranks(world_size, function, *arguments)
 
 
 def parts(module, of):

@@ -7,7 +7,7 @@ import torch
 
 from megavar.transformer.attention import KERNELS
 from megavar.transformer.layout import ScaleLayout
-from tests.transformer import layouts
+from tests.distributed.harness import run_ranks
 
 LAYOUTS = [
     ScaleLayout((1,)),
@@ -56,7 +56,7 @@ def outputs():
     FlexAttention runs in a process of its own: once it is loaded, autograd starts threads that later forks of the
     test process would not survive.
     """
-    return {"dense": forward("dense"), "prefix": forward("prefix"), "flex": layouts.run_layout(1, forward, "flex")[0]}
+    return {"dense": forward("dense"), "prefix": forward("prefix"), "flex": run_ranks(1, forward, "flex")[0]}
 
 
 @pytest.mark.parametrize("number", range(len(LAYOUTS)), ids=lambda number: str(LAYOUTS[number]))

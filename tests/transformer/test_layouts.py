@@ -16,6 +16,7 @@ from megavar.parallel.logical import logical_tensors
 from megavar.parallel.vocabulary import vocabulary_cross_entropy
 from megavar.training.gradients import register_sequence_parallel_hooks
 from megavar.transformer.context import KeyValueCache
+from tests.distributed.harness import run_ranks
 from tests.transformer import layouts, tiny
 
 pytestmark = pytest.mark.distributed
@@ -130,7 +131,7 @@ def name_of(case):
 @pytest.fixture(scope="module")
 def results():
     """Results of all cases by world size, rank and number: one fork for each world size."""
-    return {world: layouts.run_layout(world, run_cases, cases) for world, cases in CASES.items()}
+    return {world: run_ranks(world, run_cases, cases) for world, cases in CASES.items()}
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +139,7 @@ def references():
     """Results of one process for each kind of router."""
     kinds = [None, "scale_token", "scale"]
     cases = [({}, kind and {"backend": "megatron", "router": kind}) for kind in kinds]
-    return dict(zip(kinds, layouts.run_layout(1, run_cases, cases)[0]))
+    return dict(zip(kinds, run_ranks(1, run_cases, cases)[0]))
 
 
 @pytest.mark.parametrize("case", ALL, ids=name_of)

@@ -11,7 +11,7 @@ from megavar.training.checkpoint import Checkpointer, shards
 from tests.checkpoint.layered import Layout, Run
 from tests.distributed.harness import run_ranks
 
-SAVED, FINAL = 3, 5
+SAVED, FINAL = 2, 4
 """Steps at which the shared checkpoints are saved, and up to which runs continue."""
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint of any layout continues under any other.
+"""A checkpoint of any layout continues under any other: every kind of parameter and buffer, and the readers.
 
 What is loaded must be, bit for bit, what was saved: weights, both moments, average and buffers. Training on must then
 follow the run of one process without ZeRO. The model's training is element-wise (tests/checkpoint/layered.py), so this
@@ -15,33 +15,25 @@ from tests.checkpoint.conftest import FINAL, SAVED, assert_same, read_everything
 from tests.checkpoint.layered import Layout, Run
 from tests.distributed.harness import run_ranks
 
-Z0, Z1, Z2, Z3 = (Layout(1, stage) for stage in range(4))
+Z0, Z1, Z2 = (Layout(1, stage) for stage in range(3))
 DP2_Z0, DP2_Z1, DP2_Z2, DP2_Z3 = (Layout(2, stage) for stage in range(4))
-DP4_Z1 = Layout(4, 1)
-TP2_Z1, TP2_Z3 = Layout(2, 1, tensor=2), Layout(2, 3, tensor=2)
-TP2_DP2_Z1, TP2_DP2_Z2 = Layout(4, 1, tensor=2), Layout(4, 2, tensor=2)
-PP2_Z1, TP2_PP2_Z1 = Layout(2, 1, pipeline=2), Layout(4, 1, tensor=2, pipeline=2)
-EP2_Z1, EP2_Z2, EP2_Z3 = (Layout(2, stage, expert=2) for stage in (1, 2, 3))
-EP4_Z2, EP2_DP4_Z1 = Layout(4, 2, expert=4), Layout(4, 1, expert=2)
-TP2_EP2_Z1, PP2_EP2_Z1 = Layout(4, 1, tensor=2, expert=2), Layout(4, 1, pipeline=2, expert=2)
-OFFLOAD_Z2, OFFLOAD_Z3 = Layout(2, 2, offload=True), Layout(2, 3, offload=True)
+DP4_Z1, TP2_Z1, TP2_PP2_Z1 = Layout(4, 1), Layout(2, 1, tensor=2), Layout(4, 1, tensor=2, pipeline=2)
+EP4_Z2, TP2_EP2_Z1 = Layout(4, 2, expert=4), Layout(4, 1, tensor=2, expert=2)
+PP2_EP2_Z1, OFFLOAD_Z3 = Layout(4, 1, pipeline=2, expert=2), Layout(2, 3, offload=True)
 
 PAIRS = [
-    (Z0, Z0), (Z0, DP2_Z1), (DP2_Z1, Z0), (DP2_Z0, Z2), (Z1, DP2_Z3), (DP2_Z2, Z3), (DP2_Z3, DP2_Z3), (DP2_Z3, DP4_Z1),
-    (DP4_Z1, DP2_Z2), (DP4_Z1, TP2_Z1), (DP2_Z3, TP2_Z3), (TP2_Z1, DP2_Z3), (TP2_DP2_Z1, DP2_Z1), (TP2_Z1, TP2_DP2_Z2),
-    (DP2_Z1, PP2_Z1), (PP2_Z1, DP2_Z3), (TP2_PP2_Z1, Z1), (DP2_Z2, TP2_PP2_Z1), (DP2_Z1, EP2_Z1), (EP2_Z1, Z2),
-    (EP2_Z1, EP2_Z3), (EP2_Z3, EP4_Z2), (EP4_Z2, TP2_EP2_Z1), (TP2_EP2_Z1, PP2_EP2_Z1), (PP2_EP2_Z1, EP2_Z2),
-    (EP2_DP4_Z1, EP2_DP4_Z1), (TP2_EP2_Z1, TP2_EP2_Z1), (OFFLOAD_Z2, Z1), (DP2_Z1, OFFLOAD_Z3), (OFFLOAD_Z3, EP2_Z2),
+    (Z0, Z0), (DP4_Z1, Z0), (DP2_Z0, Z2), (DP4_Z1, DP2_Z3), (DP2_Z3, DP2_Z3), (DP2_Z3, DP2_Z2), (TP2_PP2_Z1, Z1),
+    (EP4_Z2, TP2_EP2_Z1), (TP2_EP2_Z1, PP2_EP2_Z1), (OFFLOAD_Z3, EP4_Z2),
 ]  # fmt: skip
 
 
-def continue_run(layout, source, target, asynchronous=False):
+def continue_run(layout, source, target):
     """On every rank: load ``source`` into a model with other weights, save to ``target``, train on, save again."""
     run = Run(layout, seed=5)
     state = Checkpointer(source, CheckpointConfig()).load({"model": run.state})
     assert state == {"step": SAVED}
     assert set(master.get_steps(run.engine)) == {SAVED}
-    with Checkpointer(target, CheckpointConfig(asynchronous=asynchronous)) as checkpointer:
+    with Checkpointer(target, CheckpointConfig()) as checkpointer:
         checkpointer.save(SAVED, {"model": run.state}, {"step": SAVED})
         for step in range(SAVED, FINAL):
             run.step(step)
@@ -62,13 +54,6 @@ def test_any_layout_continues_under_any_other(source, target, saved, reference, 
         )
     if source == target:
         assert_same(actual, read_everything(saved(source, FINAL), FINAL))
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("layout", [Layout(2, stage, bfloat16=True) for stage in (1, 2, 3)], ids=str)
-def test_bfloat16_continues_bitwise_with_asynchronous_saves(layout, saved, tmp_path):
-    run_ranks(layout.world, continue_run, layout, saved(layout), tmp_path, True)
-    assert_same(read_everything(tmp_path, FINAL), read_everything(saved(layout, FINAL), FINAL))
 
 
 def _load_weights(layout, source, ema):

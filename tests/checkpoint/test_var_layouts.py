@@ -11,10 +11,12 @@ import torch
 
 from megavar.config.checkpoint import CheckpointConfig
 from megavar.config.parallel import ParallelConfig
+from megavar.config.sampling import SamplingConfig
 from megavar.config.train import EmaConfig
 from megavar.parallel import topology
 from megavar.parallel.environment import environment
-from megavar.training.checkpoint import Checkpointer, ModuleState
+from megavar.sampling.sampler import Sampler
+from megavar.training.checkpoint import Checkpointer, ModuleState, load_weights
 from megavar.training.ema import MovingAverage
 from tests.checkpoint.conftest import assert_same, read_everything
 from tests.distributed.curves import Setup, bare_curve, build, build_engine, train_step
@@ -122,3 +124,21 @@ def test_the_same_layout_continues_bitwise(layout, sources, tmp_path):
     assert_same(read_everything(tmp_path, FINAL), expected)
     moved = read_everything(source, SAVED)
     assert all(not torch.equal(expected[key], moved[key]) for key in expected if key.endswith("linear_qkv.weight"))
+
+
+def sample(root, ema):
+    """Tokens [24, L] of the first samples, drawn by one process from a checkpoint."""
+    mesh = topology.initialize(ParallelConfig(), environment())
+    recipe = build(Setup(), mesh)
+    load_weights(recipe.generator, root, ema=ema)
+    sampler = Sampler(recipe.generator, recipe.tokenizer, SamplingConfig(top_k=20, top_p=0.9), torch.device("cpu"))
+    return sampler.draw(torch.arange(24))[2]
+
+
+@pytest.mark.parametrize("ema", [False, True], ids=["weights", "average"])
+def test_samples_do_not_depend_on_the_layout_that_trained(ema, sources):
+    """Each layout has trained on its own from the first step."""
+    (expected,) = run_ranks(1, sample, sources(DP1_Z0), ema)
+    assert expected.unique().numel() > 10
+    for layout in (EP2_Z1, TP2_EP2_Z1, TP2_PP2_Z1, DP2_Z3, INTERLEAVED):
+        assert torch.equal(run_ranks(1, sample, sources(layout), ema)[0], expected), layout

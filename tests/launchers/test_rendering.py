@@ -231,7 +231,7 @@ def test_ranks_see_attempt_rendezvous_and_recorder(tmp_path):
     assert variables["MEGAVAR_ATTEMPT"] == "1"
     assert variables["MEGAVAR_LOG_DIRECTORY"] == str(logs)
     assert variables["TORCH_FR_BUFFER_SIZE"] == "0", "an operator can turn the recorder off"
-    assert variables["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] == f"{logs}/flight_recorder/rank_"
+    assert variables["TORCH_FR_DUMP_TEMP_FILE"] == f"{logs}/flight_recorder/rank_"
     assert variables["TRITON_CACHE_DIR"].startswith(f"{tmp_path}/local/")
     (train,) = stubs.calls("srun")
     assert f"--output={logs}/rank-%4t.log" in train

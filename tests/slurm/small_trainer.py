@@ -4,8 +4,8 @@ Trains one weight over gloo. Like the real trainer it logs lines with time, rank
 ``checkpoints/step-*/manifest.json``, agrees with all ranks on the step at which to stop, ignores further signals once
 that is decided, writes ``DONE`` and leaves with an exit code of ``megavar.errors.ExitCode``.
 
-Its "configuration" is a JSON file: steps, seconds_per_step, save_every, and optionally ``fail``: the exit code with
-which rank 1 leaves at once.
+Its own settings stand beside the run's configuration in ``small.json``: steps, seconds_per_step, save_every, and
+optionally ``fail``: the exit code with which the last rank leaves at once.
 """
 
 import json
@@ -53,7 +53,8 @@ def leave(code: ExitCode) -> int:
 def main(config_path: Path) -> int:
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, request_stop)
-    config, run = json.loads(config_path.read_text()), config_path.parent
+    run = config_path.parent
+    config = json.loads((run / "small.json").read_text())
     rank, world = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
     if rank == world - 1 and "fail" in config:
         return config["fail"]

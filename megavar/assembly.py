@@ -17,6 +17,7 @@ from megavar.parallel.topology import Topology
 from megavar.recipes.base import Recipe
 from megavar.recipes.mepa import MEPA
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
+from megavar.transformer.moe.backends import check_backend
 
 PARAMETER_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -121,6 +122,8 @@ def check_consistency(config: Config, source: Source) -> None:
         )
     if config.recipe.name == "mepa":
         generator = require_generator(config)
+        if generator.experts is not None:
+            check_backend(generator.experts, config.parallel)
         if generator.classes != source.num_classes:
             raise ConfigError(
                 f"generator.classes={generator.classes}, but the data source {config.data.source.name!r} has "

@@ -18,18 +18,23 @@ from megavar.config.loading import load_config
 from megavar.config.parallel import ParallelConfig
 from megavar.config.root import Config
 from megavar.data.build import build_loader, build_source
+from megavar.data.loader import Loader
 from megavar.data.pixels import to_float, to_uint8
 from megavar.data.reading import stored_images
 from megavar.errors import ConfigError, ExitCode
 from megavar.generators.var import VAR
 from megavar.parallel import topology
 from megavar.parallel.environment import Environment, environment
+from megavar.parallel.rules import check_layout
+from megavar.planning.flops import flops_per_image
+from megavar.planning.hardware import peak_of_device
 from megavar.recipes.base import Recipe
 from megavar.recipes.mepa import MEPA
 from megavar.recipes.tokenizer import TokenizerTraining
 from megavar.sampling.sampler import Sampler
+from megavar.training.run import Run, micro_batch_size, on_first_rank
 from megavar.training.run_directory import RunDirectory
-from megavar.training.trainer import Run, Trainer, on_first_rank
+from megavar.training.trainer import Trainer
 
 PREVIEW_IMAGES = 40
 
@@ -86,15 +91,24 @@ def _train_one(config: Config, place: Environment) -> ExitCode:
     if place.rank == 0:
         print(topology.describe(config.parallel, place.world_size), flush=True)
     source = build_source(config.data)
+    deepspeed = load_deepspeed_json(Path(config.deepspeed))
+    check_layout(
+        config.parallel,
+        config.generator,
+        zero_stage=int(deepspeed.get("zero_optimization", {}).get("stage", 0)),
+        world_size=place.world_size,
+        micro_batches=config.train.global_batch_size // mesh.data // micro_batch_size(config.train, mesh),
+        vocabulary_size=config.tokenizer.vocabulary_size,
+    )
     recipe = build_recipe(config, mesh, source, place.device)
 
-    def loader(start_step: int, micro_batch_size: int):  # noqa: ANN202 - Loader, an iterable of lists of batches
+    def loader(start_step: int, size: int) -> Loader:
         return build_loader(
             config.data,
             source,
             seed=config.train.seed,
             global_batch_size=config.train.global_batch_size,
-            micro_batch_size=micro_batch_size,
+            micro_batch_size=size,
             data_parallel_rank=mesh.data_rank,
             data_parallel_size=mesh.data,
             start_step=start_step,
@@ -107,7 +121,7 @@ def _train_one(config: Config, place: Environment) -> ExitCode:
             train=config.train,
             optimizer=config.optimizer,
             logging=config.logging,
-            deepspeed=load_deepspeed_json(Path(config.deepspeed)),
+            deepspeed=deepspeed,
             deepspeed_origin=config.deepspeed,
             config=resolved,
             directory=directory,
@@ -116,9 +130,18 @@ def _train_one(config: Config, place: Environment) -> ExitCode:
             loader=loader,
             topology=mesh,
             preview=_preview(config, recipe, mesh, place),
+            flops_per_image=flops_per_image(config),
+            peak_flops=_peak_flops(config),
         )
     )
     return trainer.run()
+
+
+def _peak_flops(config: Config) -> float | None:
+    """Peak of this device, where it is known: utilization is then logged."""
+    if not torch.cuda.is_available():
+        return None
+    return peak_of_device(torch.cuda.get_device_name(), config.train.precision)
 
 
 def _preview(

@@ -9,6 +9,7 @@ import functools
 from typing import Any
 
 import torch
+import torch.utils._device
 
 _installed = False
 
@@ -90,6 +91,8 @@ def install() -> None:
 
     megatron_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    # Let PyTorch remember its factories first: `with torch.device("meta")` recognizes them by identity.
+    torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     # transformer/moe/moe_utils.py:1093 converts split sizes only `if tensor.is_cuda`.

@@ -27,6 +27,7 @@ def transformer_config(generator: VARConfig, parallel: ParallelConfig, dtype: to
         mixture = {
             "num_moe_experts": experts.number,
             "moe_router_topk": experts.top_k,
+            "moe_router_pre_softmax": True,  # what our router does (Eq. 7); without it top_k=1 is refused
             "moe_token_dispatcher_type": parallel.dispatcher,
             "moe_router_load_balancing_type": "none",  # Eq. 10 is added by our router
             "moe_grouped_gemm": False,

@@ -26,9 +26,6 @@ TUTEL = pytest.param(
     "tutel", marks=pytest.mark.skipif(importlib.util.find_spec("tutel") is None, reason="tutel is not installed")
 )
 BACKENDS = ["megatron", "grouped", TUTEL, "deepspeed"]
-TOP_1 = pytest.mark.xfail(
-    strict=True, raises=ValueError, reason="megatron_config.py must set moe_router_pre_softmax for top_k=1"
-)
 
 
 def megatron_config(backend, number=4, top_k=2, dtype=torch.float32) -> TransformerConfig:
@@ -81,7 +78,7 @@ def logical_leaves(module):
 
 
 @pytest.mark.parametrize("router", ["scale_token", "scale"])
-@pytest.mark.parametrize(("number", "top_k"), [(4, 2), (8, 3), (3, 3), pytest.param(2, 1, marks=TOP_1)])
+@pytest.mark.parametrize(("number", "top_k"), [(4, 2), (8, 3), (3, 3), (2, 1)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_backend_equals_a_loop_over_tokens_and_experts(backend, number, top_k, router):
     made, x = layer(backend, number, top_k, router), hidden()
@@ -139,7 +136,6 @@ def test_model_trains_the_same_with_balance_loss_and_recomputation(backend):
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-@TOP_1
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_expert_equals_the_dense_block(backend):
     """The gate, a softmax over one, is 1."""

@@ -1,0 +1,38 @@
+"""``megavar plan``: what a run costs, before it is submitted."""
+
+import argparse
+import json
+import sys
+
+from megavar.config.loading import load_config
+from megavar.errors import ExitCode
+from megavar.planning.hardware import ACCELERATORS
+from megavar.planning.plan import plan
+from megavar.planning.report import format_plan, plan_values
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options beside the configuration."""
+    parser.add_argument("--gpus", type=int, required=True, help="number of GPUs")
+    parser.add_argument("--gpu", default="h200", choices=sorted(ACCELERATORS), help="kind of GPU (default: h200)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of one machine (default: 8)")
+    parser.add_argument("--mfu", type=float, help="utilization while blocks compute, 0 to 1; default: an assumption")
+    parser.add_argument("--images", type=int, help="length of the training data, where it cannot be opened here")
+    parser.add_argument("--hours", type=float, help="time limit of one Slurm job: adds the number of jobs in the chain")
+    parser.add_argument("--json", action="store_true", help="print plain values for programs")
+
+
+def run(options: argparse.Namespace) -> ExitCode:
+    """Entry point of the command."""
+    predicted = plan(
+        load_config(options.config, options.overrides),
+        options.gpus,
+        options.gpu,
+        options.mfu,
+        gpus_per_node=options.gpus_per_node,
+        images=options.images,
+        job_seconds=options.hours * 3600 if options.hours else None,
+    )
+    text = json.dumps(plan_values(predicted), indent=2) if options.json else format_plan(predicted)
+    print(text, file=sys.stdout)
+    return ExitCode.FINISHED

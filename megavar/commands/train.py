@@ -13,15 +13,18 @@ from torch import Tensor
 from megavar import logs
 from megavar.assembly import build_recipe
 from megavar.commands.evaluate import score
+from megavar.config.data import ImageFolderSource
 from megavar.config.deepspeed import load_deepspeed_json
 from megavar.config.loading import load_config
 from megavar.config.parallel import ParallelConfig
 from megavar.config.root import Config
-from megavar.data.build import build_loader, build_source
+from megavar.data.build import build_loader, build_source, build_transform
+from megavar.data.caches import CachedSamples
 from megavar.data.loader import Loader
 from megavar.data.pixels import to_float, to_uint8
 from megavar.data.reading import stored_images
-from megavar.errors import ConfigError, ExitCode
+from megavar.data.source import Source
+from megavar.errors import ConfigError, DataError, ExitCode
 from megavar.generators.var import VAR
 from megavar.parallel import topology
 from megavar.parallel.environment import Environment, environment
@@ -32,6 +35,7 @@ from megavar.recipes.base import Recipe
 from megavar.recipes.mepa import MEPA
 from megavar.recipes.tokenizer import TokenizerTraining
 from megavar.sampling.sampler import Sampler
+from megavar.storage import write_json_atomic
 from megavar.training.run import Run, micro_batch_size, on_first_rank
 from megavar.training.run_directory import RunDirectory
 from megavar.training.trainer import Trainer
@@ -101,6 +105,9 @@ def _train_one(config: Config, place: Environment) -> ExitCode:
         vocabulary_size=config.tokenizer.vocabulary_size,
     )
     recipe = build_recipe(config, mesh, source, place.device)
+    if isinstance(source, CachedSamples) and isinstance(recipe, MEPA):
+        source.check_tokenizer(recipe.tokenizer)
+    on_first_rank(functools.partial(_check_data, directory, source, config))
 
     def loader(start_step: int, size: int) -> Loader:
         return build_loader(
@@ -137,6 +144,25 @@ def _train_one(config: Config, place: Environment) -> ExitCode:
     return trainer.run()
 
 
+def _check_data(directory: RunDirectory, source: Source, config: Config) -> None:
+    """Remember the data of a run, and refuse to continue it on other data.
+
+    Raises:
+        DataError: the content of the source has changed since the run began.
+    """
+    path = directory.path / "data.json"
+    described = {"source": config.data.source.name, "samples": len(source), "fingerprint": source.fingerprint}
+    if path.exists() and not config.train.fresh:
+        before = json.loads(path.read_text())
+        if before != described:
+            raise DataError(
+                f"The data of {config.run.name} have changed since the run began: {path} says {before}, the source now "
+                f"is {described}. Restore the data, or start again with train.fresh=true or another run.directory."
+            )
+        return
+    write_json_atomic(path, described)
+
+
 def _peak_flops(config: Config) -> float | None:
     """Peak of this device, where it is known: utilization is then logged."""
     if not torch.cuda.is_available():
@@ -153,19 +179,19 @@ def _preview(
         sampler = Sampler(recipe.generator, recipe.tokenizer, settings, place.device)
         return lambda step: sampler.draw(torch.arange(PREVIEW_IMAGES))[0]
     if isinstance(recipe, TokenizerTraining):
-        return functools.partial(_reconstructions, config, recipe, place.device)
+        has_test = not isinstance(config.data.source, ImageFolderSource) or config.data.source.test_path is not None
+        source = build_source(config.data, "test" if has_test else "train")
+        return functools.partial(_reconstructions, config, recipe, source, place.device)
     return None  # a pipeline stage cannot decode alone: sample from a checkpoint instead
 
 
 @torch.no_grad()
-def _reconstructions(config: Config, recipe: TokenizerTraining, device: torch.device, step: int) -> Tensor:
-    """Rows of ten test images, each above a row of their reconstructions: uint8 [N, 3, H, W]."""
-    from megavar.data.build import build_transform
-
-    source = build_source(config.data, "test")
+def _reconstructions(
+    config: Config, recipe: TokenizerTraining, source: Source, device: torch.device, step: int
+) -> Tensor:
+    """Rows of ten images, each above a row of their reconstructions: uint8 [N, 3, H, W]."""
     count = min(PREVIEW_IMAGES // 2, len(source))
     originals, _ = stored_images(source, build_transform(config.data, "test"), range(count))
-    tokenizer = recipe.tokenizer
-    reconstructed = to_uint8(tokenizer.decode(tokenizer.encode(to_float(originals).to(device)))).cpu()
+    reconstructed = to_uint8(recipe.reconstruct(to_float(originals).to(device))).cpu()
     rows = zip(originals.split(10), reconstructed.split(10))
     return torch.cat([image for pair in rows for image in pair])

@@ -42,16 +42,16 @@ class Memory:
     buckets: float
     """Gradient buckets, and parameters gathered by ZeRO-3."""
     activations: float
-    logits: float
+    logits: float = 0.0
     """Head, logits and cross entropy."""
-    working: float
+    working: float = 0.0
     """Gradients inside a block and, under full recomputation, its activations; beyond what the logits leave, which are
     gone by then."""
-    tokenizer: float
+    tokenizer: float = 0.0
     """The frozen tokenizer's weights, and the step's images and features."""
-    encoding: float
+    encoding: float = 0.0
     """What encoding a micro-batch takes beyond the room that training leaves at that moment."""
-    reserved: float
+    reserved: float = 0.0
     """CUDA context, libraries, fragmentation."""
 
     @property
@@ -98,7 +98,8 @@ def state_bytes(parameters: RankParameters, layout: Layout, element: int, *, ema
     )
 
 
-def _bucket_bytes(parameters: RankParameters, layout: Layout, element: int) -> float:
+def bucket_bytes(parameters: RankParameters, layout: Layout, element: int) -> float:
+    """Gradient buckets, and parameters that ZeRO-3 gathers at a time."""
     zero = layout.zero
     if zero.stage == 0:
         return 0.0
@@ -131,7 +132,7 @@ def rank_memory(
     parameters = rank_parameters(shape, layout.parallel, pipeline_rank)
     state = state_bytes(parameters, layout, element, ema=ema)
     parts = activation_bytes(batch, recompute, pipeline_rank, layout.micro_batches)
-    buckets = _bucket_bytes(parameters, layout, element)
+    buckets = bucket_bytes(parameters, layout, element)
     working = max(0.0, working_bytes(batch, recompute) - parts["head"] - parts["logits"])
     training = state.gradients + buckets + sum(parts.values()) + working
     encoding = 0.0 if tokenizer is None else layout.micro_batch * tokenizer.encode_bytes + SEARCH_BYTES

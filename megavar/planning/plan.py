@@ -1,6 +1,5 @@
 """The plan of a run: what it costs on given GPUs as configured, and which layouts would serve it better."""
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,81 +7,20 @@ from typing import Any
 
 from megavar.config.deepspeed import complete_deepspeed, load_deepspeed_json
 from megavar.config.root import Config
+from megavar.config.tokenizer_training import TokenizerTrainingConfig
 from megavar.errors import ConfigError
 from megavar.parallel.rules import check_layout
 from megavar.parallel.topology import Topology, data_parallel_size
-from megavar.planning.flops import model_flops, sampling_flops
-from megavar.planning.hardware import EXPERTS_UTILIZATION, accelerator
+from megavar.planning.hardware import EXPERTS_UTILIZATION, TOKENIZER_UTILIZATION, accelerator
 from megavar.planning.layout import Layout, Zero
-from megavar.planning.memory import Memory, rank_memory
-from megavar.planning.parameters import ParameterCount, count_parameters
+from megavar.planning.memory import FLOAT32
+from megavar.planning.search import suggest
 from megavar.planning.shape import GeneratorShape
-from megavar.planning.timing import Machine, StepTime, step_time
-from megavar.planning.tokenizer_cost import TokenizerCost, autoencoder_cost
+from megavar.planning.timing import Machine
+from megavar.planning.tokenizer_cost import autoencoder_cost
+from megavar.planning.workload import AutoencoderWorkload, GeneratorWorkload, Prediction, Workload
 from megavar.training.run import micro_batch_size
 from megavar.training.schedules import total_steps
-
-HEADROOM = 0.95
-"""Share of the device's memory that a layout may fill."""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """A layout with what it costs."""
-
-    layout: Layout
-    memory: Memory
-    """Of the fullest rank."""
-    stage: int
-    """Pipeline stage of that rank."""
-    time: StepTime
-
-    def fits(self, capacity: float) -> bool:
-        """Whether the fullest rank stays within a device of ``capacity`` bytes, with some headroom."""
-        return self.memory.total <= capacity * HEADROOM
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is trained, apart from how it is spread."""
-
-    shape: GeneratorShape
-    machine: Machine
-    utilization: float
-    element: int
-    """Bytes of a weight."""
-    kernel: str
-    ema: bool
-    tokenizer: TokenizerCost | None
-    """None where tokens are cached."""
-    image_bytes: float
-
-    def predict(self, layout: Layout) -> Prediction:
-        """Costs of a layout that the rules allow."""
-        memories = {
-            stage: rank_memory(
-                self.shape,
-                layout,
-                pipeline_rank=stage,
-                element=self.element,
-                kernel=self.kernel,
-                ema=self.ema,
-                tokenizer=self.tokenizer,
-                image_bytes=self.image_bytes,
-            )
-            for stage in {0, layout.parallel.pipeline - 1}
-        }
-        fullest = max(memories, key=lambda stage: memories[stage].total)
-        time = step_time(
-            self.shape,
-            layout,
-            self.machine,
-            utilization=self.utilization,
-            element=self.element,
-            kernel=self.kernel,
-            tokenizer=self.tokenizer,
-        )
-        return Prediction(layout, memories[fullest], fullest, time)
 
 
 @dataclass(frozen=True)
@@ -94,11 +32,8 @@ class Plan:
     workload: Workload
     assumed_utilization: bool
     """Whether the utilization is our assumption and not the user's."""
-    parameters: ParameterCount
-    train_flops: float
-    """Model FLOPs per image, forward and backward."""
-    sample_flops: float
-    """FLOPs per drawn image without the decoder."""
+    sample_flops: float | None
+    """FLOPs per drawn image without the decoder; None for a tokenizer."""
     prediction: Prediction
     """The configuration as it is."""
     better: tuple[Prediction, ...]
@@ -118,9 +53,7 @@ class Plan:
     @property
     def utilization(self) -> float:
         """Model FLOPs utilization as the run's log will show it: over whole steps."""
-        gpu = self.workload.machine.gpu
-        peak = gpu.bf16 if self.workload.element == 2 else gpu.fp32
-        return self.images_per_second * self.train_flops / (peak * self.gpus)
+        return self.images_per_second * self.workload.train_flops / (self.workload.peak * self.gpus)
 
     @property
     def seconds(self) -> float:
@@ -162,22 +95,15 @@ def plan(
     Raises:
         ConfigError: the configuration is not trainable on so many GPUs, or nothing is known of the GPU.
     """
-    from megavar.planning.search import suggest
-
-    shape = GeneratorShape.of(config)
-    device = accelerator(gpu)
-    utilization = mfu or device.utilization * (EXPERTS_UTILIZATION if shape.experts is not None else 1.0)
-    workload = Workload(
-        shape=shape,
-        machine=Machine(device, min(gpus_per_node, gpus)),
-        utilization=utilization,
-        element=2 if config.train.precision == "bf16" else 4,
-        kernel=shape.generator.attention_kernel,
-        ema=config.train.ema is not None,
-        tokenizer=None if reads_tokens(config) else autoencoder_cost(config.tokenizer),
-        image_bytes=_image_bytes(config),
-    )
+    if gpus < 1 or gpus_per_node < 1 or (mfu is not None and not 0 < mfu <= 1):
+        raise ConfigError(
+            f"A plan needs at least one GPU and a utilization between 0 and 1, not --gpus {gpus}, --gpus-per-node "
+            f"{gpus_per_node}, --mfu {mfu}."
+        )
+    workload = _workload(config, Machine(accelerator(gpu), min(gpus_per_node, gpus)), mfu)
     layout, notes = configured_layout(config, gpus)
+    if isinstance(config.recipe, TokenizerTrainingConfig) and (config.recipe.perceptual or config.recipe.adversarial):
+        notes += ("the discriminator and the perceptual network are not counted",)
     count = _length(config) if images is None else images
     if config.train.steps is None and count is None:
         raise ConfigError(
@@ -189,9 +115,9 @@ def plan(
         gpus=gpus,
         workload=workload,
         assumed_utilization=mfu is None,
-        parameters=count_parameters(shape),
-        train_flops=model_flops(shape),
-        sample_flops=sampling_flops(shape, config.sampling.guidance > 0),
+        sample_flops=workload.sample_flops(config.sampling.guidance > 0)
+        if isinstance(workload, GeneratorWorkload)
+        else None,
         prediction=workload.predict(layout),
         better=tuple(suggest(workload, layout, suggestions)),
         steps=total_steps(config.train.steps, config.train.epochs, count or 0, config.train.global_batch_size),
@@ -199,6 +125,19 @@ def plan(
         limit_seconds=None if job_seconds is None else usable_seconds(job_seconds),
         notes=notes,
     )
+
+
+def _workload(config: Config, machine: Machine, mfu: float | None) -> Workload:
+    element = 2 if config.train.precision == "bf16" else FLOAT32
+    ema, image_bytes = config.train.ema is not None, _image_bytes(config)
+    if config.generator is None:
+        cost = autoencoder_cost(config.tokenizer)
+        return AutoencoderWorkload(machine, mfu or TOKENIZER_UTILIZATION, element, ema, image_bytes, cost)
+    shape = GeneratorShape.of(config)
+    assumed = machine.gpu.utilization * (EXPERTS_UTILIZATION if shape.experts is not None else 1.0)
+    tokenizer = None if reads_tokens(config) else autoencoder_cost(config.tokenizer)
+    kernel = shape.generator.attention_kernel
+    return GeneratorWorkload(machine, mfu or assumed, element, ema, image_bytes, shape, kernel, tokenizer)
 
 
 def configured_layout(config: Config, world_size: int) -> tuple[Layout, tuple[str, ...]]:
@@ -238,11 +177,6 @@ def configured_layout(config: Config, world_size: int) -> tuple[Layout, tuple[st
 def usable_seconds(limit: float) -> float:
     """What a job of ``limit`` seconds trains: start, load and the last save take their share."""
     return max(limit - 900.0, limit / 2)
-
-
-def with_utilization(workload: Workload, utilization: float) -> Workload:
-    """The same at another utilization."""
-    return dataclasses.replace(workload, utilization=utilization)
 
 
 def reads_tokens(config: Config) -> bool:

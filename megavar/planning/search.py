@@ -1,20 +1,19 @@
 """Searches the layouts that a run could use instead, and ranks those that fit by their step time."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from megavar.errors import ConfigError
 from megavar.parallel.rules import check_layout
 from megavar.planning.layout import Layout, Zero
-
-if TYPE_CHECKING:
-    from megavar.planning.plan import Prediction, Workload
+from megavar.planning.workload import Prediction, Workload
 
 STAGES = (1, 2, 3)
 RECOMPUTE: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
-MINIMUM_GAIN = 0.01
-"""A layout that is not this much faster than a simpler one is not worth its complexity."""
+EQUAL = 0.01
+"""Times and memories whose ratio is closer to 1 than this count as equal: then the simpler layout wins."""
 
 
 def _sizes(largest: int) -> Iterator[int]:
@@ -24,13 +23,14 @@ def _sizes(largest: int) -> Iterator[int]:
         size *= 2
 
 
-def candidates(workload: "Workload", base: Layout) -> Iterator[Layout]:
+def candidates(workload: Workload, base: Layout) -> Iterator[Layout]:
     """Layouts that the rules allow for the same ranks and the same global batch, simplest first."""
-    shape, world = workload.shape, base.world_size
-    experts = shape.experts
-    for tensor in _sizes(min(world, workload.machine.gpus_per_node)):
-        for pipeline in _sizes(min(world // tensor, shape.depth)):
-            for expert in _sizes(min(world // pipeline, experts.number)) if experts is not None else (1,):
+    generator, world = workload.generator, base.world_size
+    experts = 1 if generator is None or generator.experts is None else generator.experts.number
+    recomputations = RECOMPUTE if generator is not None else RECOMPUTE[:1]
+    for tensor in _sizes(min(world, workload.machine.gpus_per_node) if generator is not None else 1):
+        for pipeline in _sizes(min(world // tensor, generator.depth) if generator is not None else 1):
+            for expert in _sizes(min(world // pipeline, experts)):
                 parallel = base.parallel.model_copy(
                     update={"tensor": tensor, "sequence": tensor > 1, "pipeline": pipeline, "virtual_pipeline": 1,
                             "expert": expert}
@@ -41,7 +41,7 @@ def candidates(workload: "Workload", base: Layout) -> Iterator[Layout]:
                 share = base.global_batch // data
                 for stage in STAGES if pipeline == 1 else (1,):
                     for micro in (size for size in range(share, 0, -1) if share % size == 0):
-                        for recompute in RECOMPUTE:
+                        for recompute in recomputations:
                             yield Layout(
                                 parallel.model_copy(update={"recompute": recompute}), _zero(base, stage), world,
                                 base.global_batch, micro,
@@ -55,16 +55,16 @@ def _zero(base: Layout, stage: int) -> Zero:
     return Zero(stage, buckets=2 if stage == 2 else 1)
 
 
-def is_allowed(workload: "Workload", layout: Layout) -> bool:
+def is_allowed(workload: Workload, layout: Layout) -> bool:
     """Whether the rules of layouts allow it."""
     try:
         check_layout(
             layout.parallel,
-            workload.shape.generator,
+            workload.generator,
             zero_stage=layout.zero.stage,
             world_size=layout.world_size,
             micro_batches=layout.micro_batches,
-            vocabulary_size=workload.shape.vocabulary,
+            vocabulary_size=workload.vocabulary,
         )
     except ConfigError:
         return False
@@ -89,7 +89,7 @@ def complexity(layout: Layout) -> tuple:
     )
 
 
-def suggest(workload: "Workload", base: Layout, count: int) -> list["Prediction"]:
+def suggest(workload: Workload, base: Layout, count: int) -> list[Prediction]:
     """The ``count`` best layouts that fit, fastest first, one per mesh and ZeRO stage.
 
     Where nothing fits, the same with ZeRO-3 and everything offloaded is tried last.
@@ -106,27 +106,19 @@ def suggest(workload: "Workload", base: Layout, count: int) -> list["Prediction"
     best: dict[tuple, Prediction] = {}
     for prediction in found:
         best.setdefault(_mesh(prediction.layout), prediction)
-    ranked: list[Prediction] = []
-    for prediction in best.values():
-        simpler = [other for other in ranked if complexity(other.layout) <= complexity(prediction.layout)]
-        if len(ranked) < count and all(_is_worth(prediction, other) for other in simpler):
-            ranked.append(prediction)
-    return ranked
+    chosen: list[Prediction] = []
+    for prediction in best.values():  # in the order of their times: a later one must at least need less memory
+        if all(prediction.memory.total < other.memory.total * (1 - EQUAL) for other in chosen):
+            chosen.append(prediction)
+    return chosen[:count]
 
 
-def _is_worth(prediction: "Prediction", simpler: "Prediction") -> bool:
-    """Layouts are met in the order of their time: a later one is worth showing only if it needs less memory."""
-    return prediction.memory.total < simpler.memory.total * (1 - MINIMUM_GAIN)
-
-
-def _fitting(workload: "Workload", layouts: Iterator[Layout]) -> list["Prediction"]:
+def _fitting(workload: Workload, layouts: Iterator[Layout]) -> list[Prediction]:
     capacity = workload.machine.gpu.memory
     allowed = (workload.predict(layout) for layout in layouts if is_allowed(workload, layout))
     fitting = [prediction for prediction in allowed if prediction.fits(capacity)]
 
-    def rank(prediction: "Prediction") -> tuple:
-        # Times within a hundredth of each other count as equal: then the simpler layout wins.
-        rounded = round(prediction.time.total, 3 - len(str(int(prediction.time.total * 1000))))
-        return rounded, complexity(prediction.layout)
+    def rank(prediction: Prediction) -> tuple:
+        return round(math.log(prediction.time.total) / EQUAL), complexity(prediction.layout)
 
     return sorted(fitting, key=rank)

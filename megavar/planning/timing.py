@@ -16,7 +16,7 @@ from megavar.planning.hardware import (
     Accelerator,
 )
 from megavar.planning.layout import Layout
-from megavar.planning.parameters import rank_parameters
+from megavar.planning.parameters import RankParameters, rank_parameters
 from megavar.planning.shape import GeneratorShape
 from megavar.planning.tokenizer_cost import TokenizerCost
 
@@ -29,19 +29,19 @@ class StepTime:
 
     compute: float
     """The generator at the stated utilization, recomputation included."""
-    encode: float
+    encode: float = 0.0
     """The frozen tokenizer."""
-    bubble: float
+    bubble: float = 0.0
     """Waiting at the ends of the pipeline."""
-    tensor: float
+    tensor: float = 0.0
     """Collectives of tensor and sequence parallelism."""
-    expert: float
+    expert: float = 0.0
     """Tokens on their way to experts and back."""
-    pipeline: float
+    pipeline: float = 0.0
     """Transfers between stages."""
-    data: float
+    data: float = 0.0
     """Gradients and weights between data-parallel ranks."""
-    optimizer: float
+    optimizer: float = 0.0
     """The update, with transfers where it is offloaded."""
 
     @property
@@ -101,6 +101,7 @@ def step_time(
     compute = layout.micro_batches * max(layout.micro_batch * one_image, launches)
     encode = 0.0 if tokenizer is None else share * tokenizer.encode_flops / (gpu.tf32 * TOKENIZER_UTILIZATION)
     stages, chunks = parallel.pipeline, parallel.virtual_pipeline
+    held = rank_parameters(shape, parallel, 0)
     return StepTime(
         compute=compute,
         encode=encode,
@@ -108,8 +109,8 @@ def step_time(
         tensor=_tensor_seconds(batch, layout, machine),
         expert=_expert_seconds(batch, layout, machine),
         pipeline=_pipeline_seconds(batch, layout, machine),
-        data=_data_seconds(shape, layout, machine, element),
-        optimizer=_optimizer_seconds(shape, layout, machine),
+        data=data_seconds(held, layout, machine, element),
+        optimizer=optimizer_seconds(held, layout, machine),
     )
 
 
@@ -148,15 +149,9 @@ def _pipeline_seconds(batch: MicroBatch, layout: Layout, machine: Machine) -> fl
     return transfers * batch.unit / batch.between / machine.rate(parallel.pipeline, stride)
 
 
-def _data_seconds(shape: GeneratorShape, layout: Layout, machine: Machine, element: int) -> float:
+def data_seconds(held: RankParameters, layout: Layout, machine: Machine, element: int) -> float:
     """Gradients reduced and weights gathered, as often as the ZeRO stage does it."""
-    held = rank_parameters(shape, layout.parallel, 0)
-    times = {
-        0: 2,
-        1: 2,
-        2: 1 + layout.micro_batches,
-        3: 3 * layout.micro_batches,
-    }[layout.zero.stage]
+    times = {0: 2, 1: 2, 2: 1 + layout.micro_batches, 3: 3 * layout.micro_batches}[layout.zero.stage]
     seconds = 0.0
     for scalars, ranks, stride in (
         (held.replicated, layout.data, layout.parallel.tensor),
@@ -168,8 +163,8 @@ def _data_seconds(shape: GeneratorShape, layout: Layout, machine: Machine, eleme
     return seconds
 
 
-def _optimizer_seconds(shape: GeneratorShape, layout: Layout, machine: Machine) -> float:
-    held = rank_parameters(shape, layout.parallel, 0)
+def optimizer_seconds(held: RankParameters, layout: Layout, machine: Machine) -> float:
+    """The update of this rank's part of the optimizer state, limited by memory or, offloaded, by the host."""
     sharded = layout.zero.stage >= 1
     updated = held.replicated / (layout.data if sharded else 1) + held.experts / (layout.expert_data if sharded else 1)
     return updated * _ADAM_BYTES / (HOST_RATE if layout.zero.offload_optimizer else machine.gpu.bandwidth)

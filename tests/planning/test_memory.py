@@ -60,7 +60,8 @@ def measure(stage, precision, parallel, experts):
     place = topology.initialize(parallel, environment())
     before = live_storages([])
     model = VAR(config_of(experts), scales=SCALES, code_dimension=CODE_DIMENSION, vocabulary_size=VOCABULARY,
-                parallel=parallel, dtype=TYPES[precision], stage=Stage.split(2, parallel, place.pipeline_rank))  # fmt: skip
+                parallel=parallel, dtype=TYPES[precision],
+                stage=Stage.split(2, parallel, place.pipeline_rank))  # fmt: skip
     zero = {"stage": stage, "reduce_bucket_size": BUCKET}
     plan = complete_deepspeed(
         {"zero_optimization": zero | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})},

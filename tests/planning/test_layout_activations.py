@@ -1,0 +1,85 @@
+"""What a training pass takes on the ranks of tensor, sequence, expert and pipeline parallel layouts."""
+
+import pytest
+import torch
+
+from megavar.config.generator import ExpertsConfig, VARConfig
+from megavar.config.optimizer import OptimizerConfig
+from megavar.config.parallel import ParallelConfig
+from megavar.planning.activations import MicroBatch, activation_bytes, working_bytes
+from megavar.planning.tokenizer_cost import LiveBytes
+from tests.distributed.harness import run_ranks
+from tests.planning.models import CODE_DIMENSION, VOCABULARY, inputs, shape_of
+
+SCALES, IMAGES, BUCKET = (1, 2, 4, 6), 4, 1_100_000
+EXPERTS = ExpertsConfig(number=4, top_k=2, backend="megatron")
+CASES = [
+    ({"tensor": 2}, None, 1), ({"tensor": 2, "sequence": True}, None, 1), ({"tensor": 2}, EXPERTS, 1),
+    ({"tensor": 2, "sequence": True, "expert": 2}, EXPERTS, 1), ({"expert": 2}, EXPERTS, 1),
+    ({"pipeline": 2}, None, 4), ({"pipeline": 2, "virtual_pipeline": 2}, None, 4),
+]  # fmt: skip
+
+
+def config_of(experts):
+    return VARConfig(depth=4, width=256, heads=4, classes=10, experts=experts, attention_kernel="prefix")
+
+
+def measure(layout, experts, micro_batches):
+    """Pipeline rank and bytes at the fullest moment beyond weights, gradients, buckets and optimizer."""
+    from megavar.config.deepspeed import complete_deepspeed
+    from megavar.generators.var import VAR, Stage
+    from megavar.parallel import topology
+    from megavar.parallel.environment import environment
+    from megavar.parallel.vocabulary import vocabulary_cross_entropy
+    from megavar.training.engine import Engine
+    from tests.planning.test_memory import live_storages
+
+    parallel = ParallelConfig(**layout)
+    place = topology.initialize(parallel, environment())
+    chunks = [
+        VAR(config_of(experts), scales=SCALES, code_dimension=CODE_DIMENSION, vocabulary_size=VOCABULARY,
+            parallel=parallel, stage=Stage.split(4, parallel, place.pipeline_rank, chunk))
+        for chunk in range(parallel.virtual_pipeline)
+    ]  # fmt: skip
+    model = chunks[0] if len(chunks) == 1 else torch.nn.ModuleList(chunks)
+    plan = complete_deepspeed(
+        {"zero_optimization": {"stage": 1, "reduce_bucket_size": BUCKET}}, where="test.json", parallel=parallel,
+        data_parallel_size=place.data, global_batch_size=IMAGES * micro_batches * place.data,
+        micro_batch_size=IMAGES, precision="fp32", gradient_clipping=1.0, has_experts=experts is not None,
+    )  # fmt: skip
+    engine = Engine("generator", model, decays=lambda name, parameter: parameter.ndim > 1,
+                    optimizer=OptimizerConfig(), plan=plan, topology=place)  # fmt: skip
+    targets = torch.zeros(IMAGES, chunks[0].layout.tokens, dtype=torch.long)
+
+    def forward_backward():
+        engine.forward_backward(
+            [inputs(chunks[0], IMAGES)] * micro_batches, lambda call, item: call(item),
+            lambda output, item: vocabulary_cross_entropy(output.logits, targets).mean(),
+        )  # fmt: skip
+
+    forward_backward()  # leaves gradients and buckets
+    existing = list(live_storages(model.parameters()).values())
+    with LiveBytes([torch.empty(0).set_(storage) for storage in existing if storage.device.type == "cpu"]) as memory:
+        forward_backward()
+    engine.destroy()
+    return place.pipeline_rank, memory.peak
+
+
+def measure_all():
+    return [measure(*case) for case in CASES]
+
+
+def predict(layout, experts, micro_batches, pipeline_rank):
+    parallel = ParallelConfig(**layout)
+    batch = MicroBatch(shape_of(config_of(experts), scales=SCALES), parallel, IMAGES, 4, "prefix", imbalance=1.0)
+    parts = activation_bytes(batch, "none", pipeline_rank, micro_batches)
+    return parts["blocks"] + max(parts["head"] + parts["logits"], working_bytes(batch, "none"))
+
+
+@pytest.mark.distributed
+def test_peak_on_every_rank():
+    for rank in run_ranks(2, measure_all):
+        for case, (pipeline_rank, peak) in zip(CASES, rank, strict=True):
+            # Experts' shares differ between ranks: the prediction is for a perfect balance.
+            tolerance = 0.10 if "expert" in case[0] else 0.06
+            assert predict(*case, pipeline_rank) == pytest.approx(peak, rel=tolerance), case

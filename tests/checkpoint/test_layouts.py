@@ -56,6 +56,14 @@ def test_any_layout_continues_under_any_other(source, target, saved, reference, 
         assert_same(actual, read_everything(saved(source, FINAL), FINAL))
 
 
+@pytest.mark.distributed
+def test_bfloat16_with_float32_accumulation_continues_bitwise(saved, tmp_path):
+    """DeepSpeed's BF16_Optimizer, which keeps its master weights under other names."""
+    layout = Layout(2, 1, bfloat16=True, fp32_accumulation=True)
+    run_ranks(2, continue_run, layout, saved(layout), tmp_path)
+    assert_same(read_everything(tmp_path, FINAL), read_everything(saved(layout, FINAL), FINAL))
+
+
 def _load_weights(layout, source, ema):
     run = Run(layout, seed=5)
     if layout.stage != 3:

@@ -63,23 +63,12 @@ def guarded(check: str, seconds: float, action: Callable[[], Finding | str]) -> 
 
 
 def configuration(config: Config, world_size: int) -> str:
-    """Check the layout, split the batch over ``world_size`` ranks, and complete the DeepSpeed JSON."""
-    from megavar.config.deepspeed import complete_deepspeed, load_deepspeed_json
-    from megavar.parallel.topology import Topology, data_parallel_size
-    from megavar.training.run import micro_batch_size
+    """Check the layout and the DeepSpeed JSON, and split the batch over ``world_size`` ranks."""
+    from megavar.planning.plan import configured_layout
 
-    data, expert_data = data_parallel_size(config.parallel, world_size)
-    mesh = Topology(config=config.parallel, world_size=world_size, rank=0, data=data, expert_data=expert_data)
-    micro_batch = micro_batch_size(config.train, mesh)
-    plan = complete_deepspeed(
-        load_deepspeed_json(Path(config.deepspeed)), where=config.deepspeed, parallel=config.parallel,
-        data_parallel_size=data, global_batch_size=config.train.global_batch_size, micro_batch_size=micro_batch,
-        precision=config.train.precision, gradient_clipping=config.optimizer.gradient_clipping,
-        has_experts=config.generator is not None and config.generator.experts is not None,
-    )  # fmt: skip
-    accumulation = config.train.global_batch_size // (data * micro_batch)
-    return (f"batch {config.train.global_batch_size} = {data} data-parallel ranks x {accumulation} accumulated x "
-            f"{micro_batch}; ZeRO stage {plan.stage}")  # fmt: skip
+    layout, notes = configured_layout(config, world_size)
+    batch = f"batch {layout.global_batch} = {layout.data} data-parallel ranks x {layout.micro_batches} x "
+    return "; ".join([f"{batch}{layout.micro_batch}, ZeRO stage {layout.zero.stage}", *notes])
 
 
 def data(config: Config) -> str:
@@ -112,23 +101,31 @@ def weights(config: Config) -> str:
 # -- the run directory ------------------------------------------------------------------------------------------------
 
 
-def checkpoint_bytes(run_directory: Path) -> int | None:
-    """Size of the newest checkpoint, or None before the first."""
+def checkpoint_bytes(config: Config, run_directory: Path) -> int:
+    """Size of the newest checkpoint; before the first, what the parameters will take.
+
+    That is 12 bytes per parameter (float32 weights and two moments of Adam), 16 with a moving average.
+    """
+    from megavar.planning.parameters import count_parameters
+    from megavar.planning.shape import GeneratorShape
+    from megavar.planning.tokenizer_cost import autoencoder_cost
+
     manifests = sorted((run_directory / "checkpoints").glob("step-*/manifest.json"))
-    if not manifests:
-        return None
-    return sum(file.stat().st_size for file in manifests[-1].parent.rglob("*") if file.is_file())
+    if manifests:
+        return sum(file.stat().st_size for file in manifests[-1].parent.rglob("*") if file.is_file())
+    if config.generator is not None:
+        parameters = count_parameters(GeneratorShape.of(config)).total
+    else:
+        parameters = autoencoder_cost(config.tokenizer).parameters
+    return parameters * (12 if config.train.ema is None else 16)
 
 
-def free_space(run_directory: Path, size: int | None) -> Finding:
-    """Room for three more checkpoints."""
+def free_space(run_directory: Path, size: int) -> Finding:
+    """Room for three more checkpoints of ``size`` bytes."""
     usage = os.statvfs(run_directory)
     free = usage.f_bavail * usage.f_frsize
     if usage.f_files and not usage.f_favail:
         return Finding("space", "fail", f"no inodes left in {run_directory}: delete files")
-    if size is None:
-        return Finding("space", "warn" if free < GIB else "pass",
-                       f"{free / GIB:.1f} GiB free; the need is known after the first checkpoint")  # fmt: skip
     detail = f"{free / GIB:.2f} GiB free, three checkpoints take {3 * size / GIB:.2f} GiB"
     if free >= 3 * size:
         return Finding("space", "pass", detail)
@@ -150,7 +147,7 @@ def write_rate(folder: Path, name: str, size: int = 64 * 2**20) -> float:
         path.unlink(missing_ok=True)
 
 
-def save_time(run_directory: Path, size: int | None, bytes_per_second: float, lead: float | None) -> Finding:
+def save_time(run_directory: Path, size: int, bytes_per_second: float, lead: float | None) -> Finding:
     """Whether a save fits between the signal and the end of the job, with a factor of two to spare.
 
     The time is that of the slowest recent saves where the run has some, otherwise size over bandwidth.
@@ -159,10 +156,8 @@ def save_time(run_directory: Path, size: int | None, bytes_per_second: float, le
     measured = [record["last_save_seconds"] for record in read_metrics(run_directory) if "last_save_seconds" in record]
     if measured:
         seconds = sorted(measured[-20:])[math.ceil(0.95 * len(measured[-20:])) - 1]
-    elif size is not None:
-        seconds = size / bytes_per_second
     else:
-        return Finding("save bandwidth", "pass", f"{rate}; the need is known after the first checkpoint")
+        seconds = size / bytes_per_second
     detail = f"a save takes {seconds:.0f} s ({rate})"
     if lead is None:
         return Finding("save bandwidth", "pass", detail)

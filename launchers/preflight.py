@@ -177,7 +177,7 @@ class Preflight:
         directory = Path(config.run.path).absolute()
         folder = directory / ".preflight"
         self._check("run directory", lambda: self._visible(folder))
-        size = checks.checkpoint_bytes(directory)
+        size = checks.checkpoint_bytes(config, directory)
         self._wait("bandwidth")  # all nodes write at the same time, as in a save
         rate = guarded("write", 4 * _CHECK_SECONDS, lambda: Finding("write", "pass", "", checks.write_rate(
             folder, self.place.name, self.options.bandwidth_bytes)))  # fmt: skip

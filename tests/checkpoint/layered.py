@@ -78,6 +78,7 @@ class Block(nn.Module):
         for expert in self.listed.experts.local_experts:
             expert.linear_fc1 = Pulled(weight=torch.empty(width, 5))
         self.stacked.experts = Pulled(linear_fc2_weight=torch.empty(e, 7, width))
+        self.fixed = Pulled(weight=torch.empty(5, width)).requires_grad_(False)
         self.register_buffer("seen", torch.zeros(3, dtype=torch.int64))
 
 

@@ -56,6 +56,26 @@ def test_any_layout_continues_under_any_other(source, target, saved, reference, 
         assert_same(actual, read_everything(saved(source, FINAL), FINAL))
 
 
+def loss_of_loaded(layout, source):
+    """Of the module itself: what it computes with, not what the optimizer holds."""
+    run = Run(layout, seed=5)
+    if source is not None:
+        run.engine(9)  # ZeRO-3 keeps what it gathers here
+        Checkpointer(source, CheckpointConfig()).load({"model": run.state})
+    else:
+        for step in range(SAVED):
+            run.step(step)
+    return run.engine(9).item()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", [Z0, DP2_Z1, DP2_Z3, OFFLOAD_Z3], ids=str)
+def test_the_module_computes_with_what_was_loaded(layout, saved):
+    (expected,) = run_ranks(1, loss_of_loaded, Z0, None)
+    for loss in run_ranks(layout.world, loss_of_loaded, layout, saved(Z0)):
+        assert loss == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.distributed
 def test_bfloat16_with_float32_accumulation_continues_bitwise(saved, tmp_path):
     """DeepSpeed's BF16_Optimizer, which keeps its master weights under other names."""

@@ -135,7 +135,7 @@ class Checkpointer:
             if ranks.rank == 0:
                 try:
                     self._commit(attempt, manifest, files)
-                except OSError as failure:
+                except Exception as failure:  # a state that is not JSON, too: the others are waiting
                     error = failure
             ranks.agree(error, what)
         except CheckpointError:

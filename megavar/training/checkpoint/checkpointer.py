@@ -6,6 +6,7 @@ Load: rank 0 lists checkpoints, newest first -> all ranks together verify sizes 
 compared with the model, read and put in place. A damaged one is reported and the one before it is tried.
 """
 
+import dataclasses
 import importlib.metadata
 import logging
 import threading
@@ -121,7 +122,8 @@ class Checkpointer:
 
     def _write(self, manifest: Manifest, tensors: dict[str, Tensor], began: float) -> None:
         ranks, what = self._ranks, f"Saving {self.root / store.checkpoint_name(manifest.step)}"
-        attempt, error = None, None
+        attempt: Path | None = None
+        error: Exception | None = None
         if ranks.rank == 0:
             try:
                 attempt = store.begin(self.root, manifest.step)
@@ -159,10 +161,7 @@ class Checkpointer:
 
     def _commit(self, attempt: Path, manifest: Manifest, files: tuple[manifests.FileEntry, ...]) -> None:
         fault.point("before_manifest", 0)
-        manifests.write(
-            attempt,
-            Manifest(manifest.step, manifest.modules, manifest.state, manifest.layout, manifest.provenance, files),
-        )
+        manifests.write(attempt, dataclasses.replace(manifest, files=files))
         fault.point("before_rename", 0)
         final = store.commit(attempt)
         fault.point("before_latest", 0)

@@ -1,6 +1,5 @@
 """What a run says about itself: ``metrics.jsonl``, the progress bar, W&B, sample grids. Output on rank 0 only."""
 
-import contextlib
 import json
 import logging
 import secrets
@@ -141,7 +140,7 @@ class Monitor:
         settings = self.config.wandb
         return wandb.init(
             project=settings.project, entity=settings.entity, name=self.name, id=identity, resume="allow",
-            mode=settings.mode, dir=str(self.directory.path), config=config,
+            mode=settings.mode, dir=str(self.directory.path), config=config, reinit="finish_previous",
             settings=wandb.Settings(silent=True, console="off"),
         )  # fmt: skip
 
@@ -207,8 +206,11 @@ class Monitor:
         if self._metrics is not None:
             self._metrics.close()
         if self._wandb is not None:
-            with contextlib.suppress(Exception):  # a report that cannot be closed must not fail a finished run
-                self._wandb.finish(quiet=True)
+            try:
+                self._wandb.finish()
+            except Exception as error:  # a report that cannot be closed must not fail a finished run
+                _log.warning("W&B could not finish its run (%s); %s is complete.", error, self.directory.metrics)
+            self._wandb = None
 
 
 def _duration(seconds: float) -> str:

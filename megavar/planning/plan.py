@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megavar.config.data import CacheSource
 from megavar.config.deepspeed import complete_deepspeed, load_deepspeed_json
 from megavar.config.root import Config
 from megavar.config.tokenizer_training import TokenizerTrainingConfig
@@ -181,7 +182,7 @@ def usable_seconds(limit: float) -> float:
 
 def reads_tokens(config: Config) -> bool:
     """Whether the data source yields cached tokens, so that no image is encoded while training."""
-    return "token" in config.data.source.name
+    return isinstance(config.data.source, CacheSource) and config.data.source.content == "tokens"
 
 
 def _image_bytes(config: Config) -> float:

@@ -71,6 +71,14 @@ def test_overheads_appear_where_they_belong(config_file):
     assert full / none == pytest.approx(4 / 3, abs=0.02)
 
 
+def test_cached_tokens_need_no_encoding(config_file):
+    cache = "data.source={name: cache, path: /not/here, images: {name: image_folder, path: /not/here}}"
+    images, tokens = make(config_file), make(config_file, cache)
+    assert images.prediction.time.encode > 0 and images.prediction.memory.tokenizer > 2**28
+    assert tokens.prediction.time.encode == 0 and tokens.prediction.memory.tokenizer < 2**26
+    assert "nothing is encoded" in format_plan(tokens)
+
+
 def test_memory_follows_the_settings(config_file):
     def parts(*overrides):
         return make(config_file, *overrides).prediction.memory
@@ -158,7 +166,8 @@ def test_interleaved_rates_and_pipelines():
 def test_zero_settings_are_read_from_deepspeed_json():
     assert Zero.of({}) == Zero(0)
     zero = {"stage": 3, "stage3_max_live_parameters": 7, "reduce_bucket_size": 9}
-    content = {"zero_optimization": {**zero, "offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "none"}}}
+    offload = {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "none"}}
+    content = {"zero_optimization": zero | offload}
     assert Zero.of(content) == Zero(3, offload_parameters=True, bucket=9, live_parameters=7)
     assert Zero.of({"zero_optimization": {"stage": 2, "overlap_comm": True}}).buckets == 2
 

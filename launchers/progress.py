@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -196,7 +197,7 @@ def classify(status: int, tasks: list[int], *, done: bool, stop_requested: bool)
             return code
     if ExitCode.PREEMPTED in codes:
         return ExitCode.PREEMPTED
-    if status == 0 and stop_requested:
+    if stop_requested and status in (0, 128 + signal.SIGUSR2):  # the latter: asked while it still imported
         return ExitCode.PREEMPTED
     return ExitCode.FAILED
 

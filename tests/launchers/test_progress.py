@@ -125,6 +125,14 @@ def test_a_silent_end_without_done_is_a_failure(tmp_path):
     assert end(tmp_path, maximum=3, status=0, stop_requested=True) == (ExitCode.PREEMPTED, RESTART)
 
 
+def test_a_stop_before_the_trainer_listens_is_a_preemption(tmp_path):
+    """USR2 ends a process that still imports."""
+    start(tmp_path)
+    assert end(tmp_path, maximum=3, status=140, stop_requested=True) == (ExitCode.PREEMPTED, RESTART)
+    start(tmp_path)
+    assert end(tmp_path, maximum=3, status=140) == (ExitCode.FAILED, RESTART)
+
+
 def test_a_cancelled_job_stays_cancelled_but_one_at_its_time_limit_continues(tmp_path):
     start(tmp_path)
     assert end(tmp_path, maximum=3, status=143, terminated=True)[1] == STOP

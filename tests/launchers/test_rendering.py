@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -279,3 +281,60 @@ def test_example_cluster_file_is_valid():
 
     cluster = load_cluster(str(Path(__file__).parents[2] / "slurm/cluster.example.yaml"))
     assert cluster.ranks_per_node == 8
+
+
+STEPS = "StepId=4711.batch UserId=0 StartTime=x\n\nStepId=4711.1 UserId=0 StartTime=x\n   State=RUNNING"
+WAIT_FOR_FILE = """import time
+open({ready!r}, "w").close()
+while not os.path.exists({go!r}): time.sleep(0.02)
+sys.exit({code})"""
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+def test_the_announcement_of_the_end_is_forwarded_to_the_running_step(tmp_path, kind):
+    """Slurm signals the batch shell alone; the shell asks the ranks and waits for them."""
+    ready, go = tmp_path / "ready", tmp_path / "go"
+    python = fake_python(tmp_path / "python", WAIT_FOR_FILE.format(ready=str(ready), go=str(go), code=85))
+    stubs = Stubs(tmp_path / "bin", scontrol=STEPS)
+    made = local_job(tmp_path, {"python": python, "host_python": sys.executable})
+    script = write_script(made)
+    if kind == "evaluate":
+        script.write_text(render_evaluation(made, ["a b.yaml"]))
+    environment = stubs.environment({"MEGAVAR_MASTER_ADDR": "127.0.0.1"})  # scontrol only knows steps here
+    process = subprocess.Popen(["bash", str(script)], env=environment, stdout=subprocess.DEVNULL)
+    try:
+        while not ready.exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGUSR1)
+        while ["--signal=USR2", "4711.1"] not in stubs.calls("scancel"):
+            time.sleep(0.02)
+        go.touch()
+        assert process.wait(60) == 85
+    finally:
+        process.kill()
+    assert ["requeue", "4711"] in stubs.calls("scontrol")
+
+
+def test_evaluation_gets_its_arguments_and_keeps_the_exit_code(tmp_path):
+    seen = tmp_path / "seen.json"
+    python = fake_python(tmp_path / "python", f"json.dump(sys.argv[1:], open({str(seen)!r}, 'w')); sys.exit(2)")
+    stubs = Stubs(tmp_path / "bin")
+    made = local_job(tmp_path, {"python": python, "host_python": sys.executable})
+    script = write_script(made)
+    script.write_text(render_evaluation(made, [f"{HOSTILE}.yaml"]))
+    result = stubs.run(script)
+    assert result.returncode == 2, result.stderr
+    assert json.loads(seen.read_text()) == ["-m", "megavar", "evaluate", f"{HOSTILE}.yaml"]
+    assert not [call for call in stubs.calls("scontrol") if call[0] == "requeue"]
+
+
+def test_every_sharding_task_makes_its_part(tmp_path):
+    seen = tmp_path / "seen.json"
+    python = fake_python(tmp_path / "python", f"json.dump(sys.argv[1:], open({str(seen)!r}, 'w'))")
+    stubs = Stubs(tmp_path / "bin")
+    script = tmp_path / "script"
+    script.write_text(render_sharding(local_job(tmp_path, {"python": python}), ["--images", HOSTILE]))
+    result = stubs.run(script, SLURM_NTASKS="3")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(seen.read_text()) == ["-m", "tools.shard_images", "--images", HOSTILE, "--part", "0/3"]

@@ -16,19 +16,23 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
-from launchers.progress import newest_checkpoint_step
-from megavar.errors import ExitCode
-from megavar.storage import write_json_atomic
-
 stop_requested = False
 
 
 def request_stop(*_: object) -> None:
     global stop_requested
     stop_requested = True
+
+
+for number in (signal.SIGTERM, signal.SIGUSR2):  # before the imports, which take a while on a busy machine
+    signal.signal(number, request_stop)
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+from launchers.progress import newest_checkpoint_step  # noqa: E402
+from megavar.errors import ExitCode  # noqa: E402
+from megavar.storage import write_json_atomic  # noqa: E402
 
 
 def log(step: int | str, text: str) -> None:
@@ -51,8 +55,6 @@ def leave(code: ExitCode) -> int:
 
 
 def main(config_path: Path) -> int:
-    for number in (signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, request_stop)
     run = config_path.parent
     config = json.loads((run / "small.json").read_text())
     rank, world = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])

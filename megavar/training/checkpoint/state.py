@@ -18,7 +18,7 @@ from megavar.parallel.logical import LogicalTensor, logical_tensors
 from megavar.training.checkpoint import master
 from megavar.training.checkpoint.manifest import ModuleEntry
 from megavar.training.checkpoint.ranks import Ranks
-from megavar.training.checkpoint.tensors import Bucket, engine_device, gather, make_buckets, spread
+from megavar.training.checkpoint.tensors import Bucket, gather, make_buckets, spread
 
 WEIGHT, AVERAGE, BUFFER = "weight", "average", "buffer"
 
@@ -103,7 +103,7 @@ def stage(name: str, state: ModuleState) -> dict[str, Tensor]:
     every, trained = _buckets(state)
     result: dict[str, Tensor] = {}
     for kind, tensors in _kinds(state).items():
-        whole = gather(every if kind == WEIGHT else trained, tensors, engine_device(state.engine))
+        whole = gather(every if kind == WEIGHT else trained, tensors, state.engine.device)
         for parameter, value in whole.items():
             for logical in names[parameter]:
                 result[key(name, kind, logical.name)] = as_stored(logical, logical.local(value))
@@ -187,7 +187,7 @@ class Restorer:
         engine = self.state.engine
         for kind, tensors in _kinds(self.state).items():
             if kind in self._stored_kinds:
-                spread(self._buckets_of(kind), self._whole.pop(kind), tensors, engine_device(engine))
+                spread(self._buckets_of(kind), self._whole.pop(kind), tensors, engine.device)
             elif kind in master.MOMENTS:
                 torch._foreach_zero_(tensors)
         if self.state.average is not None and not self.entry.has_average:  # averaging was switched on: start here

@@ -7,7 +7,6 @@ costs each rank about as much memory as its own partition of the optimizer.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -123,8 +122,3 @@ def spread(buckets: list[Bucket], values: dict[str, Tensor], tensors: list[Tenso
             if holding.piece is not None:
                 source = buffer.narrow(0, start + holding.piece.start, holding.piece.numel)
                 holding.piece.of(tensors).copy_(source)
-
-
-def engine_device(engine: Any) -> torch.device:
-    """Where an engine's collectives work."""
-    return torch.device(engine.device)

@@ -120,7 +120,7 @@ def plan(
         if isinstance(workload, GeneratorWorkload)
         else None,
         prediction=workload.predict(layout),
-        better=tuple(suggest(workload, layout, suggestions)),
+        better=tuple(suggest(workload, layout, suggestions)) if suggestions else (),
         steps=total_steps(config.train.steps, config.train.epochs, count or 0, config.train.global_batch_size),
         images=count,
         limit_seconds=None if job_seconds is None else usable_seconds(job_seconds),

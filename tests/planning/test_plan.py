@@ -39,8 +39,13 @@ def config_file(tmp_path):
     return path
 
 
-def make(config_file, *overrides, gpus=8, gpu="h200", **options):
-    return plan(load_config(config_file, overrides), gpus, gpu, images=IMAGENET, **options)
+def make(config_file, *overrides, gpus=8, gpu="h200", suggestions=5, **options):
+    config = load_config(config_file, overrides)
+    return plan(config, gpus, gpu, images=IMAGENET, suggestions=suggestions, **options)
+
+
+def predict(config_file, *overrides, **options):
+    return make(config_file, *overrides, suggestions=0, **options).prediction
 
 
 def test_numbers_belong_together(config_file):
@@ -57,17 +62,17 @@ def test_numbers_belong_together(config_file):
 
 
 def test_overheads_appear_where_they_belong(config_file):
-    dense = make(config_file, "generator.experts=null", "train.micro_batch_size=12").prediction.time
+    dense = predict(config_file, "generator.experts=null", "train.micro_batch_size=12").time
     assert dense.tensor == dense.expert == dense.pipeline == dense.bubble == 0
-    pipelined = make(config_file, "parallel.pipeline=4", "train.micro_batch_size=24").prediction
+    pipelined = predict(config_file, "parallel.pipeline=4", "train.micro_batch_size=24")
     assert pipelined.layout.micro_batches == 16
     assert pipelined.time.bubble == pytest.approx(pipelined.time.compute * 3 / 16)
-    assert make(config_file, "parallel.tensor=2", "train.micro_batch_size=24").prediction.time.tensor > 0
-    alltoall = make(config_file, "parallel.expert=8").prediction.time.expert
-    allgather = make(config_file, "parallel.expert=8", "parallel.dispatcher=allgather").prediction.time.expert
+    assert predict(config_file, "parallel.tensor=2", "train.micro_batch_size=24").time.tensor > 0
+    alltoall = predict(config_file, "parallel.expert=8").time.expert
+    allgather = predict(config_file, "parallel.expert=8", "parallel.dispatcher=allgather").time.expert
     assert 0 < alltoall < allgather
-    full = make(config_file, "parallel.recompute=full", mfu=0.3).prediction.time.compute
-    none = make(config_file, mfu=0.3).prediction.time.compute
+    full = predict(config_file, "parallel.recompute=full", mfu=0.3).time.compute
+    none = predict(config_file, mfu=0.3).time.compute
     assert full / none == pytest.approx(4 / 3, abs=0.02)
 
 
@@ -81,7 +86,7 @@ def test_cached_tokens_need_no_encoding(config_file):
 
 def test_memory_follows_the_settings(config_file):
     def parts(*overrides):
-        return make(config_file, *overrides).prediction.memory
+        return predict(config_file, *overrides).memory
 
     base = parts("train.micro_batch_size=24")
     assert parts("train.micro_batch_size=12").activations == pytest.approx(base.activations / 2, rel=1e-6)
@@ -91,7 +96,7 @@ def test_memory_follows_the_settings(config_file):
     assert third.gradients == pytest.approx(base.gradients / 8)
     averaged = parts("train.micro_batch_size=24", "train.ema={decay: 0.999}")
     assert averaged.ema == pytest.approx(base.optimizer / 3)
-    offloaded = make(config_file, "deepspeed=configs/deepspeed/zero3_offload.json").prediction
+    offloaded = predict(config_file, "deepspeed=configs/deepspeed/zero3_offload.json")
     assert offloaded.memory.optimizer == offloaded.memory.weights == 0
     assert offloaded.host == pytest.approx(third.optimizer + third.weights)
     assert "offloaded to the memory of each node" in format_plan(

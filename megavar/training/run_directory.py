@@ -13,6 +13,7 @@
 """
 
 import fnmatch
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -139,11 +140,26 @@ class RunDirectory:
         """
         self._lock = RunLock.acquire(self.path)
 
+    def check_held(self) -> None:
+        """Call before writing checkpoints.
+
+        Raises:
+            ClusterError: the run was suspended for so long that another start took it over.
+        """
+        if self._lock is not None:
+            self._lock.check()
+
     def release(self) -> None:
         """Give up the lock."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
+
+
+def provenance(config: Mapping[str, Any]) -> dict[str, str]:
+    """Where a checkpoint comes from: hash of the resolved configuration, commit of the checkout."""
+    text = json.dumps(config, sort_keys=True)
+    return {"config_sha256": hashlib.sha256(text.encode()).hexdigest(), "commit": _git("rev-parse", "HEAD").strip()}
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -28,6 +28,7 @@ from megavar.training.preemption import StopRequest
 from megavar.training.profiler import Profiler
 from megavar.training.recovery import Recovery, Verdict
 from megavar.training.run import Run, micro_batch_size, on_first_rank
+from megavar.training.run_directory import provenance
 from megavar.training.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
@@ -55,7 +56,9 @@ class Trainer:
         self.averages: dict[str, MovingAverage] = {}
         if train.ema is not None:
             self.averages = {name: MovingAverage(engine, train.ema) for name, engine in self.engines.items()}
-        self.checkpointer = Checkpointer(run.directory.checkpoints, train.checkpoint, self._layout())
+        self.checkpointer = Checkpointer(
+            run.directory.checkpoints, train.checkpoint, self._layout(), provenance(run.config),
+        )
         self.monitor = Monitor(run.logging, run.directory, run.name, run.topology.rank, self.total_steps)
         self.profiler = Profiler(run.logging.profile, run.directory.path / "profiles", run.topology.rank)
         self.watchdog = Watchdog(train.watchdog)
@@ -262,6 +265,7 @@ class Trainer:
     def _save(self) -> None:
         state = {"step": self.step, "data_step": self.data_step, "recovery": self.recovery.state()}
         with self.watchdog.pause(), self.stopwatch.part("checkpoint"):
+            on_first_rank(self.directory.check_held)
             self.checkpointer.save(self.step, self._module_states(), state)
         self.recovery.saved()
 

@@ -20,12 +20,10 @@ from pathlib import Path
 from types import FrameType
 
 from launchers import progress
+from launchers.provenance import write_config
 from launchers.rendezvous import master_port
 from launchers.slurm import required_runs, resolve
-from megavar.config.loading import dump
 from megavar.errors import ClusterError, ConfigError, ExitCode, MegavarError
-from megavar.storage import write_text_atomic
-from megavar.training.run_directory import RunDirectory
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 GRACE_SECONDS = 30.0
@@ -67,10 +65,7 @@ def run(config_path: str, overrides: Sequence[str], *, processes: int | None, ma
     world_size = _world_size(processes)
     if maximum < 1:
         raise ConfigError(f"--maximum-attempts {maximum} allows no attempt: give 1 or more.")
-    text = dump(config)
-    if (directory / "config.yaml").exists():
-        RunDirectory(directory).check(config.model_dump(mode="json"))
-    write_text_atomic(directory / "config.yaml", text)
+    write_config(directory, config)
     command = [sys.executable, "-m", "megavar", "train", str(directory / "config.yaml")]
     while True:
         code, attempt = progress.begin(directory, required, maximum=maximum, tasks_per_node=world_size)

@@ -25,7 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from megavar.config.cluster import looks_secret
+from megavar.config.loading import dump
+from megavar.config.root import Config
 from megavar.storage import write_json_atomic, write_text_atomic
+from megavar.training.run_directory import RunDirectory
 
 CODE_ROOT = Path(__file__).resolve().parents[1]
 _CODE_FOLDERS = ("megavar", "launchers", "tools", "slurm", "configs")
@@ -106,6 +109,29 @@ def _code_files() -> Iterator[Path]:
         for file in (CODE_ROOT / folder).rglob("*"):
             if file.is_file() and "__pycache__" not in file.parts:
                 yield file
+
+
+def refer_to_copy(config: Config, code: Path) -> Config:
+    """Let the files that ``config`` names and that were copied with the code be those of the copy."""
+
+    def moved(path: str) -> str:
+        absolute = Path(path).absolute()
+        inside = absolute.is_relative_to(CODE_ROOT) and code / absolute.relative_to(CODE_ROOT)
+        return str(inside) if inside and inside.is_file() else path
+
+    run = config.run.model_copy(update={"requires": tuple(moved(path) for path in config.run.requires)})
+    return config.model_copy(update={"run": run, "deepspeed": moved(config.deepspeed)})
+
+
+def write_config(run_directory: Path, config: Config) -> None:
+    """Write ``config.yaml``.
+
+    Raises:
+        ConfigError: the directory belongs to a run with another configuration.
+    """
+    if (run_directory / "config.yaml").exists():
+        RunDirectory(run_directory).check(config.model_dump(mode="json"))
+    write_text_atomic(run_directory / "config.yaml", dump(config))
 
 
 def note_submission(run_directory: Path, **facts: Any) -> None:

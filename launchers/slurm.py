@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,11 +27,10 @@ from launchers.rendering import (
     render_training,
 )
 from megavar.config.cluster import ClusterConfig
-from megavar.config.loading import decode, dump, load_config, parse_yaml, read_tree
+from megavar.config.loading import decode, dump, load_config, read_tree
 from megavar.config.root import Config
 from megavar.errors import ClusterError, ConfigError, ExitCode, MegavarError
 from megavar.storage import write_text_atomic
-from megavar.training.run_directory import RunDirectory
 
 DEFAULT_CLUSTER_FILE = "slurm/cluster.yaml"
 SCRIPT = "submit.sbatch"
@@ -174,8 +173,10 @@ def _submit(given: argparse.Namespace) -> int:
         print(f"{run_directory} is finished already: nothing to submit.")
         return ExitCode.FINISHED
     _refuse_second_submission(job, behind=given.behind)
-    _write_config(run_directory, config)
-    script = _write_run_directory(job, render_training)
+    job = _copy_code(job)
+    provenance.write_config(run_directory, provenance.refer_to_copy(config, job.code_directory))
+    script = run_directory / SCRIPT
+    _write_script(job, script, render_training(job))
     jobs = [_sbatch([str(script)]) for _ in range(given.chain or 1)]
     provenance.note_submission(
         run_directory, jobs=jobs, nodes=given.nodes, continue_by=continue_by, arguments=sys.argv[1:]
@@ -195,14 +196,11 @@ def _evaluate(given: argparse.Namespace) -> int:
     job = _job(given, run_directory, "hand" if given.requeue is False else "requeue")
     configuration = run_directory / "evaluate.yaml"
 
-    def text(job: Job) -> str:
-        return render_evaluation(job, [str(configuration)])
-
     if given.dry_run or given.test_only:
-        return _try_out(text(job), given)
-    run_directory.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(configuration, dump(config))
-    script = _write_run_directory(job, text, name="evaluate.sbatch")
+        return _try_out(render_evaluation(job, [str(configuration)]), given)
+    job, script = _copy_code(job), run_directory / "evaluate.sbatch"
+    write_text_atomic(configuration, dump(provenance.refer_to_copy(config, job.code_directory)))
+    _write_script(job, script, render_evaluation(job, [str(configuration)]))
     print(f"Submitted {job.name}-evaluate as job {_sbatch([str(script)])}.")
     return ExitCode.FINISHED
 
@@ -211,12 +209,10 @@ def _shard(given: argparse.Namespace) -> int:
     directory = Path(given.logs).absolute()
     job = _job(given, directory, "hand" if given.requeue is False else "requeue")
 
-    def text(job: Job) -> str:
-        return render_sharding(job, given.arguments)
-
     if given.dry_run or given.test_only:
-        return _try_out(text(job), given)
-    script = _write_run_directory(job, text, name="shard.sbatch")
+        return _try_out(render_sharding(job, given.arguments), given)
+    job, script = _copy_code(job), directory / "shard.sbatch"
+    _write_script(job, script, render_sharding(job, given.arguments))
     print(f"Submitted {job.name}-shard as job {_sbatch([str(script)])}.")
     return ExitCode.FINISHED
 
@@ -259,21 +255,17 @@ def _refuse_second_submission(job: Job, *, behind: bool) -> None:
         )
 
 
-def _write_config(run_directory: Path, config: Config) -> None:
-    text = dump(config)
-    if (run_directory / "config.yaml").exists():
-        RunDirectory(run_directory).check(parse_yaml(text, "the configuration"))
-    write_text_atomic(run_directory / "config.yaml", text)
+def _copy_code(job: Job) -> Job:
+    """The job with a copy of the code in its run directory, if the cluster file wants one."""
+    if not job.cluster.snapshot_code:
+        return job
+    return replace(job, code_directory=provenance.copy_code(job.run_directory))
 
 
-def _write_run_directory(job: Job, text_of: Callable[[Job], str], name: str = SCRIPT) -> Path:
-    directory = job.run_directory
-    (directory / "logs").mkdir(parents=True, exist_ok=True)
-    provenance.record(directory, job.recorded_environment)
-    code = provenance.copy_code(directory) if job.cluster.snapshot_code else job.code_directory
-    script = directory / name
-    write_text_atomic(script, text_of(replace(job, code_directory=code)))
-    return script
+def _write_script(job: Job, script: Path, text: str) -> None:
+    (job.run_directory / "logs").mkdir(parents=True, exist_ok=True)
+    provenance.record(job.run_directory, job.recorded_environment)
+    write_text_atomic(script, text)
 
 
 def _sbatch(arguments: list[str]) -> str:

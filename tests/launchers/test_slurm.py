@@ -53,8 +53,8 @@ def test_test_only_asks_the_controller(site, tmp_path):
 
 def test_the_run_directory_is_self_contained(site, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("NCCL_DEBUG", "it's 'WARN'")
-    monkeypatch.setenv("NCCL_API_KEY", "secret")
-    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    monkeypatch.setenv("NCCL_API_KEY", "a8c13f-not-for-others")
+    monkeypatch.setenv("WANDB_API_KEY", "a8c13f-not-for-others")
     assert submit("run.directory=here", "train.steps=7") == 0
     run = tmp_path / "here"
     assert load_config(run / "config.yaml").train.steps == 7
@@ -63,7 +63,8 @@ def test_the_run_directory_is_self_contained(site, tmp_path, monkeypatch, capsys
     recorded = json.loads((run / "environment.json").read_text())
     assert recorded["NCCL_DEBUG"] == "it's 'WARN'"
     assert not [name for name in recorded if "KEY" in name]
-    assert "secret" not in "".join(file.read_text() for file in run.glob("*") if file.is_file())
+    texts = [file.read_text() for file in run.glob("*") if file.is_file() and file.name != "code.patch"]
+    assert "a8c13f-not-for-others" not in "".join(texts)
     assert "torch==" in (run / "packages.txt").read_text()
     code = json.loads((run / "code.json").read_text())
     assert len(code["commit"]) == 40
@@ -77,6 +78,18 @@ def test_the_run_directory_is_self_contained(site, tmp_path, monkeypatch, capsys
     (submission,) = (run / "submissions.jsonl").read_text().splitlines()
     assert json.loads(submission)["jobs"] == ["4711"]
     assert "4711" in capsys.readouterr().out
+
+
+def test_files_that_the_configuration_names_are_those_of_the_copy(site, tmp_path, monkeypatch):
+    """Otherwise editing the checkout would change queued jobs after all."""
+    monkeypatch.chdir(CONFIG.parents[2])
+    run = tmp_path / "here"
+    quickstart = str(CONFIG.parents[1] / "quickstart.yaml")
+    assert slurm.main(["submit", quickstart, "--nodes", "1", f"run.directory={run}"]) == 0
+    config, (copy,) = load_config(run / "config.yaml"), (run / "code").iterdir()
+    assert config.deepspeed == f"{copy}/{load_config(quickstart).deepspeed}"
+    assert config.run.requires == (f"{copy}/configs/quickstart/tokenizer.yaml",)
+    assert load_config(config.run.requires[0]).run.path == "runs/quickstart-tokenizer"
 
 
 def test_the_copied_code_runs(site, tmp_path):

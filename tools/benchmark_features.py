@@ -1,0 +1,99 @@
+"""Measure how many images per second feature extraction scores: ADM's Inception and the small trained classifier.
+
+    python -m tools.benchmark_features
+    python -m tools.benchmark_features --inception-weights weights-inception-2015-12-05-6726825d.pth --batch-size 64
+
+Without the published weights Inception runs with random ones, which take the same time.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch_fidelity import feature_extractor_inceptionv3
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from megavar.errors import ExitCode, MegavarError
+from megavar.evaluation.classifier import load_network
+from megavar.evaluation.digits import digits_extractor
+from megavar.evaluation.inception import ADMInception
+from tools.benchmark_data import machine
+
+
+def random_inception(path: Path) -> Path:
+    """Write Inception weights of the published layout with random values to ``path``."""
+    download = feature_extractor_inceptionv3.load_state_dict_from_url
+    load = FeatureExtractorInceptionV3.load_state_dict
+    feature_extractor_inceptionv3.load_state_dict_from_url = lambda *args, **kwargs: {}
+    FeatureExtractorInceptionV3.load_state_dict = lambda *args, **kwargs: None  # type: ignore[assignment]
+    try:
+        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    finally:
+        feature_extractor_inceptionv3.load_state_dict_from_url = download
+        FeatureExtractorInceptionV3.load_state_dict = load  # type: ignore[method-assign]
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def images_per_second(extract: Callable[[Tensor], object], images: Tensor, seconds: float) -> float:
+    """Median over batches, after one that is not counted."""
+    extract(images)
+    durations: list[float] = []
+    while sum(durations) < seconds or len(durations) < 3:
+        began = time.perf_counter()
+        extract(images)
+        if images.is_cuda:
+            torch.cuda.synchronize()
+        durations.append(time.perf_counter() - began)
+    return len(images) / statistics.median(durations)
+
+
+def benchmark(weights: Path | None, size: int, batch_size: int, seconds: float) -> dict[str, float]:
+    """Images per second by extractor."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (batch_size, 3, size, size), dtype=torch.uint8, generator=generator).to(device)
+    with tempfile.TemporaryDirectory() as folder:
+        path = weights if weights is not None else random_inception(Path(folder) / "random.pth")
+        inception = ADMInception(path, unofficial=weights is None).to(device)
+    classifier = load_network(digits_extractor().path).to(device)
+    small = images[:, :, :16, :16].repeat(16, 1, 1, 1)
+    return {
+        f"inception {size}": images_per_second(inception, images, seconds),
+        "digits-cnn 16": images_per_second(classifier, small, seconds),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="tools.benchmark_features", description=__doc__.splitlines()[0])
+    parser.add_argument("--inception-weights", type=Path, help="published weights; default: random ones")
+    parser.add_argument("--size", type=int, default=256, help="image size (default: 256)")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=10.0, help="per extractor (default: 10)")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    options = parser.parse_args(arguments)
+    try:
+        figures = benchmark(options.inception_weights, options.size, options.batch_size, options.seconds)
+    except MegavarError as error:
+        print(f"tools.benchmark_features: error: {error}", file=sys.stderr)
+        return int(error.exit_code)
+    for name, speed in figures.items():
+        print(f"{name:<16} {speed:10.1f} images/s")
+    if options.json:
+        options.json.write_text(json.dumps({"images_per_second": figures, "machine": machine()}, indent=2) + "\n")
+    return int(ExitCode.FINISHED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -110,7 +110,6 @@ def test_test_only_asks_the_real_controller(new_small_run, capsys):
 def test_a_time_limit_shorter_than_the_run(early):
     run = early["limited"]
     run.wait_for_end()
-    assert len(run.outcomes) >= 2 and run.outcomes[-1] == "FINISHED", run.story()
-    assert set(run.outcomes[:-1]) == {"PREEMPTED"}, run.story()
+    assert "PREEMPTED" in run.outcomes and run.outcomes[-1] == "FINISHED", run.story()
     assert {attempt["job"] for attempt in run.attempts} == {run.job}, "the job requeued itself"
     assert weight(run) == weight(early["uninterrupted"])

@@ -25,7 +25,7 @@ class _Formatter(logging.Formatter):
         super().__init__(datefmt="%Y-%m-%dT%H:%M:%S")
         self.rank = rank
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+    def formatMessage(self, record: logging.LogRecord) -> str:
         moment = f"{self.formatTime(record, self.datefmt)}.{int(record.msecs):03d}Z"
         step = "-" if _step is None else _step
         return f"{moment} rank={self.rank} step={step} {record.levelname} {record.getMessage()}"

@@ -34,7 +34,7 @@ from megavar.evaluation.rounding import quantize
 from megavar.evaluation.shape_eval import tokenizer_ceiling
 from megavar.evaluation.suites import Scores
 from megavar.parallel.environment import Environment
-from megavar.recipes.perceptual import PerceptualDistance
+from megavar.tokenizers.perceptual import PerceptualDistance
 
 _CLASSIFIER_IMAGES = 4096
 _CEILING_PROMPTS_PER_TAG = 50

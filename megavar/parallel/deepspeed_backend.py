@@ -3,6 +3,7 @@
 import collections
 import logging
 import os
+import sys
 from typing import Any
 
 import torch
@@ -25,3 +26,26 @@ def import_deepspeed() -> Any:
     if "__compatible_ops__" not in vars(deepspeed.ops):
         deepspeed.ops.__compatible_ops__ = collections.defaultdict(bool)  # type: ignore[attr-defined]
     return deepspeed
+
+
+_abandoned: list[Any] = []
+"""Groups of an earlier run. Kept, because in a process that was forked since, destroying one waits for its threads,
+which only the parent has."""
+
+
+def forget_process_groups() -> None:
+    """Empty the globals in which DeepSpeed keeps process groups; the next run in this process has other ones."""
+    if "deepspeed.comm.comm" not in sys.modules:
+        return
+    import deepspeed.comm.comm
+    from deepspeed.utils import groups
+
+    experts = (
+        groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_PARALLEL_GROUP_RANKS,
+        groups._EXPERT_DATA_PARALLEL_GROUP, groups._EXPERT_DATA_PARALLEL_GROUP_RANKS,
+    )  # fmt: skip
+    _abandoned.extend([deepspeed.comm.comm.cdb, groups._WORLD_GROUP, *(dict(known) for known in experts)])
+    for known in experts:
+        known.clear()
+    groups._WORLD_GROUP = None
+    deepspeed.comm.comm.cdb = None

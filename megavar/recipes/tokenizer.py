@@ -32,8 +32,8 @@ from megavar.recipes.adversarial import (
 )
 from megavar.recipes.base import Losses
 from megavar.recipes.codebook import CodebookUpkeep, usage_metrics
-from megavar.recipes.perceptual import PerceptualDistance
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ, Reconstruction
+from megavar.tokenizers.perceptual import PerceptualDistance
 
 _PEAK_TO_PEAK = 2.0  # images are in [-1, 1]
 

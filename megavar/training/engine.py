@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from megavar.config.deepspeed import DeepSpeedPlan
 from megavar.config.optimizer import OptimizerConfig
 from megavar.parallel import cpu_backend
-from megavar.parallel.deepspeed_backend import import_deepspeed
+from megavar.parallel.deepspeed_backend import forget_process_groups, import_deepspeed
 from megavar.parallel.topology import DeepSpeedTopology, Topology
 from megavar.training import experts
 from megavar.training.gradients import ClippedStep, register_sequence_parallel_hooks
@@ -224,14 +224,9 @@ def _forget_earlier_process_groups() -> None:
     """DeepSpeed keeps groups in globals; a second run in this process has new ones."""
     global _default_group
     import deepspeed.comm.comm
-    from deepspeed.utils import groups
 
     if _default_group is not dist.group.WORLD:
-        for known in (groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_PARALLEL_GROUP_RANKS,
-                      groups._EXPERT_DATA_PARALLEL_GROUP, groups._EXPERT_DATA_PARALLEL_GROUP_RANKS):  # fmt: skip
-            known.clear()
-        groups._WORLD_GROUP = None
-        deepspeed.comm.comm.cdb = None
+        forget_process_groups()
         _default_group = dist.group.WORLD
     if deepspeed.comm.comm.cdb is None:
         deepspeed.init_distributed(verbose=False)

@@ -138,11 +138,15 @@ class Monitor:
         identity = place.read_text().strip() if place.exists() else secrets.token_hex(4)
         storage.write_text_atomic(place, identity + "\n")
         settings = self.config.wandb
-        return wandb.init(
-            project=settings.project, entity=settings.entity, name=self.name, id=identity, resume="allow",
-            mode=settings.mode, dir=str(self.directory.path), config=config, reinit="finish_previous",
-            settings=wandb.Settings(silent=True, console="off"),
-        )  # fmt: skip
+        try:
+            return wandb.init(
+                project=settings.project, entity=settings.entity, name=self.name, id=identity, resume="allow",
+                mode=settings.mode, dir=str(self.directory.path), config=config, reinit="finish_previous",
+                settings=wandb.Settings(silent=True, console="off"),
+            )  # fmt: skip
+        except Exception as error:  # no network, no login, a service that hangs: never a reason not to train
+            _log.warning("W&B does not start (%s); metrics go to %s only.", error, self.directory.metrics)
+            return None
 
     def advance(self, step: int) -> None:
         """A step is complete."""

@@ -1,5 +1,7 @@
 """W&B offline: each run of a process has a run of its own, with all its steps."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,3 +25,17 @@ def test_two_runs_of_one_process_do_not_mix(tmp_path: Path, capfd: pytest.Captur
     assert len(identities) == 2
     for name in ("first", "second"):
         assert len(list((tmp_path / name).rglob("run-*.wandb"))) == 1
+
+
+def test_a_failing_service_does_not_stop_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SERVICE", "3-1-tcp-localhost-1")  # nobody listens there
+    code = (
+        "import sys; from pathlib import Path; from megavar.training.monitor import Monitor\n"
+        "from megavar.training.run_directory import RunDirectory; from megavar.config.logging import LoggingConfig\n"
+        "monitor = Monitor(LoggingConfig(progress='none'), RunDirectory(Path(sys.argv[1])), 'x', 0, 9)\n"
+        "monitor.open(0, {}); monitor.log({'step': 1, 'loss': 2.0}); monitor.close()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "W&B does not start" in done.stderr
+    assert '"loss": 2.0' in (tmp_path / "metrics.jsonl").read_text()

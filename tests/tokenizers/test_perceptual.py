@@ -8,7 +8,7 @@ import torchvision
 
 from megavar.config.tokenizer_training import PerceptualConfig
 from megavar.errors import CheckpointError
-from megavar.recipes.perceptual import PerceptualDistance
+from megavar.tokenizers.perceptual import PerceptualDistance
 
 CHANNELS = (64, 128, 256, 512, 512)
 

@@ -22,7 +22,7 @@ from megavar.errors import ConfigError, ExitCode
 from megavar.evaluation.chunks import ChunkStore
 from megavar.generators.var import VAR
 from megavar.parallel import topology
-from megavar.parallel.environment import Environment, environment
+from megavar.parallel.environment import Environment, environment, limit_threads
 from megavar.sampling.sampler import Sampler, open_store
 from megavar.storage import sha256_of_file
 from megavar.training.checkpoint.weights import find_checkpoint, load_weights
@@ -69,6 +69,7 @@ def draw_samples(config: Config, place: Environment, *, untrained: bool = False)
             f"Run {config.run.name} trains a tokenizer (recipe {config.recipe.name!r}), which draws no images. Give "
             f"the configuration of a generator."
         )
+    limit_threads(config.train.cpu_threads)
     run_directory = Path(config.run.path)
     generator = build_generator(config, None)
     assert isinstance(generator, VAR)

@@ -27,7 +27,7 @@ from megavar.data.source import Source
 from megavar.errors import ConfigError, DataError, ExitCode
 from megavar.generators.var import VAR
 from megavar.parallel import topology
-from megavar.parallel.environment import Environment, environment
+from megavar.parallel.environment import Environment, environment, limit_threads
 from megavar.parallel.rules import check_layout
 from megavar.planning.flops import flops_per_image
 from megavar.planning.hardware import peak_of_device
@@ -82,6 +82,7 @@ def train(config: Config, place: Environment, required_by: tuple[str, ...] = ())
 
 
 def _train_one(config: Config, place: Environment) -> ExitCode:
+    limit_threads(config.train.cpu_threads)
     mesh = topology.initialize(config.parallel, place)
     directory = RunDirectory(config.run.path)
     resolved = json.loads(config.model_dump_json())

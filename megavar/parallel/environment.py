@@ -77,6 +77,12 @@ def environment() -> Environment:
     return read_environment(os.environ)
 
 
+def limit_threads(count: int | None) -> None:
+    """Let this process use ``count`` threads on the CPU; None leaves PyTorch's choice (or OMP_NUM_THREADS)."""
+    if count is not None:
+        torch.set_num_threads(count)
+
+
 def free_port() -> int:
     """A TCP port of the loopback interface that is free now."""
     with socket.socket() as probe:

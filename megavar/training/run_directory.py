@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 CHANGEABLE = (
     "run.", "logging.", "sampling.", "evaluation.", "parallel.", "deepspeed", "data.workers", "data.prefetch",
     "train.micro_batch_size", "train.checkpoint.", "train.recovery.", "train.watchdog.", "train.fresh",
-    "train.agreement_interval", "train.garbage_collection_interval",
+    "train.cpu_threads", "train.agreement_interval", "train.garbage_collection_interval",
 )  # fmt: skip
 _ENVIRONMENT = ("CUDA_*", "NCCL_*", "TORCH_*", "OMP_*", "SLURM_JOB_ID", "SLURM_NODELIST", "SLURM_NTASKS", "MEGAVAR_*",
                 "MASTER_*", "RANK", "WORLD_SIZE", "LOCAL_RANK", "GLOO_*", "DS_ACCELERATOR", "PYTORCH_*")  # fmt: skip

@@ -25,6 +25,11 @@ _REMEDIES = [  # the first pattern found in the failure's summary decides
         "The file system failed on this node: exclude the node (exclude in the cluster file) and submit again.",
     ),
     (
+        r"EADDRINUSE|address already in use",
+        "Another process of this node took the port between the look and its use: start again. If it happens again, "
+        "a process of an earlier run was left behind.",
+    ),
+    (
         r"Bus error|shm|shared memory",
         "/dev/shm is too small for the data workers: lower data.workers or mount a larger /dev/shm.",
     ),

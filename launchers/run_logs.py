@@ -30,10 +30,11 @@ _TASK = re.compile(r"\w+: error: (?P<node>\S+): tasks? (?P<tasks>[\d,-]+): (?P<h
 _EXIT_CODE = re.compile(r"Exited with exit code (\d+)")
 
 COMMUNICATION = re.compile(
+    r"^(?!.*EADDRINUSE).*(?:"  # a port that is taken is nobody else's fault
     r"NCCL|nccl|gloo|TCPStore|DistBackendError|DistNetworkError|DistStoreError|"
     r"Connection (?:closed|reset|refused|was likely closed)|closed by peer|Broken pipe|collective operation timeout|"
     r"[Ss]ocket [Tt]imeout|Timed out waiting|wait timeout|Timeout waiting for key|"
-    r"[Pp]rocess group .* (?:abort|destroyed)"
+    r"[Pp]rocess group .* (?:abort|destroyed))"
 )
 """Exceptions that one dead rank causes on the others."""
 

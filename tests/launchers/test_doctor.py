@@ -187,6 +187,19 @@ def test_a_rank_that_is_silent_while_all_others_lose_it(tmp_path):
     assert (found.rank, found.node) == (3, "n2")
 
 
+def test_a_taken_port_is_the_masters_own_failure(tmp_path):
+    """As torch 2.15 said it."""
+    remains = Remains(tmp_path)
+    taken = ("torch.distributed.DistNetworkError: The server socket has failed to listen on any local network address. "
+             "port: 20002, useIpv6: false, code: -98, name: EADDRINUSE, message: address already in use")  # fmt: skip
+    remains.rank(0, traceback(taken))
+    remains.rank(1, "")
+    remains.tasks("srun: error: n1: task 0: Exited with exit code 1\nsrun: error: n2: task 1: Terminated\n")
+    found = remains.diagnosis()
+    assert (found.rank, found.node) == (0, "n1")
+    assert "port" in found.remedy
+
+
 def test_slurm_ended_it(tmp_path):
     remains = Remains(tmp_path)
     remains.rank(0, line(0, 30, 14, "x"))

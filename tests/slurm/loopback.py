@@ -38,6 +38,7 @@ ReturnToService=2
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 JobRequeue=1
+FirstJobId={ports[0]}
 KillWait={kill_wait}
 InactiveLimit=0
 SlurmctldPidFile={directory}/slurmctld.pid
@@ -52,6 +53,7 @@ PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 """
 # cred_expire also is the time that a requeued job waits before it may start again; its default is two minutes.
 # config_overrides lets the nodes promise more CPUs than the machine has.
+# Job numbers differ between clusters on one machine: the port at which a job's ranks meet follows from its number.
 # The names n1 and n2 do not resolve, which is what the master address must cope with.
 
 

@@ -26,7 +26,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optimizer.lr=3e-4")
         if name in arguments[:1]:
             importlib.import_module(f"megavar.commands.{name}").add_arguments(command)
-    return parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    for word in rest:  # argparse does not let overrides follow options
+        if word.startswith("-") or "=" not in word:
+            parser.error(f"{word!r} is neither an option nor an override such as train.steps=100")
+        options.overrides.append(word)
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

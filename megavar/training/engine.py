@@ -217,16 +217,16 @@ def _initialize_deepspeed(module: nn.Module, optimizer: torch.optim.Optimizer, p
     return engine
 
 
-_default_group: dist.ProcessGroup | None = None
+_default_groups: list[dist.ProcessGroup | None] = [None]
+"""Of this process's runs. None is let go: in a fork, destroying the parent's group would wait for its threads."""
 
 
 def _forget_earlier_process_groups() -> None:
     """DeepSpeed keeps groups in globals; a second run in this process has new ones."""
-    global _default_group
     import deepspeed.comm.comm
 
-    if _default_group is not dist.group.WORLD:
+    if _default_groups[-1] is not dist.group.WORLD:
         forget_process_groups()
-        _default_group = dist.group.WORLD
+        _default_groups.append(dist.group.WORLD)
     if deepspeed.comm.comm.cdb is None:
         deepspeed.init_distributed(verbose=False)

@@ -4,6 +4,7 @@ Needs root (slurmd starts processes as the submitting user) and nothing else: no
 clusters may run side by side, because each has its own ports, files and configuration.
 """
 
+import ctypes
 import os
 import shutil
 import signal
@@ -63,6 +64,11 @@ def reason_to_skip() -> str | None:
         if shutil.which(program) is None:
             return f"{program} is not installed (apt-get install slurm-wlm)"
     return None if os.geteuid() == 0 else "slurmd must be started by root"
+
+
+def _end_with_parent() -> None:
+    set_signal_of_parents_death = 1  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(set_signal_of_parents_death, signal.SIGTERM)
 
 
 class LoopbackCluster:
@@ -144,8 +150,16 @@ class LoopbackCluster:
 
     def _start(self, *command: str) -> None:
         with (self.directory / f"{command[0]}.out").open("a") as output:
+            # should pytest be killed, the kernel ends them
             self._daemons.append(
-                subprocess.Popen(command, env=self.environment, stdout=output, stderr=output, start_new_session=True)
+                subprocess.Popen(
+                    command,
+                    env=self.environment,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                    preexec_fn=_end_with_parent,
+                )
             )
 
     def _wait_until_idle(self, seconds: float) -> bool:

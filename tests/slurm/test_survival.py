@@ -12,7 +12,7 @@ from launchers.diagnosis import diagnose
 from megavar.training.checkpoint import find_checkpoint, read_weights
 from tests.slurm.conftest import WatchedRun
 
-OVERRIDES = ("train.steps=150", "train.checkpoint.interval=10", "logging.interval=5", "logging.wandb.mode=disabled")
+OVERRIDES = ("train.steps=500", "train.checkpoint.interval=25", "logging.interval=25", "logging.wandb.mode=disabled")
 DIE_IN_THE_FIRST_SAVE = 'if [ -z "${SLURM_RESTART_COUNT-}" ]; then export MEGAVAR_FAULT=before_rename; fi'
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from megavar import logs
 from megavar.assembly import build_recipe
-from megavar.commands.evaluate import score
 from megavar.config.data import ImageFolderSource
 from megavar.config.deepspeed import load_deepspeed_json
 from megavar.config.loading import load_config
@@ -76,6 +75,8 @@ def train(config: Config, place: Environment, required_by: tuple[str, ...] = ())
             return code
     code = _train_one(config, place)
     if code == ExitCode.FINISHED and config.evaluation.after_training:
+        from megavar.commands.evaluate import score  # scikit-learn and more: not at the start of every rank
+
         topology.initialize(ParallelConfig(), place)
         score(config, place)
     return code

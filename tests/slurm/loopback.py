@@ -4,6 +4,7 @@ Needs root (slurmd starts processes as the submitting user) and nothing else: no
 clusters may run side by side, because each has its own ports, files and configuration.
 """
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -41,6 +42,7 @@ JobAcctGatherType=jobacct_gather/none
 JobRequeue=1
 FirstJobId={ports[0]}
 KillWait={kill_wait}
+SlurmdTimeout=20
 InactiveLimit=0
 SlurmctldPidFile={directory}/slurmctld.pid
 SlurmdPidFile={directory}/slurmd-%n.pid
@@ -92,7 +94,7 @@ class LoopbackCluster:
             self._write_configuration()
             self._start("slurmctld", "-D", "-c")
             for node in NODES:
-                self._start("slurmd", "-D", "-N", node)
+                self.start_node(node)
             if self._wait_until_idle(20):
                 return self
             self._stop_daemons()
@@ -102,8 +104,15 @@ class LoopbackCluster:
         subprocess.run(["scancel", "--user=root", "--full"], env=self.environment, capture_output=True)
         self.wait(lambda: self.run("squeue", "--noheader") == "", KILL_WAIT_SECONDS + 5)
         self._stop_daemons()
-        for pid in self._own_processes():
-            os.kill(pid, signal.SIGKILL)
+        self._kill(f"SLURM_CONF={self.configuration}")
+
+    def start_node(self, node: str) -> None:
+        """Start the slurmd of ``node``."""
+        self._start("slurmd", "-D", "-N", node, LOOPBACK_NODE=node)
+
+    def fail_node(self, node: str) -> None:
+        """Kill slurmd and everything that it has started, as a power cut would."""
+        self._kill(f"LOOPBACK_NODE={node}", f"SLURMD_NODENAME={node}")  # slurmd and slurmstepd; batch scripts and tasks
 
     def run(self, *command: str, check: bool = True) -> str:
         """Standard output of one of Slurm's commands."""
@@ -148,13 +157,13 @@ class LoopbackCluster:
             )
         )
 
-    def _start(self, *command: str) -> None:
+    def _start(self, *command: str, **variables: str) -> None:
         with (self.directory / f"{command[0]}.out").open("a") as output:
             # should pytest be killed, the kernel ends them
             self._daemons.append(
                 subprocess.Popen(
                     command,
-                    env=self.environment,
+                    env=self.environment | variables,
                     stdout=output,
                     stderr=output,
                     start_new_session=True,
@@ -180,15 +189,12 @@ class LoopbackCluster:
                 daemon.wait()
         self._daemons.clear()
 
-    def _own_processes(self) -> list[int]:
-        """Processes of jobs of this cluster: slurmd leaves them alone when it stops."""
-        mark = f"SLURM_CONF={self.configuration}".encode()
-        found = []
+    def _kill(self, *marks: str) -> None:
+        """Kill this cluster's processes that have one of the variables ``NAME=value``: slurmd leaves jobs alone."""
+        own, wanted = f"SLURM_CONF={self.configuration}".encode(), {mark.encode() for mark in marks}
         for environment in Path("/proc").glob("[0-9]*/environ"):
             pid = int(environment.parent.name)
-            try:
-                if pid != os.getpid() and mark in environment.read_bytes().split(b"\0"):
-                    found.append(pid)
-            except OSError:  # ended in between
-                continue
-        return found
+            with contextlib.suppress(OSError):  # it has ended in between
+                variables = set(environment.read_bytes().split(b"\0"))
+                if pid != os.getpid() and own in variables and wanted & variables:
+                    os.kill(pid, signal.SIGKILL)

@@ -18,7 +18,7 @@ from megavar.training.checkpoint import find_checkpoint, read_weights
 from megavar.training.checkpoint.fault import PHASES
 from tests.slurm.conftest import REPOSITORY, WatchedRun
 
-STEPS = 300
+STEPS = 160
 LOGGING = {"interval": 25, "samples_interval": None, "wandb": {"mode": "disabled"}}
 
 # One restart for each phase of a save: the fault kills rank 0 in the first save of the attempt, then everything of the
@@ -33,6 +33,20 @@ if [ "$3" = train ] && [ -n "$MEGAVAR_FAULT" ]; then
     status=$?
     if [ "$status" = 137 ]; then scancel --signal=KILL "$SLURM_JOB_ID.$SLURM_STEP_ID"; sleep 30; fi
     exit "$status"
+fi"""
+
+# Slow steps: on any machine the run lasts longer than its jobs of two minutes, which are told 45 to 75 s after they
+# begin (Slurm looks every 30 s) that they must end.
+LINGER = """\
+if [ "$3" = train ]; then
+    exec "$python" -c '
+import sys, time
+from megavar.__main__ import main
+from megavar.training.preemption import StopRequest
+agreed = StopRequest.agreed
+StopRequest.agreed = lambda self: time.sleep(0.6) or agreed(self)
+sys.exit(main(sys.argv[1:]))
+' "${@:3}"
 fi"""
 
 
@@ -72,10 +86,8 @@ def uninterrupted(cluster, config, tmp_path_factory) -> WatchedRun:
 def unattended(cluster, config, uninterrupted, tmp_path_factory) -> dict[str, WatchedRun]:
     """Runs to which everything happens by itself. They go on beside each other and beside the tests."""
     folder = tmp_path_factory.mktemp("unattended")
-    # A checkpoint at every step makes the run last longer than the minute that its jobs may take.
-    limited = WatchedRun(cluster, folder / "limited", config, time="1", signal_lead_seconds=20,
-                         maximum_attempts_without_progress=20)  # fmt: skip
-    limited.submit("train.checkpoint.interval=1")
+    limited = WatchedRun(cluster, folder / "limited", config, time="2", signal_lead_seconds=45, before=LINGER)
+    limited.submit()
     killed = WatchedRun(cluster, folder / "killed", config, setup=DIE_AT_EVERY_PHASE.splitlines(),
                         maximum_attempts_without_progress=len(PHASES) + 1,
                         before=KILL_THE_OTHERS_TOO)  # fmt: skip

@@ -78,11 +78,11 @@ class Trainer:
             CheckpointError: there are checkpoints, but none can be used.
             NonFiniteError: losses or gradients stay non-finite after the allowed rollbacks.
         """
-        on_first_rank(self._open_directory)
-        if self.directory.done:
-            _log.info("%s is finished already.", self.directory.path)
-            return ExitCode.FINISHED
         try:
+            on_first_rank(self._open_directory)
+            if self.directory.done:
+                _log.info("%s is finished already.", self.directory.path)
+                return ExitCode.FINISHED
             with self.watchdog, _manual_garbage_collection(), contextlib.closing(self.monitor):
                 return self._loop()
         except MegavarError:

@@ -75,21 +75,24 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def uninterrupted(cluster, config, tmp_path_factory) -> WatchedRun:
-    """A run that nothing happens to. Returns when its tokenizer is trained; the generator is still being."""
+    """A run that nothing happens to."""
     run = WatchedRun(cluster, tmp_path_factory.mktemp("uninterrupted"), config)
     run.submit()
-    run.wait(lambda: (config.parent / "tokenizer/DONE").exists())
     return run
 
 
 @pytest.fixture(scope="module")
 def unattended(cluster, config, uninterrupted, tmp_path_factory) -> dict[str, WatchedRun]:
-    """Runs to which everything happens by itself. They go on beside each other and beside the tests."""
+    """Runs to which everything happens by itself. They go on beside each other and beside the tests.
+
+    The first meets the uninterrupted run at the tokenizer: one of them trains it, the other waits for it.
+    """
     folder = tmp_path_factory.mktemp("unattended")
     limited = WatchedRun(cluster, folder / "limited", config, time="2", signal_lead_seconds=45, before=LINGER)
     limited.submit()
+    limited.wait(lambda: (config.parent / "tokenizer/DONE").exists())
     killed = WatchedRun(cluster, folder / "killed", config, setup=DIE_AT_EVERY_PHASE.splitlines(),
-                        maximum_attempts_without_progress=len(PHASES) + 1,
+                        maximum_attempts_without_progress=len(PHASES),
                         before=KILL_THE_OTHERS_TOO)  # fmt: skip
     killed.submit()
     return {"limited": limited, "killed": killed}
@@ -173,6 +176,11 @@ def test_a_time_limit_shorter_than_the_run(unattended, uninterrupted):
     assert run.outcomes[-1] == "FINISHED", run.story()
     assert {attempt["job"] for attempt in run.attempts} == {run.job}, "the job requeued itself"
     assert_same_weights(run, uninterrupted)
+
+
+def test_a_run_that_two_others_require_is_trained_once(config, unattended):
+    starts = (config.parent / "tokenizer/attempts.jsonl").read_text().splitlines()
+    assert len(starts) == 1
 
 
 def test_a_finished_run_and_a_bad_configuration(new_run, config, uninterrupted):

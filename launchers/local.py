@@ -77,7 +77,7 @@ def run(config_path: str, overrides: Sequence[str], *, processes: int | None, ma
         with Ranks(command, world_size, logs, {"MEGAVAR_ATTEMPT": str(attempt)}) as ranks:
             status = ranks.wait()
         code, action = progress.end(
-            directory, required, maximum=maximum, status=status,
+            directory, required, maximum=maximum, attempt=attempt, status=status,
             task_messages=(logs / "tasks.txt").read_text(), stop_requested=ranks.stop_requested,
         )  # fmt: skip
         print(f"Attempt {attempt} of {directory}: {code.name} ({int(code)}); logs in {logs}", flush=True)

@@ -67,7 +67,6 @@ def render_training(job: Job) -> str:
         run_directory=job.run_directory,
         host_python=_host_python(job),
         maximum_attempts=cluster.maximum_attempts_without_progress,
-        exclude=",".join(job.excluded_nodes),
         required=[str(path) for path in job.required_runs],
         check_nodes=int(cluster.preflight),
         nodes=job.nodes,
@@ -76,6 +75,7 @@ def render_training(job: Job) -> str:
         cpus_per_node=cluster.ranks_per_node * cluster.cpus_per_task,
         gpus_per_node=cluster.gpus_per_node,
         signal_lead_seconds=cluster.signal_lead_seconds,
+        CONFIGURATION=int(ExitCode.CONFIGURATION),
         NO_PROGRESS=int(ExitCode.NO_PROGRESS),
     )
 

@@ -192,6 +192,7 @@ def test_a_hopeless_run_cancels_its_own_queued_jobs_only(tmp_path, code):
     stubs, returned, output = run_with_exit(tmp_path, code)
     assert returned == code
     assert not [call for call in stubs.calls("scontrol") if call[0] == "requeue"], output
+    assert len(stubs.calls("srun")) == 2, "the ranks, and the removal of their caches"
     (cancel,) = stubs.calls("scancel")
     user = subprocess.run(["id", "-un"], capture_output=True, text=True).stdout.strip()
     assert cancel == [f"--user={user}", "--name=megavar-test", "--state=PENDING"]
@@ -208,16 +209,49 @@ def test_a_finished_run_ends_with_success_and_leaves_no_queue(tmp_path):
     assert not again.calls("srun")
 
 
+def test_set_up_lines_may_read_unset_variables(tmp_path):
+    """As conda's activation scripts do."""
+    python = fake_python(tmp_path / "python", "sys.exit(85)")
+    cluster = {"python": python, "host_python": sys.executable, "setup": ['export FOUND="$NOT_SET" && cd "$NOT_SET"']}
+    stubs = Stubs(tmp_path / "bin")
+    assert stubs.run(write_script(local_job(tmp_path, cluster))).returncode == ExitCode.PREEMPTED
+
+
+def test_the_caches_of_a_node_are_removed_before_the_job_leaves_it(tmp_path):
+    body = "folder = os.environ['TRITON_CACHE_DIR']; os.makedirs(folder); open(folder + '/kernel', 'w').close()"
+    stubs, _, output = run_with_exit(tmp_path, ExitCode.PREEMPTED, before=body)
+    assert not list((tmp_path / "local").iterdir()), output
+    _, removal = stubs.calls("srun")
+    assert removal[-4:-1] == ["rm", "-rf", "--"]
+    calls = [json.loads(line) for line in stubs.calls_file.read_text().splitlines()]
+    assert calls.index(["srun", *removal]) < calls.index(["scontrol", "requeue", "4711"])
+
+
+def test_a_run_whose_attempts_cannot_be_counted_is_held(tmp_path):
+    """Neither lost nor requeued for ever; ``scontrol release`` lets it go on."""
+    stubs = Stubs(tmp_path / "bin")
+    made = local_job(tmp_path, {"python": sys.executable, "host_python": sys.executable})
+    script = write_script(made)
+    (made.run_directory / "restarts.json").mkdir()  # reading or writing it raises OSError
+    result = stubs.run(script)
+    assert result.returncode == ExitCode.PREFLIGHT
+    assert ["requeuehold", "4711"] in stubs.calls("scontrol"), result.stdout + result.stderr
+    assert "scontrol release 4711" in result.stdout
+    assert not stubs.calls("srun")
+
+
 def test_bad_nodes_are_replaced_by_a_new_job(tmp_path):
     body = "open(os.environ['MEGAVAR_LOG_DIRECTORY'] + '/bad_nodes.txt', 'w').write('n7\\nn9\\n')"
     python = fake_python(tmp_path / "python", f"{body}\nsys.exit({int(ExitCode.PREFLIGHT)})")
-    stubs = Stubs(tmp_path / "bin", squeue="4712")
+    shown = "JobId=4711 JobName=x\n   ReqNodeList=(null) ExcNodeList=old[1-2],n3\n   NodeList=n[7-9]"
+    stubs = Stubs(tmp_path / "bin", squeue="4712", scontrol=shown)
     cluster = {"python": python, "host_python": sys.executable}
-    script = write_script(local_job(tmp_path, cluster, excluded_nodes=["old"]))
-    result = stubs.run(script)
+    script = write_script(local_job(tmp_path, cluster))
+    result = stubs.run(script, MEGAVAR_MASTER_ADDR="127.0.0.1")
     assert result.returncode == ExitCode.PREFLIGHT
-    assert stubs.calls("sbatch") == [["--exclude=n7,n9,old", str(script)]], result.stdout
-    assert ["update", "JobId=4712", "ExcNodeList=n7,n9,old"] in stubs.calls("scontrol")
+    excluded = "n7,n9,old[1-2],n3"  # with those that this job excluded already: they are not better now
+    assert stubs.calls("sbatch") == [[f"--exclude={excluded}", str(script)]], result.stdout
+    assert ["update", "JobId=4712", f"ExcNodeList={excluded}"] in stubs.calls("scontrol")
 
 
 def test_ranks_see_attempt_rendezvous_and_recorder(tmp_path):
@@ -235,7 +269,7 @@ def test_ranks_see_attempt_rendezvous_and_recorder(tmp_path):
     assert variables["TORCH_FR_BUFFER_SIZE"] == "0", "an operator can turn the recorder off"
     assert variables["TORCH_FR_DUMP_TEMP_FILE"] == f"{logs}/flight_recorder/rank_"
     assert variables["TRITON_CACHE_DIR"].startswith(f"{tmp_path}/local/")
-    (train,) = stubs.calls("srun")
+    train, _ = stubs.calls("srun")
     assert f"--output={logs}/rank-%4t.log" in train
     assert "--kill-on-bad-exit=1" in train
 
@@ -314,6 +348,66 @@ def test_the_announcement_of_the_end_is_forwarded_to_the_running_step(tmp_path, 
     finally:
         process.kill()
     assert ["requeue", "4711"] in stubs.calls("scontrol")
+
+
+def send_when_ready(process: subprocess.Popen, ready: Path, number: signal.Signals) -> None:
+    while not ready.exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+
+
+def test_a_step_that_cannot_be_signalled_yet_is_asked_again(tmp_path):
+    """Slurm may create a step long after srun was called."""
+    ready, go = tmp_path / "ready", tmp_path / "go"
+    python = fake_python(tmp_path / "python", WAIT_FOR_FILE.format(ready=str(ready), go=str(go), code=85))
+    stubs = Stubs(tmp_path / "bin", scontrol=["", "", "StepId=4711.batch x", "", STEPS])
+    script = write_script(local_job(tmp_path, {"python": python, "host_python": sys.executable}))
+    environment = stubs.environment({"MEGAVAR_MASTER_ADDR": "127.0.0.1"})
+    process = subprocess.Popen(["bash", str(script)], env=environment, stdout=subprocess.DEVNULL)
+    try:
+        send_when_ready(process, ready, signal.SIGUSR1)
+        while ["--signal=USR2", "4711.1"] not in stubs.calls("scancel"):
+            time.sleep(0.02)
+        go.touch()
+        assert process.wait(60) == ExitCode.PREEMPTED
+    finally:
+        process.kill()
+    assert len(stubs.calls("scancel")) == 1, "once it is asked, it is left alone"
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_ranks_that_do_not_end_in_time_do_not_keep_the_job_from_continuing(tmp_path, announced):
+    """At the time limit Slurm sends SIGTERM, and soon SIGKILL, to ranks that still save and to the batch shell alike.
+
+    A job that a person cancelled gets the same, without the announcement; it stays cancelled.
+    """
+    ready, go = tmp_path / "ready", tmp_path / "go"
+    ignore = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    python = fake_python(tmp_path / "python", ignore + WAIT_FOR_FILE.format(ready=str(ready), go=str(go), code=85))
+    stubs = Stubs(tmp_path / "bin", scontrol=STEPS)
+    made = local_job(tmp_path, {"python": python, "host_python": sys.executable})
+    environment = stubs.environment({"MEGAVAR_MASTER_ADDR": "127.0.0.1"})
+    process = subprocess.Popen(["bash", str(write_script(made))], env=environment, stdout=subprocess.DEVNULL)
+    try:
+        if announced:
+            send_when_ready(process, ready, signal.SIGUSR1)
+            while not stubs.calls("scancel"):
+                time.sleep(0.02)
+        send_when_ready(process, ready, signal.SIGTERM)
+        action = "restart" if announced else "stop"
+        while f'"action": "{action}"' not in (made.run_directory / "restarts.json").read_text():
+            assert process.poll() is None
+            time.sleep(0.02)  # the ranks still run
+        if announced:
+            assert process.wait(60) == ExitCode.FAILED
+            assert ["requeue", "4711"] in stubs.calls("scontrol")
+        go.touch()
+        assert process.wait(60) == ExitCode.FAILED
+        assert announced or not [call for call in stubs.calls("scontrol") if call[0] == "requeue"]
+    finally:
+        go.touch()
+        process.kill()
 
 
 def test_evaluation_gets_its_arguments_and_keeps_the_exit_code(tmp_path):

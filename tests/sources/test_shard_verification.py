@@ -98,5 +98,5 @@ def test_repair_refuses_other_originals(copy, tmp_path):
     changed = write_class_folders(tmp_path / "changed", 60)
     for path in changed.rglob("*.JPEG"):
         path.write_bytes(path.read_bytes() + b"\0")
-    with pytest.raises(DataError, match="the originals have changed"):
+    with pytest.raises(DataError, match="its originals have changed"):
         repair_shards(copy, source=list_originals("class_folders", changed))

@@ -276,6 +276,16 @@ def test_an_incomplete_cache_is_explained(cache, tmp_path):
         build_source(cache)
 
 
+def test_many_parts_are_not_open_at_once(cache, monkeypatch):
+    source = build_source(cache)
+    expected = [source.read(row).tokens.tolist() for row in range(50)]
+    monkeypatch.setattr("megavar.data.caches.MAPPED_PARTS", 2)
+    few = build_source(cache)
+    for row in np.random.default_rng(0).permutation(50).tolist():
+        assert few.read(row).tokens.tolist() == expected[row]
+        assert len(few._parts) <= 2
+
+
 def test_the_test_split_is_images(cache):
     test = build_source(cache, "test")
     assert test.read(0).image.shape == (16, 16, 3)

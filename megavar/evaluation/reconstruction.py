@@ -15,7 +15,7 @@ Sources: FoundationVision/LlamaGen ``tokenizer_image/reconstruction_vq_ddp.py``,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -150,17 +150,16 @@ def reconstruct_chunks(
     model_size: int,
     size: int,
     device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
+    chunks: Iterable[int],
     on_progress: Callable[[int], object] = lambda images: None,
 ) -> None:
-    """Measure this rank's missing chunks of ``source`` after ``reconstruct`` (float [B, 3, S, S] in [-1, 1] to same).
+    """Measure ``chunks`` of ``source`` after ``reconstruct`` (float [B, 3, S, S] in [-1, 1] to same).
 
     Args:
         model_size: side of the images that the tokenizer sees.
         size: side at which images are compared.
     """
-    for chunk in store.missing(rank, world_size):
+    for chunk in chunks:
         first, last = store.range(chunk)
         images = torch.from_numpy(
             np.stack([prepare(_image(source, index), protocol, model_size) for index in range(first, last)])

@@ -16,7 +16,7 @@ from megavar.config.tokenizer_training import PerceptualConfig
 from megavar.data.build import build_source
 from megavar.data.pixels import to_float
 from megavar.data.shapes_grammar import evaluation_prompts
-from megavar.evaluation.chunks import ChunkStore
+from megavar.evaluation.chunks import ChunkStore, share
 from megavar.evaluation.classes import class_extractor, class_reference
 from megavar.evaluation.classifier import load_network
 from megavar.evaluation.digits import digits_extractor
@@ -80,8 +80,7 @@ def score_tokenizer(
         model_size=config.model_size or data.image_size,
         size=data.image_size,
         device=place.device,
-        rank=place.rank,
-        world_size=place.world_size,
+        chunks=share(store.missing(), place),
     )
     if dist.is_initialized():
         dist.barrier()

@@ -18,17 +18,18 @@ from megavar.config.evaluation import (
 from megavar.config.loading import decode
 from megavar.config.shapes import ShapesSource
 from megavar.data.build import build_source
-from megavar.errors import ConfigError
+from megavar.errors import CheckpointError, ConfigError, DataError
 from megavar.evaluation import classes, suites
 from megavar.evaluation.chunks import ChunkStore
-from megavar.evaluation.images import ChunkImages
 from megavar.evaluation.reconstruction_suite import score_tokenizer
 from megavar.evaluation.shape_eval import true_scenes
-from megavar.evaluation.suites import check_suite, score_images, shape_prompts, suite_baselines
+from megavar.evaluation.suites import check_suite, image_count, score_images, shape_prompts, suite_baselines
 from megavar.parallel.environment import Environment
+from megavar.sampling.samples import Samples
 
 ONE = Environment(0, 1, 0, "single")
 PHOTOGRAPHS = DataConfig(source=PhotographsSource(length=400, test_length=60, short_side=64), image_size=16)
+CLASS_SHAPES = DataConfig(source=ShapesSource(conditioning="class"), image_size=32)
 SHAPES = DataConfig(source=ShapesSource(length=100, test_length=40), image_size=32)
 
 
@@ -37,7 +38,7 @@ def as_chunks(directory, images, labels):
     for chunk in store.missing():
         first, last = store.range(chunk)
         store.write(chunk, {"images": images[first:last].numpy(), "labels": labels[first:last].numpy()})
-    return ChunkImages(directory)
+    return Samples.stored(directory)
 
 
 def real_images(data, split="test"):
@@ -108,6 +109,7 @@ def test_adm_suite_keeps_features_and_qualifies_keys(tmp_path, small_inception, 
     [
         (DigitsSuite(), PHOTOGRAPHS, "classifier"),
         (ShapesSuite(name="shapes"), DataConfig(source=DigitsSource()), "classifier"),
+        (ShapesSuite(name="shapes"), CLASS_SHAPES, "classifier"),
         (ClassifierSuite(), SHAPES, "shapes"),
         (ClassifierSuite(), DataConfig(source=DigitsSource()), "digits"),
     ],
@@ -121,7 +123,18 @@ def test_suites_that_fit_pass():
     check_suite(DigitsSuite(), DataConfig())
     check_suite(ClassifierSuite(), PHOTOGRAPHS)
     check_suite(ShapesSuite(name="shapes"), SHAPES)
-    check_suite(ADMSuite(name="adm", inception_weights="w", reference="r"), SHAPES)
+    assert image_count(ClassifierSuite(), PHOTOGRAPHS, 70) == 70
+    assert image_count(ShapesSuite(name="shapes", per_tag=2, per_prompt=3), SHAPES, 70) == 6 * 2 * 3
+
+
+def test_missing_files_of_the_adm_suite_are_found_before_sampling(tmp_path, random_weights):
+    np.savez(tmp_path / "mar.npz", mu=np.zeros(3), sigma=np.eye(3))
+    given = {"name": "adm", "inception_weights": str(random_weights), "unofficial_weights": True}
+    check_suite(ADMSuite(**given, reference=str(tmp_path / "mar.npz")), SHAPES)
+    with pytest.raises(DataError, match=r"none\.npz do not exist"):
+        check_suite(ADMSuite(**given, reference=str(tmp_path / "none.npz")), SHAPES)
+    with pytest.raises(CheckpointError, match="do not exist"):
+        check_suite(ADMSuite(**given | {"inception_weights": "w"}, reference=str(tmp_path / "mar.npz")), SHAPES)
 
 
 def test_configuration_is_decoded_strictly():

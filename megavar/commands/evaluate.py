@@ -17,6 +17,7 @@ from megavar.config.recipe import MEPAConfig
 from megavar.config.root import Config
 from megavar.errors import ExitCode
 from megavar.evaluation import suites
+from megavar.evaluation.reconstruction import ROUNDING
 from megavar.evaluation.reconstruction_suite import score_tokenizer
 from megavar.evaluation.results import Result, class_histogram, write_result
 from megavar.evaluation.suites import Scores
@@ -138,19 +139,22 @@ def _score_tokenizer(config: Config, place: Environment) -> dict[str, float]:
     )
     if scores is None:
         return {}
+    settings = config.evaluation.reconstruction
     result = Result(
-        suite=f"reconstruction/{config.evaluation.reconstruction.protocol}",
+        suite=f"reconstruction/{settings.protocol}",
         metrics=scores.metrics,
         count=int(scores.reference["count"]),
         class_histogram={},
-        rounding=config.evaluation.reconstruction.protocol,
+        rounding=ROUNDING[settings.protocol],
         order="the source's",
         extractor=scores.extractor,
         reference=scores.reference,
+        sampler=settings.model_dump(mode="json", include={"protocol", "model_size", "chunk_size"}),
         checkpoint=identity,
         notes=scores.notes,
     )
-    _report(config.run.name, {config.run.name: scores.metrics}, scores, result, directory / "reconstruction.json")
+    path = directory / f"scores-reconstruction-{settings.protocol}-{checkpoint.name}.json"
+    _report(config.run.name, {config.run.name: scores.metrics}, scores, result, path)
     return scores.metrics
 
 

@@ -28,7 +28,7 @@ from torch.nn import functional
 from megavar.data.pixels import to_float
 from megavar.data.source import Source
 from megavar.data.transforms import BICUBIC, adm_center_crop, center_crop, decode, resize_shorter_side
-from megavar.errors import DataError
+from megavar.errors import CheckpointError, DataError
 from megavar.evaluation.chunks import ChunkStore
 from megavar.evaluation.image_quality import psnr, ssim
 from megavar.evaluation.inception import full_precision
@@ -165,7 +165,13 @@ def reconstruct_chunks(
             np.stack([prepare(_image(source, index), protocol, model_size) for index in range(first, last)])
         )
         inputs = model_input(images.permute(0, 3, 1, 2).to(device), protocol)
-        store.write(chunk, measure(compare(inputs, reconstruct(inputs), protocol, size=size), instruments))
+        outputs = reconstruct(inputs)
+        if not bool(outputs.isfinite().all()):
+            raise CheckpointError(
+                f"Reconstructions of images {first} to {last - 1} are not finite. The weights are damaged or belong to "
+                f"another model: name other ones."
+            )
+        store.write(chunk, measure(compare(inputs, outputs, protocol, size=size), instruments))
         on_progress(last - first)
 
 

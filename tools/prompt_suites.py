@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -46,14 +47,28 @@ def main(arguments: list[str] | None = None) -> int:
 def emit(options: argparse.Namespace) -> None:
     """Write images in the layout of the official scorer."""
     images = _images(options)
-    with tqdm(total=len(images), unit="image") as bar:
-        if options.suite == "geneval":
-            prompts = layouts.read_geneval_prompts(options.prompts)
-            layouts.emit_geneval(options.out, prompts, images, per_prompt=options.per_prompt, on_progress=bar.update)
+    read = layouts.read_geneval_prompts if options.suite == "geneval" else layouts.read_dpg_prompts
+    found = read(options.prompts)
+    described = {
+        "suite": options.suite,
+        "prompts": len(found),
+        "prompts_sha256": hashlib.sha256(json.dumps(found).encode()).hexdigest(),
+        "prompt_rewrite": "none",
+        "per_prompt": options.per_prompt,
+        "images": images.identity,
+    }
+    run_file = layouts.claim(options.out, described)
+    with tqdm(total=len(images), unit="image", disable=None) as bar:
+        if isinstance(found, list):
+            layouts.emit_geneval(options.out, found, images, per_prompt=options.per_prompt, on_progress=bar.update)
         else:
-            texts = layouts.read_dpg_prompts(options.prompts)
-            layouts.emit_dpg(options.out, texts, images, per_prompt=options.per_prompt, on_progress=bar.update)
+            layouts.emit_dpg(options.out, found, images, per_prompt=options.per_prompt, on_progress=bar.update)
     verify(options)
+    print(f"{run_file} says what these images are")
+    if options.suite == "dpg":
+        # The official script takes one quarter unless told otherwise, and writes its results among the images.
+        side = images.read(0, 1).shape[-1]
+        print(f"score with compute_dpg_bench.py --pic-num 4 --resolution {side} --res-path FILE_OUTSIDE_THE_FOLDER.txt")
 
 
 def verify(options: argparse.Namespace) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import functools
 import shutil
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megavar.assembly import stored_decoder
+from megavar import logs
 from megavar.config.data import DataConfig
 from megavar.config.loading import apply_override, decode, read_tree
 from megavar.data.build import build_source, build_transform
@@ -38,6 +37,7 @@ from megavar.evaluation.reference import check_reference, load_reference, save_r
 from megavar.evaluation.results import Result, class_histogram, write_result
 from megavar.evaluation.table import format_table
 from megavar.parallel.environment import Environment, environment
+from megavar.sampling.samples import Decoder
 
 PUBLISHED_ADM = {"is": 215.837, "fid": 3.9426, "sfid": 6.1404, "precision": 0.8265, "recall": 0.5309}
 """TensorFlow's numbers for ADM's published ImageNet-256 samples (ADM-G, ADM-U), as given by a public torch port."""
@@ -45,6 +45,7 @@ PUBLISHED_ADM = {"is": 215.837, "fid": 3.9426, "sfid": 6.1404, "precision": 0.82
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
+    logs.silence_libraries()
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
@@ -153,7 +154,13 @@ def _features_directory(options: argparse.Namespace) -> Path:
 
 
 def _images(options: argparse.Namespace) -> ImageSet:
-    return open_images(options.images, functools.partial(stored_decoder, device=environment().device))
+    return open_images(options.images, _decoder)
+
+
+def _decoder(directory: Path) -> Decoder:
+    from megavar.assembly import stored_decoder  # imports Megatron-core: not for npz files and folders
+
+    return stored_decoder(directory, environment().device)
 
 
 def _join() -> Environment:

@@ -15,7 +15,6 @@ TencentQQGYLab/ELLA. Their scorers run in environments of their own.
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
 import json
 import sys
@@ -23,18 +22,20 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megavar.assembly import stored_decoder
+from megavar import logs
 from megavar.data.shapes_grammar import evaluation_prompts
 from megavar.errors import DataError, MegavarError
 from megavar.evaluation import layouts, shape_eval
 from megavar.evaluation.images import ImageSet, open_images
 from megavar.evaluation.table import format_table
 from megavar.parallel.environment import environment
+from megavar.sampling.samples import Decoder
 from megavar.storage import write_text_atomic
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
+    logs.silence_libraries()
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
@@ -108,7 +109,13 @@ def score(options: argparse.Namespace) -> None:
 
 
 def _images(options: argparse.Namespace) -> ImageSet:
-    return open_images(options.images, functools.partial(stored_decoder, device=environment().device))
+    return open_images(options.images, _decoder)
+
+
+def _decoder(directory: Path) -> Decoder:
+    from megavar.assembly import stored_decoder  # imports Megatron-core: not for npz files and folders
+
+    return stored_decoder(directory, environment().device)
 
 
 def _shape_prompts(options: argparse.Namespace, image_size: int) -> list[shape_eval.Prompt]:

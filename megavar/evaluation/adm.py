@@ -136,7 +136,7 @@ def adm_metrics(
     device = next(network.parameters()).device
     pool = features.pool.to(device)
     metrics = {"fid": frechet_distance(features.pool_statistics, reference.pool)}
-    notes = count_notes(len(pool))
+    notes = count_notes(len(pool)) + reference_notes(reference)
     if reference.spatial is not None:
         metrics["sfid"] = frechet_distance(features.spatial_statistics, reference.spatial)
     logits = network.logits(pool)
@@ -148,10 +148,6 @@ def adm_metrics(
         real = reference.pool_features.to(device)
         metrics["precision"], metrics["recall"] = precision_recall(pool, real, neighbours=NEIGHBOURS, half=True)
         metrics["precision_fp32"], metrics["recall_fp32"] = precision_recall(pool, real, neighbours=NEIGHBOURS)
-        if len(real) != POOL_COUNT:
-            notes.append(f"precision and recall use {len(real)} reference images instead of ADM's {POOL_COUNT}")
-    else:
-        notes.append("the reference holds statistics only: precision and recall cannot be computed from it")
     return qualified(metrics, len(pool), network), notes
 
 
@@ -173,7 +169,8 @@ def torch_fidelity_metrics(
             features.pool, reference.pool_features, prc_neighborhood=NEIGHBOURS, save_cpu_ram=True, verbose=False
         )
         metrics |= {"precision_fp32": prc[KEY_METRIC_PRECISION], "recall_fp32": prc[KEY_METRIC_RECALL]}
-    return qualified(metrics, len(features.pool), network), count_notes(len(features.pool))
+    notes = count_notes(len(features.pool)) + reference_notes(reference)
+    return qualified(metrics, len(features.pool), network), notes
 
 
 def shuffled_order(count: int) -> Tensor:
@@ -194,6 +191,16 @@ def qualified(metrics: dict[str, float], count: int, network: ADMInception) -> d
     """Append to the keys what deviates from the usual protocol: another count, other weights."""
     suffix = ("" if count == USUAL_COUNT else f"@{count}") + ("" if network.official else f"@{network.name}")
     return {key + suffix: value for key, value in metrics.items()}
+
+
+def reference_notes(reference: Reference) -> list[str]:
+    """What to say about precision and recall from ``reference``."""
+    if reference.pool_features is None:
+        return ["the reference holds statistics only: precision and recall cannot be computed from it"]
+    count = len(reference.pool_features)
+    if count == POOL_COUNT:
+        return []
+    return [f"precision and recall use {count} reference images instead of ADM's {POOL_COUNT}"]
 
 
 def count_notes(count: int) -> list[str]:

@@ -34,7 +34,7 @@ from megavar.planning.hardware import peak_of_device
 from megavar.recipes.base import Recipe
 from megavar.recipes.mepa import MEPA
 from megavar.recipes.tokenizer import TokenizerTraining
-from megavar.sampling.sampler import Sampler
+from megavar.sampling.sampler import NextScaleSampler
 from megavar.storage import write_json_atomic
 from megavar.training.run import Run, micro_batch_size, on_first_rank
 from megavar.training.run_directory import RunDirectory
@@ -192,7 +192,7 @@ def _preview(
     """What to look at while the run goes on: samples of a generator, or originals above their reconstructions."""
     if isinstance(recipe, MEPA) and isinstance(recipe.generator, VAR) and mesh.config.pipeline == 1:
         settings = config.sampling.model_copy(update={"weights": "model"})
-        sampler = Sampler(recipe.generator, recipe.tokenizer, settings, place.device)
+        sampler = NextScaleSampler(recipe.generator, recipe.tokenizer, settings, place.device)
         return lambda step: sampler.draw(torch.arange(PREVIEW_IMAGES))[0]
     if isinstance(recipe, TokenizerTraining):
         has_test = not isinstance(config.data.source, ImageFolderSource) or config.data.source.test_path is not None

@@ -128,7 +128,7 @@ def diagnose(attempt: Attempt) -> Diagnosis:
     if hangs:
         return _from_hang(attempt, hangs)
     if failures:
-        return _from_communication(attempt, failures)
+        return _from_communication(attempt, failures, ends)
     return _from_scheduler(attempt, ends, logs)
 
 
@@ -212,12 +212,13 @@ def _from_hang(attempt: Attempt, hangs: list[Failure]) -> Diagnosis:
     )
 
 
-def _from_communication(attempt: Attempt, failures: list[Failure]) -> Diagnosis:
+def _from_communication(attempt: Attempt, failures: list[Failure], ends: list[TaskEnd]) -> Diagnosis:
     first, failed = failures[0], {failure.rank for failure in failures}
     silent = [log.rank for log in attempt.ranks if log.rank not in failed]
     suspect = silent[0] if len(silent) == 1 else None
+    ended = next((f" (rank {suspect}: {end.how})" for end in ends if end.rank == suspect), "")
     return Diagnosis(
-        cause=f"communication failed first on rank {first.rank}, with no other error: {first.summary}",
+        cause=f"communication failed first on rank {first.rank}, with no other error{ended}: {first.summary}",
         rank=suspect,
         node=attempt.node_of(suspect) if suspect is not None else None,
         step=first.step,

@@ -1,25 +1,48 @@
 """From a configuration to the objects it describes."""
 
+import functools
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from megavar.config.generator import VARConfig
+from megavar.config.loading import decode
 from megavar.config.parallel import ParallelConfig
 from megavar.config.recipe import MEPAConfig
 from megavar.config.root import Config
 from megavar.config.tokenizer import TokenizerConfig
 from megavar.data.source import Source
-from megavar.errors import CheckpointError, ConfigError
+from megavar.errors import CheckpointError, ConfigError, DataError
 from megavar.generators.var import VAR, Stage
 from megavar.parallel.topology import Topology
 from megavar.recipes.base import Recipe
 from megavar.recipes.mepa import MEPA
+from megavar.sampling.sampler import TokenDecoder
+from megavar.sampling.samples import Decoder
+from megavar.storage import sha256_of_file, write_json_atomic
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
 from megavar.transformer.moe.backends import check_backend
 
 PARAMETER_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DECODER = "decoder.json"
+"""Beside the chunks of samples: which tokenizer decodes their tokens."""
+
+
+def identify_weights(path: Path) -> dict[str, str]:
+    """What tells the weights in ``path`` (a run, a checkpoint, a published file) from all others, wherever they are.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    from megavar.training.checkpoint.weights import find_checkpoint
+
+    if Path(path).is_file():
+        return {"file": Path(path).name, "sha256": sha256_of_file(path)}
+    checkpoint, _ = find_checkpoint(path, verify=False)  # loading verifies it
+    return {"checkpoint": checkpoint.name, "manifest_sha256": sha256_of_file(checkpoint / "manifest.json")}
 
 
 def load_tokenizer(config: TokenizerConfig, weights: str, device: torch.device) -> MultiScaleVQ:
@@ -45,6 +68,48 @@ def load_tokenizer(config: TokenizerConfig, weights: str, device: torch.device) 
     else:
         tokenizer.load_reference(path)
     return tokenizer.eval().requires_grad_(False).to(device)
+
+
+def describe_decoder(directory: Path, config: Config, weights: str) -> None:
+    """Write down what decodes the tokens of the samples in ``directory``; :func:`stored_decoder` reads it."""
+    described = {
+        "tokenizer": config.tokenizer.model_dump(mode="json"),
+        "weights": str(Path(weights).resolve()),
+        "identity": identify_weights(Path(weights)),
+        "rounding": config.sampling.rounding,
+    }
+    write_json_atomic(directory / DECODER, described)
+
+
+def stored_decoder(directory: Path, device: torch.device) -> Decoder:
+    """From the tokens of samples that ``megavar sample`` left in ``directory`` to their images.
+
+    The tokenizer is loaded when the first tokens are decoded: not at all where all images are stored.
+
+    Raises:
+        DataError: (then) nothing says which tokenizer it is, or its weights are others now.
+        CheckpointError: (then) its weights are gone.
+    """
+
+    @functools.cache
+    def load() -> TokenDecoder:
+        path = Path(directory) / DECODER
+        try:
+            described: dict[str, Any] = json.loads(path.read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise DataError(f"{path} cannot be read ({error}), so nothing says what decodes these tokens") from error
+        tokenizer = load_tokenizer(
+            decode(described["tokenizer"], TokenizerConfig, str(path)), described["weights"], device
+        )
+        identity = identify_weights(Path(described["weights"]))
+        if identity != described["identity"]:
+            raise DataError(
+                f"The tokens in {directory} were drawn with the tokenizer weights {described['identity']}, but "
+                f"{described['weights']} now holds {identity}: restore them, or sample again."
+            )
+        return TokenDecoder(tokenizer, device, described["rounding"])
+
+    return lambda tokens: load()(tokens)
 
 
 def require_generator(config: Config) -> VARConfig:

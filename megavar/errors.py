@@ -56,6 +56,10 @@ class ClusterError(MegavarError):
     exit_code = ExitCode.PREFLIGHT
 
 
+class RunInUseError(ClusterError):
+    """Another process trains this run."""
+
+
 class NonFiniteError(MegavarError):
     """Loss or gradient norm is not finite and the configured recovery is used up."""
 

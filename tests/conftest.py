@@ -24,3 +24,10 @@ def single_process() -> Iterator[None]:
     topology.initialize(ParallelConfig(), Environment(0, 1, 0, "single"))
     yield
     topology.shutdown()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker runs a file from its first test to its last, and all files that need the real Slurm."""
+    for item in items:
+        slurm = item.path.parent.name == "slurm"
+        item.add_marker(pytest.mark.xdist_group("slurm" if slurm else str(item.path)))

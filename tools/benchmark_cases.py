@@ -24,7 +24,7 @@ from megavar.planning.flops import forward_flops, model_flops, sampling_flops
 from megavar.planning.shape import GeneratorShape
 from megavar.planning.tokenizer_cost import autoencoder_cost
 from megavar.recipes.mepa import MEPA, MEPAInputs
-from megavar.sampling.sampler import Sampler
+from megavar.sampling.sampler import NextScaleSampler
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
 from megavar.training.engine import Engine
 from megavar.training.metrics import MetricAccumulator
@@ -282,7 +282,7 @@ def sampling(bench: Bench) -> Part:
     model = build_generator(bench.config, None, device=bench.device)
     assert isinstance(model, VAR)
     settings = bench.config.sampling
-    sampler = Sampler(model, bench.tokenizer(), settings, bench.device)
+    sampler = NextScaleSampler(model, bench.tokenizer(), settings, bench.device)
     indices = torch.arange(bench.batch)
     decoder = autoencoder_cost(bench.config.tokenizer).decode_flops
     flops = (sampling_flops(bench.shape, settings.guidance > 0) + decoder) * bench.batch

@@ -2,12 +2,13 @@
 
     python -m tools.evaluate_fid reference --images DIR|NPZ --out ref.npz --inception-weights W
     python -m tools.evaluate_fid score --images DIR|NPZ --reference ref.npz --out result.json --inception-weights W
-    python -m tools.evaluate_fid export --images CHUNKS --out samples.npz --order interleaved
+    python -m tools.evaluate_fid export --images SAMPLES --out samples.npz --order interleaved
     python -m tools.evaluate_fid selfcheck --images ADM_SAMPLES.npz --reference ADM_REFERENCE.npz --inception-weights W
 
-``--images`` is an npz with ``arr_0``, a folder of PNG files, or a directory of chunks written by ``megavar sample``;
-``reference`` also takes the data of a run (``--config run.yaml``). Features are kept in chunks beside the output, so an
-interrupted command continues; under torchrun or srun the chunks are shared by all ranks, and the result is the same.
+``--images`` is an npz with ``arr_0``, a folder of PNG files, or a directory of samples written by ``megavar sample``
+or ``megavar evaluate`` (images that were not kept are decoded again from their tokens); ``reference`` also takes the
+data of a run (``--config run.yaml [key=value ...]``). Features are kept in chunks beside the output, so an interrupted
+command continues; under torchrun or srun the chunks are shared by all ranks, and the result is the same.
 """
 
 from __future__ import annotations
@@ -22,24 +23,29 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from megavar import logs
+from megavar.config.data import DataConfig
+from megavar.config.loading import apply_override, decode, read_tree
+from megavar.data.build import build_source, build_transform
 from megavar.errors import ConfigError, MegavarError
 from megavar.evaluation import adm
 from megavar.evaluation.chunks import ChunkStore
 from megavar.evaluation.export import export_npz, is_sorted_by_class
 from megavar.evaluation.images import ImageSet, SourceImages, open_images
 from megavar.evaluation.inception import ADMInception
-from megavar.evaluation.reference import load_reference, save_reference
+from megavar.evaluation.reference import check_reference, load_reference, save_reference
 from megavar.evaluation.results import Result, class_histogram, write_result
 from megavar.evaluation.table import format_table
 from megavar.parallel.environment import Environment, environment
+from megavar.sampling.samples import Decoder
 
-CHUNK = 64
 PUBLISHED_ADM = {"is": 215.837, "fid": 3.9426, "sfid": 6.1404, "precision": 0.8265, "recall": 0.5309}
 """TensorFlow's numbers for ADM's published ImageNet-256 samples (ADM-G, ADM-U), as given by a public torch port."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
+    logs.silence_libraries()
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
@@ -54,9 +60,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def score(options: argparse.Namespace) -> None:
     """Score images against a reference and write the result file."""
-    ranks, images = _join(), open_images(options.images)
+    check_reference(options.reference)
+    ranks, images = _join(), _images(options)
     network = _network(options, ranks)
-    store = _features(options, ranks, images, network)
+    store = adm.stored_features(_features_directory(options), images, network, ranks)
     if ranks.rank == 0:
         result = evaluate(options, store, images, network)
         write_result(options.out, result)
@@ -83,7 +90,7 @@ def evaluate(options: argparse.Namespace, store: ChunkStore, images: ImageSet, n
         order="Inception score over a seeded shuffle, otherwise index order",
         extractor={"name": network.name, "sha256": network.weights_sha256},
         reference=reference.identity,
-        sampler={"images": images.identity, "feature_chunk_size": CHUNK},
+        sampler={"images": images.identity, "feature_chunk_size": store.size},
         notes=notes,
     )
 
@@ -98,9 +105,10 @@ def reference(options: argparse.Namespace) -> None:
             if found.spatial is None or found.pool_features is None:
                 raise ConfigError(f"{options.from_reference} holds statistics only: use it as it is, and convert ADM's")
             save_reference(options.out, found, network)
+            print(f"wrote {options.out}: {found.identity['kind']} reference of {len(found.pool_features)} features")
         return
-    images = open_images(options.images) if options.images is not None else _images_of_run(options.config)
-    store = _features(options, ranks, images, network)
+    images = _images(options) if options.images is not None else _images_of_run(*options.config)
+    store = adm.stored_features(_features_directory(options), images, network, ranks)
     if ranks.rank == 0:
         made = adm.reference_from(adm.collect_features(store), {"images": images.identity, "count": len(images)})
         save_reference(options.out, made, network)
@@ -111,17 +119,18 @@ def reference(options: argparse.Namespace) -> None:
 
 def export(options: argparse.Namespace) -> None:
     """Write images as an npz file for ADM's official script."""
-    images = open_images(options.images)
-    with tqdm(total=len(images), unit="image") as bar:
+    images = _images(options)
+    with tqdm(total=len(images), unit="image", disable=None) as bar:
         export_npz(options.out, images, options.order, on_progress=bar.update)
     print(f"wrote {options.out}: {len(images)} images, {options.order}")
 
 
 def selfcheck(options: argparse.Namespace) -> None:
     """Score ADM's published samples and compare with the numbers of ADM's own script."""
-    ranks, images = _join(), open_images(options.images)
+    check_reference(options.reference)
+    ranks, images = _join(), _images(options)
     network = _network(options, ranks)
-    store = _features(options, ranks, images, network)
+    store = adm.stored_features(_features_directory(options), images, network, ranks)
     if ranks.rank == 0:
         ours = evaluate(options, store, images, network).metrics
         print(format_table({"published (TensorFlow)": PUBLISHED_ADM, "here": ours}, adm.METRICS))
@@ -140,18 +149,18 @@ def ranks_device(network: ADMInception) -> torch.device:
     return next(network.parameters()).device
 
 
-def _features(options: argparse.Namespace, ranks: Environment, images: ImageSet, network: ADMInception) -> ChunkStore:
-    directory = options.features or options.out.with_name(options.out.name + ".features")
-    identity = {"images": images.identity, "weights_sha256": network.weights_sha256}
-    store = ChunkStore.open(directory, count=len(images), size=CHUNK, identity=identity)
-    todo = sum(store.range(chunk)[1] - store.range(chunk)[0] for chunk in store.missing(ranks.rank, ranks.world_size))
-    with tqdm(total=todo, unit="image", desc="features", disable=ranks.rank > 0) as bar:
-        adm.extract_features(
-            store, images, network, rank=ranks.rank, world_size=ranks.world_size, on_progress=bar.update
-        )
-    if dist.is_initialized():
-        dist.barrier()
-    return store
+def _features_directory(options: argparse.Namespace) -> Path:
+    return options.features or options.out.with_name(options.out.name + ".features")
+
+
+def _images(options: argparse.Namespace) -> ImageSet:
+    return open_images(options.images, _decoder)
+
+
+def _decoder(directory: Path) -> Decoder:
+    from megavar.assembly import stored_decoder  # imports Megatron-core: not for npz files and folders
+
+    return stored_decoder(directory, environment().device)
 
 
 def _join() -> Environment:
@@ -168,12 +177,11 @@ def _network(options: argparse.Namespace, ranks: Environment) -> ADMInception:
     return ADMInception(options.inception_weights, unofficial=options.unofficial_weights).to(ranks.device)
 
 
-def _images_of_run(config: Path) -> ImageSet:
-    from megavar.config.data import DataConfig
-    from megavar.config.loading import decode, read_tree
-    from megavar.data.build import build_source, build_transform
-
-    data = decode(read_tree(config).get("data", {}), DataConfig, str(config))
+def _images_of_run(config: str, *overrides: str) -> ImageSet:
+    tree = read_tree(Path(config))
+    for override in overrides:
+        apply_override(tree, override)
+    data = decode(tree.get("data", {}), DataConfig, config)
     return SourceImages(build_source(data, "train"), build_transform(data, "test"))
 
 
@@ -193,9 +201,14 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(run.__name__, help=run.__doc__)
         command.set_defaults(run=run, backend="megavar", rounding="unknown", features=None)
         images = command.add_mutually_exclusive_group(required=True) if run is reference else command
-        images.add_argument("--images", type=Path, required=run is not reference, help="npz, folder of PNG, or chunks")
+        images.add_argument("--images", type=Path, required=run is not reference, help="npz, folder of PNG, or samples")
         if run is reference:
-            images.add_argument("--config", type=Path, help="a YAML whose data section names training images")
+            images.add_argument(
+                "--config",
+                nargs="+",
+                metavar=("RUN.yaml", "key=value"),
+                help="a YAML whose data section names training images, and overrides",
+            )
             images.add_argument("--from-reference", type=Path, help="ADM's npz, to keep 82 MB of it instead of 2 GB")
             command.add_argument("--keep-features", action="store_true", help="keep 16 kB of features per image")
         if run is not selfcheck:
@@ -214,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--backend", choices=["megavar", "torch-fidelity"], default="megavar")
             command.add_argument(
                 "--rounding",
-                choices=["round", "truncate", "unknown"],
+                choices=["round", "truncate", "half_up", "unknown"],
                 default="unknown",
                 help="how the images became uint8, for the record",
             )

@@ -1,36 +1,41 @@
 """Images of text-to-image benchmarks: write them as the official scorers read them, check them, score shapes.
 
-    python -m tools.prompt_suites emit geneval --prompts evaluation_metadata.jsonl --images CHUNKS --out DIR
+    python -m tools.prompt_suites emit geneval --prompts evaluation_metadata.jsonl --images SAMPLES --out DIR
     python -m tools.prompt_suites verify geneval --prompts evaluation_metadata.jsonl --out DIR
-    python -m tools.prompt_suites emit dpg --prompts dpg_bench/prompts --images CHUNKS --out DIR
+    python -m tools.prompt_suites emit dpg --prompts dpg_bench/prompts --images SAMPLES --out DIR
     python -m tools.prompt_suites verify dpg --prompts dpg_bench/prompts --out DIR
     python -m tools.prompt_suites prompts shapes --image-size 32 --out evaluation_metadata.jsonl
-    python -m tools.prompt_suites score shapes --images CHUNKS --out results.jsonl
+    python -m tools.prompt_suites score shapes --images SAMPLES --out results.jsonl
 
-Sample j of prompt p is image ``p * per_prompt + j`` of ``--images`` (chunks of ``megavar sample``, an npz or a folder
-of PNG files). The official prompt files are not part of megavar: take them from djghosh13/geneval and
+Sample j of prompt p is image ``p * per_prompt + j`` of ``--images`` (a directory of ``megavar sample``, an npz or a
+folder of PNG files). The official prompt files are not part of megavar: take them from djghosh13/geneval and
 TencentQQGYLab/ELLA. Their scorers run in environments of their own.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
+from megavar import logs
 from megavar.data.shapes_grammar import evaluation_prompts
 from megavar.errors import DataError, MegavarError
 from megavar.evaluation import layouts, shape_eval
-from megavar.evaluation.images import open_images
+from megavar.evaluation.images import ImageSet, open_images
 from megavar.evaluation.table import format_table
+from megavar.parallel.environment import environment
+from megavar.sampling.samples import Decoder
 from megavar.storage import write_text_atomic
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
+    logs.silence_libraries()
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
@@ -42,15 +47,29 @@ def main(arguments: list[str] | None = None) -> int:
 
 def emit(options: argparse.Namespace) -> None:
     """Write images in the layout of the official scorer."""
-    images = open_images(options.images)
-    with tqdm(total=len(images), unit="image") as bar:
-        if options.suite == "geneval":
-            prompts = layouts.read_geneval_prompts(options.prompts)
-            layouts.emit_geneval(options.out, prompts, images, per_prompt=options.per_prompt, on_progress=bar.update)
+    images = _images(options)
+    read = layouts.read_geneval_prompts if options.suite == "geneval" else layouts.read_dpg_prompts
+    found = read(options.prompts)
+    described = {
+        "suite": options.suite,
+        "prompts": len(found),
+        "prompts_sha256": hashlib.sha256(json.dumps(found).encode()).hexdigest(),
+        "prompt_rewrite": "none",
+        "per_prompt": options.per_prompt,
+        "images": images.identity,
+    }
+    run_file = layouts.claim(options.out, described)
+    with tqdm(total=len(images), unit="image", disable=None) as bar:
+        if isinstance(found, list):
+            layouts.emit_geneval(options.out, found, images, per_prompt=options.per_prompt, on_progress=bar.update)
         else:
-            texts = layouts.read_dpg_prompts(options.prompts)
-            layouts.emit_dpg(options.out, texts, images, per_prompt=options.per_prompt, on_progress=bar.update)
+            layouts.emit_dpg(options.out, found, images, per_prompt=options.per_prompt, on_progress=bar.update)
     verify(options)
+    print(f"{run_file} says what these images are")
+    if options.suite == "dpg":
+        # The official script takes one quarter unless told otherwise, and writes its results among the images.
+        side = images.read(0, 1).shape[-1]
+        print(f"score with compute_dpg_bench.py --pic-num 4 --resolution {side} --res-path FILE_OUTSIDE_THE_FOLDER.txt")
 
 
 def verify(options: argparse.Namespace) -> None:
@@ -80,13 +99,23 @@ def prompts(options: argparse.Namespace) -> None:
 
 def score(options: argparse.Namespace) -> None:
     """Score images of ShapeEval; the result file is read by GenEval's summary_scores.py as well."""
-    images = open_images(options.images)
+    images = _images(options)
     pixels = images.read(0, len(images))
     chosen = [prompt for prompt in _shape_prompts(options, pixels.shape[-1]) for _ in range(options.per_prompt)]
     records = shape_eval.score_scenes(pixels, chosen)
     shape_eval.write_records(options.out, records)
     print(format_table({"score": shape_eval.summarize(records)}, shape_eval.METRICS))
     print(f"wrote {options.out}")
+
+
+def _images(options: argparse.Namespace) -> ImageSet:
+    return open_images(options.images, _decoder)
+
+
+def _decoder(directory: Path) -> Decoder:
+    from megavar.assembly import stored_decoder  # imports Megatron-core: not for npz files and folders
+
+    return stored_decoder(directory, environment().device)
 
 
 def _shape_prompts(options: argparse.Namespace, image_size: int) -> list[shape_eval.Prompt]:
@@ -107,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("suite", choices=["geneval", "dpg"] if official else ["shapes"])
         command.add_argument("--out", type=Path, required=True, help="folder of the layout, or file to write")
         if run in (emit, score):
-            command.add_argument("--images", type=Path, required=True, help="chunks, npz, or folder of PNG files")
+            command.add_argument("--images", type=Path, required=True, help="samples, npz, or folder of PNG files")
         if run is not prompts:
             command.add_argument("--per-prompt", type=int, default=layouts.PER_PROMPT, help="images per prompt")
         if official:

@@ -8,22 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megavar.assembly import load_tokenizer
-from megavar.commands.sample import Samples, draw_samples
+from megavar.assembly import identify_weights, load_tokenizer
+from megavar.commands.sample import GRID_IMAGES, describe, open_samples, write_grid
+from megavar.config.evaluation import ADMSuite
 from megavar.config.loading import load_config
 from megavar.config.parallel import ParallelConfig
 from megavar.config.recipe import MEPAConfig
 from megavar.config.root import Config
 from megavar.errors import ExitCode
 from megavar.evaluation import suites
-from megavar.evaluation.images import ChunkImages
+from megavar.evaluation.reconstruction import ROUNDING
 from megavar.evaluation.reconstruction_suite import score_tokenizer
 from megavar.evaluation.results import Result, class_histogram, write_result
 from megavar.evaluation.suites import Scores
 from megavar.evaluation.table import format_table, thresholds_missed
 from megavar.parallel import topology
 from megavar.parallel.environment import Environment, environment
-from megavar.storage import sha256_of_file
+from megavar.sampling.samples import Samples
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
 from megavar.training.checkpoint.weights import find_checkpoint
 
@@ -53,44 +54,68 @@ def score(config: Config, place: Environment, *, untrained: bool = False) -> dic
 
 
 def _score_generator(config: Config, place: Environment, untrained: bool) -> dict[str, float]:
-    """Draw ``evaluation.samples`` images and score them beside the untrained model and the suite's baselines."""
+    """Draw the images that the suite wants and score them beside its baselines."""
     suite = config.evaluation.suite
     suites.check_suite(suite, config.data)
-    config = config.model_copy(
-        update={"sampling": config.sampling.model_copy(update={"number": config.evaluation.samples})}
-    )
+    config = _with_sampling(config)
     name = "untrained model" if untrained else config.run.name
+    compared = [] if isinstance(suite, ADMSuite) else ["untrained model"]  # 50,000 images are no table row
     rows: dict[str, dict[str, float]] = {}
     found: list[tuple[Samples, Scores]] = []
-    for row in dict.fromkeys((name, "untrained model")):
-        samples = draw_samples(config, place, untrained=row == "untrained model")
-        images = ChunkImages(samples.store.directory)
-        scores = suites.score_images(suite, config.data, images, place, work_directory=samples.store.directory)
+    for row in dict.fromkeys((name, *compared)):
+        samples = open_samples(config, place, untrained=row == "untrained model")
+        scores = _score_samples(config, samples, place)
         if scores is not None:
             rows[row] = scores.metrics
             found.append((samples, scores))
     if place.rank != 0:
         return {}
-    rows |= suites.suite_baselines(suite, config.data, config.evaluation.samples)
+    rows |= suites.suite_baselines(suite, config.data, config.sampling.number)
     samples, scores = found[0]
-    labels = ChunkImages(samples.store.directory).labels
     result = Result(
-        suite=suite.name,
+        suite=suites.suite_label(suite),
         metrics=scores.metrics,
-        count=samples.store.count,
-        class_histogram=class_histogram(labels) if labels is not None else {},
-        rounding="round",
+        count=len(samples),
+        class_histogram=class_histogram(samples.labels) if samples.labels is not None else {},
+        rounding=config.sampling.rounding,
         order=ORDER,
         extractor=scores.extractor,
         reference=scores.reference,
-        sampler=config.sampling.model_dump(mode="json"),
-        checkpoint=samples.checkpoint,
+        sampler=config.sampling.model_dump(mode="json", exclude={"keep_images"}),
+        checkpoint=samples.identity["model"],
         notes=scores.notes,
     )
-    path = Path(config.run.path) / f"scores-{samples.store.directory.name}.json"
+    label = result.suite.replace("/", "-")
+    path = Path(config.run.path) / f"scores-{label}-{samples.directory.name}.json"
     _report(name, rows, scores, result, path)
-    print(f"samples: {samples.grid}", flush=True)
+    print(f"{describe(samples)} in {samples.directory}, overview in {write_grid(samples)}", flush=True)
     return scores.metrics
+
+
+def _with_sampling(config: Config) -> Config:
+    """``config`` with the number of samples that the suite wants, and the images of it that are worth keeping."""
+    suite, sampling = config.evaluation.suite, config.sampling
+    keep = sampling.keep_images
+    if keep is None and isinstance(suite, ADMSuite):
+        keep = GRID_IMAGES
+    number = suites.image_count(suite, config.data, config.evaluation.samples)
+    return config.model_copy(
+        update={"sampling": sampling.model_copy(update={"number": number, "keep_images": keep})}
+    )
+
+
+def _score_samples(config: Config, samples: Samples, place: Environment) -> Scores | None:
+    """Score ``samples`` on rank 0. Collective.
+
+    The ADM suite takes its features while the images are drawn; the others look at all images together.
+    """
+    suite = config.evaluation.suite
+    if not isinstance(suite, ADMSuite):
+        samples.fill(place)
+    scores = suites.score_images(suite, config.data, samples, place, work_directory=samples.directory)
+    if isinstance(suite, ADMSuite):
+        samples.fill(place)  # nothing is missing, unless a chunk was lost after its features had been taken
+    return scores
 
 
 @torch.no_grad()
@@ -103,9 +128,7 @@ def _score_tokenizer(config: Config, place: Environment) -> dict[str, float]:
     directory = Path(config.run.path)
     checkpoint, _ = find_checkpoint(directory, verify=False)  # loading verifies it
     tokenizer = load_tokenizer(config.tokenizer, str(checkpoint), place.device)
-    identity: dict[str, Any] = {
-        "checkpoint": checkpoint.name, "manifest_sha256": sha256_of_file(checkpoint / "manifest.json")
-    }  # fmt: skip
+    identity: dict[str, Any] = identify_weights(checkpoint)
     scores = score_tokenizer(
         config.evaluation.reconstruction,
         config.data,
@@ -116,19 +139,22 @@ def _score_tokenizer(config: Config, place: Environment) -> dict[str, float]:
     )
     if scores is None:
         return {}
+    settings = config.evaluation.reconstruction
     result = Result(
-        suite=f"reconstruction/{config.evaluation.reconstruction.protocol}",
+        suite=f"reconstruction/{settings.protocol}",
         metrics=scores.metrics,
         count=int(scores.reference["count"]),
         class_histogram={},
-        rounding=config.evaluation.reconstruction.protocol,
+        rounding=ROUNDING[settings.protocol],
         order="the source's",
         extractor=scores.extractor,
         reference=scores.reference,
+        sampler=settings.model_dump(mode="json", include={"protocol", "model_size", "chunk_size"}),
         checkpoint=identity,
         notes=scores.notes,
     )
-    _report(config.run.name, {config.run.name: scores.metrics}, scores, result, directory / "reconstruction.json")
+    path = directory / f"scores-reconstruction-{settings.protocol}-{checkpoint.name}.json"
+    _report(config.run.name, {config.run.name: scores.metrics}, scores, result, path)
     return scores.metrics
 
 

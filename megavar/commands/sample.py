@@ -3,16 +3,12 @@
 import argparse
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from PIL import Image
-from torch import Tensor
 
-from megavar.assembly import build_generator, load_tokenizer
+from megavar.assembly import build_generator, describe_decoder, identify_weights, load_tokenizer
 from megavar.config.loading import load_config
 from megavar.config.parallel import ParallelConfig
 from megavar.config.recipe import MEPAConfig
@@ -20,15 +16,17 @@ from megavar.config.root import Config
 from megavar.data.pixels import image_grid
 from megavar.errors import ConfigError, ExitCode
 from megavar.evaluation.chunks import ChunkStore
+from megavar.evaluation.results import class_histogram
 from megavar.generators.var import VAR
 from megavar.parallel import topology
 from megavar.parallel.environment import Environment, environment, limit_threads
-from megavar.sampling.sampler import Sampler, open_store
-from megavar.storage import sha256_of_file
+from megavar.sampling.sampler import NextScaleSampler
+from megavar.sampling.samples import Samples
+from megavar.storage import atomic_file
 from megavar.training.checkpoint.weights import find_checkpoint, load_weights
 
 GRID_COLUMNS = 10
-GRID_ROWS = 10
+GRID_IMAGES = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,25 +39,19 @@ def run(options: argparse.Namespace) -> ExitCode:
     config = load_config(options.config, options.overrides)
     place = environment()
     topology.initialize(ParallelConfig(), place)
-    samples = draw_samples(config, place, untrained=options.untrained)
+    samples = open_samples(config, place, untrained=options.untrained)
+    samples.fill(place)
     if place.rank == 0:
-        print(f"{samples.store.count} images in {samples.store.directory}, overview in {samples.grid}", flush=True)
+        print(f"{describe(samples)} in {samples.directory}, overview in {write_grid(samples)}", flush=True)
     topology.shutdown()
     return ExitCode.FINISHED
 
 
-@dataclass(frozen=True)
-class Samples:
-    """A finished set of samples."""
+def open_samples(config: Config, place: Environment, *, untrained: bool = False) -> Samples:
+    """The ``sampling.number`` samples that ``config`` describes.
 
-    store: ChunkStore
-    grid: Path
-    checkpoint: dict[str, Any]
-    """Identity of the weights."""
-
-
-def draw_samples(config: Config, place: Environment, *, untrained: bool = False) -> Samples:
-    """Draw ``sampling.number`` images in fixed chunks shared by all ranks; finished chunks are kept. Collective.
+    Those that were drawn before are kept, the others are drawn when they are read, or all at once by ``fill``. The
+    directory is named after everything that decides the images.
 
     Args:
         untrained: take the initial weights instead of the run's latest checkpoint.
@@ -70,42 +62,46 @@ def draw_samples(config: Config, place: Environment, *, untrained: bool = False)
             f"the configuration of a generator."
         )
     limit_threads(config.train.cpu_threads)
-    run_directory = Path(config.run.path)
+    sampling, run_directory = config.sampling, Path(config.run.path)
     generator = build_generator(config, None)
     assert isinstance(generator, VAR)
-    identity: dict[str, Any] = {"checkpoint": "initial weights", "seed": config.train.seed}
+    tokenizer = load_tokenizer(config.tokenizer, config.recipe.tokenizer_weights, place.device)
+    model: dict[str, Any] = {"checkpoint": "initial weights", "seed": config.train.seed}
     if not untrained:
         checkpoint, _ = find_checkpoint(run_directory, verify=False)  # loading verifies it
-        load_weights(generator, checkpoint, "generator", ema=config.sampling.weights == "ema")
-        identity = {"checkpoint": checkpoint.name, "manifest_sha256": sha256_of_file(checkpoint / "manifest.json")}
-    identity["weights"] = config.sampling.weights
-    tokenizer = load_tokenizer(config.tokenizer, config.recipe.tokenizer_weights, place.device)
-    settings = json.dumps([config.sampling.model_dump(mode="json"), identity], sort_keys=True)
-    name = "untrained" if untrained else str(identity["checkpoint"])
-    directory = run_directory / "generated" / f"{name}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
-    store = open_store(directory, config.sampling, identity)
-    sampler = Sampler(generator.to(place.device), tokenizer, config.sampling, place.device)
-    sampler.fill(store, place.rank, place.world_size)
-    dist.barrier()
-    grid = directory / "grid.png"
-    if place.rank == 0:
-        write_grid(grid, read_images(store, GRID_COLUMNS * GRID_ROWS)[0])
-    return Samples(store, grid, identity)
+        load_weights(generator, checkpoint, "generator", ema=sampling.weights == "ema")
+        model = identify_weights(checkpoint)
+    assert config.generator is not None
+    model |= {
+        "weights": sampling.weights,
+        "precision": config.train.precision,
+        "generator": config.generator.model_dump(mode="json"),
+        "tokenizer": identify_weights(Path(config.recipe.tokenizer_weights)),
+    }
+    settings = sampling.model_dump(mode="json", exclude={"keep_images"})  # which changes no image
+    digest = hashlib.sha256(json.dumps([settings, model], sort_keys=True).encode()).hexdigest()[:8]
+    directory = run_directory / "generated" / f"{'untrained' if untrained else model['checkpoint']}-{digest}"
+    identity = {"sampling": {k: v for k, v in settings.items() if k not in ("number", "chunk_size")}, "model": model}
+    store = ChunkStore.open(directory, count=sampling.number, size=sampling.chunk_size, identity=identity)
+    describe_decoder(directory, config, config.recipe.tokenizer_weights)
+    sampler = NextScaleSampler(generator.to(place.device), tokenizer, sampling, place.device)
+    keep = sampling.number if sampling.keep_images is None else sampling.keep_images
+    return Samples(store, sampler.decoder, sampler=sampler, keep_images=keep)
 
 
-def read_images(store: ChunkStore, limit: int | None = None) -> tuple[Tensor, Tensor]:
-    """Images uint8 [N, 3, H, W] and labels int64 [N] of the first ``limit`` samples (all by default)."""
-    images, labels, count = [], [], 0
-    for chunk in store.read_all():
-        images.append(torch.from_numpy(chunk["images"]))
-        labels.append(torch.from_numpy(chunk["labels"]))
-        count += len(labels[-1])
-        if limit is not None and count >= limit:
-            break
-    return torch.cat(images)[:limit], torch.cat(labels)[:limit]
+def describe(samples: Samples) -> str:
+    """``1003 images (10 classes, 100 or 101 of each)``."""
+    if samples.labels is None:
+        return f"{len(samples)} images"
+    counts = class_histogram(samples.labels).values()
+    each = " or ".join(map(str, sorted(set(counts))))
+    return f"{len(samples)} images ({len(counts)} classes, {each} of each)"
 
 
-def write_grid(path: Path, images: Tensor) -> None:
-    """Write the images as one PNG, ten in a row."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image_grid(images, GRID_COLUMNS)).save(path)
+def write_grid(samples: Samples) -> Path:
+    """Write an overview of the first 100 samples, ten in a row, beside the chunks."""
+    path = samples.directory / "grid.png"
+    grid = image_grid(samples.read(0, min(GRID_IMAGES, len(samples))), GRID_COLUMNS)
+    with atomic_file(path) as file:
+        Image.fromarray(grid).save(file, "PNG")
+    return path

@@ -4,6 +4,7 @@ import argparse
 import functools
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from megavar.data.loader import Loader
 from megavar.data.pixels import to_float, to_uint8
 from megavar.data.reading import stored_images
 from megavar.data.source import Source
-from megavar.errors import ConfigError, DataError, ExitCode
+from megavar.errors import ConfigError, DataError, ExitCode, RunInUseError
 from megavar.generators.var import VAR
 from megavar.parallel import topology
 from megavar.parallel.environment import Environment, environment, limit_threads
@@ -33,13 +34,15 @@ from megavar.planning.hardware import peak_of_device
 from megavar.recipes.base import Recipe
 from megavar.recipes.mepa import MEPA
 from megavar.recipes.tokenizer import TokenizerTraining
-from megavar.sampling.sampler import Sampler
+from megavar.sampling.sampler import NextScaleSampler
 from megavar.storage import write_json_atomic
 from megavar.training.run import Run, micro_batch_size, on_first_rank
 from megavar.training.run_directory import RunDirectory
 from megavar.training.trainer import Trainer
 
 PREVIEW_IMAGES = 40
+LOOK_AGAIN_SECONDS = 20.0
+"""Between looks at a required run that another process trains."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +73,7 @@ def train(config: Config, place: Environment, required_by: tuple[str, ...] = ())
         required = load_config(path)
         if place.rank == 0:
             print(f"{config.run.name} requires {required.run.name} ({path})", flush=True)
-        code = train(required, place, (*required_by, config.run.name))
+        code = _train_required(required, place, (*required_by, config.run.name))
         if code != ExitCode.FINISHED:
             return code
     code = _train_one(config, place)
@@ -80,6 +83,17 @@ def train(config: Config, place: Environment, required_by: tuple[str, ...] = ())
         topology.initialize(ParallelConfig(), place)
         score(config, place)
     return code
+
+
+def _train_required(config: Config, place: Environment, required_by: tuple[str, ...]) -> ExitCode:
+    """Train a run that others may require and train, too: then wait for them, and take over if they die."""
+    while True:
+        try:
+            return train(config, place, required_by)
+        except RunInUseError as error:  # raised on all ranks alike
+            if place.rank == 0:
+                print(f"Waiting for {config.run.name}, which {required_by[-1]} requires. {error}", flush=True)
+            time.sleep(LOOK_AGAIN_SECONDS)
 
 
 def _train_one(config: Config, place: Environment) -> ExitCode:
@@ -178,7 +192,7 @@ def _preview(
     """What to look at while the run goes on: samples of a generator, or originals above their reconstructions."""
     if isinstance(recipe, MEPA) and isinstance(recipe.generator, VAR) and mesh.config.pipeline == 1:
         settings = config.sampling.model_copy(update={"weights": "model"})
-        sampler = Sampler(recipe.generator, recipe.tokenizer, settings, place.device)
+        sampler = NextScaleSampler(recipe.generator, recipe.tokenizer, settings, place.device)
         return lambda step: sampler.draw(torch.arange(PREVIEW_IMAGES))[0]
     if isinstance(recipe, TokenizerTraining):
         has_test = not isinstance(config.data.source, ImageFolderSource) or config.data.source.test_path is not None

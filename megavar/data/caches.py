@@ -13,6 +13,7 @@ transform makes of the sample in epoch v (of the ten-crop transform: its view v)
 
 import hashlib
 import json
+from collections import OrderedDict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,8 @@ FORMAT = "megavar cache 1"
 FILE_NAME = "cache.json"
 Content = Literal["tokens", "latents"]
 ELEMENTS: dict[str, str] = {"tokens": "<u2", "latents": "<f2"}
+MAPPED_PARTS = 512
+"""Parts that a process keeps mapped; each keeps a file open, and systems commonly allow a process 1024."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ class CachedSamples:
         self.class_names = self.cache.plan.class_names
         content = hashlib.sha256(self.cache.encode()).hexdigest()
         self.fingerprint = f"cache-{split}-{len(self)}-{content[:16]}"
-        self._parts: dict[int, np.ndarray] = {}
+        self._parts: OrderedDict[int, np.ndarray] = OrderedDict()
         plan = self.cache.plan
         for part in range(plan.parts):
             path, size = self.folder / part_name(part), len(plan.rows_of(part)) * plan.row.itemsize
@@ -164,8 +167,11 @@ class CachedSamples:
         plan = self.cache.plan
         part, row = divmod(index, plan.rows_per_part)
         if part not in self._parts:
+            while len(self._parts) >= MAPPED_PARTS:
+                self._parts.popitem(last=False)
             mapped = np.memmap(self.folder / part_name(part), dtype=plan.row, mode="r")
             self._parts[part] = np.asarray(mapped)  # indexing the subclass is slow
+        self._parts.move_to_end(part)
         stored = self._parts[part][row]
         sample = Sample(key=f"{part_name(part)}[{row}]", label=int(stored["label"]))
         return replace(sample, **{plan.content: stored["views"]})

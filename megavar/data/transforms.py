@@ -47,6 +47,8 @@ def decode(image: np.ndarray | bytes) -> Image.Image:
     try:
         decoded = Image.open(io.BytesIO(image))
         decoded.load()
+        if decoded.mode.startswith("I;16"):  # Pillow would cut values above 255 off
+            return Image.fromarray((np.asarray(decoded) >> 8).astype(np.uint8)).convert("RGB")
         return decoded if decoded.mode == "RGB" else decoded.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow's decoders raise
         raise DamagedSampleError(f"the image cannot be decoded ({error})") from error

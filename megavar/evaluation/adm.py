@@ -7,17 +7,20 @@ other weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+from tqdm import tqdm
 
-from megavar.evaluation.chunks import ChunkStore
+from megavar.evaluation.chunks import ChunkStore, share
 from megavar.evaluation.images import ImageSet
 from megavar.evaluation.inception import ADMInception
 from megavar.evaluation.reference import POOL_COUNT, Reference
@@ -29,6 +32,7 @@ from megavar.evaluation.statistics import (
     precision_recall,
 )
 from megavar.evaluation.table import Metric
+from megavar.parallel.environment import Environment
 from megavar.parallel.seeds import random_bits
 
 USUAL_COUNT = 50_000
@@ -56,27 +60,40 @@ class Features:
     spatial_statistics: Gaussian
 
 
-def write_features(store: ChunkStore, chunk: int, images: Tensor, network: ADMInception) -> None:
-    """Put the features of uint8 ``images`` [B, 3, H, W] of one chunk (on the network's device) into ``store``."""
-    features = network(images)
-    store.write(chunk, {"pool": features.pool.cpu().numpy(), "spatial": features.spatial.cpu().numpy()})
-
-
 def extract_features(
     store: ChunkStore,
     images: ImageSet,
     network: ADMInception,
+    chunks: Iterable[int],
     *,
-    rank: int = 0,
-    world_size: int = 1,
-    on_progress: Callable[[int], None] = lambda images: None,
+    on_progress: Callable[[int], object] = lambda images: None,
 ) -> None:
-    """Put the features of this rank's chunks of ``images`` into ``store``, except of those already there."""
+    """Put the features of ``chunks`` of ``images`` into ``store``."""
     device = next(network.parameters()).device
-    for chunk in store.missing(rank, world_size):
+    for chunk in chunks:
         first, last = store.range(chunk)
-        write_features(store, chunk, images.read(first, last).to(device), network)
+        features = network(images.read(first, last).to(device))
+        store.write(chunk, {"pool": features.pool.cpu().numpy(), "spatial": features.spatial.cpu().numpy()})
         on_progress(last - first)
+
+
+def stored_features(directory: Path, images: ImageSet, network: ADMInception, place: Environment) -> ChunkStore:
+    """Features of all ``images`` in ``directory``, chunk by chunk. Collective: ranks divide what is missing, rank 0
+    shows a bar. When it returns, all chunks are there.
+
+    Raises:
+        DataError: ``directory`` holds features of other images or of another network.
+    """
+    identity = {"images": images.identity, "weights_sha256": network.weights_sha256}
+    store = ChunkStore.open(directory, count=len(images), size=images.chunk_size, identity=identity)
+    mine = share(store.missing(), place)
+    total = sum(store.range(chunk)[1] - store.range(chunk)[0] for chunk in mine)
+    # disable=None: a bar on terminals only
+    with tqdm(total=total, desc="features", unit="image", disable=True if place.rank or not mine else None) as bar:
+        extract_features(store, images, network, mine, on_progress=bar.update)
+    if dist.is_initialized():
+        dist.barrier()
+    return store
 
 
 def collect_features(store: ChunkStore) -> Features:
@@ -119,7 +136,7 @@ def adm_metrics(
     device = next(network.parameters()).device
     pool = features.pool.to(device)
     metrics = {"fid": frechet_distance(features.pool_statistics, reference.pool)}
-    notes = count_notes(len(pool))
+    notes = count_notes(len(pool)) + reference_notes(reference)
     if reference.spatial is not None:
         metrics["sfid"] = frechet_distance(features.spatial_statistics, reference.spatial)
     logits = network.logits(pool)
@@ -131,10 +148,6 @@ def adm_metrics(
         real = reference.pool_features.to(device)
         metrics["precision"], metrics["recall"] = precision_recall(pool, real, neighbours=NEIGHBOURS, half=True)
         metrics["precision_fp32"], metrics["recall_fp32"] = precision_recall(pool, real, neighbours=NEIGHBOURS)
-        if len(real) != POOL_COUNT:
-            notes.append(f"precision and recall use {len(real)} reference images instead of ADM's {POOL_COUNT}")
-    else:
-        notes.append("the reference holds statistics only: precision and recall cannot be computed from it")
     return qualified(metrics, len(pool), network), notes
 
 
@@ -144,8 +157,8 @@ def torch_fidelity_metrics(
     """FID, Inception score, precision and recall by torch-fidelity's own functions on the same features (no sFID)."""
 
     def statistics(gaussian: Gaussian) -> dict[str, np.ndarray]:
-        # torch-fidelity asserts equal types on both sides; means are float32 in its own statistics and in ADM's.
-        return {"mu": gaussian.mean.numpy().astype(np.float32), "sigma": gaussian.covariance.numpy()}
+        # torch-fidelity asserts equal types on both sides; its own means are float32, which costs six digits.
+        return {"mu": gaussian.mean.numpy(), "sigma": gaussian.covariance.numpy()}
 
     fid = fid_statistics_to_metric(statistics(features.pool_statistics), statistics(reference.pool), False)
     logits = network.logits(features.pool.to(next(network.parameters()).device)).cpu()
@@ -156,7 +169,8 @@ def torch_fidelity_metrics(
             features.pool, reference.pool_features, prc_neighborhood=NEIGHBOURS, save_cpu_ram=True, verbose=False
         )
         metrics |= {"precision_fp32": prc[KEY_METRIC_PRECISION], "recall_fp32": prc[KEY_METRIC_RECALL]}
-    return qualified(metrics, len(features.pool), network), count_notes(len(features.pool))
+    notes = count_notes(len(features.pool)) + reference_notes(reference)
+    return qualified(metrics, len(features.pool), network), notes
 
 
 def shuffled_order(count: int) -> Tensor:
@@ -177,6 +191,16 @@ def qualified(metrics: dict[str, float], count: int, network: ADMInception) -> d
     """Append to the keys what deviates from the usual protocol: another count, other weights."""
     suffix = ("" if count == USUAL_COUNT else f"@{count}") + ("" if network.official else f"@{network.name}")
     return {key + suffix: value for key, value in metrics.items()}
+
+
+def reference_notes(reference: Reference) -> list[str]:
+    """What to say about precision and recall from ``reference``."""
+    if reference.pool_features is None:
+        return ["the reference holds statistics only: precision and recall cannot be computed from it"]
+    count = len(reference.pool_features)
+    if count == POOL_COUNT:
+        return []
+    return [f"precision and recall use {count} reference images instead of ADM's {POOL_COUNT}"]
 
 
 def count_notes(count: int) -> list[str]:

@@ -2,7 +2,8 @@
 
 Chunk c covers images ``[c * size, min((c + 1) * size, count))``, whatever the number of ranks. Each chunk is one file
 that is whole or absent, and a reduction reads the files in chunk order: any assignment of chunks to ranks, and any
-number of interruptions, give the same bytes in the end.
+number of interruptions, give the same bytes in the end. So ranks divide what is missing, which keeps all of them busy
+when work goes on with another number of ranks.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 
 from megavar.errors import DataError
+from megavar.parallel.environment import Environment
 from megavar.storage import write_bytes_atomic, write_json_atomic
 
 MANIFEST = "manifest.json"
@@ -61,6 +65,26 @@ class ChunkStore:
                 )
         return cls(directory, count, size)
 
+    @classmethod
+    def existing(cls, directory: Path) -> ChunkStore:
+        """The store that ``directory`` holds.
+
+        Raises:
+            DataError: it holds none.
+        """
+        directory = Path(directory)
+        try:
+            manifest = json.loads((directory / MANIFEST).read_text())
+            return cls(directory, int(manifest["count"]), int(manifest["chunk_size"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{directory} is not a directory of chunks: its {MANIFEST} is missing or unreadable ({error})"
+            ) from error
+
+    def manifest(self) -> dict[str, Any]:
+        """Count, chunk size and identity of the work."""
+        return json.loads((self.directory / MANIFEST).read_text())
+
     def __len__(self) -> int:
         return -(-self.count // self.size)
 
@@ -72,9 +96,9 @@ class ChunkStore:
         """The file of ``chunk``."""
         return self.directory / f"chunk_{chunk:06d}.npz"
 
-    def missing(self, rank: int = 0, world_size: int = 1) -> list[int]:
-        """Chunks of ``rank`` (every ``world_size``-th) that have no file yet."""
-        return [chunk for chunk in range(rank, len(self), world_size) if not self.path(chunk).exists()]
+    def missing(self) -> list[int]:
+        """Chunks that have no file yet."""
+        return [chunk for chunk in range(len(self)) if not self.path(chunk).exists()]
 
     def write(self, chunk: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Store the results of ``chunk``: arrays whose first axis are its images."""
@@ -85,27 +109,49 @@ class ChunkStore:
         np.savez(buffer, allow_pickle=False, index=np.arange(first, last), **arrays)
         write_bytes_atomic(self.path(chunk), buffer.getvalue())
 
-    def read(self, chunk: int) -> dict[str, np.ndarray]:
-        """The results of ``chunk``.
+    def names(self, chunk: int) -> set[str]:
+        """Names of the arrays in the file of ``chunk``."""
+        with self._open(chunk) as file:
+            return set(file.files) - {"index"}
+
+    def read(self, chunk: int, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+        """The results of ``chunk``, or those of its arrays that ``names`` asks for.
 
         Raises:
             DataError: the file is absent, damaged, or of other images.
         """
-        path, (first, last) = self.path(chunk), self.range(chunk)
+        first, last = self.range(chunk)
+        with self._open(chunk) as file:
+            index = file["index"] if "index" in file.files else np.empty(0)
+            wanted = [name for name in file.files if name != "index" and (names is None or name in names)]
+            arrays = {name: file[name] for name in wanted}
+        if not np.array_equal(index, np.arange(first, last)):
+            raise DataError(
+                f"{self.path(chunk)} does not hold images {first} to {last - 1}: delete it and run the same command "
+                f"again"
+            )
+        return arrays
+
+    def read_all(self, names: Collection[str] | None = None) -> Iterator[dict[str, np.ndarray]]:
+        """The results of all chunks, in order."""
+        for chunk in range(len(self)):
+            yield self.read(chunk, names)
+
+    @contextmanager
+    def _open(self, chunk: int) -> Iterator[Any]:
+        path = self.path(chunk)
         try:
             with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
+                yield file
         except FileNotFoundError as error:
             raise DataError(f"{path} is missing: run the same command again to make it") from error
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise DataError(f"{path} is damaged ({error}): delete it and run the same command again") from error
-        if not np.array_equal(arrays.pop("index", None), np.arange(first, last)):
-            raise DataError(
-                f"{path} does not hold images {first} to {last - 1}: delete it and run the same command again"
-            )
-        return arrays
 
-    def read_all(self) -> Iterator[dict[str, np.ndarray]]:
-        """The results of all chunks, in order."""
-        for chunk in range(len(self)):
-            yield self.read(chunk)
+
+def share(chunks: list[int], place: Environment) -> list[int]:
+    """This rank's part of ``chunks``. Collective: rank 0's list counts, whatever the others saw of the file system."""
+    agreed = [chunks]
+    if place.world_size > 1:
+        dist.broadcast_object_list(agreed, src=0)
+    return agreed[0][place.rank :: place.world_size]

@@ -48,7 +48,7 @@ def ssim(first: Tensor, second: Tensor, *, data_range: float = 1.0) -> Tensor:
 
 
 class AlexNetDistance(nn.Module):
-    """LPIPS on AlexNet (Zhang et al. 2018), the backbone that most papers report; VGG's is in ``recipes.perceptual``.
+    """LPIPS on AlexNet (Zhang et al. 2018), the backbone most papers report; VGG is in ``tokenizers.perceptual``.
 
     ``forward(first, second) -> float32 [B]`` of images [B, 3, H, W] in [-1, 1], sides of at least 63 pixels.
     """

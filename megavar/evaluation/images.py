@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
@@ -18,18 +20,27 @@ from megavar.data.reading import stored_images
 from megavar.data.source import Source
 from megavar.data.transforms import Transform
 from megavar.errors import DataError
+from megavar.evaluation.chunks import MANIFEST
+from megavar.sampling.samples import Decoder, Samples
 from megavar.storage import sha256_of_file
+
+CHUNK_SIZE = 64
 
 
 class ImageSet(Protocol):
     """Images in a fixed order, read in ranges."""
 
-    identity: dict[str, str]
-    """What the images are, for manifests and result files."""
-    labels: Tensor | None
-    """int64 [N], or None if unknown."""
+    identity: dict[str, Any]
+    """What the images are, for manifests and result files: plain JSON values."""
+    chunk_size: int
+    """How many images are read, and go through a network, together."""
     notes: list[str]
     """What should be said beside numbers made from these images."""
+
+    @property
+    def labels(self) -> Tensor | None:
+        """int64 [N], or None if unknown."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -44,6 +55,8 @@ class NpzImages:
     An uncompressed member is mapped into memory rather than loaded: 50,000 images are 10 GB at 256 pixels.
     """
 
+    chunk_size = CHUNK_SIZE
+
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self.notes: list[str] = []
@@ -55,7 +68,7 @@ class NpzImages:
             )
         with np.load(self.path, allow_pickle=False) as file:
             self.labels = torch.from_numpy(file["arr_1"].astype(np.int64)) if "arr_1" in file.files else None
-        self.identity = {"kind": "npz", "path": str(path), "sha256": sha256_of_file(self.path)}
+        self.identity: dict[str, Any] = {"kind": "npz", "path": str(path), "sha256": sha256_of_file(self.path)}
 
     def __len__(self) -> int:
         return len(self._images)
@@ -67,6 +80,8 @@ class NpzImages:
 
 class PngFolder:
     """The PNG files directly in a folder, ordered by the numbers in their names (never by the file system)."""
+
+    chunk_size = CHUNK_SIZE
 
     def __init__(self, path: Path) -> None:
         path = Path(path)
@@ -80,11 +95,12 @@ class PngFolder:
             raise DataError(f"the image folder {path} holds no PNG files{hint}: write samples as PNG")
         self.labels: Tensor | None = None
         self.notes = [f"{len(lossy)} JPEG or WebP files beside the PNG files were not scored"] if lossy else []
-        self.identity = {
+        # Names and sizes: images that were drawn anew under the same names would otherwise be taken for the old ones.
+        listing = "".join(f"{file.name}\t{file.stat().st_size}\n" for file in self._files)
+        self.identity: dict[str, Any] = {
             "kind": "folder",
             "path": str(path),
-            "first": self._files[0].name,
-            "last": self._files[-1].name,
+            "listing_sha256": hashlib.sha256(listing.encode()).hexdigest(),
         }
 
     def __len__(self) -> int:
@@ -110,54 +126,20 @@ class PngFolder:
             raise DataError(f"{file} cannot be decoded ({error}): write it again or delete it") from error
 
 
-class ChunkImages:
-    """The ``images`` (uint8 [B, 3, H, W]) and ``labels`` of a directory of ``chunk_000000.npz`` files."""
-
-    def __init__(self, directory: Path) -> None:
-        self._files = sorted(Path(directory).glob("chunk_*.npz"))
-        if not self._files:
-            raise DataError(f"{directory} holds no chunk_*.npz files: name the directory that megavar sample wrote")
-        indices, labels = [], []
-        for number, file in enumerate(self._files):
-            if file.name != f"chunk_{number:06d}.npz":
-                raise DataError(f"chunk {number} is missing in {directory}: finish sampling first")
-            with np.load(file, allow_pickle=False) as content:
-                if "images" not in content.files:
-                    raise DataError(f"{file} holds no images, only {', '.join(content.files)}: sample with images kept")
-                indices.append(content["index"])
-                labels.append(content["labels"])
-        self._starts = np.cumsum([0, *map(len, indices)])
-        if not np.array_equal(np.concatenate(indices), np.arange(self._starts[-1])):
-            raise DataError(f"the chunks of {directory} do not cover 0 to {self._starts[-1] - 1}: sample again")
-        self.labels: Tensor | None = torch.from_numpy(np.concatenate(labels).astype(np.int64))
-        self.notes: list[str] = []
-        manifest = Path(directory) / "manifest.json"
-        self.identity = {"kind": "chunks", "path": str(directory)}
-        if manifest.exists():
-            self.identity["manifest_sha256"] = sha256_of_file(manifest)
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def read(self, first: int, last: int) -> Tensor:
-        """Images ``first`` to ``last - 1``: uint8 [n, 3, H, W]."""
-        parts = []
-        for number, file in enumerate(self._files):
-            start, end = int(self._starts[number]), int(self._starts[number + 1])
-            if start < last and end > first:
-                with np.load(file, allow_pickle=False) as content:
-                    parts.append(content["images"][max(first - start, 0) : last - start])
-        return torch.from_numpy(np.concatenate(parts))
-
-
 class SourceImages:
     """The samples of a data source through a deterministic transform."""
+
+    chunk_size = CHUNK_SIZE
 
     def __init__(self, source: Source, transform: Transform) -> None:
         self._source, self._transform = source, transform
         self.labels: Tensor | None = None
         self.notes: list[str] = []
-        self.identity = {"kind": "source", "fingerprint": source.fingerprint, "transform": repr(transform)}
+        self.identity: dict[str, Any] = {
+            "kind": "source",
+            "fingerprint": source.fingerprint,
+            "transform": repr(transform),
+        }
 
     def __len__(self) -> int:
         return len(self._source)
@@ -167,13 +149,17 @@ class SourceImages:
         return stored_images(self._source, self._transform, range(first, last))[0]
 
 
-def open_images(path: Path) -> ImageSet:
-    """Open ``path``: an npz file, a directory of chunks, or a folder of PNG files."""
+def open_images(path: Path, decoder: Callable[[Path], Decoder] | None = None) -> ImageSet:
+    """Open ``path``: an npz file, a directory of samples (``megavar sample``), or a folder of PNG files.
+
+    Args:
+        decoder: from a directory of samples to what decodes their tokens; without it all images must be stored.
+    """
     path = Path(path)
     if path.is_file():
         return NpzImages(path)
-    if path.is_dir() and next(path.glob("chunk_*.npz"), None) is not None:
-        return ChunkImages(path)
+    if (path / MANIFEST).is_file() or next(path.glob("chunk_*.npz"), None) is not None:
+        return Samples.stored(path, decoder(path) if decoder is not None else None)
     return PngFolder(path)
 
 

@@ -18,6 +18,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from megavar.errors import CheckpointError
 from megavar.storage import sha256_of_file
+from megavar.tokenizers.state_dict_file import read_state_dict
 
 WEIGHTS_NAME = "weights-inception-2015-12-05-6726825d.pth"
 WEIGHTS_SHA256_PREFIX = "6726825d"
@@ -51,9 +52,16 @@ class ADMInception(nn.Module):
         super().__init__()
         self.weights_sha256 = check_weights(weights, unofficial=unofficial)
         self.official = self.weights_sha256.startswith(WEIGHTS_SHA256_PREFIX)
-        self.network = FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights)
-        )
+        read_state_dict(weights, "Inception weights")  # torch-fidelity unpickles whatever it is given: check before
+        try:
+            self.network = FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights)
+            )
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{weights} does not hold the tensors of torch-fidelity's inception-v3-compat "
+                f"({str(error).splitlines()[-1].strip()[:200]}): pass {WEIGHTS_NAME}, or a state dict of its layout"
+            ) from error
         self.eval().requires_grad_(False)
         self._spatial: Tensor | None = None
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)  # TensorFlow's mixed_6 is torch's Mixed_6d

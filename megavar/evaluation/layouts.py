@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megavar.errors import DataError
 from megavar.evaluation.images import ImageSet
-from megavar.storage import write_bytes_atomic, write_text_atomic
+from megavar.storage import write_bytes_atomic, write_json_atomic, write_text_atomic
 
 GENEVAL_PROMPTS = 553
 DPG_PROMPTS = 1065
@@ -67,6 +67,30 @@ def read_dpg_prompts(folder: Path) -> dict[str, str]:
     if not files:
         raise DataError(f"{folder} holds no .txt files: pass the official repository's dpg_bench/prompts")
     return {file.stem: file.read_text().strip() for file in files}
+
+
+def claim(root: Path, content: dict[str, Any]) -> Path:
+    """Write ``content``, which says what the images in ``root`` are, to ``<root>.run.json``: beside what is scored.
+
+    Emission keeps files that are there, so those of other images must not be.
+
+    Raises:
+        DataError: ``root`` holds images of something else, or of something unknown.
+    """
+    path = root.with_name(root.name + ".run.json")
+    remedy = "Emit into another folder, or delete both to start again."
+    if not root.is_dir() or not any(root.iterdir()):
+        write_json_atomic(path, content)
+        return path
+    try:
+        there = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise DataError(f"{root} is not empty, and no {path} says what it holds. {remedy}") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not readable ({error}). {remedy}") from error
+    if there != json.loads(json.dumps(content)):
+        raise DataError(f"{root} holds other images, as {path} says. {remedy}")
+    return path
 
 
 def emit_geneval(

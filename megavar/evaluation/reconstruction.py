@@ -15,7 +15,7 @@ Sources: FoundationVision/LlamaGen ``tokenizer_image/reconstruction_vq_ddp.py``,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -28,7 +28,7 @@ from torch.nn import functional
 from megavar.data.pixels import to_float
 from megavar.data.source import Source
 from megavar.data.transforms import BICUBIC, adm_center_crop, center_crop, decode, resize_shorter_side
-from megavar.errors import DataError
+from megavar.errors import CheckpointError, DataError
 from megavar.evaluation.chunks import ChunkStore
 from megavar.evaluation.image_quality import psnr, ssim
 from megavar.evaluation.inception import full_precision
@@ -150,23 +150,28 @@ def reconstruct_chunks(
     model_size: int,
     size: int,
     device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
+    chunks: Iterable[int],
     on_progress: Callable[[int], object] = lambda images: None,
 ) -> None:
-    """Measure this rank's missing chunks of ``source`` after ``reconstruct`` (float [B, 3, S, S] in [-1, 1] to same).
+    """Measure ``chunks`` of ``source`` after ``reconstruct`` (float [B, 3, S, S] in [-1, 1] to same).
 
     Args:
         model_size: side of the images that the tokenizer sees.
         size: side at which images are compared.
     """
-    for chunk in store.missing(rank, world_size):
+    for chunk in chunks:
         first, last = store.range(chunk)
         images = torch.from_numpy(
             np.stack([prepare(_image(source, index), protocol, model_size) for index in range(first, last)])
         )
         inputs = model_input(images.permute(0, 3, 1, 2).to(device), protocol)
-        store.write(chunk, measure(compare(inputs, reconstruct(inputs), protocol, size=size), instruments))
+        outputs = reconstruct(inputs)
+        if not bool(outputs.isfinite().all()):
+            raise CheckpointError(
+                f"Reconstructions of images {first} to {last - 1} are not finite. The weights are damaged or belong to "
+                f"another model: name other ones."
+            )
+        store.write(chunk, measure(compare(inputs, outputs, protocol, size=size), instruments))
         on_progress(last - first)
 
 

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from megavar.config.data import DataConfig
-from megavar.config.evaluation import ReconstructionConfig
+from megavar.config.evaluation import PerceptualWeights, ReconstructionConfig
 from megavar.config.tokenizer_training import PerceptualConfig
 from megavar.data.build import build_source
 from megavar.data.pixels import to_float
 from megavar.data.shapes_grammar import evaluation_prompts
-from megavar.evaluation.chunks import ChunkStore
+from megavar.errors import ConfigError
+from megavar.evaluation.chunks import ChunkStore, share
 from megavar.evaluation.classes import class_extractor, class_reference
 from megavar.evaluation.classifier import load_network
 from megavar.evaluation.digits import digits_extractor
@@ -29,11 +31,12 @@ from megavar.evaluation.reconstruction import (
     reconstruct_chunks,
     reconstruction_metrics,
 )
-from megavar.evaluation.reference import load_reference
+from megavar.evaluation.reference import check_reference, load_reference
 from megavar.evaluation.rounding import quantize
 from megavar.evaluation.shape_eval import tokenizer_ceiling
 from megavar.evaluation.suites import Scores
 from megavar.parallel.environment import Environment
+from megavar.storage import sha256_of_file
 from megavar.tokenizers.perceptual import PerceptualDistance
 
 _CLASSIFIER_IMAGES = 4096
@@ -56,33 +59,41 @@ def score_tokenizer(
         reconstruct: decode(encode(x)) of float images [B, 3, S, S] in [-1, 1] on ``place.device``.
         work_directory: keeps per-image results, so that interrupted work continues.
         identity: which weights; kept work of others is refused.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: before anything is measured, if settings contradict each other or files
+            are missing.
     """
-    instruments, network = _instruments(config, data, place.device)
+    _check(config, data)
+    instruments, network, extractor = _instruments(config, data, place.device)
     source = build_source(data, "test")
     count = min(config.images or len(source), len(source))
     described = {
         **identity,
         "source": source.fingerprint,
         "protocol": config.protocol,
-        "model_size": config.model_size,
-        "features": instruments.features_name if instruments.features is not None else None,
-        "perceptual": sorted(instruments.perceptual),
+        "model_size": config.model_size or data.image_size,
+        "size": data.image_size,
+        "extractor": extractor,
     }
     store = ChunkStore.open(
         work_directory / f"reconstruction-{config.protocol}", count=count, size=config.chunk_size, identity=described
     )
-    reconstruct_chunks(
-        store,
-        source,
-        reconstruct,
-        instruments,
-        protocol=config.protocol,
-        model_size=config.model_size or data.image_size,
-        size=data.image_size,
-        device=place.device,
-        rank=place.rank,
-        world_size=place.world_size,
-    )
+    mine = share(store.missing(), place)
+    # disable=None: a bar on terminals only
+    with tqdm(desc="reconstructing", unit="image", disable=True if place.rank or not mine else None) as bar:
+        reconstruct_chunks(
+            store,
+            source,
+            reconstruct,
+            instruments,
+            protocol=config.protocol,
+            model_size=config.model_size or data.image_size,
+            size=data.image_size,
+            device=place.device,
+            chunks=mine,
+            on_progress=bar.update,
+        )
     if dist.is_initialized():
         dist.barrier()
     if place.rank != 0:
@@ -93,34 +104,59 @@ def score_tokenizer(
     metrics, notes = reconstruction_metrics(store, config.protocol, instruments, reference=reference)
     if data.source.name == "shapes" and data.source.conditioning == "caption":
         metrics |= _shapes_ceiling(reconstruct, data, place.device)
-    extractor = {"name": instruments.features_name}
-    if isinstance(network, ADMInception):
-        extractor["sha256"] = network.weights_sha256
+    if reference is not None:
+        extractor |= {"rfid_adm": reference.identity}
     compared = {"name": f"{data.source.name}/test", "count": count, "fingerprint": source.fingerprint}
     return Scores(metrics, METRICS if config.protocol == "standard" else (), extractor, compared, notes)
 
 
+def _check(config: ReconstructionConfig, data: DataConfig) -> None:
+    if config.reference is not None:
+        if config.inception_weights is None:
+            raise ConfigError(
+                "evaluation.reconstruction.reference compares Inception features, but "
+                "evaluation.reconstruction.inception_weights is not set. Set it, or leave reference out."
+            )
+        check_reference(Path(config.reference))
+    for name, least in (("lpips_vgg", 16), ("lpips_alex", 63)):
+        if getattr(config, name) is not None and data.image_size < least:
+            raise ConfigError(
+                f"evaluation.reconstruction.{name} needs images of at least {least} pixels, but data.image_size is "
+                f"{data.image_size}. Leave it out."
+            )
+
+
 def _instruments(
     config: ReconstructionConfig, data: DataConfig, device: torch.device
-) -> tuple[Instruments, nn.Module | None]:
+) -> tuple[Instruments, nn.Module | None, dict[str, Any]]:
+    """What measures, the network of rFID, and what identifies all of it."""
     perceptual: dict[str, nn.Module] = {}
+    files: dict[str, Any] = {}
     if config.lpips_vgg is not None:
         weights = PerceptualConfig(vgg16_weights=config.lpips_vgg.backbone, lpips_weights=config.lpips_vgg.linear)
         perceptual["lpips_vgg"] = PerceptualDistance(weights).to(device)
+        files["lpips_vgg"] = _hashes(config.lpips_vgg)
     if config.lpips_alex is not None:
         perceptual["lpips_alex"] = AlexNetDistance(config.lpips_alex.backbone, config.lpips_alex.linear).to(device)
+        files["lpips_alex"] = _hashes(config.lpips_alex)
     if config.inception_weights is not None:
         inception = ADMInception(Path(config.inception_weights), unofficial=config.unofficial_weights).to(device)
-        return Instruments(lambda images: inception(images).pool, inception.name, perceptual), inception
+        identity = {"name": inception.name, "sha256": inception.weights_sha256, **files}
+        return Instruments(lambda images: inception(images).pool, inception.name, perceptual), inception, identity
     if build_source(data, "test").num_classes < 2:
-        return Instruments(None, "none", perceptual), None
+        return Instruments(None, "none", perceptual), None, {"name": "none", **files}
     cache = Path(config.extractor_cache) if config.extractor_cache else None
     if data.source.name == "digits":
         extractor = digits_extractor(cache)
     else:
         extractor = class_extractor(class_reference(data, _CLASSIFIER_IMAGES), cache)
     classifier = load_network(extractor.path).to(device)
-    return Instruments(lambda images: classifier(images)[0], extractor.name, perceptual), classifier
+    identity = {"name": extractor.name, "sha256": extractor.sha256, **files}
+    return Instruments(lambda images: classifier(images)[0], extractor.name, perceptual), classifier, identity
+
+
+def _hashes(weights: PerceptualWeights) -> dict[str, str]:
+    return {name: sha256_of_file(Path(path)) for name, path in weights.model_dump().items()}
 
 
 def _shapes_ceiling(

@@ -10,6 +10,8 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,16 @@ class Reference:
     """Kind, path and sha256 of the file, and what is known of the images."""
 
 
+def check_reference(path: Path) -> None:
+    """Check that ``path`` is a reference of one of the three kinds, without reading it whole.
+
+    Raises:
+        DataError: it is absent or something else.
+    """
+    with _open(path) as file:
+        _kind(path, file.files)
+
+
 def load_reference(path: Path, network: ADMInception, device: torch.device) -> Reference:
     """Read reference statistics from any of the three kinds of files.
 
@@ -51,38 +63,53 @@ def load_reference(path: Path, network: ADMInception, device: torch.device) -> R
     Raises:
         DataError: the file is absent or none of the three kinds, or was made with other Inception weights.
     """
-    path = Path(path)
+    with _open(path) as file:
+        kind = _kind(path, file.files)
+        small = {name: file[name] for name in file.files if name not in ("arr_0", "arr_1")}
+    identity: dict[str, Any] = {"path": str(path), "sha256": sha256_of_file(path)}
+    if kind == "megavar":
+        return _own(path, small, network, identity)
+    if kind == "adm":
+        return _adm(path, small, network, device, identity)
+    pool = _gaussian(path, small, "mu", "sigma", network.pool_dimensions)
+    spatial = _gaussian(path, small, "mu_s", "sigma_s", network.spatial_dimensions) if "mu_s" in small else None
+    return Reference(pool, spatial, None, {"kind": "statistics", **identity})
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
     try:
         with np.load(path, allow_pickle=False) as file:
-            names = set(file.files)
-            small = {name: file[name] for name in names - {"arr_0", "arr_1"}}
+            yield file
     except FileNotFoundError as error:
         raise DataError(
-            f"the reference statistics {path} do not exist: download ADM's "
-            f"VIRTUAL_imagenet256_labeled.npz, or make statistics of your own images with "
-            f"tools/evaluate_fid.py reference"
+            f"the reference statistics {path} do not exist: download ADM's VIRTUAL_imagenet256_labeled.npz, or make "
+            f"statistics of your own images with tools/evaluate_fid.py reference"
         ) from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except DataError:
+        raise
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:  # TypeError: an npy file
         raise DataError(f"the reference statistics {path} are not a readable npz file ({error})") from error
-    identity: dict[str, Any] = {"path": str(path), "sha256": sha256_of_file(path)}
+
+
+def _kind(path: Path, names: Collection[str]) -> str:
     if "meta" in names:
-        return _own(path, small, network, identity)
+        return "megavar"
     if "arr_0" in names:
-        return _adm(path, small, network, device, identity)
-    if {"mu", "sigma"} <= names:
-        pool = _gaussian(path, small, "mu", "sigma", network.pool_dimensions)
-        spatial = _gaussian(path, small, "mu_s", "sigma_s", network.spatial_dimensions) if "mu_s" in names else None
-        return Reference(pool, spatial, None, {"kind": "statistics", **identity})
+        return "adm"
+    if {"mu", "sigma"} <= set(names):
+        return "statistics"
     raise DataError(
-        f"{path} holds {', '.join(sorted(names)) or 'nothing'}, but reference statistics hold arr_0 (ADM), "
-        f"mu and sigma (statistics), or were made with tools/evaluate_fid.py reference"
+        f"{path} holds {', '.join(sorted(names)) or 'nothing'}, but reference statistics hold arr_0 (ADM), mu and "
+        f"sigma (statistics), or were made with tools/evaluate_fid.py reference"
     )
 
 
 def save_reference(path: Path, reference: Reference, network: ADMInception) -> None:
     """Write ``reference`` as one npz of our own kind (82 MB of features instead of ADM's 2 GB of images)."""
     assert reference.spatial is not None and reference.pool_features is not None
-    meta = {**reference.identity, "weights_sha256": network.weights_sha256, "count": reference.pool.count}
+    # ADM's file does not say of how many images its statistics are
+    meta = {**reference.identity, "weights_sha256": network.weights_sha256, "count": reference.pool.count or None}
     buffer = io.BytesIO()
     np.savez(
         buffer,
@@ -104,8 +131,8 @@ def _own(path: Path, content: dict[str, np.ndarray], network: ADMInception, iden
             f"{path} was made with Inception weights {meta['weights_sha256'][:8]}, but the loaded ones are "
             f"{network.weights_sha256[:8]}: use the same weights, or make the reference again"
         )
-    pool = _gaussian(path, content, "mu", "sigma", network.pool_dimensions, meta["count"])
-    spatial = _gaussian(path, content, "mu_s", "sigma_s", network.spatial_dimensions, meta["count"])
+    pool = _gaussian(path, content, "mu", "sigma", network.pool_dimensions, meta["count"] or 0)
+    spatial = _gaussian(path, content, "mu_s", "sigma_s", network.spatial_dimensions, meta["count"] or 0)
     origin = {key: value for key, value in meta.items() if key != "weights_sha256"}
     return Reference(pool, spatial, torch.from_numpy(content["pool"]), {**identity, "kind": "megavar", "of": origin})
 

@@ -120,11 +120,14 @@ def precision_recall(
                 f"precision and recall with k={neighbours} need more than {neighbours} {name} images, "
                 f"got {len(features)}: evaluate more images"
             )
-    real_radii = _radii(real, neighbours, half)
-    precision = torch.cat([(block <= real_radii).any(dim=1) for block in _blocks(generated, real, half)])
-    generated_radii = _radii(generated, neighbours, half)
-    recall = torch.cat([(block <= generated_radii).any(dim=1) for block in _blocks(real, generated, half)])
-    return float(precision.double().mean()), float(recall.double().mean())
+    real_radii, generated_radii = _radii(real, neighbours, half), _radii(generated, neighbours, half)
+    inside = torch.zeros(len(generated), dtype=torch.bool, device=generated.device)
+    covered: list[Tensor] = []
+    for block in _blocks(real, generated, half):  # in this order, as in ADM: float16 sums depend on it
+        first = sum(map(len, covered))
+        inside |= (block <= real_radii[first : first + len(block), None]).any(dim=0)
+        covered.append((block <= generated_radii).any(dim=1))
+    return float(inside.double().mean()), float(torch.cat(covered).double().mean())
 
 
 def _radii(features: Tensor, neighbours: int, half: bool) -> Tensor:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megavar.config.data import DataConfig
 from megavar.config.evaluation import ADMSuite, ClassifierSuite, DigitsSuite, ShapesSuite, SuiteConfig
@@ -15,14 +14,11 @@ from megavar.data.build import build_source
 from megavar.data.shapes_grammar import Prompt, evaluation_prompts
 from megavar.errors import ConfigError
 from megavar.evaluation import adm, classes, digits, shape_eval
-from megavar.evaluation.chunks import ChunkStore
 from megavar.evaluation.images import ImageSet
-from megavar.evaluation.inception import ADMInception
-from megavar.evaluation.reference import load_reference
+from megavar.evaluation.inception import ADMInception, check_weights
+from megavar.evaluation.reference import check_reference, load_reference
 from megavar.evaluation.table import Metric
 from megavar.parallel.environment import Environment
-
-_FEATURE_CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -40,17 +36,27 @@ class Scores:
 
 
 def check_suite(suite: SuiteConfig, data: DataConfig) -> None:
-    """Refuse a suite that does not fit the data, before anything is sampled.
+    """Refuse a suite that does not fit the data or whose files are not there, before anything is sampled.
 
     Raises:
         ConfigError: with the suites that do fit.
+        CheckpointError, DataError: Inception weights or reference statistics are missing or of another kind.
     """
+    if isinstance(suite, ADMSuite):
+        check_weights(Path(suite.inception_weights), unofficial=suite.unofficial_weights)
+        check_reference(Path(suite.reference))
+        return
     source = data.source.name
     wanted = {"digits": "digits", "shapes": "shapes"}.get(suite.name, source)
     if source != wanted:
         raise ConfigError(
             f"evaluation.suite.name={suite.name} scores the source {wanted!r}, but data.source.name is {source!r}. Use "
             f"evaluation.suite.name=classifier (any source with classes) or adm (with Inception weights)."
+        )
+    if isinstance(suite, ShapesSuite) and build_source(data).num_classes:
+        raise ConfigError(
+            "evaluation.suite.name=shapes asks for scenes by captions, but data.source.conditioning is class. Use "
+            "evaluation.suite.name=classifier."
         )
     if isinstance(suite, ClassifierSuite) and source == "digits":
         raise ConfigError(
@@ -64,12 +70,23 @@ def check_suite(suite: SuiteConfig, data: DataConfig) -> None:
         )
 
 
+def image_count(suite: SuiteConfig, data: DataConfig, samples: int) -> int:
+    """Number of images that the suite scores: ``samples``, or those of its own prompts."""
+    return len(shape_prompts(suite, data)) * suite.per_prompt if isinstance(suite, ShapesSuite) else samples
+
+
+def suite_label(suite: SuiteConfig) -> str:
+    """The suite's name in result files, for example ``digits`` or ``adm/torch-fidelity``."""
+    return f"adm/{suite.backend}" if isinstance(suite, ADMSuite) else suite.name
+
+
 def score_images(
     suite: SuiteConfig, data: DataConfig, images: ImageSet, place: Environment, *, work_directory: Path
 ) -> Scores | None:
     """Score ``images``. Collective; rank 0 gets the scores, the others None.
 
-    ``work_directory`` keeps the Inception features of the ADM suite, so that interrupted work continues.
+    All ranks read images for the ADM suite, rank 0 alone for the others. ``work_directory`` keeps the Inception
+    features of the ADM suite, so that interrupted work continues.
     """
     if isinstance(suite, ADMSuite):
         return _adm(suite, images, place, work_directory)
@@ -126,13 +143,7 @@ def shape_prompts(suite: ShapesSuite, data: DataConfig) -> list[Prompt]:
 
 def _adm(suite: ADMSuite, images: ImageSet, place: Environment, work_directory: Path) -> Scores | None:
     network = ADMInception(Path(suite.inception_weights), unofficial=suite.unofficial_weights).to(place.device)
-    identity = {"images": images.identity, "weights_sha256": network.weights_sha256}
-    store = ChunkStore.open(
-        work_directory / f"features-{network.name}", count=len(images), size=_FEATURE_CHUNK, identity=identity
-    )
-    adm.extract_features(store, images, network, rank=place.rank, world_size=place.world_size)
-    if dist.is_initialized():
-        dist.barrier()
+    store = adm.stored_features(work_directory / f"features-{network.name}", images, network, place)
     if place.rank != 0:
         return None
     features = adm.collect_features(store)

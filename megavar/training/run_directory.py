@@ -136,7 +136,7 @@ class RunDirectory:
         """Hold the run, so that a second start of it is refused, until :meth:`release` or the end of the process.
 
         Raises:
-            ClusterError: another process holds it.
+            RunInUseError: another process holds it.
         """
         self._lock = RunLock.acquire(self.path)
 

@@ -15,7 +15,7 @@ from megavar.config.sampling import SamplingConfig
 from megavar.config.train import EmaConfig
 from megavar.parallel import topology
 from megavar.parallel.environment import environment
-from megavar.sampling.sampler import Sampler
+from megavar.sampling.sampler import NextScaleSampler
 from megavar.training.checkpoint import Checkpointer, ModuleState, load_weights
 from megavar.training.ema import MovingAverage
 from tests.checkpoint.conftest import assert_same, read_everything
@@ -131,7 +131,8 @@ def sample(root, ema):
     mesh = topology.initialize(ParallelConfig(), environment())
     recipe = build(Setup(), mesh)
     load_weights(recipe.generator, root, ema=ema)
-    sampler = Sampler(recipe.generator, recipe.tokenizer, SamplingConfig(top_k=20, top_p=0.9), torch.device("cpu"))
+    settings = SamplingConfig(top_k=20, top_p=0.9)
+    sampler = NextScaleSampler(recipe.generator, recipe.tokenizer, settings, torch.device("cpu"))
     return sampler.draw(torch.arange(24))[2]
 
 

@@ -2,15 +2,36 @@ import numpy as np
 import pytest
 
 from megavar.errors import DataError
-from megavar.evaluation.chunks import ChunkStore
+from megavar.evaluation.chunks import ChunkStore, share
+from megavar.parallel.environment import environment
+from tests.distributed.harness import run_ranks
 
 
 def test_chunks_cover_the_index_space_without_padding(tmp_path):
     store = ChunkStore.open(tmp_path, count=10, size=4, identity={"what": "test"})
     assert [store.range(chunk) for chunk in range(len(store))] == [(0, 4), (4, 8), (8, 10)]
-    for world_size in (1, 2, 3, 5):
-        shares = [store.missing(rank, world_size) for rank in range(world_size)]
-        assert sorted(chunk for share in shares for chunk in share) == [0, 1, 2]
+    assert store.missing() == [0, 1, 2]
+    assert ChunkStore.existing(tmp_path) == store and store.manifest() == {"count": 10, "chunk_size": 4, "what": "test"}
+    with pytest.raises(DataError, match="not a directory of chunks"):
+        ChunkStore.existing(tmp_path / "absent")
+
+
+def share_of(directory):
+    place = environment()
+    store = ChunkStore.open(directory, count=50, size=4, identity={})
+    seen = store.missing() if place.rank == 0 else [999]  # a file system that shows others something else
+    return share(seen, place)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_divide_what_is_missing_evenly(tmp_path, world_size):
+    store = ChunkStore.open(tmp_path, count=50, size=4, identity={})
+    for chunk in range(0, len(store), 2):  # all work of one of two ranks is done
+        store.write(chunk, {})
+    shares = run_ranks(world_size, share_of, tmp_path)
+    assert sorted(chunk for mine in shares for chunk in mine) == list(range(1, len(store), 2))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_written_chunks_are_skipped_and_read_in_order(tmp_path):
@@ -20,6 +41,7 @@ def test_written_chunks_are_skipped_and_read_in_order(tmp_path):
         store.write(chunk, {"x": np.arange(first, last) ** 2})
         assert chunk not in store.missing()
     assert np.concatenate([arrays["x"] for arrays in store.read_all()]).tolist() == [0, 1, 4, 9, 16]
+    assert store.names(0) == {"x"} and store.read(0, []) == {}
 
 
 def test_same_results_are_the_same_bytes(tmp_path):

@@ -10,8 +10,10 @@ from PIL import Image
 from megavar.config.data import DataConfig
 from megavar.data.build import build_source, build_transform
 from megavar.errors import DataError
+from megavar.evaluation.chunks import ChunkStore
 from megavar.evaluation.export import export_npz, export_order, is_sorted_by_class
-from megavar.evaluation.images import ChunkImages, NpzImages, PngFolder, SourceImages, open_images
+from megavar.evaluation.images import NpzImages, PngFolder, SourceImages, open_images
+from megavar.sampling.samples import Samples
 
 COUNT, CLASSES = 23, 5
 
@@ -25,11 +27,11 @@ def pictures():
 @pytest.fixture
 def chunks(tmp_path, pictures):
     images, labels = pictures
-    directory = tmp_path / "chunks"
-    directory.mkdir()
-    for number, index in enumerate(torch.arange(COUNT).split(4)):
-        np.savez(directory / f"chunk_{number:06d}.npz", index=index, labels=labels[index], images=images[index])
-    return directory
+    store = ChunkStore.open(tmp_path / "chunks", count=COUNT, size=4, identity={})
+    for chunk in store.missing():
+        rows = slice(*store.range(chunk))
+        store.write(chunk, {"labels": labels[rows].numpy(), "images": images[rows].numpy()})
+    return store.directory
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -50,16 +52,19 @@ def test_folder_is_ordered_by_number_not_by_file_system(tmp_path, pictures):
     assert isinstance(opened, PngFolder) and torch.equal(opened.read(0, COUNT), images)
     Image.fromarray(np.zeros((6, 4, 3), np.uint8)).save(tmp_path / "1.jpg")
     assert "1 JPEG" in open_images(tmp_path).notes[0] and len(open_images(tmp_path)) == COUNT
+    assert open_images(tmp_path).identity == opened.identity
+    Image.fromarray(np.zeros((6, 4, 3), np.uint8)).save(tmp_path / "7.png")  # another image under the same name
+    assert open_images(tmp_path).identity != opened.identity
 
 
 def test_chunks_are_read_across_their_boundaries(chunks, pictures):
     images, labels = pictures
     opened = open_images(chunks)
-    assert isinstance(opened, ChunkImages) and len(opened) == COUNT and torch.equal(opened.labels, labels)
+    assert isinstance(opened, Samples) and len(opened) == COUNT and torch.equal(opened.labels, labels)
     for first, last in ((0, COUNT), (3, 5), (4, 8), (7, 22), (22, 23)):
         assert torch.equal(opened.read(first, last), images[first:last])
     (chunks / "chunk_000002.npz").unlink()
-    with pytest.raises(DataError, match="chunk 2 is missing"):
+    with pytest.raises(DataError, match=r"1 of 6 chunks are missing.*chunk_000002"):
         open_images(chunks)
 
 
@@ -110,6 +115,14 @@ def test_export_is_byte_for_byte_what_numpy_writes_in_a_stated_order(tmp_path, c
     if order == "interleaved":
         assert torch.equal(sequence, torch.arange(COUNT))
     assert torch.equal(open_images(tmp_path / "out.npz").read(0, COUNT), images[sequence])
+
+
+def test_export_reads_every_image_once_and_leaves_nothing_else(tmp_path, chunks):
+    opened, read = open_images(chunks), []
+    opened._read = lambda chunk, original=opened._read: read.append(chunk) or original(chunk)
+    (tmp_path / "out").mkdir()
+    export_npz(tmp_path / "out" / "x.npz", opened, "shuffled")
+    assert read == list(range(6)) and [path.name for path in (tmp_path / "out").iterdir()] == ["x.npz"]
 
 
 def test_class_sorted_exports_are_refused(tmp_path, pictures):

@@ -63,6 +63,20 @@ def test_other_weights_change_the_name_and_must_be_asked_for(random_weights, inc
         ADMInception(tmp_path / "absent.pth")
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("text.pth", "Inception weights"), ("other.pth", "does not hold the tensors"), ("shape.pth", "size mismatch")],
+)
+def test_files_that_are_not_its_weights_are_explained(random_weights, tmp_path, name, message):
+    (tmp_path / "text.pth").write_text("hello")
+    torch.save({"a": torch.zeros(3)}, tmp_path / "other.pth")
+    state = torch.load(random_weights)
+    torch.save(state | {"fc.weight": torch.zeros(1000, 2048)}, tmp_path / "shape.pth")
+    with pytest.raises(CheckpointError, match=message) as caught:
+        ADMInception(tmp_path / name, unofficial=True)
+    assert len(str(caught.value)) < 600 and name in str(caught.value)
+
+
 def test_full_precision_switches_off_and_restores_what_samplers_set():
     cpu = torch.device("cpu")
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32

@@ -115,7 +115,8 @@ def run(tmp_path, source, reconstruct, protocol="standard", world_size=1, featur
 
     instruments = Instruments(project if features else None, "toy", perceptual or {})
     store = ChunkStore.open(tmp_path, count=len(source), size=7, identity={})
-    for rank in reversed(range(world_size)):
+    shares = [store.missing()[rank::world_size] for rank in range(world_size)]
+    for chunks in reversed(shares):
         reconstruct_chunks(
             store,
             source,
@@ -125,8 +126,7 @@ def run(tmp_path, source, reconstruct, protocol="standard", world_size=1, featur
             model_size=SIDE,
             size=SIDE,
             device=torch.device("cpu"),
-            rank=rank,
-            world_size=world_size,
+            chunks=chunks,
         )
     return store, instruments, reconstruction_metrics(store, protocol, instruments)
 

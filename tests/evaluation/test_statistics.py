@@ -100,6 +100,42 @@ def test_half_precision_distances_only_round_and_fall_back_where_they_overflow()
     assert overflowing == precision_recall(generated * 300, real * 300)
 
 
+def adm_precision_recall(generated, real):
+    """ADM's own steps in numpy, every operation rounded to float16."""
+
+    def distances(u, v):
+        u, v = u.numpy().astype(np.float16), v.numpy().astype(np.float16)
+        squares_u, squares_v = (np.square(x).astype(np.float32).sum(1).astype(np.float16) for x in (u, v))
+        products = (u.astype(np.float32) @ v.astype(np.float32).T).astype(np.float16)
+        return np.maximum(squares_u[:, None] - np.float16(2) * products + squares_v[None, :], np.float16(0))
+
+    def radii(x):
+        return np.partition(distances(x, x), range(4), axis=1)[:, 3]
+
+    between = distances(real, generated)
+    inside = (between <= radii(real)[:, None]).any(axis=0)
+    covered = (between <= radii(generated)[None, :]).any(axis=1)
+    return inside.mean(), covered.mean()
+
+
+@pytest.mark.parametrize("block", [2**26, 1000])
+def test_half_precision_is_that_of_adm(monkeypatch, block):
+    monkeypatch.setattr(statistics, "_BLOCK_ELEMENTS", block)
+    for seed in range(5):
+        generated, real = features(150, 64, seed, shift=0.05), features(220, 64, seed + 50)
+        assert precision_recall(generated, real, half=True) == adm_precision_recall(generated, real)
+
+
+@pytest.mark.parametrize(("first", "second"), [(30, 45), (30, 200), (200, 30)])
+def test_frechet_distance_of_singular_covariances_is_exact(first, second):
+    """Fewer images than dimensions: the trace of the root is the nuclear norm of the product of the data matrices."""
+    x, y = features(first, 120, 11).double(), features(second, 120, 12, shift=0.1).double()
+    roots = [(z - z.mean(0)) / (len(z) - 1) ** 0.5 for z in (x, y)]
+    cross = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
+    expected = (x.mean(0) - y.mean(0)).square().sum() + roots[0].square().sum() + roots[1].square().sum() - 2 * cross
+    assert frechet_distance(gaussian(x), gaussian(y)) == pytest.approx(float(expected), rel=1e-6)
+
+
 def test_too_few_images_are_refused():
     with pytest.raises(ValueError, match="more than 3 generated"):
         precision_recall(torch.zeros(3, 2), torch.zeros(9, 2))

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import torchvision
 
 from megavar.config.data import DataConfig, DigitsSource, PhotographsSource
 from megavar.config.evaluation import (
@@ -12,23 +13,26 @@ from megavar.config.evaluation import (
     ClassifierSuite,
     DigitsSuite,
     EvaluationConfig,
+    PerceptualWeights,
     ReconstructionConfig,
     ShapesSuite,
 )
 from megavar.config.loading import decode
 from megavar.config.shapes import ShapesSource
 from megavar.data.build import build_source
-from megavar.errors import ConfigError
-from megavar.evaluation import classes, suites
+from megavar.errors import CheckpointError, ConfigError, DataError
+from megavar.evaluation import classes, reconstruction_suite, suites
 from megavar.evaluation.chunks import ChunkStore
-from megavar.evaluation.images import ChunkImages
 from megavar.evaluation.reconstruction_suite import score_tokenizer
 from megavar.evaluation.shape_eval import true_scenes
-from megavar.evaluation.suites import check_suite, score_images, shape_prompts, suite_baselines
+from megavar.evaluation.suites import check_suite, image_count, score_images, shape_prompts, suite_baselines
 from megavar.parallel.environment import Environment
+from megavar.sampling.samples import Samples
+from tests.evaluation.conftest import SmallInception
 
 ONE = Environment(0, 1, 0, "single")
 PHOTOGRAPHS = DataConfig(source=PhotographsSource(length=400, test_length=60, short_side=64), image_size=16)
+CLASS_SHAPES = DataConfig(source=ShapesSource(conditioning="class"), image_size=32)
 SHAPES = DataConfig(source=ShapesSource(length=100, test_length=40), image_size=32)
 
 
@@ -37,7 +41,7 @@ def as_chunks(directory, images, labels):
     for chunk in store.missing():
         first, last = store.range(chunk)
         store.write(chunk, {"images": images[first:last].numpy(), "labels": labels[first:last].numpy()})
-    return ChunkImages(directory)
+    return Samples.stored(directory)
 
 
 def real_images(data, split="test"):
@@ -108,6 +112,7 @@ def test_adm_suite_keeps_features_and_qualifies_keys(tmp_path, small_inception, 
     [
         (DigitsSuite(), PHOTOGRAPHS, "classifier"),
         (ShapesSuite(name="shapes"), DataConfig(source=DigitsSource()), "classifier"),
+        (ShapesSuite(name="shapes"), CLASS_SHAPES, "classifier"),
         (ClassifierSuite(), SHAPES, "shapes"),
         (ClassifierSuite(), DataConfig(source=DigitsSource()), "digits"),
     ],
@@ -121,7 +126,18 @@ def test_suites_that_fit_pass():
     check_suite(DigitsSuite(), DataConfig())
     check_suite(ClassifierSuite(), PHOTOGRAPHS)
     check_suite(ShapesSuite(name="shapes"), SHAPES)
-    check_suite(ADMSuite(name="adm", inception_weights="w", reference="r"), SHAPES)
+    assert image_count(ClassifierSuite(), PHOTOGRAPHS, 70) == 70
+    assert image_count(ShapesSuite(name="shapes", per_tag=2, per_prompt=3), SHAPES, 70) == 6 * 2 * 3
+
+
+def test_missing_files_of_the_adm_suite_are_found_before_sampling(tmp_path, random_weights):
+    np.savez(tmp_path / "mar.npz", mu=np.zeros(3), sigma=np.eye(3))
+    given = {"name": "adm", "inception_weights": str(random_weights), "unofficial_weights": True}
+    check_suite(ADMSuite(**given, reference=str(tmp_path / "mar.npz")), SHAPES)
+    with pytest.raises(DataError, match=r"none\.npz do not exist"):
+        check_suite(ADMSuite(**given, reference=str(tmp_path / "none.npz")), SHAPES)
+    with pytest.raises(CheckpointError, match="do not exist"):
+        check_suite(ADMSuite(**given | {"inception_weights": "w"}, reference=str(tmp_path / "mar.npz")), SHAPES)
 
 
 def test_configuration_is_decoded_strictly():
@@ -153,3 +169,56 @@ def test_tokenizer_of_captioned_shapes_has_a_ceiling_instead_of_a_classifier(tmp
     scores = score_tokenizer(ReconstructionConfig(images=20), SHAPES, lambda x: -x, ONE, **arguments)
     assert scores.metrics["ceiling/strict"] < 0.5 and "psnr" in scores.metrics
     assert not any(key.startswith("rfid") for key in scores.metrics)
+
+
+@pytest.fixture(scope="module")
+def perceptual_weights(tmp_path_factory):
+    """Random files in the formats of torchvision and of the LPIPS package."""
+    directory = tmp_path_factory.mktemp("lpips")
+    alexnet = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
+    convolutions = {f"{place}.weight": torch.randn(o, i, k, k) * 0.05 for place, (o, i, k) in alexnet.items()}
+    convolutions |= {f"{place}.bias": torch.zeros(shape[0]) for place, shape in alexnet.items()}
+    vgg = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"]).state_dict()
+    given = {}
+    for name, features, channels in (
+        ("lpips_vgg", vgg, (64, 128, 256, 512, 512)), ("lpips_alex", convolutions, (64, 192, 384, 256, 256))
+    ):  # fmt: skip
+        torch.save({f"features.{key}": tensor for key, tensor in features.items()}, directory / f"{name}.pth")
+        linear = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1) for i, c in enumerate(channels)}
+        torch.save(linear, directory / f"{name}-linear.pth")
+        paths = {"backbone": str(directory / f"{name}.pth"), "linear": str(directory / f"{name}-linear.pth")}
+        given[name] = PerceptualWeights(**paths)
+    return given
+
+
+def test_every_reconstruction_metric_by_configuration(tmp_path, perceptual_weights, monkeypatch):
+    class Network(SmallInception):  # decomposing covariances of 2048 dimensions takes half a minute on a busy core
+        def __init__(self, weights, unofficial):
+            super().__init__()
+
+    monkeypatch.setattr(reconstruction_suite, "ADMInception", Network)
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(24), sigma=np.eye(24))
+    data = DataConfig(source=PhotographsSource(test_length=6, short_side=256), image_size=64)
+    config = ReconstructionConfig(
+        inception_weights="w", reference=str(tmp_path / "ref.npz"), chunk_size=4, **perceptual_weights
+    )
+    arguments = {"work_directory": tmp_path, "identity": {"tokenizer": "dark"}}
+    scores = score_tokenizer(config, data, lambda x: x - 0.1, ONE, **arguments)
+    keys = {"rfid@small", "rfid_adm@small", "psnr", "ssim", "ssim_dr2", "lpips_vgg", "lpips_alex"}
+    assert set(scores.metrics) == keys and min(scores.metrics.values()) > 0
+    assert scores.extractor["sha256"] == SmallInception.weights_sha256
+    assert {len(value) for name in perceptual_weights for value in scores.extractor[name].values()} == {64}
+    with pytest.raises(CheckpointError, match="images 0 to 3 are not finite"):
+        score_tokenizer(config, data, lambda x: x * torch.nan, ONE, work_directory=tmp_path / "nan", identity={})
+
+
+def test_reconstruction_settings_that_contradict_each_other_are_refused(tmp_path, perceptual_weights):
+    arguments = {"work_directory": tmp_path, "identity": {}}
+    for config, message in (
+        (ReconstructionConfig(reference="r"), "inception_weights is not set"),
+        (ReconstructionConfig(reference="r", inception_weights="w"), "r do not exist"),
+        (ReconstructionConfig(inception_weights="w"), "weights w do not exist"),
+        (ReconstructionConfig(lpips_alex=perceptual_weights["lpips_alex"]), "at least 63 pixels"),
+    ):
+        with pytest.raises((ConfigError, DataError, CheckpointError), match=message):
+            score_tokenizer(config, PHOTOGRAPHS, lambda x: x, ONE, **arguments)

@@ -115,6 +115,20 @@ def test_a_killed_rank_that_said_nothing(tmp_path):
     assert found.consequences == 3
 
 
+def test_a_killed_rank_whose_victim_ended_first(tmp_path):
+    """As a real Slurm said it: nodes report in any order, so SIGKILL may as well have been srun's own last word."""
+    remains = Remains(tmp_path, per_node=1)
+    remains.rank(0, line(0, 5, 31, "x"))
+    remains.rank(1, crash(1, 41, 33, GLOO))
+    remains.tasks(
+        "srun: error: n2: task 1: Exited with exit code 1\nsrun: launch/slurm: _step_signal: Terminating StepId=7.0\n"
+        "srun: error: n1: task 0: Killed\nsrun: Force Terminated StepId=7.0\n"
+    )
+    found = remains.diagnosis()
+    assert (found.rank, found.node) == (0, "n1")
+    assert "rank 0: Killed" in found.cause
+
+
 @pytest.mark.parametrize(
     ("how", "log"), [("Out Of Memory", ""), ("Killed", "slurmstepd: error: Detected 1 oom_kill event")]
 )

@@ -44,6 +44,7 @@ FirstJobId={ports[0]}
 KillWait={kill_wait}
 SlurmdTimeout=20
 InactiveLimit=0
+MinJobAge=86400
 SlurmctldPidFile={directory}/slurmctld.pid
 SlurmdPidFile={directory}/slurmd-%n.pid
 SlurmdSpoolDir={directory}/spool-%n

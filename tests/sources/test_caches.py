@@ -19,7 +19,7 @@ from megavar.data.reading import SampleReader
 from megavar.errors import ConfigError, DataError
 from megavar.parallel.seeds import uniform
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
-from tests.sources.interruption import run_until
+from tests.sources.interruption import interruptions, run_until
 from tests.sources.originals import content_of, flip_bit
 
 SEED = 5
@@ -180,21 +180,23 @@ def test_bytes_do_not_depend_on_ranks_or_workers(cache, tmp_path):
     assert content_of(folder_of(parted)) == expected
 
 
-def test_kill_9_at_any_moment_changes_nothing(cache, tmp_path):
-    """Ten folders are interrupted twice each, then finished on another number of ranks."""
+@pytest.mark.parametrize(("workers", "victims"), [(0, "parent"), (1, "group")])
+def test_kill_9_at_any_moment_changes_nothing(cache, tmp_path, workers, victims):
+    """Ten folders (20 over both cases) are killed at random moments from first to last file, and killed again where
+    the continued work takes long enough; then they are finished on another number of ranks."""
     expected = content_of(folder_of(cache))
-    chance = random.Random(0)
     counted = configure(tmp_path / "counted")
-    steps = run_until(lambda: make(counted), None, "parent").steps
+    steps = run_until(lambda: make(counted, workers=workers), None, victims).steps
     assert steps > 50
-    for attempt in range(10):
-        config = configure(tmp_path / str(attempt))
-        for _ in range(2):
-            outcome = run_until(lambda config=config: make(config), chance.randrange(steps // 2), "parent")
-            assert outcome.killed
+    kills = 0
+    for folder, moments in interruptions(tmp_path, steps, folders=10, seed=victims):
+        config = configure(folder)
+        for moment in moments:
+            kills += run_until(lambda config=config: make(config, workers=workers), moment, victims).killed
         for rank in range(2):
             make(config, rank=rank, world_size=2)
         assert content_of(folder_of(config)) == expected
+    assert kills >= 10
 
 
 def test_every_flipped_bit_is_found_and_repaired(cache):
@@ -272,6 +274,16 @@ def test_an_incomplete_cache_is_explained(cache, tmp_path):
     (folder / FILE_NAME).unlink()
     with pytest.raises(DataError, match="not a finished cache"):
         build_source(cache)
+
+
+def test_many_parts_are_not_open_at_once(cache, monkeypatch):
+    source = build_source(cache)
+    expected = [source.read(row).tokens.tolist() for row in range(50)]
+    monkeypatch.setattr("megavar.data.caches.MAPPED_PARTS", 2)
+    few = build_source(cache)
+    for row in np.random.default_rng(0).permutation(50).tolist():
+        assert few.read(row).tokens.tolist() == expected[row]
+        assert len(few._parts) <= 2
 
 
 def test_the_test_split_is_images(cache):

@@ -1,5 +1,7 @@
 """Transforms against images whose pixels are their own coordinates, and against torchvision where references use it."""
 
+import io
+
 import numpy as np
 import pytest
 import torchvision.transforms.functional as reference
@@ -121,6 +123,28 @@ def test_resizing_rounds_like_torchvision():
 def test_no_transform_refuses_another_size():
     with pytest.raises(DataError, match=r"data\.transform"):
         transforms.Unchanged(32)(noise(33, 32), ())
+
+
+def encoded(image: Image.Image, format: str) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format, **({"quality": 100, "subsampling": 0} if format == "JPEG" else {}))
+    return stream.getvalue()
+
+
+def test_every_kind_of_image_is_decoded_to_the_colours_that_it_shows():
+    red = Image.new("RGB", (16, 16), (200, 30, 40))
+    grey = Image.fromarray(np.full((16, 16), 0x4123, dtype=np.uint16))
+    for content, expected in (
+        (encoded(red, "PNG"), (200, 30, 40)),  # whatever the name of the file says
+        (encoded(red.convert("CMYK"), "JPEG"), (200, 30, 40)),
+        (encoded(red.quantize(4), "PNG"), (200, 30, 40)),
+        (encoded(red.convert("RGBA"), "WEBP"), (200, 30, 40)),
+        (encoded(red.convert("L"), "JPEG"), (82, 82, 82)),
+        (encoded(grey, "PNG"), (0x41, 0x41, 0x41)),
+    ):
+        decoded = transforms.decode(content)
+        assert decoded.mode == "RGB"
+        assert np.abs(np.asarray(decoded).astype(int) - expected).max() <= 3
 
 
 def test_bytes_that_are_no_image_are_a_damaged_sample():

@@ -112,8 +112,9 @@ def test_interleaved_export_of_interleaved_samples_changes_nothing(folder, tmp_p
 
 def test_reference_from_a_run_configuration_and_from_adm(folder, tmp_path):
     config = tmp_path / "run.yaml"
-    config.write_text("run: {name: x}\ndata: {source: {name: digits}, image_size: 16}\n")
-    assert call("reference", "--config", config, "--out", tmp_path / "digits.npz", "--inception-weights", "w") == 0
+    config.write_text("run: {name: x}\ndata: {source: {name: digits}, image_size: 8}\n")
+    given = ("--config", config, "data.image_size=16")
+    assert call("reference", *given, "--out", tmp_path / "digits.npz", "--inception-weights", "w") == 0
     assert json.loads(np.load(tmp_path / "digits.npz")["meta"].tobytes())["count"] == 1433
     assert (
         call(
@@ -138,11 +139,14 @@ def test_sorted_samples_are_pointed_out(folder, reference, tmp_path, capsys):
     assert "sorted by class" in capsys.readouterr().out
 
 
-def test_missing_weights_are_explained_before_anything_is_written(folder, tmp_path, capsys, monkeypatch):
+def test_missing_files_are_explained_before_anything_is_written(folder, reference, tmp_path, capsys, monkeypatch):
     monkeypatch.undo()
-    assert score(folder / "samples.npz", tmp_path / "ref.npz", tmp_path / "a.json") == 2
+    before = set(tmp_path.iterdir())
+    assert score(folder / "samples.npz", reference, tmp_path / "a.json") == 2
     assert WEIGHTS_NAME in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    assert score(folder / "samples.npz", tmp_path / "no.npz", tmp_path / "a.json") == 2
+    assert "no.npz do not exist" in capsys.readouterr().err
+    assert set(tmp_path.iterdir()) == before
 
 
 def test_selfcheck_refuses_what_is_not_the_published_samples(folder, reference, tmp_path, capsys, monkeypatch):

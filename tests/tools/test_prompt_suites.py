@@ -35,6 +35,16 @@ def test_shape_prompts_go_through_the_layout_of_geneval_and_back(shapes, tmp_pat
     assert call("emit", *layout, "--images", images) == 0
     assert "nothing amiss" in capsys.readouterr().out
     assert call("verify", *layout) == 0
+    described = json.loads(out.with_name("layout.run.json").read_text())
+    assert described["prompt_rewrite"] == "none" and described["images"]["kind"] == "npz"
+    with np.load(images) as content:
+        np.savez(tmp_path / "others.npz", arr_0=255 - content["arr_0"])
+    assert call("emit", *layout, "--images", tmp_path / "others.npz") == 2
+    assert "holds other images" in capsys.readouterr().err
+    assert call("emit", *layout, "--images", images) == 0
+    out.with_name("layout.run.json").unlink()
+    assert call("emit", *layout, "--images", images) == 2
+    assert "is not empty" in capsys.readouterr().err
     (out / "00000" / "samples" / "00001.png").unlink()
     assert call("verify", *layout) == 2
     assert "holds 1 samples instead of 2" in capsys.readouterr().err
@@ -69,6 +79,7 @@ def test_dpg_grids(tmp_path, capsys):
     np.savez(tmp_path / "images.npz", arr_0=torch.randint(0, 256, (8, 8, 8, 3)).to(torch.uint8).numpy())
     layout = ("dpg", "--prompts", folder, "--out", tmp_path / "dpg")
     assert call("emit", *layout, "--images", tmp_path / "images.npz") == 0
-    assert "2 prompts instead of the official 1065" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "2 prompts instead of the official 1065" in printed and "--pic-num 4 --resolution 8" in printed
     (tmp_path / "dpg" / "notes.txt").write_text("x")
     assert call("verify", *layout) == 2

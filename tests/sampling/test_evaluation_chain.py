@@ -1,0 +1,185 @@
+"""From samples over features to the result file by ``megavar evaluate``: the same bytes from any number of ranks, and
+after an interruption anywhere.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megavar.commands import evaluate
+from megavar.config.loading import load_config
+from megavar.config.parallel import ParallelConfig
+from megavar.errors import DataError
+from megavar.evaluation import adm, suites
+from megavar.evaluation.images import NpzImages, open_images
+from megavar.evaluation.reference import Reference, save_reference
+from megavar.evaluation.statistics import gaussian
+from megavar.parallel import topology
+from megavar.parallel.environment import environment
+from megavar.sampling.sampler import NextScaleSampler
+from megavar.tokenizers.multiscale_vq import MultiScaleVQ
+from tests.distributed.harness import RankFailure, run_ranks
+from tests.evaluation.conftest import SmallInception
+from tools import evaluate_fid
+
+pytestmark = pytest.mark.distributed
+COUNT, CHUNK, KEEP = 23, 3, 5  # eight chunks, the last one short; the images of two of them are kept
+CONFIG = Path(__file__).parents[2] / "configs/quickstart.yaml"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Tokenizer weights in the published layout, and a reference."""
+    directory = tmp_path_factory.mktemp("inputs")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        torch.save(MultiScaleVQ(load_config(CONFIG).tokenizer).reference_state_dict(), directory / "vae.pth")
+        real = torch.randint(0, 256, (40, 3, 16, 16)).to(torch.uint8)
+    network = SmallInception()
+    features = network(real)
+    statistics = gaussian(features.pool), gaussian(features.spatial)
+    save_reference(directory / "ref.npz", Reference(*statistics, features.pool, {"of": "noise"}), network)
+    return directory
+
+
+def overrides(inputs, directory):
+    suite = {"name": "adm", "inception_weights": "w", "reference": str(inputs / "ref.npz")}
+    return [
+        f"run.directory={directory}", f"recipe.tokenizer_weights={inputs / 'vae.pth'}", "generator.depth=1",
+        "generator.width=16", "generator.heads=2", "generator.experts=null", f"evaluation.suite={json.dumps(suite)}",
+        f"evaluation.samples={COUNT}", f"sampling.chunk_size={CHUNK}", f"sampling.keep_images={KEEP}",
+    ]  # fmt: skip
+
+
+class Stopped(Exception):
+    pass
+
+
+def run(given, interrupt):
+    """Evaluate on every rank, perhaps stopped at the second chunk: before it is drawn, or before its features are."""
+
+    class Network(SmallInception):
+        calls = 0
+
+        def forward(self, images):
+            Network.calls += 1
+            if interrupt == "features" and Network.calls == 2:
+                raise Stopped
+            return super().forward(images)
+
+    draw, drawn = NextScaleSampler.draw, []
+
+    def interrupted(self, indices):
+        drawn.append(indices)
+        if interrupt == "draw" and len(drawn) == 2:
+            raise Stopped
+        return draw(self, indices)
+
+    NextScaleSampler.draw = interrupted
+    suites.ADMInception = lambda weights, unofficial: Network()
+    suites.check_weights = lambda weights, unofficial: "5" * 64
+    place = environment()
+    topology.initialize(ParallelConfig(), place)
+    evaluate.score(load_config(CONFIG, given), place, untrained=True)
+    return len(drawn), Network.calls
+
+
+def content(directory):
+    # a rank that is killed while it writes leaves its unfinished file under another name
+    files = [path for path in directory.rglob("*") if path.is_file() and path.suffix != ".tmp"]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def place_of_run(tmp_path_factory):
+    return tmp_path_factory.mktemp("chain") / "run"  # the same for all, as result files name it
+
+
+@pytest.fixture(scope="module")
+def expected(inputs, place_of_run):
+    """What one rank writes without interruption; the directory is moved away."""
+    assert run_ranks(1, run, overrides(inputs, place_of_run), None) == [(8, 8)]
+    kept = place_of_run.rename(place_of_run.with_name("one"))
+    return kept, content(kept)
+
+
+def test_result_names_everything_that_decides_the_number(expected, inputs):
+    directory, _ = expected
+    (path,) = directory.glob("scores-adm-megavar-untrained-*.json")
+    result = json.loads(path.read_text())
+    assert result["count"] == COUNT and result["class_histogram"] == {str(c): 3 if c < 3 else 2 for c in range(10)}
+    assert result["rounding"] == "round" and result["tf32"] is False and len(result["extractor"]["sha256"]) == 64
+    assert result["sampler"]["chunk_size"] == CHUNK and result["sampler"]["seed"] == 0
+    assert result["checkpoint"]["weights"] == "model" and result["checkpoint"]["precision"] == "fp32"
+    assert result["checkpoint"]["tokenizer"]["file"] == "vae.pth" and len(result["reference"]["sha256"]) == 64
+    assert {"fid@23@small", "sfid@23@small", "is@23@small", "precision@23@small", "recall@23@small"} <= set(
+        result["metrics"]
+    )
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_any_number_of_ranks_writes_the_same_bytes(expected, inputs, place_of_run, tmp_path, world_size):
+    counts = run_ranks(world_size, run, overrides(inputs, place_of_run), None)
+    assert sum(drawn for drawn, _ in counts) == sum(calls for _, calls in counts) == 8
+    assert all(drawn == calls for drawn, calls in counts)  # each rank takes features of what it draws, no more
+    found = content(place_of_run.rename(tmp_path / "run"))
+    assert found == expected[1]
+
+
+@pytest.mark.parametrize(("interrupt", "before", "after"), [("draw", 2, 3), ("features", 3, 1)])
+def test_interrupted_sampling_continues_to_the_same_bytes(
+    expected, inputs, place_of_run, tmp_path, interrupt, before, after
+):
+    with pytest.raises(RankFailure, match="Stopped"):
+        run_ranks(before, run, overrides(inputs, place_of_run), interrupt)
+    there = content(place_of_run)
+    drawn = {name for name in there if "chunk_" in name and "features" not in name}
+    measured = {name for name in there if "chunk_" in name and "features" in name}
+    assert 0 < len(measured) <= len(drawn) < 8
+    counts = run_ranks(after, run, overrides(inputs, place_of_run), None)
+    assert sum(count for count, _ in counts) == 8 - len(drawn)
+    assert sum(calls for _, calls in counts) == 8 - len(measured)
+    found = content(place_of_run.rename(tmp_path / "run"))
+    assert found == expected[1]
+
+
+def samples_of(directory):
+    return next((directory / "generated").iterdir())
+
+
+def test_tools_decode_what_was_not_kept(expected, tmp_path, monkeypatch):
+    directory = samples_of(expected[0])
+    assert sum("images" in np.load(path).files for path in directory.glob("chunk_*.npz")) == 2
+    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")})
+    for order in ("shuffled", "interleaved"):
+        out = tmp_path / f"{order}.npz"
+        assert evaluate_fid.main(["export", "--images", str(directory), "--out", str(out), "--order", order]) == 0
+    assert torch.equal(NpzImages(tmp_path / "interleaved.npz").labels, torch.arange(COUNT) % 10)
+    # the exported images give the features that were taken while they were drawn
+    images, network = NpzImages(tmp_path / "interleaved.npz"), SmallInception()
+    store = next(directory.glob("features-*"))
+    features = adm.collect_features(adm.ChunkStore.existing(store))
+    for first in range(0, COUNT, CHUNK):
+        last = min(first + CHUNK, COUNT)
+        assert torch.equal(network(images.read(first, last)).pool, features.pool[first:last])
+
+
+def test_tokens_are_not_decoded_by_another_tokenizer(expected, inputs, tmp_path):
+    import shutil
+
+    from megavar.assembly import stored_decoder
+
+    directory = tmp_path / "samples"
+    shutil.copytree(samples_of(expected[0]), directory)
+    other = torch.load(inputs / "vae.pth")
+    torch.save({name: value + 1 for name, value in other.items()}, tmp_path / "vae.pth")
+    described = json.loads((directory / "decoder.json").read_text())
+    (directory / "decoder.json").write_text(json.dumps(described | {"weights": str(tmp_path / "vae.pth")}))
+    opened = open_images(directory, lambda path: stored_decoder(path, torch.device("cpu")))
+    assert opened.read(0, CHUNK).shape == (CHUNK, 3, 16, 16)  # these were kept
+    with pytest.raises(DataError, match="drawn with the tokenizer weights"):
+        opened.read(COUNT - 1, COUNT)

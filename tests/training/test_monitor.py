@@ -107,6 +107,7 @@ def test_recovery_counts():
 def test_loss_spikes():
     recovery = Recovery(RecoveryConfig(spike_factor=2.0))
     assert [recovery.spike(1.0 + 0.01 * i) for i in range(20)] == [None] * 20
+    assert [recovery.spike(float("nan")), recovery.spike(float("inf"))] == [None, None]
     assert recovery.spike(2.5) == pytest.approx(1.095)
     assert recovery.spike(1.2) is None and recovery.spike(None) is None
 

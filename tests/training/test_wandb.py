@@ -27,6 +27,39 @@ def test_two_runs_of_one_process_do_not_mix(tmp_path: Path, capfd: pytest.Captur
         assert len(list((tmp_path / name).rglob("run-*.wandb"))) == 1
 
 
+LOSES_ITS_SERVICE = """
+import os, signal, sys, time
+from pathlib import Path
+from megavar.config.logging import LoggingConfig, WandbConfig
+from megavar.training.monitor import Monitor
+from megavar.training.run_directory import RunDirectory
+
+config = LoggingConfig(progress="none", wandb=WandbConfig(mode="offline"))
+monitor = Monitor(config, RunDirectory(Path(sys.argv[1])), "x", 0, 9)
+monitor.open(0, {})
+children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+services = [int(pid) for pid in children if b"wandb-core" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+assert services
+for pid in services:
+    os.kill(pid, signal.SIGTERM)
+    while " Z " not in Path(f"/proc/{pid}/stat").read_text():
+        time.sleep(0.05)
+for step in (1, 2, 3):
+    monitor.log({"step": step, "loss": 1.0})
+    time.sleep(0.1)
+monitor.close()
+"""
+
+
+def test_a_service_that_dies_does_not_stop_a_run(tmp_path: Path) -> None:
+    """As when a job is cancelled, before the checkpoint is saved: SIGTERM reaches all its processes."""
+    command = [sys.executable, "-c", LOSES_ITS_SERVICE, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "W&B is lost" in done.stderr
+    assert (tmp_path / "metrics.jsonl").read_text().count('"loss"') == 3
+
+
 def test_a_failing_service_does_not_stop_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SERVICE", "3-1-tcp-localhost-1")  # nobody listens there
     code = (

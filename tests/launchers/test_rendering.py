@@ -372,6 +372,7 @@ def test_a_step_that_cannot_be_signalled_yet_is_asked_again(tmp_path):
         go.touch()
         assert process.wait(60) == ExitCode.PREEMPTED
     finally:
+        go.touch()
         process.kill()
     assert len(stubs.calls("scancel")) == 1, "once it is asked, it is left alone"
 

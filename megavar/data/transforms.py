@@ -212,7 +212,15 @@ class TenCrop:
 
     def view(self, image: Image.Image, view: int) -> Image.Image:
         """View 0..9."""
-        return ten_crop_view(adm_center_crop(image, int(self.resize * self.size)), self.size, view)
+        return ten_crop_view(self._square(image), self.size, view)
+
+    def views(self, image: Image.Image) -> list[Image.Image]:
+        """All ten views, resized once."""
+        square = self._square(image)
+        return [ten_crop_view(square, self.size, view) for view in range(10)]
+
+    def _square(self, image: Image.Image) -> Image.Image:
+        return adm_center_crop(image, int(self.resize * self.size))
 
 
 @dataclass(frozen=True)

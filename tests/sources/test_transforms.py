@@ -92,6 +92,7 @@ def test_ten_crop_offsets_at_256():
         assert equal(transforms.TenCrop(256).view(image, view), expected[view])
         assert equal(transforms.TenCrop(256)(image, ((view + 0.5) / 10,)), expected[view])
         assert equal(expected[view], reference.ten_crop(image, 256)[view])
+        assert equal(transforms.TenCrop(256).views(image)[view], expected[view])
 
 
 def test_titok_crops_along_the_longer_side_only():

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from megavar.data.source import DamagedSampleError
 from megavar.errors import DataError
@@ -50,6 +50,8 @@ def decode(image: np.ndarray | bytes) -> Image.Image:
         if decoded.mode.startswith("I;16"):  # Pillow would cut values above 255 off
             return Image.fromarray((np.asarray(decoded) >> 8).astype(np.uint8)).convert("RGB")
         return decoded if decoded.mode == "RGB" else decoded.convert("RGB")
+    except UnidentifiedImageError as error:  # its message names a place in memory, another one in every run
+        raise DamagedSampleError("these bytes are not an image") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow's decoders raise
         raise DamagedSampleError(f"the image cannot be decoded ({error})") from error
 

@@ -15,7 +15,7 @@ from megavar.data.progress import PROGRESS
 from megavar.data.shards.index import build_index, decode_index, encode_index, index_path
 from megavar.data.shards.listing import list_originals
 from megavar.data.shards.manifest import read_manifest
-from megavar.data.shards.verification import adopt_shards, verify_shards
+from megavar.data.shards.verification import adopt_shards, repair_shards, verify_shards
 from megavar.data.shards.writing import Plan, write_shards
 from megavar.data.webdataset import ShardFolder
 from megavar.errors import DataError
@@ -156,6 +156,13 @@ def test_originals_that_cannot_be_read_are_named(tmp_path, kind):
         victim.symlink_to("/proc/self/mem" if kind == "unreadable" else "nowhere")
     with pytest.raises(DataError, match=r"coffee/extra\.jpg is damaged"):
         shard(originals, tmp_path / "out", shards=2)
+    out = shard(originals, tmp_path / "out", shards=2, damaged="leave-out")
+    expected = content_of(out)
+    assert content_of(shard(originals, tmp_path / "again", shards=2, damaged="leave-out")) == expected
+    for path in out.glob("*.tar"):
+        path.unlink()
+    repair_shards(out, source=list_originals("class_folders", originals))
+    assert content_of(out) == expected
 
 
 def test_pairs_keep_their_captions(tmp_path):

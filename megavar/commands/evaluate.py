@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megavar.assembly import identify_weights, load_tokenizer
 from megavar.commands.sample import GRID_IMAGES, describe, open_samples, write_grid
-from megavar.config.evaluation import ADMSuite
+from megavar.config.evaluation import ADMSuite, DPGSuite, GenEvalSuite
 from megavar.config.loading import load_config
 from megavar.config.parallel import ParallelConfig
 from megavar.config.recipe import MEPAConfig
@@ -59,7 +59,8 @@ def _score_generator(config: Config, place: Environment, untrained: bool) -> dic
     suites.check_suite(suite, config.data)
     config = _with_sampling(config)
     name = "untrained model" if untrained else config.run.name
-    compared = [] if isinstance(suite, ADMSuite) else ["untrained model"]  # 50,000 images are no table row
+    # 50,000 images are no table row, and official scorers run elsewhere
+    compared = [] if isinstance(suite, (ADMSuite, GenEvalSuite, DPGSuite)) else ["untrained model"]
     rows: dict[str, dict[str, float]] = {}
     found: list[tuple[Samples, Scores]] = []
     for row in dict.fromkeys((name, *compared)):
@@ -160,7 +161,8 @@ def _score_tokenizer(config: Config, place: Environment) -> dict[str, float]:
 
 def _report(name: str, rows: dict[str, dict[str, float]], scores: Scores, result: Result, path: Path) -> None:
     write_result(path, result)
-    print(format_table(rows, scores.table or None))
+    if scores.metrics:
+        print(format_table(rows, scores.table or None))
     missed = thresholds_missed(rows[name], scores.table)
     if any(metric.threshold is not None for metric in scores.table):
         print(f"\n{name}: " + (f"misses {', '.join(missed)}" if missed else "meets every threshold"))

@@ -98,15 +98,16 @@ def check_weights(path: Path, *, unofficial: bool = False) -> str:
         raise CheckpointError(
             f"The Inception weights {path} do not exist. FID, sFID, IS, precision and recall of ADM's protocol need "
             f"the file {WEIGHTS_NAME} (sha256 starts with {WEIGHTS_SHA256_PREFIX}), published with release v0.2.0 of "
-            f"toshas/torch-fidelity: download it on a machine with network and pass its path as --inception-weights."
+            f"toshas/torch-fidelity: download it on a machine with network and give its "
+            f"path (--inception-weights, or inception_weights in a configuration)."
         )
     sha256 = sha256_of_file(path)
     if not unofficial and not sha256.startswith(WEIGHTS_SHA256_PREFIX):
         raise CheckpointError(
             f"The sha256 of the Inception weights {path} starts with {sha256[:8]}, but {WEIGHTS_NAME} starts with "
             f"{WEIGHTS_SHA256_PREFIX}: the file is truncated or is another network, and numbers made with it could not "
-            f"be compared with published ones. Download it again, or pass --unofficial-weights to use it under the "
-            f"name inception-{sha256[:8]}."
+            f"be compared with published ones. Download it again, or use it under the name inception-{sha256[:8]} with "
+            f"--unofficial-weights (unofficial_weights: true in a configuration)."
         )
     return sha256
 

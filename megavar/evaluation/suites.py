@@ -9,11 +9,19 @@ from typing import Any
 import torch
 
 from megavar.config.data import DataConfig
-from megavar.config.evaluation import ADMSuite, ClassifierSuite, DigitsSuite, ShapesSuite, SuiteConfig
+from megavar.config.evaluation import (
+    ADMSuite,
+    ClassifierSuite,
+    DigitsSuite,
+    DPGSuite,
+    GenEvalSuite,
+    ShapesSuite,
+    SuiteConfig,
+)
 from megavar.data.build import build_source
 from megavar.data.shapes_grammar import Prompt, evaluation_prompts
 from megavar.errors import ConfigError
-from megavar.evaluation import adm, classes, digits, shape_eval
+from megavar.evaluation import adm, classes, digits, layouts, shape_eval
 from megavar.evaluation.images import ImageSet
 from megavar.evaluation.inception import ADMInception, check_weights
 from megavar.evaluation.reference import check_reference, load_reference
@@ -47,6 +55,14 @@ def check_suite(suite: SuiteConfig, data: DataConfig) -> None:
         check_reference(Path(suite.reference))
         return
     source = data.source.name
+    if isinstance(suite, (GenEvalSuite, DPGSuite)):
+        layouts.read_prompts(suite.name, Path(suite.prompts))
+        if build_source(data).num_classes:
+            raise ConfigError(
+                f"evaluation.suite.name={suite.name} asks for images of prompts, but data.source.name={source} has "
+                f"classes and no captions. Use evaluation.suite.name=classifier or adm."
+            )
+        return
     wanted = {"digits": "digits", "shapes": "shapes"}.get(suite.name, source)
     if source != wanted:
         raise ConfigError(
@@ -72,7 +88,15 @@ def check_suite(suite: SuiteConfig, data: DataConfig) -> None:
 
 def image_count(suite: SuiteConfig, data: DataConfig, samples: int) -> int:
     """Number of images that the suite scores: ``samples``, or those of its own prompts."""
-    return len(shape_prompts(suite, data)) * suite.per_prompt if isinstance(suite, ShapesSuite) else samples
+    if isinstance(suite, ShapesSuite):
+        return len(shape_prompts(suite, data)) * suite.per_prompt
+    if isinstance(suite, (GenEvalSuite, DPGSuite)):
+        return len(layouts.read_prompts(suite.name, Path(suite.prompts))) * _per_prompt(suite)
+    return samples
+
+
+def _per_prompt(suite: GenEvalSuite | DPGSuite) -> int:
+    return suite.per_prompt if isinstance(suite, GenEvalSuite) else layouts.PER_PROMPT
 
 
 def suite_label(suite: SuiteConfig) -> str:
@@ -92,6 +116,10 @@ def score_images(
         return _adm(suite, images, place, work_directory)
     if place.rank != 0:
         return None
+    if isinstance(suite, (GenEvalSuite, DPGSuite)):
+        root = work_directory / suite.name
+        notes = layouts.emit(suite.name, root, Path(suite.prompts), images, per_prompt=_per_prompt(suite))
+        return Scores({}, (), {"name": f"the official scorer of {suite.name}, to be run on {root}"}, notes=notes)
     everything = images.read(0, len(images))
     if isinstance(suite, ShapesSuite):
         prompts = [prompt for prompt in shape_prompts(suite, data) for _ in range(suite.per_prompt)]

@@ -12,7 +12,9 @@ from megavar.config.evaluation import (
     ADMSuite,
     ClassifierSuite,
     DigitsSuite,
+    DPGSuite,
     EvaluationConfig,
+    GenEvalSuite,
     PerceptualWeights,
     ReconstructionConfig,
     ShapesSuite,
@@ -105,6 +107,25 @@ def test_adm_suite_keeps_features_and_qualifies_keys(tmp_path, small_inception, 
         assert scores.metrics["fid@60@small"] > 0 and scores.reference["kind"] == "megavar"
         assert any("60 images instead of 50000" in note for note in scores.notes)
     assert (tmp_path / "features-small" / "chunk_000000.npz").exists()
+
+
+def test_official_suites_emit_and_verify(tmp_path):
+    (tmp_path / "prompts").mkdir()
+    for name in ("a", "b", "c"):
+        (tmp_path / "prompts" / f"{name}.txt").write_text(name)
+    lines = [{"tag": "colors", "include": [], "prompt": name} for name in "abcdef"]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    images = as_chunks(tmp_path / "chunks", *(part[:12] for part in real_images(PHOTOGRAPHS)))
+    geneval = GenEvalSuite(name="geneval", prompts=str(tmp_path / "metadata.jsonl"), per_prompt=2)
+    dpg = DPGSuite(name="dpg", prompts=str(tmp_path / "prompts"))
+    for suite in (geneval, dpg):
+        check_suite(suite, SHAPES)
+        assert image_count(suite, SHAPES, 70) == 12
+        scores = score_images(suite, SHAPES, images, ONE, work_directory=tmp_path)
+        assert scores.metrics == {} and any("nothing amiss" in note for note in scores.notes)
+    assert len(list((tmp_path / "geneval").glob("*/samples/*.png"))) == 12 and (tmp_path / "dpg" / "b.png").exists()
+    with pytest.raises(DataError, match=r"no \.txt files"):
+        check_suite(DPGSuite(name="dpg", prompts=str(tmp_path)), SHAPES)
 
 
 @pytest.mark.parametrize(

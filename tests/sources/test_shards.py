@@ -232,6 +232,7 @@ def test_names_that_webdataset_passes_over_are_passed_over(originals, tmp_path):
         ({"1.jpg": b"1", "1.cls": b"3000000000"}, "class of sample 1 .* is not a number below"),
         ({"1.cls": b"0"}, "Sample 1 .* has no image"),
         ({"README": b"nothing"}, "contains no samples"),
+        ({"1.jpg": b"1", "1.JPG": b"2"}, "1.JPG twice in a row"),
     ],
 )
 def test_tars_that_are_no_training_data_are_refused(tmp_path, members, message):
@@ -239,6 +240,20 @@ def test_tars_that_are_no_training_data_are_refused(tmp_path, members, message):
     with pytest.raises(DataError, match=message):
         adopt_shards(tmp_path)
     assert not (tmp_path / "manifest.json").exists()
+
+
+def test_keys_may_begin_anew_in_every_shard_of_another_tool(originals, tmp_path):
+    image = next(originals.rglob("*.JPEG")).read_bytes()
+    for name in ("a.tar", "b.tar"):
+        write_tar(tmp_path / name, {"1.jpg": image, "2.jpg": image})
+    adopt_shards(tmp_path)
+    assert verify_shards(tmp_path, full=True) == []
+    (tmp_path / "manifest.json").unlink()
+    write_tar(tmp_path / "b.tar", {"1.jpg": image, "2.jpg": image, "1.png": image})
+    adopt_shards(tmp_path)
+    assert [str(problem) for problem in verify_shards(tmp_path, full=True)] == [
+        "b.tar: 1 keys occur more than once in it"
+    ]
 
 
 def test_an_index_of_another_kind_is_not_overwritten(originals, tmp_path):

@@ -61,18 +61,20 @@ def _score_generator(config: Config, place: Environment, untrained: bool) -> dic
     name = "untrained model" if untrained else config.run.name
     # 50,000 images are no table row, and official scorers run elsewhere
     compared = [] if isinstance(suite, (ADMSuite, GenEvalSuite, DPGSuite)) else ["untrained model"]
-    rows: dict[str, dict[str, float]] = {}
-    found: list[tuple[Samples, Scores]] = []
+    drawn: dict[str, Samples] = {}
     for row in dict.fromkeys((name, *compared)):
-        samples = open_samples(config, place, untrained=row == "untrained model")
-        scores = _score_samples(config, samples, place)
-        if scores is not None:
-            rows[row] = scores.metrics
-            found.append((samples, scores))
+        drawn[row] = open_samples(config, place, untrained=row == "untrained model")
+        suites.take_features(suite, drawn[row], place, work_directory=drawn[row].directory)
+        drawn[row].fill(place)
     if place.rank != 0:
         return {}
+    found = {
+        row: suites.score_images(suite, config.data, samples, place.device, work_directory=samples.directory)
+        for row, samples in drawn.items()
+    }
+    rows = {row: scores.metrics for row, scores in found.items()}
     rows |= suites.suite_baselines(suite, config.data, config.sampling.number)
-    samples, scores = found[0]
+    samples, scores = drawn[name], found[name]
     result = Result(
         suite=suites.suite_label(suite),
         metrics=scores.metrics,
@@ -103,20 +105,6 @@ def _with_sampling(config: Config) -> Config:
     return config.model_copy(
         update={"sampling": sampling.model_copy(update={"number": number, "keep_images": keep})}
     )
-
-
-def _score_samples(config: Config, samples: Samples, place: Environment) -> Scores | None:
-    """Score ``samples`` on rank 0. Collective.
-
-    The ADM suite takes its features while the images are drawn; the others look at all images together.
-    """
-    suite = config.evaluation.suite
-    if not isinstance(suite, ADMSuite):
-        samples.fill(place)
-    scores = suites.score_images(suite, config.data, samples, place, work_directory=samples.directory)
-    if isinstance(suite, ADMSuite):
-        samples.fill(place)  # nothing is missing, unless a chunk was lost after its features had been taken
-    return scores
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,12 +116,15 @@ def check_weights(path: Path, *, unofficial: bool = False) -> str:
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Float32 that is float32: no autocast, no TF32 (samplers switch it on globally), restored afterwards."""
-    matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    # By torch's newer switches alone: its older ones raise where someone has set a newer one.
+    backends: Any = torch.backends  # their attributes are not typed
+    switches = [backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv]
+    before = [switch.fp32_precision for switch in switches]
     try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.allow_tf32 = convolution
+        for switch, precision in zip(switches, before):
+            switch.fp32_precision = precision

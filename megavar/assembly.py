@@ -98,14 +98,18 @@ def stored_decoder(directory: Path, device: torch.device) -> Decoder:
             described: dict[str, Any] = json.loads(path.read_text())
         except (OSError, json.JSONDecodeError) as error:
             raise DataError(f"{path} cannot be read ({error}), so nothing says what decodes these tokens") from error
-        tokenizer = load_tokenizer(
-            decode(described["tokenizer"], TokenizerConfig, str(path)), described["weights"], device
-        )
-        identity = identify_weights(Path(described["weights"]))
+        weights = Path(described["weights"])
+        if not weights.exists():
+            raise DataError(
+                f"The tokens in {directory} are decoded by the tokenizer weights {weights}, which do not exist: "
+                f"restore them, correct their path in {path}, or sample again."
+            )
+        tokenizer = load_tokenizer(decode(described["tokenizer"], TokenizerConfig, str(path)), str(weights), device)
+        identity = identify_weights(weights)
         if identity != described["identity"]:
             raise DataError(
                 f"The tokens in {directory} were drawn with the tokenizer weights {described['identity']}, but "
-                f"{described['weights']} now holds {identity}: restore them, or sample again."
+                f"{weights} now holds {identity}: restore them, or sample again."
             )
         return TokenDecoder(tokenizer, device, described["rounding"])
 

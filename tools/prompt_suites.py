@@ -15,7 +15,6 @@ TencentQQGYLab/ELLA. Their scorers run in environments of their own.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 from megavar import logs
 from megavar.data.shapes_grammar import evaluation_prompts
-from megavar.errors import DataError, MegavarError
+from megavar.errors import MegavarError
 from megavar.evaluation import layouts, shape_eval
 from megavar.evaluation.images import ImageSet, open_images
 from megavar.evaluation.table import format_table
@@ -48,46 +47,16 @@ def main(arguments: list[str] | None = None) -> int:
 def emit(options: argparse.Namespace) -> None:
     """Write images in the layout of the official scorer."""
     images = _images(options)
-    read = layouts.read_geneval_prompts if options.suite == "geneval" else layouts.read_dpg_prompts
-    found = read(options.prompts)
-    described = {
-        "suite": options.suite,
-        "prompts": len(found),
-        "prompts_sha256": hashlib.sha256(json.dumps(found).encode()).hexdigest(),
-        "prompt_rewrite": "none",
-        "per_prompt": options.per_prompt,
-        "images": images.identity,
-    }
-    run_file = layouts.claim(options.out, described)
     with tqdm(total=len(images), unit="image", disable=None) as bar:
-        if isinstance(found, list):
-            layouts.emit_geneval(options.out, found, images, per_prompt=options.per_prompt, on_progress=bar.update)
-        else:
-            layouts.emit_dpg(options.out, found, images, per_prompt=options.per_prompt, on_progress=bar.update)
-    verify(options)
-    print(f"{run_file} says what these images are")
-    if options.suite == "dpg":
-        # The official script takes one quarter unless told otherwise, and writes its results among the images.
-        side = images.read(0, 1).shape[-1]
-        print(f"score with compute_dpg_bench.py --pic-num 4 --resolution {side} --res-path FILE_OUTSIDE_THE_FOLDER.txt")
+        notes = layouts.emit(
+            options.suite, options.out, options.prompts, images, per_prompt=options.per_prompt, on_progress=bar.update
+        )
+    print("\n".join(notes))
 
 
 def verify(options: argparse.Namespace) -> None:
     """Check that the official scorer finds exactly what it should."""
-    if options.suite == "geneval":
-        metadata = layouts.read_geneval_prompts(options.prompts)
-        count, usual = len(metadata), layouts.GENEVAL_PROMPTS
-        problems = layouts.verify_geneval(options.out, metadata, per_prompt=options.per_prompt)
-    else:
-        prompts = layouts.read_dpg_prompts(options.prompts)
-        count, usual = len(prompts), layouts.DPG_PROMPTS
-        problems = layouts.verify_dpg(options.out, prompts)
-    if problems:
-        listed = "\n".join(problems[:20])
-        raise DataError(f"{options.out} has {len(problems)} problems; repair or emit again:\n{listed}")
-    if count != usual:
-        print(f"note: {count} prompts instead of the official {usual}")
-    print(f"{options.out}: {count} prompts, nothing amiss")
+    print("\n".join(layouts.check(options.suite, options.out, options.prompts, per_prompt=options.per_prompt)))
 
 
 def prompts(options: argparse.Namespace) -> None:

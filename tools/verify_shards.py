@@ -57,7 +57,7 @@ def _run(arguments: argparse.Namespace) -> int:
     for problem in problems:
         print(problem)
     depth = "every byte" if full else "presence and sizes"
-    print(f"{manifest.summary()} checked ({depth}): {len(problems)} problems")
+    print(f"{manifest.summary()}, checked ({depth}): {len(problems)} problems")
     return ExitCode.CONFIGURATION if problems else ExitCode.FINISHED
 
 

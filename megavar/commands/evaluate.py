@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megavar.assembly import identify_weights, load_tokenizer
 from megavar.commands.sample import GRID_IMAGES, describe, open_samples, write_grid
-from megavar.config.evaluation import ADMSuite
+from megavar.config.evaluation import ADMSuite, DPGSuite, GenEvalSuite
 from megavar.config.loading import load_config
 from megavar.config.parallel import ParallelConfig
 from megavar.config.recipe import MEPAConfig
@@ -59,19 +59,22 @@ def _score_generator(config: Config, place: Environment, untrained: bool) -> dic
     suites.check_suite(suite, config.data)
     config = _with_sampling(config)
     name = "untrained model" if untrained else config.run.name
-    compared = [] if isinstance(suite, ADMSuite) else ["untrained model"]  # 50,000 images are no table row
-    rows: dict[str, dict[str, float]] = {}
-    found: list[tuple[Samples, Scores]] = []
+    # 50,000 images are no table row, and official scorers run elsewhere
+    compared = [] if isinstance(suite, (ADMSuite, GenEvalSuite, DPGSuite)) else ["untrained model"]
+    drawn: dict[str, Samples] = {}
     for row in dict.fromkeys((name, *compared)):
-        samples = open_samples(config, place, untrained=row == "untrained model")
-        scores = _score_samples(config, samples, place)
-        if scores is not None:
-            rows[row] = scores.metrics
-            found.append((samples, scores))
+        drawn[row] = open_samples(config, place, untrained=row == "untrained model")
+        suites.take_features(suite, drawn[row], place, work_directory=drawn[row].directory)
+        drawn[row].fill(place)
     if place.rank != 0:
         return {}
+    found = {
+        row: suites.score_images(suite, config.data, samples, place.device, work_directory=samples.directory)
+        for row, samples in drawn.items()
+    }
+    rows = {row: scores.metrics for row, scores in found.items()}
     rows |= suites.suite_baselines(suite, config.data, config.sampling.number)
-    samples, scores = found[0]
+    samples, scores = drawn[name], found[name]
     result = Result(
         suite=suites.suite_label(suite),
         metrics=scores.metrics,
@@ -102,20 +105,6 @@ def _with_sampling(config: Config) -> Config:
     return config.model_copy(
         update={"sampling": sampling.model_copy(update={"number": number, "keep_images": keep})}
     )
-
-
-def _score_samples(config: Config, samples: Samples, place: Environment) -> Scores | None:
-    """Score ``samples`` on rank 0. Collective.
-
-    The ADM suite takes its features while the images are drawn; the others look at all images together.
-    """
-    suite = config.evaluation.suite
-    if not isinstance(suite, ADMSuite):
-        samples.fill(place)
-    scores = suites.score_images(suite, config.data, samples, place, work_directory=samples.directory)
-    if isinstance(suite, ADMSuite):
-        samples.fill(place)  # nothing is missing, unless a chunk was lost after its features had been taken
-    return scores
 
 
 @torch.no_grad()
@@ -160,7 +149,8 @@ def _score_tokenizer(config: Config, place: Environment) -> dict[str, float]:
 
 def _report(name: str, rows: dict[str, dict[str, float]], scores: Scores, result: Result, path: Path) -> None:
     write_result(path, result)
-    print(format_table(rows, scores.table or None))
+    if scores.metrics:
+        print(format_table(rows, scores.table or None))
     missed = thresholds_missed(rows[name], scores.table)
     if any(metric.threshold is not None for metric in scores.table):
         print(f"\n{name}: " + (f"misses {', '.join(missed)}" if missed else "meets every threshold"))

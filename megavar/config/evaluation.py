@@ -61,7 +61,27 @@ class ShapesSuite(Section):
     """Chooses the prompts."""
 
 
-SuiteConfig = Annotated[DigitsSuite | ClassifierSuite | ADMSuite | ShapesSuite, Field(discriminator="name")]
+class GenEvalSuite(Section):
+    """Images of GenEval's prompts in the folders that its scorer reads, which runs in an environment of its own."""
+
+    name: Literal["geneval"]
+    prompts: str
+    """The official repository's ``prompts/evaluation_metadata.jsonl``."""
+    per_prompt: int = Field(4, ge=1)
+    """Images per prompt."""
+
+
+class DPGSuite(Section):
+    """Four images of every prompt of DPG-Bench as the 2x2 grids that its scorer reads."""
+
+    name: Literal["dpg"]
+    prompts: str
+    """The official repository's folder ``dpg_bench/prompts``."""
+
+
+SuiteConfig = Annotated[
+    DigitsSuite | ClassifierSuite | ADMSuite | ShapesSuite | GenEvalSuite | DPGSuite, Field(discriminator="name")
+]
 
 
 class PerceptualWeights(Section):

@@ -81,7 +81,7 @@ class ViewReader(Dataset):
             raise DataError(f"Sample {index} of {self.source.fingerprint} is damaged: {error}. Repair it.") from error
         transform = self.prepare.transform
         if isinstance(transform, TenCrop):
-            views = [transform.view(image, view) for view in range(10)]
+            views = transform.views(image)
         else:
             rows = self.prepare.draws(torch.arange(self.views), torch.full((self.views,), index))
             views = [transform(image, draws) for draws in rows]

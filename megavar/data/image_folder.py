@@ -49,7 +49,8 @@ def list_class_folders(
     if not names:
         raise DataError(
             f"The image folder {root} has no sub-folders. Each class needs a sub-folder with its images, for example "
-            f"{root}/cat/0001.jpg. If the images lie in a folder for training and one for validation, name that folder."
+            f"{root}/cat/0001.jpg. If the images lie in a folder for training and one for validation, name that "
+            f"folder. If labels are in a file, make shards of it with tools/shard_images.py --list."
         )
     images = []
     for label, name in enumerate(names):

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from megavar.evaluation.chunks import ChunkStore, share
 from megavar.evaluation.images import ImageSet
-from megavar.evaluation.inception import ADMInception
+from megavar.evaluation.inception import ADMInception, full_precision
 from megavar.evaluation.reference import POOL_COUNT, Reference
 from megavar.evaluation.statistics import (
     Gaussian,
@@ -146,8 +146,9 @@ def adm_metrics(
         metrics["is_interleaved"] = inception_score(logits, splits=SPLITS, order=interleaved_order(labels))[0]
     if reference.pool_features is not None:
         real = reference.pool_features.to(device)
-        metrics["precision"], metrics["recall"] = precision_recall(pool, real, neighbours=NEIGHBOURS, half=True)
-        metrics["precision_fp32"], metrics["recall_fp32"] = precision_recall(pool, real, neighbours=NEIGHBOURS)
+        with full_precision(device):
+            metrics["precision"], metrics["recall"] = precision_recall(pool, real, neighbours=NEIGHBOURS, half=True)
+            metrics["precision_fp32"], metrics["recall_fp32"] = precision_recall(pool, real, neighbours=NEIGHBOURS)
     return qualified(metrics, len(pool), network), notes
 
 

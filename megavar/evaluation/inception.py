@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,15 +99,16 @@ def check_weights(path: Path, *, unofficial: bool = False) -> str:
         raise CheckpointError(
             f"The Inception weights {path} do not exist. FID, sFID, IS, precision and recall of ADM's protocol need "
             f"the file {WEIGHTS_NAME} (sha256 starts with {WEIGHTS_SHA256_PREFIX}), published with release v0.2.0 of "
-            f"toshas/torch-fidelity: download it on a machine with network and pass its path as --inception-weights."
+            f"toshas/torch-fidelity: download it on a machine with network and give its "
+            f"path (--inception-weights, or inception_weights in a configuration)."
         )
     sha256 = sha256_of_file(path)
     if not unofficial and not sha256.startswith(WEIGHTS_SHA256_PREFIX):
         raise CheckpointError(
             f"The sha256 of the Inception weights {path} starts with {sha256[:8]}, but {WEIGHTS_NAME} starts with "
             f"{WEIGHTS_SHA256_PREFIX}: the file is truncated or is another network, and numbers made with it could not "
-            f"be compared with published ones. Download it again, or pass --unofficial-weights to use it under the "
-            f"name inception-{sha256[:8]}."
+            f"be compared with published ones. Download it again, or use it under the name inception-{sha256[:8]} with "
+            f"--unofficial-weights (unofficial_weights: true in a configuration)."
         )
     return sha256
 
@@ -114,12 +116,15 @@ def check_weights(path: Path, *, unofficial: bool = False) -> str:
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Float32 that is float32: no autocast, no TF32 (samplers switch it on globally), restored afterwards."""
-    matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    # By torch's newer switches alone: its older ones raise where someone has set a newer one.
+    backends: Any = torch.backends  # their attributes are not typed
+    switches = [backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv]
+    before = [switch.fp32_precision for switch in switches]
     try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.allow_tf32 = convolution
+        for switch, precision in zip(switches, before):
+            switch.fp32_precision = precision

@@ -10,11 +10,12 @@ Sources: djghosh13/geneval ``evaluation/evaluate_images.py``; TencentQQGYLab/ELL
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from megavar.storage import write_bytes_atomic, write_json_atomic, write_text_at
 GENEVAL_PROMPTS = 553
 DPG_PROMPTS = 1065
 PER_PROMPT = 4
+Suite = Literal["geneval", "dpg"]
 Progress = Callable[[int], Any]
 
 
@@ -67,6 +69,65 @@ def read_dpg_prompts(folder: Path) -> dict[str, str]:
     if not files:
         raise DataError(f"{folder} holds no .txt files: pass the official repository's dpg_bench/prompts")
     return {file.stem: file.read_text().strip() for file in files}
+
+
+def read_prompts(suite: Suite, prompts: Path) -> list[dict[str, Any]] | dict[str, str]:
+    """The official prompts in index order; see :func:`read_geneval_prompts` and :func:`read_dpg_prompts`."""
+    return read_geneval_prompts(prompts) if suite == "geneval" else read_dpg_prompts(prompts)
+
+
+def emit(
+    suite: Suite,
+    root: Path,
+    prompts: Path,
+    images: ImageSet,
+    *,
+    per_prompt: int = PER_PROMPT,
+    on_progress: Progress = lambda images: None,
+) -> list[str]:
+    """Write ``images`` into ``root`` as the official scorer of ``suite`` reads them, check them, and say what to note.
+
+    Raises:
+        DataError: number of images, prompts or content of ``root`` do not fit, or something is amiss afterwards.
+    """
+    found = read_prompts(suite, prompts)
+    described = {
+        "suite": suite,
+        "prompts": len(found),
+        "prompts_sha256": hashlib.sha256(json.dumps(found).encode()).hexdigest(),
+        "prompt_rewrite": "none",
+        "per_prompt": per_prompt,
+        "images": images.identity,
+    }
+    run_file = claim(root, described)
+    if isinstance(found, list):
+        emit_geneval(root, found, images, per_prompt=per_prompt, on_progress=on_progress)
+    else:
+        emit_dpg(root, found, images, per_prompt=per_prompt, on_progress=on_progress)
+    notes = [*check(suite, root, prompts, per_prompt=per_prompt), f"{run_file} says what these images are"]
+    if suite == "dpg":
+        # The official script takes one quarter unless told otherwise, and writes its results among the images.
+        side = images.read(0, 1).shape[-1]
+        notes.append(f"score with compute_dpg_bench.py --pic-num 4 --resolution {side} --res-path FILE_ELSEWHERE.txt")
+    return notes
+
+
+def check(suite: Suite, root: Path, prompts: Path, *, per_prompt: int = PER_PROMPT) -> list[str]:
+    """Check that the official scorer of ``suite`` finds in ``root`` exactly what it should, and say what to note.
+
+    Raises:
+        DataError: with the first problems.
+    """
+    found = read_prompts(suite, prompts)
+    if isinstance(found, list):
+        usual, problems = GENEVAL_PROMPTS, verify_geneval(root, found, per_prompt=per_prompt)
+    else:
+        usual, problems = DPG_PROMPTS, verify_dpg(root, found)
+    if problems:
+        listed = "\n".join(problems[:20])
+        raise DataError(f"{root} has {len(problems)} problems; repair or emit again:\n{listed}")
+    unusual = [f"{len(found)} prompts instead of the official {usual}"] if len(found) != usual else []
+    return [*unusual, f"{root}: {len(found)} prompts, nothing amiss"]
 
 
 def claim(root: Path, content: dict[str, Any]) -> Path:

@@ -9,11 +9,20 @@ from typing import Any
 import torch
 
 from megavar.config.data import DataConfig
-from megavar.config.evaluation import ADMSuite, ClassifierSuite, DigitsSuite, ShapesSuite, SuiteConfig
+from megavar.config.evaluation import (
+    ADMSuite,
+    ClassifierSuite,
+    DigitsSuite,
+    DPGSuite,
+    GenEvalSuite,
+    ShapesSuite,
+    SuiteConfig,
+)
 from megavar.data.build import build_source
 from megavar.data.shapes_grammar import Prompt, evaluation_prompts
 from megavar.errors import ConfigError
-from megavar.evaluation import adm, classes, digits, shape_eval
+from megavar.evaluation import adm, classes, digits, layouts, shape_eval
+from megavar.evaluation.chunks import ChunkStore
 from megavar.evaluation.images import ImageSet
 from megavar.evaluation.inception import ADMInception, check_weights
 from megavar.evaluation.reference import check_reference, load_reference
@@ -47,6 +56,14 @@ def check_suite(suite: SuiteConfig, data: DataConfig) -> None:
         check_reference(Path(suite.reference))
         return
     source = data.source.name
+    if isinstance(suite, (GenEvalSuite, DPGSuite)):
+        layouts.read_prompts(suite.name, Path(suite.prompts))
+        if build_source(data).num_classes:
+            raise ConfigError(
+                f"evaluation.suite.name={suite.name} asks for images of prompts, but data.source.name={source} has "
+                f"classes and no captions. Use evaluation.suite.name=classifier or adm."
+            )
+        return
     wanted = {"digits": "digits", "shapes": "shapes"}.get(suite.name, source)
     if source != wanted:
         raise ConfigError(
@@ -72,7 +89,15 @@ def check_suite(suite: SuiteConfig, data: DataConfig) -> None:
 
 def image_count(suite: SuiteConfig, data: DataConfig, samples: int) -> int:
     """Number of images that the suite scores: ``samples``, or those of its own prompts."""
-    return len(shape_prompts(suite, data)) * suite.per_prompt if isinstance(suite, ShapesSuite) else samples
+    if isinstance(suite, ShapesSuite):
+        return len(shape_prompts(suite, data)) * suite.per_prompt
+    if isinstance(suite, (GenEvalSuite, DPGSuite)):
+        return len(layouts.read_prompts(suite.name, Path(suite.prompts))) * _per_prompt(suite)
+    return samples
+
+
+def _per_prompt(suite: GenEvalSuite | DPGSuite) -> int:
+    return suite.per_prompt if isinstance(suite, GenEvalSuite) else layouts.PER_PROMPT
 
 
 def suite_label(suite: SuiteConfig) -> str:
@@ -80,18 +105,27 @@ def suite_label(suite: SuiteConfig) -> str:
     return f"adm/{suite.backend}" if isinstance(suite, ADMSuite) else suite.name
 
 
-def score_images(
-    suite: SuiteConfig, data: DataConfig, images: ImageSet, place: Environment, *, work_directory: Path
-) -> Scores | None:
-    """Score ``images``. Collective; rank 0 gets the scores, the others None.
+def take_features(suite: SuiteConfig, images: ImageSet, place: Environment, *, work_directory: Path) -> None:
+    """What all ranks do for a score. Collective.
 
-    All ranks read images for the ADM suite, rank 0 alone for the others. ``work_directory`` keeps the Inception
-    features of the ADM suite, so that interrupted work continues.
+    For the ADM suite: Inception features of ``images``, chunk by chunk, into ``work_directory``; images that are drawn
+    when they are read need not be stored for it. The other suites look at all images together, when they score.
     """
     if isinstance(suite, ADMSuite):
-        return _adm(suite, images, place, work_directory)
-    if place.rank != 0:
-        return None
+        network = _inception(suite, place.device)
+        adm.stored_features(_features_directory(work_directory, network), images, network, place)
+
+
+def score_images(
+    suite: SuiteConfig, data: DataConfig, images: ImageSet, device: torch.device, *, work_directory: Path
+) -> Scores:
+    """Score ``images`` after :func:`take_features`. On one rank; the others need not wait for it."""
+    if isinstance(suite, ADMSuite):
+        return _adm(suite, images, device, work_directory)
+    if isinstance(suite, (GenEvalSuite, DPGSuite)):
+        root = work_directory / suite.name
+        notes = layouts.emit(suite.name, root, Path(suite.prompts), images, per_prompt=_per_prompt(suite))
+        return Scores({}, (), {"name": f"the official scorer of {suite.name}, to be run on {root}"}, notes=notes)
     everything = images.read(0, len(images))
     if isinstance(suite, ShapesSuite):
         prompts = [prompt for prompt in shape_prompts(suite, data) for _ in range(suite.per_prompt)]
@@ -141,16 +175,21 @@ def shape_prompts(suite: ShapesSuite, data: DataConfig) -> list[Prompt]:
     return evaluation_prompts(data.image_size, per_tag=suite.per_tag, held_out=suite.held_out, seed=suite.seed)
 
 
-def _adm(suite: ADMSuite, images: ImageSet, place: Environment, work_directory: Path) -> Scores | None:
-    network = ADMInception(Path(suite.inception_weights), unofficial=suite.unofficial_weights).to(place.device)
-    store = adm.stored_features(work_directory / f"features-{network.name}", images, network, place)
-    if place.rank != 0:
-        return None
-    features = adm.collect_features(store)
-    reference = load_reference(Path(suite.reference), network, torch.device(place.device))
+def _adm(suite: ADMSuite, images: ImageSet, device: torch.device, work_directory: Path) -> Scores:
+    network = _inception(suite, device)
+    features = adm.collect_features(ChunkStore.existing(_features_directory(work_directory, network)))
+    reference = load_reference(Path(suite.reference), network, device)
     if suite.backend == "torch-fidelity":
         metrics, notes = adm.torch_fidelity_metrics(features, reference, network)
     else:
         metrics, notes = adm.adm_metrics(features, reference, network, labels=images.labels)
     extractor = {"name": network.name, "sha256": network.weights_sha256}
     return Scores(metrics, (), extractor, reference.identity, notes + images.notes)
+
+
+def _inception(suite: ADMSuite, device: torch.device) -> ADMInception:
+    return ADMInception(Path(suite.inception_weights), unofficial=suite.unofficial_weights).to(device)
+
+
+def _features_directory(work_directory: Path, network: ADMInception) -> Path:
+    return work_directory / f"features-{network.name}"

@@ -34,9 +34,11 @@ from megavar.training.checkpoint.lock import RunLock
 
 _log = logging.getLogger(__name__)
 
-# What may differ when a run continues: it does not change what is trained. Prefixes of dotted keys.
+# What may differ when a run continues: it does not change what is trained. Prefixes of dotted keys. Data may move: that
+# they are the same is checked by their fingerprint.
 CHANGEABLE = (
     "run.", "logging.", "sampling.", "evaluation.", "parallel.", "deepspeed", "data.workers", "data.prefetch",
+    "data.damaged_samples", "data.source.path", "data.source.test_path", "data.source.url", "data.source.images.path",
     "train.micro_batch_size", "train.checkpoint.", "train.recovery.", "train.watchdog.", "train.fresh",
     "train.cpu_threads", "train.agreement_interval", "train.garbage_collection_interval",
 )  # fmt: skip

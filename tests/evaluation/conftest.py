@@ -4,7 +4,7 @@ from torch import nn
 from torch_fidelity import feature_extractor_inceptionv3
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from megavar.evaluation.inception import ADMInception, InceptionFeatures
+from megavar.evaluation.inception import ADMInception, InceptionFeatures, full_precision
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +56,8 @@ class SmallInception(nn.Module):
         return InceptionFeatures((x @ self.pool).relu(), (x @ self.spatial).relu())
 
     def logits(self, pool):
-        return pool @ self.classes
+        with full_precision(pool.device):
+            return pool @ self.classes
 
 
 @pytest.fixture(scope="session")

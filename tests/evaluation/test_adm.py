@@ -88,6 +88,12 @@ def test_every_metric_is_its_definition_on_the_stored_features(pair, metrics, sm
     assert any("80 reference images" in note for note in notes)
 
 
+def test_lowered_precision_around_changes_no_number(pair, metrics, small_inception):
+    generated, real = pair
+    with torch.autocast("cpu", torch.bfloat16):
+        assert adm_metrics(generated, reference_of(real), small_inception, labels=torch.arange(60) % 4) == metrics
+
+
 def test_torch_fidelity_agrees_on_the_same_features(pair, metrics, small_inception):
     generated, real = pair
     theirs, _ = torch_fidelity_metrics(generated, reference_of(real), small_inception)

@@ -7,6 +7,7 @@ from torch_fidelity.utils import create_feature_extractor
 from megavar.errors import CheckpointError
 from megavar.evaluation.inception import WEIGHTS_NAME, ADMInception, full_precision
 from megavar.evaluation.statistics import frechet_distance, gaussian
+from tests.distributed.harness import run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -77,20 +78,36 @@ def test_files_that_are_not_its_weights_are_explained(random_weights, tmp_path, 
     assert len(str(caught.value)) < 600 and name in str(caught.value)
 
 
-def test_full_precision_switches_off_and_restores_what_samplers_set():
-    cpu = torch.device("cpu")
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    try:
-        torch.set_float32_matmul_precision("medium")
-        torch.backends.cudnn.allow_tf32 = True
-        with torch.autocast("cpu", torch.bfloat16), full_precision(cpu):
-            assert torch.get_float32_matmul_precision() == "highest"
-            assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is False
-            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
-        assert torch.get_float32_matmul_precision() == "medium" and torch.backends.cudnn.allow_tf32 is True
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+def legacy_switches():
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.cudnn.allow_tf32 = True
+
+
+def newer_switches():
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+
+
+def precisions():
+    backends = torch.backends
+    switches = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv
+    return [switch.fp32_precision for switch in switches]
+
+
+def precision_around(lower):
+    """Before, inside and after, in a process of its own, as the two families of switches cannot be told apart again."""
+    lower()
+    before = precisions()
+    with torch.autocast("cpu", torch.bfloat16), full_precision(torch.device("cpu")):
+        inside = precisions(), (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+    return before, inside, precisions()
+
+
+@pytest.mark.parametrize("lower", [legacy_switches, newer_switches])
+def test_full_precision_switches_off_and_restores_what_samplers_set(lower):
+    ((before, inside, after),) = run_ranks(1, precision_around, lower)
+    assert before[0] == "tf32" and before[2] == "bf16"
+    assert inside == (["ieee"] * 4, torch.float32) and after == before
 
 
 def test_features_do_not_depend_on_surrounding_autocast(inception, images, features):

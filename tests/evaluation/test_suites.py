@@ -12,7 +12,9 @@ from megavar.config.evaluation import (
     ADMSuite,
     ClassifierSuite,
     DigitsSuite,
+    DPGSuite,
     EvaluationConfig,
+    GenEvalSuite,
     PerceptualWeights,
     ReconstructionConfig,
     ShapesSuite,
@@ -25,7 +27,14 @@ from megavar.evaluation import classes, reconstruction_suite, suites
 from megavar.evaluation.chunks import ChunkStore
 from megavar.evaluation.reconstruction_suite import score_tokenizer
 from megavar.evaluation.shape_eval import true_scenes
-from megavar.evaluation.suites import check_suite, image_count, score_images, shape_prompts, suite_baselines
+from megavar.evaluation.suites import (
+    check_suite,
+    image_count,
+    score_images,
+    shape_prompts,
+    suite_baselines,
+    take_features,
+)
 from megavar.parallel.environment import Environment
 from megavar.sampling.samples import Samples
 from tests.evaluation.conftest import SmallInception
@@ -55,10 +64,9 @@ def test_digits_suite(tmp_path, extractor_directory):
     data = DataConfig()
     suite = DigitsSuite(extractor_cache=str(extractor_directory))
     images = as_chunks(tmp_path / "chunks", *real_images(data))
-    scores = score_images(suite, data, images, ONE, work_directory=tmp_path)
+    scores = score_images(suite, data, images, ONE.device, work_directory=tmp_path)
     assert scores.metrics["fd64"] == pytest.approx(19.24, abs=0.1) and len(scores.extractor["sha256"]) == 64
     assert scores.reference["count"] == 1433 and scores.table
-    assert score_images(suite, data, images, Environment(1, 2, 1, "torchrun"), work_directory=tmp_path) is None
     assert suite_baselines(DigitsSuite(baselines=False), data, 50) == {}
 
 
@@ -66,7 +74,7 @@ def test_classifier_suite_names_the_source_and_sees_copies(tmp_path, extractor_d
     monkeypatch.setattr(classes, "_STEPS", 80)
     suite = ClassifierSuite(reference_images=400, extractor_cache=str(extractor_directory))
     images = as_chunks(tmp_path / "chunks", *real_images(PHOTOGRAPHS))
-    scores = score_images(suite, PHOTOGRAPHS, images, ONE, work_directory=tmp_path)
+    scores = score_images(suite, PHOTOGRAPHS, images, ONE.device, work_directory=tmp_path)
     keys = {f"{key}@photographs-cnn" for key in ("fid", "isc", "precision", "recall", "label_accuracy")}
     assert set(scores.metrics) == keys | {"nearest_train_distance"} == {metric.key for metric in scores.table}
     rows = suite_baselines(suite, PHOTOGRAPHS, 60)
@@ -82,7 +90,7 @@ def test_shapes_suite_scores_prompts_in_index_order(tmp_path):
     prompts = shape_prompts(suite, SHAPES)
     doubled = [prompt for prompt in prompts for _ in range(2)]
     images = as_chunks(tmp_path / "chunks", true_scenes(doubled, 32), torch.full((len(doubled),), -1))
-    scores = score_images(suite, SHAPES, images, ONE, work_directory=tmp_path)
+    scores = score_images(suite, SHAPES, images, ONE.device, work_directory=tmp_path)
     assert scores.metrics["strict"] == scores.metrics["lenient/position"] == 1
     assert len((tmp_path / "shape_eval.jsonl").read_text().splitlines()) == len(doubled)
     rows = suite_baselines(suite, SHAPES, 0)
@@ -101,10 +109,30 @@ def test_adm_suite_keeps_features_and_qualifies_keys(tmp_path, small_inception, 
     images = as_chunks(tmp_path / "chunks", *real_images(PHOTOGRAPHS))
     for backend in ("megavar", "torch-fidelity"):
         suite = ADMSuite(name="adm", inception_weights="w", reference=str(tmp_path / "ref.npz"), backend=backend)
-        scores = score_images(suite, PHOTOGRAPHS, images, ONE, work_directory=tmp_path)
+        take_features(suite, images, ONE, work_directory=tmp_path)
+        scores = score_images(suite, PHOTOGRAPHS, images, ONE.device, work_directory=tmp_path)
         assert scores.metrics["fid@60@small"] > 0 and scores.reference["kind"] == "megavar"
         assert any("60 images instead of 50000" in note for note in scores.notes)
     assert (tmp_path / "features-small" / "chunk_000000.npz").exists()
+
+
+def test_official_suites_emit_and_verify(tmp_path):
+    (tmp_path / "prompts").mkdir()
+    for name in ("a", "b", "c"):
+        (tmp_path / "prompts" / f"{name}.txt").write_text(name)
+    lines = [{"tag": "colors", "include": [], "prompt": name} for name in "abcdef"]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    images = as_chunks(tmp_path / "chunks", *(part[:12] for part in real_images(PHOTOGRAPHS)))
+    geneval = GenEvalSuite(name="geneval", prompts=str(tmp_path / "metadata.jsonl"), per_prompt=2)
+    dpg = DPGSuite(name="dpg", prompts=str(tmp_path / "prompts"))
+    for suite in (geneval, dpg):
+        check_suite(suite, SHAPES)
+        assert image_count(suite, SHAPES, 70) == 12
+        scores = score_images(suite, SHAPES, images, ONE.device, work_directory=tmp_path)
+        assert scores.metrics == {} and any("nothing amiss" in note for note in scores.notes)
+    assert len(list((tmp_path / "geneval").glob("*/samples/*.png"))) == 12 and (tmp_path / "dpg" / "b.png").exists()
+    with pytest.raises(DataError, match=r"no \.txt files"):
+        check_suite(DPGSuite(name="dpg", prompts=str(tmp_path)), SHAPES)
 
 
 @pytest.mark.parametrize(

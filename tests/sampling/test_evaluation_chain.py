@@ -183,3 +183,6 @@ def test_tokens_are_not_decoded_by_another_tokenizer(expected, inputs, tmp_path)
     assert opened.read(0, CHUNK).shape == (CHUNK, 3, 16, 16)  # these were kept
     with pytest.raises(DataError, match="drawn with the tokenizer weights"):
         opened.read(COUNT - 1, COUNT)
+    (tmp_path / "vae.pth").unlink()
+    with pytest.raises(DataError, match=r"vae\.pth, which do not exist"):
+        opened.read(COUNT - 1, COUNT)

@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.slurm)
-            item.add_marker(pytest.mark.timeout(900))
+            item.add_marker(pytest.mark.timeout(1200))
             if reason:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
@@ -104,7 +104,7 @@ class WatchedRun:
 
         return newest_checkpoint_step(self.path)
 
-    def wait(self, condition: object, seconds: float = 280) -> None:
+    def wait(self, condition: object, seconds: float = 600) -> None:
         """Wait until ``condition`` holds; fail with all logs."""
         assert self.cluster.wait(condition, seconds), self.story()
 
@@ -117,7 +117,7 @@ class WatchedRun:
 
         self.wait(saved)
 
-    def wait_for_end(self, seconds: float = 280) -> None:
+    def wait_for_end(self, seconds: float = 600) -> None:
         """Wait until no job of the run is left."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         self.wait(lambda: all(self.cluster.state(job) in ended for job in self.jobs), seconds)

@@ -89,7 +89,8 @@ def unattended(cluster, config, uninterrupted, tmp_path_factory) -> dict[str, Wa
     The first meets the uninterrupted run at the tokenizer: one of them trains it, the other waits for it.
     """
     folder = tmp_path_factory.mktemp("unattended")
-    limited = WatchedRun(cluster, folder / "limited", config, time="2", signal_lead_seconds=45, before=LINGER)
+    limited = WatchedRun(cluster, folder / "limited", config, time="2", signal_lead_seconds=45, before=LINGER,
+                         maximum_attempts_without_progress=20)  # fmt: skip  # on a busy machine a start takes a minute
     limited.submit()
     limited.wait(lambda: (config.parent / "tokenizer/DONE").exists())
     killed = WatchedRun(cluster, folder / "killed", config, setup=DIE_AT_EVERY_PHASE.splitlines(),

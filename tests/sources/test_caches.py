@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from megavar.config.data import CacheSource, DataConfig, NoTransform, PhotographsSource, TenCropTransform, VarTransform
+from megavar.config.shapes import ShapesSource
 from megavar.config.tokenizer import MultiScaleVQConfig
 from megavar.data.build import build_loader, build_source, build_transform, of_images
 from megavar.data.caches import FILE_NAME, CachedSamples, CachePlan, part_name, read_cache_file, weights_sha256
@@ -63,7 +65,7 @@ def prepare(config):
         rows=len(source),
         rows_per_part=8,
         batch_rows=3,
-        image_size=16,
+        image_size=config.image_size,
         transform=repr(build_transform(config)),
         seed=SEED,
         source=source.fingerprint,
@@ -284,6 +286,22 @@ def test_many_parts_are_not_open_at_once(cache, monkeypatch):
     for row in np.random.default_rng(0).permutation(50).tolist():
         assert few.read(row).tokens.tolist() == expected[row]
         assert len(few._parts) <= 2
+
+
+def test_captions_come_from_the_images_that_were_cached(tmp_path):
+    images = ShapesSource(length=20)
+    source = CacheSource(path=str(tmp_path / "cache"), images=images)
+    config = DataConfig(source=source, image_size=32)
+    plan, reader, encode = prepare(config)
+    write_cache(tmp_path / "cache", replace(plan, shape=(21,)), reader, lambda images: encode(images[:, :, ::2, ::2]))
+    shapes = build_source(of_images(config))
+    loader = build_loader(config, build_source(config), seed=0, global_batch_size=20, micro_batch_size=20)
+    (batch,) = next(iter(loader))
+    assert batch.tokens.shape == (20, 21) and batch.labels.tolist() == [-1] * 20
+    assert list(batch.captions) == [shapes.read(index).caption for index in batch.sample_ids.tolist()]
+    other = config.model_copy(update={"source": source.model_copy(update={"images": ShapesSource(length=20, seed=1)})})
+    with pytest.raises(DataError, match=r"data\.source\.images"):
+        build_source(other)
 
 
 def test_the_test_split_is_images(cache):

@@ -67,13 +67,15 @@ def test_quick_verification_finds_what_is_missing_or_cut(copy):
     assert files_with_problems(copy, full=True) == expected
 
 
-def test_a_shard_that_cannot_be_read_is_one_problem(copy):
+def test_a_shard_that_cannot_be_read_is_one_problem_and_is_repaired(copy, shards, originals):
     path = copy / "shard-000002.tar"
     path.unlink()
     path.symlink_to("/proc/self/mem")  # reading its first page fails
     problems = [str(problem) for problem in verify_shards(copy, full=True)]
     assert len(problems) == 1
     assert problems[0].startswith("shard-000002.tar: it or its index cannot be read")
+    repair_shards(copy, source=list_originals("class_folders", originals))
+    assert content_of(copy) == content_of(shards)
 
 
 def test_a_shard_that_stands_twice_gives_duplicate_keys(copy):

@@ -15,7 +15,7 @@ from megavar.data.progress import PROGRESS
 from megavar.data.shards.index import build_index, decode_index, encode_index, index_path
 from megavar.data.shards.listing import list_originals
 from megavar.data.shards.manifest import read_manifest
-from megavar.data.shards.verification import adopt_shards, verify_shards
+from megavar.data.shards.verification import adopt_shards, repair_shards, verify_shards
 from megavar.data.shards.writing import Plan, write_shards
 from megavar.data.webdataset import ShardFolder
 from megavar.errors import DataError
@@ -156,6 +156,13 @@ def test_originals_that_cannot_be_read_are_named(tmp_path, kind):
         victim.symlink_to("/proc/self/mem" if kind == "unreadable" else "nowhere")
     with pytest.raises(DataError, match=r"coffee/extra\.jpg is damaged"):
         shard(originals, tmp_path / "out", shards=2)
+    out = shard(originals, tmp_path / "out", shards=2, damaged="leave-out")
+    expected = content_of(out)
+    assert content_of(shard(originals, tmp_path / "again", shards=2, damaged="leave-out")) == expected
+    for path in out.glob("*.tar"):
+        path.unlink()
+    repair_shards(out, source=list_originals("class_folders", originals))
+    assert content_of(out) == expected
 
 
 def test_pairs_keep_their_captions(tmp_path):
@@ -225,6 +232,7 @@ def test_names_that_webdataset_passes_over_are_passed_over(originals, tmp_path):
         ({"1.jpg": b"1", "1.cls": b"3000000000"}, "class of sample 1 .* is not a number below"),
         ({"1.cls": b"0"}, "Sample 1 .* has no image"),
         ({"README": b"nothing"}, "contains no samples"),
+        ({"1.jpg": b"1", "1.JPG": b"2"}, "1.JPG twice in a row"),
     ],
 )
 def test_tars_that_are_no_training_data_are_refused(tmp_path, members, message):
@@ -232,6 +240,20 @@ def test_tars_that_are_no_training_data_are_refused(tmp_path, members, message):
     with pytest.raises(DataError, match=message):
         adopt_shards(tmp_path)
     assert not (tmp_path / "manifest.json").exists()
+
+
+def test_keys_may_begin_anew_in_every_shard_of_another_tool(originals, tmp_path):
+    image = next(originals.rglob("*.JPEG")).read_bytes()
+    for name in ("a.tar", "b.tar"):
+        write_tar(tmp_path / name, {"1.jpg": image, "2.jpg": image})
+    adopt_shards(tmp_path)
+    assert verify_shards(tmp_path, full=True) == []
+    (tmp_path / "manifest.json").unlink()
+    write_tar(tmp_path / "b.tar", {"1.jpg": image, "2.jpg": image, "1.png": image})
+    adopt_shards(tmp_path)
+    assert [str(problem) for problem in verify_shards(tmp_path, full=True)] == [
+        "b.tar: 1 keys occur more than once in it"
+    ]
 
 
 def test_an_index_of_another_kind_is_not_overwritten(originals, tmp_path):

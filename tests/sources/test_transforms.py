@@ -92,6 +92,7 @@ def test_ten_crop_offsets_at_256():
         assert equal(transforms.TenCrop(256).view(image, view), expected[view])
         assert equal(transforms.TenCrop(256)(image, ((view + 0.5) / 10,)), expected[view])
         assert equal(expected[view], reference.ten_crop(image, 256)[view])
+        assert equal(transforms.TenCrop(256).views(image)[view], expected[view])
 
 
 def test_titok_crops_along_the_longer_side_only():
@@ -148,5 +149,7 @@ def test_every_kind_of_image_is_decoded_to_the_colours_that_it_shows():
 
 
 def test_bytes_that_are_no_image_are_a_damaged_sample():
-    with pytest.raises(DamagedSampleError, match="cannot be decoded"):
+    with pytest.raises(DamagedSampleError, match=r"^these bytes are not an image$"):
         transforms.decode(b"not an image")
+    with pytest.raises(DamagedSampleError, match="cannot be decoded"):
+        transforms.decode(encoded(noise(50, 50), "JPEG")[:-100])

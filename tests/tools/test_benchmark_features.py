@@ -14,8 +14,9 @@ def test_figures_of_both_extractors(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert set(figures["images_per_second"]) == {"inception 32", "digits-cnn 16"}
-    assert all(value > 0 for value in figures["images_per_second"].values()) and "images/s" in printed
+    assert set(figures["speeds"]) == {"inception 32", "digits-cnn 16"}
+    assert all(value > 0 for speed in figures["speeds"].values() for value in speed.values())
+    assert printed.count("images/s per core") == 2
 
 
 def test_missing_weights_are_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

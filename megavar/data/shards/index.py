@@ -73,7 +73,7 @@ def walk_tar(path: Path) -> list[TarSample]:
     As in webdataset, names without a dot or with one in front (``._0001.jpg`` of a Mac) are no members.
 
     Raises:
-        DataError: the tar is damaged or empty.
+        DataError: the tar is damaged or empty, or a sample has two members of the same name.
     """
     samples: list[TarSample] = []
     try:
@@ -88,6 +88,8 @@ def walk_tar(path: Path) -> list[TarSample]:
                 key = f"{folder}/{stem}" if folder else stem
                 if not samples or samples[-1].key != key:
                     samples.append(TarSample(key))
+                if extension.lower() in samples[-1].members:
+                    raise DataError(f"{path} has {member.name} twice in a row. Give every sample a key of its own.")
                 samples[-1].members[extension.lower()] = (member.offset_data, member.size)
             end = tar.offset
     except tarfile.TarError as error:

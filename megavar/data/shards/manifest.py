@@ -54,7 +54,7 @@ class Manifest:
         counts = self.class_histogram
         balance = sorted(counts.get(str(label), 0) for label in range(len(self.class_names)))
         spread = f"{balance[0]} to {balance[-1]}" if balance[0] != balance[-1] else f"{balance[0]}"
-        return f"{text}, {len(self.class_names)} classes of {spread}"
+        return f"{text}, {len(self.class_names)} classes of {spread} images"
 
     @property
     def class_histogram(self) -> dict[str, int]:

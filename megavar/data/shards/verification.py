@@ -71,6 +71,8 @@ def verify_shards(
         progress(manifest.shards[shard].samples)
     for shard in range(len(manifest.shards)):
         problems += found[shard].problems
+    if manifest.arguments["kind"] == "existing":  # other tools may count anew in every shard
+        return problems
     keys = np.sort(np.concatenate([findings.key_hashes for findings in found.values()]))
     twice = keys[1:][keys[1:] == keys[:-1]]
     if len(twice):
@@ -131,6 +133,8 @@ def _content_problems(
             f"{len(keys)} samples {keys[0]}..{keys[-1]} instead of {entry.samples} samples "
             f"{entry.first_key}..{entry.last_key}"
         )
+    if len(set(keys)) < len(keys):
+        messages.append(f"{len(keys) - len(set(keys))} keys occur more than once in it")
     labels = Counter(records["label"].tolist())
     if {str(label): count for label, count in labels.items()} != entry.class_histogram:
         messages.append("its class histogram is not the one in the manifest")
@@ -223,9 +227,13 @@ def _repair(
 ) -> _Repair:
     entry = manifest.shards[shard]
     path = folder / entry.file
-    if shard_is_whole(folder, entry):
-        return _Repair()
-    if path.is_file() and sha256_of_file(path) == entry.sha256:
+    try:
+        if shard_is_whole(folder, entry):
+            return _Repair()
+        only_index = path.is_file() and sha256_of_file(path) == entry.sha256
+    except OSError:  # a bad block of the disk
+        only_index = False
+    if only_index:
         index = index_path(path)
         write_bytes_atomic(index, encode_index(build_index(path)[0]))
         return _Repair(done=f"{index.name}: rebuilt from {path.name}")
@@ -250,16 +258,11 @@ def _remake(plan: Plan, permutation: np.ndarray, folder: Path, shard: int, entry
 
 
 def adopt_shards(
-    folder: Path,
-    *,
-    class_names: list[str] | None = None,
-    processes: int = 1,
-    progress: Callable[[int], Any] = lambda samples: None,
+    folder: Path, *, processes: int = 1, progress: Callable[[int], Any] = lambda samples: None
 ) -> Manifest:
     """Give the WebDataset tars of another tool an index and a manifest. The tars are not changed.
 
-    Args:
-        class_names: names of the classes; by default their numbers.
+    Classes are named by their numbers.
 
     Raises:
         DataError: there are no tars, there is a manifest already, a tar is damaged, an index is in the way, or only
@@ -283,9 +286,7 @@ def adopt_shards(
             f"{sum(entry.class_histogram['-1'] for entry in bare)} samples of {folder} have no class (.cls), for "
             f"example in {bare[0].file}, but others have one. Give each or none a class."
         )
-    names = class_names if class_names is not None else [str(label) for label in range(largest + 1)]
-    if largest >= len(names):
-        raise DataError(f"The shards in {folder} have class {largest}, but only {len(names)} class names were given.")
+    names = [str(label) for label in range(largest + 1)]
     manifest = Manifest({"kind": "existing"}, names, [entries[shard] for shard in range(len(files))])
     write_manifest(folder, manifest)
     return manifest

@@ -103,8 +103,10 @@ def _members(root: Path, original: Original) -> dict[str, bytes]:
         caption = original.caption
         if original.caption_path is not None:
             caption = (root / original.caption_path).read_text("utf-8-sig").strip()
-    except (OSError, UnicodeError) as error:
-        raise DamagedSampleError(f"it cannot be read ({error})") from error
+    except OSError as error:
+        raise DamagedSampleError(f"it cannot be read ({error.strerror})") from error
+    except UnicodeError as error:
+        raise DamagedSampleError(f"its caption is not UTF-8 text ({error})") from error
     width, height = decode(image).size
     facts = {"height": height, "path": original.path, "sha256": hashlib.sha256(image).hexdigest(), "width": width}
     members = {"jpg" if suffix == ".jpeg" else suffix[1:]: image, "json": json.dumps(facts).encode()}

@@ -31,7 +31,7 @@ trap 'terminated=1' TERM
 # processes have KillWait, perhaps 30 s, to live: soon stop waiting for the ranks, because what follows must still run.
 run_step() {
     if [ "$stop_requested" = 1 ]; then return 0; fi
-    srun --kill-on-bad-exit=1 "$@" &
+    srun --kill-on-bad-exit=1 --export=ALL "$@" & # ALL: also where sbatch was told to pass on nothing
     srun_process=$!
     if [ "$stop_requested" = 1 ]; then forward_stop; fi # it came in between
     local patience=3

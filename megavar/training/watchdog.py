@@ -135,7 +135,7 @@ class Watchdog:
 def dump_flight_recorder() -> None:
     """Write this rank's last collectives to the file that NCCL's watchdog would write, where the launcher names it.
 
-    ``python -m torch.distributed.flight_recorder.fr_trace`` reads these files.
+    The files are pickled dictionaries; PyTorch's ``torchfrtrace`` compares those of NCCL.
     """
     prefix, torch = os.environ.get("TORCH_FR_DUMP_TEMP_FILE"), sys.modules.get("torch")
     if not prefix or torch is None or not torch.distributed.is_initialized():

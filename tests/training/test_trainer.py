@@ -1,5 +1,6 @@
 """The loop: losses, resuming, stopping, recovering, on one and two real ranks."""
 
+import dataclasses
 import os
 import random
 import signal
@@ -231,6 +232,23 @@ def _without_step_2(directory, stage):
     total = torch.stack(losses)
     dist.all_reduce(total)
     return (total / dist.get_world_size()).tolist()
+
+
+def _with_a_spike(directory):
+    class Spikes(tiny.TinyRecipe):
+        def loss(self, name, output, inputs, step):
+            losses = super().loss(name, output, inputs, step)
+            factor = 9.0 if step == 11 else 1.0
+            return dataclasses.replace(losses, named={"loss": losses.named["loss"] * factor})
+
+    return train(directory, steps=14, recipe=Spikes())[0]
+
+
+def test_a_loss_spike_is_recorded(tmp_path):
+    assert run_ranks(2, _with_a_spike, tmp_path) == [ExitCode.FINISHED] * 2
+    (event,) = [line for line in tiny.read_metrics(tmp_path) if "event" in line]
+    assert (event["event"], event["step"]) == ("loss_spike", 12)
+    assert event["loss"] > 2 * event["median"]
 
 
 RECOVERY = {"checkpoint": {"interval": 2}, "recovery": {"skips": 1, "rollbacks": 1}}

@@ -13,9 +13,9 @@ from megavar.training.run_directory import RunDirectory
 
 def test_two_runs_of_one_process_do_not_mix(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config = LoggingConfig(progress="none", wandb=WandbConfig(mode="offline"))
-    for name, steps in (("first", (100, 200)), ("second", (10, 20))):
+    for name, steps in (("first", (100, 200)), ("second", (10, 20)), ("second", (30, 40))):  # the third is a restart
         monitor = Monitor(config, RunDirectory(tmp_path / name), name, 0, 200)
-        (tmp_path / name).mkdir()
+        (tmp_path / name).mkdir(exist_ok=True)
         monitor.open(0, {"name": name})
         for step in steps:
             monitor.log({"step": step, "loss": 1.0})
@@ -23,8 +23,11 @@ def test_two_runs_of_one_process_do_not_mix(tmp_path: Path, capfd: pytest.Captur
     assert "Tried to log to step" not in capfd.readouterr().err
     identities = {(tmp_path / name / "wandb_id").read_text() for name in ("first", "second")}
     assert len(identities) == 2
-    for name in ("first", "second"):
-        assert len(list((tmp_path / name).rglob("run-*.wandb"))) == 1
+    for name, starts in (("first", 1), ("second", 2)):
+        files = list((tmp_path / name).rglob("run-*.wandb"))
+        assert len(files) == starts
+        identity = (tmp_path / name / "wandb_id").read_text().strip()
+        assert {file.stem for file in files} == {f"run-{identity}"}, "a restart continues the same run"
 
 
 LOSES_ITS_SERVICE = """

@@ -30,6 +30,7 @@ _CHAIN = (
 _THREAD = re.compile(r"(?:Current thread|Thread) 0x[0-9a-f]+.*\(most recent call first\):")
 _TASK = re.compile(r"\w+: error: (?P<node>\S+): tasks? (?P<tasks>[\d,-]+): (?P<how>.+)")
 _EXIT_CODE = re.compile(r"Exited with exit code (\d+)")
+_PREFIX = re.compile(r"^\[rank\d+\]: ")  # torch.distributed's, before uncaught exceptions
 _BACKSTOP = re.compile(r"Timeout \(\d+:\d\d:\d\d(?:\.\d+)?\)!$")
 _TERMINATE = re.compile(r"terminate called after throwing an instance of '(?P<type>[^']+)'")
 _WHAT = re.compile(r"\s+what\(\):\s+(?P<text>.+)")
@@ -117,7 +118,7 @@ def read_rank_log(path: Path) -> RankLog:
     number = re.search(r"(\d+)", path.stem)
     assert number is not None, path
     log = RankLog(int(number[1]), path)
-    lines = path.read_text(errors="replace").splitlines()
+    lines = [_PREFIX.sub("", line) for line in path.read_text(errors="replace").splitlines()]
     written = path.stat().st_mtime
     position = 0
     while position < len(lines):

@@ -66,6 +66,8 @@ def run(config_path: str, overrides: Sequence[str], *, processes: int | None, ma
     if maximum < 1:
         raise ConfigError(f"--maximum-attempts {maximum} allows no attempt: give 1 or more.")
     write_config(directory, config)
+    if config.train.fresh:
+        (directory / "DONE").unlink(missing_ok=True)
     command = [sys.executable, "-m", "megavar", "train", str(directory / "config.yaml")]
     while True:
         code, attempt = progress.begin(directory, required, maximum=maximum, tasks_per_node=world_size)

@@ -31,10 +31,10 @@ trap 'terminated=1' TERM
 # processes have KillWait, perhaps 30 s, to live: soon stop waiting for the ranks, because what follows must still run.
 run_step() {
     if [ "$stop_requested" = 1 ]; then return 0; fi
-    srun --kill-on-bad-exit=1 "$@" &
+    srun --kill-on-bad-exit=1 --export=ALL "$@" & # ALL: also where sbatch was told to pass on nothing
     srun_process=$!
     if [ "$stop_requested" = 1 ]; then forward_stop; fi # it came in between
-    local patience=3
+    local patience=3 status
     while kill -0 "$srun_process" 2>/dev/null; do
         if [ "$terminated" = 0 ]; then
             wait "$srun_process"
@@ -46,6 +46,9 @@ run_step() {
         fi
     done
     wait "$srun_process"
+    status=$?
+    srun_process=
+    return "$status"
 }
 
 # Cancels the queued jobs of this run: only this user's, only under this run's own job name, never a running one.

@@ -68,7 +68,8 @@ class TrainConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints."""
     fresh: bool = False
-    """Start anew although the run directory holds checkpoints: they are moved away, not deleted."""
+    """Start anew although the run directory holds checkpoints: they are moved away, not deleted. Once: later jobs and
+    attempts of a launcher continue the new run."""
     recovery: RecoveryConfig = RecoveryConfig()
     """Losses and gradients that are not finite."""
     watchdog: WatchdogConfig = WatchdogConfig()

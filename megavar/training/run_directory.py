@@ -130,6 +130,12 @@ class RunDirectory:
                 f"the value to continue that run."
             )
 
+    def note_fresh_start(self) -> None:
+        """``train.fresh`` is done: whoever starts the kept configuration from now on continues the run."""
+        config = yaml.safe_load(self.config.read_text())
+        config["train"]["fresh"] = False
+        storage.write_text_atomic(self.config, yaml.safe_dump(config, sort_keys=False, width=120))
+
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the DONE mark, after everything else."""
         storage.write_json_atomic(self.path / "DONE", {"finished_at": _now(), **summary})

@@ -81,13 +81,15 @@ class Trainer:
             DataError: a sample is damaged, and the configuration does not allow going on without it.
             NonFiniteError: losses or gradients stay non-finite after the allowed rollbacks.
         """
+        code: ExitCode | None = None
         try:
             on_first_rank(self._open_directory)
             if self.directory.done:
                 _log.info("%s is finished already.", self.directory.path)
                 return ExitCode.FINISHED
             with self.watchdog, _manual_garbage_collection(), contextlib.closing(self.monitor):
-                return self._loop()
+                code = self._loop()
+                return code
         except MegavarError:
             raise
         except Exception:
@@ -95,12 +97,16 @@ class Trainer:
             raise
         finally:
             self.directory.release()
-            self.stop.restore()
+            if code != ExitCode.PREEMPTED:  # else a late signal would kill a process that is about to leave
+                self.stop.restore()
             logs.set_step(None)
 
     def _loop(self) -> ExitCode:
         train, reports = self.setup.train, self.setup.logging
-        self._restore(fresh=self._fresh())
+        fresh = self._fresh()
+        self._restore(fresh=fresh)
+        if fresh:
+            on_first_rank(self.directory.note_fresh_start)
         while self.step < self.total_steps:
             self.profiler.step_begins()
             self.stopwatch.step_begins()
@@ -277,7 +283,9 @@ class Trainer:
         self.directory.open(self.setup.config, self._layout(), plans, fresh=self._fresh())
 
     def _fresh(self) -> bool:
-        return self.setup.train.fresh and int(os.environ.get("SLURM_RESTART_COUNT", "0")) == 0
+        """Once only. Launchers start the configuration that the run directory keeps, which forgets it then."""
+        by_launcher = "MEGAVAR_ATTEMPT" in os.environ
+        return self.setup.train.fresh and (by_launcher or int(os.environ.get("SLURM_RESTART_COUNT", "0")) == 0)
 
     def _layout(self) -> dict[str, Any]:
         stage = max(engine.plan.stage for engine in self.engines.values())

@@ -1,7 +1,7 @@
 """What the findings of all nodes mean together: comparisons, the exit code, nodes to replace, and the table."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from launchers.checks import Finding, Status
 from megavar.errors import ExitCode
@@ -40,6 +40,15 @@ def compare(
         else:
             found[node] = Finding(check, "pass", f"{value:.3g} {unit}", value)
     return found
+
+
+def matmul(rates: Sequence[float]) -> Finding:
+    """Of one node: TFLOP/s of its GPUs, of which none may be far slower than the others; nodes compare the slowest."""
+    odd = slow({str(index): rate for index, rate in enumerate(rates)}, 0.1)
+    if odd:
+        found = ", ".join(f"GPU {index} does {rates[int(index)]:.3g}" for index in odd)
+        return Finding("matmul", "fail", f"{found} TFLOP/s, the median is {statistics.median(rates):.3g}")
+    return Finding("matmul", "pass", "", min(rates))
 
 
 def clock(offsets: Mapping[str, float]) -> dict[str, Finding]:
@@ -103,7 +112,7 @@ def _of_the_run(report: Report, check: str) -> bool:
 
 def bad_nodes(report: Report) -> list[str]:
     """Nodes that failed a check which other nodes passed, or, in a run on one node, a check of the node itself."""
-    of_one_node = ("gpus", "limits", "shared memory")
+    of_one_node = ("gpus", "limits", "shared memory", "matmul")
     found = []
     for node, findings in report.items():
         for item in findings:

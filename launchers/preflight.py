@@ -31,7 +31,7 @@ import torch.distributed as dist
 
 from launchers import checks, rates
 from launchers.checks import Finding, guarded
-from launchers.judgement import add_silent_nodes, bad_nodes, compared, exit_code, table
+from launchers.judgement import add_silent_nodes, bad_nodes, compared, exit_code, matmul, table
 from launchers.progress import newest_checkpoint_step
 from launchers.rendezvous import port_is_free
 from megavar import logs
@@ -227,7 +227,7 @@ class Preflight:
 
     def _speed(self) -> None:
         gpus = self.options.gpus
-        self._check("matmul", lambda: Finding("matmul", "pass", "", rates.slowest_matmul_rate(gpus) / 1e12))
+        self._check("matmul", lambda: matmul([rate / 1e12 for rate in rates.matmul_rates(gpus)]))
         if gpus > 1:
             self._check("all-reduce within nodes", lambda: Finding(
                 "all-reduce within nodes", "pass", "", rates.all_reduce_rate_within(gpus) / 2**30))  # fmt: skip

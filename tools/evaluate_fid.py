@@ -115,6 +115,12 @@ def reference(options: argparse.Namespace) -> None:
         if not options.keep_features:
             shutil.rmtree(store.directory)
         print(f"wrote {options.out}: statistics of {len(images)} images")
+        transform = str(images.identity.get("transform", ""))
+        if transform and not transform.startswith(("AdmCenterCrop", "Unchanged")):
+            print(
+                f"note: the images went through {transform}, but ADM's reference is of its own centre crop: add "
+                f"'data.transform={{name: adm_center_crop}}' after --config to compare with published numbers"
+            )
 
 
 def export(options: argparse.Namespace) -> None:

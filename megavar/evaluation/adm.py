@@ -97,7 +97,10 @@ def stored_features(directory: Path, images: ImageSet, network: ADMInception, pl
 
 
 def collect_features(store: ChunkStore) -> Features:
-    """Reduce the chunks of ``store`` in their order, in float64 on the CPU: the same bits for any number of ranks."""
+    """Reduce the chunks of ``store`` in their order, in float64 on the CPU.
+
+    The same bits from any number of ranks, with the same number of threads.
+    """
     pool, spatial = GaussianAccumulator(), GaussianAccumulator()
     pools: list[Tensor] = []
     waiting: list[tuple[Tensor, Tensor]] = []

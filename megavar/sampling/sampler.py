@@ -1,5 +1,6 @@
 """The sampler of next-scale generators: from sample indices to tokens and images."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,12 +22,12 @@ class TokenDecoder:
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Integers [B, L] to uint8 [B, 3, H, W] on the CPU.
+        """int64 [B, L] to uint8 [B, 3, H, W] on the CPU.
 
         Raises:
             CheckpointError: an image is not finite, which bytes would hide.
         """
-        ids = tokens.to(self.device, torch.int64).split([side * side for side in self.tokenizer.scales], dim=1)
+        ids = tokens.to(self.device).split([side * side for side in self.tokenizer.scales], dim=1)
         images = self.tokenizer.decode(ids)
         if not bool(images.isfinite().all()):
             raise CheckpointError(
@@ -45,7 +46,7 @@ class NextScaleSampler:
         self.settings = settings
         self.device = device
         self.decoder = TokenDecoder(tokenizer, device, settings.rounding)
-        self._stored_type = torch.uint16 if tokenizer.vocabulary_size <= 2**16 else torch.int32
+        self.stored_type: type[np.generic] = np.uint16 if tokenizer.vocabulary_size <= 2**16 else np.int32
 
     @torch.no_grad()
     def draw(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,4 +60,4 @@ class NextScaleSampler:
         self.generator.train(training)
         tokens = torch.cat(decoded.ids, dim=1)
         # From the tokens rather than from the maps that decoding accumulated: stored tokens give the same bits later.
-        return self.decoder(tokens), labels.cpu(), tokens.to(self._stored_type).cpu()
+        return self.decoder(tokens), labels.cpu(), tokens.cpu()

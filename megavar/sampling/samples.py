@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -26,12 +27,16 @@ the batch, the device and the library versions are the same."""
 class Sampler(Protocol):
     """What storing and scoring need of any generator. Sample i is a function of (weights, settings, i) alone."""
 
+    stored_type: type[np.generic]
+    """Type in which tokens are stored, for example ``np.uint16``; it must hold them exactly, or the images must be
+    decoded from what it holds."""
+
     def draw(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Samples ``indices`` (int64 [B]).
 
         Returns:
-            images uint8 [B, 3, H, W], labels int64 [B] (-1 without classes), tokens [B, L] in the type they are stored
-            in; all on the CPU.
+            images uint8 [B, 3, H, W], labels int64 [B] (-1 without classes), tokens int64 [B, L] (or latents of a
+            floating type); all on the CPU.
         """
         ...
 
@@ -131,15 +136,16 @@ class Samples:
                 f"{self.store.path(chunk)} holds no images, only {', '.join(sorted(self.store.names(chunk)))}, and "
                 f"nothing here decodes them: sample with sampling.keep_images={self.store.count}"
             )
-        return self._decode(torch.from_numpy(arrays["tokens"]))
+        tokens = arrays["tokens"]
+        return self._decode(torch.from_numpy(tokens.astype(np.int64) if tokens.dtype.kind in "iu" else tokens))
 
     def _draw(self, chunk: int) -> Tensor:
         if self._sampler is None:
             raise DataError(f"{self.store.path(chunk)} is missing: finish sampling first")
         first, last = self.store.range(chunk)
         images, labels, tokens = self._sampler.draw(torch.arange(first, last))
-        arrays = {"labels": labels, "tokens": tokens} | ({"images": images} if self._kept(chunk) else {})
-        self.store.write(chunk, {name: values.numpy() for name, values in arrays.items()})
+        arrays = {"labels": labels.numpy(), "tokens": tokens.numpy().astype(self._sampler.stored_type)}
+        self.store.write(chunk, arrays | ({"images": images.numpy()} if self._kept(chunk) else {}))
         return images
 
     def _kept(self, chunk: int) -> bool:

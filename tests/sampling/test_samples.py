@@ -15,11 +15,13 @@ ONE = Environment(0, 1, 0, "single")
 
 
 def decode(tokens):
-    return (tokens.to(torch.int64)[:, :3, None, None] * torch.arange(1, 5).view(2, 2) % 256).to(torch.uint8)
+    return (tokens[:, :3, None, None] * torch.arange(1, 5).view(2, 2) % 256).to(torch.uint8)
 
 
 class Counting:
     """A sampler that remembers what it drew, and may be interrupted before a chunk."""
+
+    stored_type = np.uint16
 
     def __init__(self, interrupted_at=None, classes=True):
         self.drawn, self.interrupted_at, self.classes = [], interrupted_at, classes
@@ -28,7 +30,7 @@ class Counting:
         if self.interrupted_at in indices.tolist():
             raise KeyboardInterrupt
         self.drawn += indices.tolist()
-        tokens = (indices[:, None] * 7919 + torch.arange(6) ** 3).to(torch.uint16)
+        tokens = (indices[:, None] * 7919 + torch.arange(6) ** 3) % 2**16
         labels = indices % CLASSES if self.classes else torch.full_like(indices, -1)
         return decode(tokens), labels, tokens
 

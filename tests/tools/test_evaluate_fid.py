@@ -131,6 +131,16 @@ def test_reference_from_a_run_configuration_and_from_adm(folder, tmp_path):
     assert np.load(tmp_path / "adm.npz")["pool"].shape == (200, 24)
 
 
+def test_another_crop_than_that_of_adm_is_pointed_out(tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text("data: {source: {name: photographs, length: 8}, image_size: 32, transform: {name: var}}\n")
+    given = ("--out", tmp_path / "ref.npz", "--inception-weights", "w", "--config", config)
+    assert call("reference", *given) == 0
+    assert "went through VarTest" in capsys.readouterr().out
+    assert call("reference", *given, "data.transform={name: adm_center_crop}") == 0
+    assert "note" not in capsys.readouterr().out
+
+
 def test_sorted_samples_are_pointed_out(folder, reference, tmp_path, capsys):
     with np.load(folder / "samples.npz") as content:
         order = np.argsort(content["arr_1"], kind="stable")

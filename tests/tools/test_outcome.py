@@ -44,8 +44,10 @@ def _with_little_space(arguments, limit) -> int:
 
 
 def _interrupted(arguments) -> int:
+    main = os.getpid()
+
     def hook(event, _) -> None:
-        if event == "os.rename":
+        if event == "os.rename" and os.getpid() != main:  # a worker has finished a shard
             os.killpg(0, signal.SIGINT)
 
     signal.signal(signal.SIGINT, signal.default_int_handler)

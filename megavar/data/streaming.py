@@ -111,9 +111,13 @@ def _image(members: dict[str, Any]) -> bytes | None:
 
 def lane_shards(streams: ShardStreams, order: Order, lane: int) -> Iterator[tuple[int, int]]:
     """(epoch, shard) in the order in which ``lane`` reads them, without end."""
+    count = len(streams.manifest.shards)
+    epoch, shards = -1, []
     for place in itertools.count(lane, streams.lanes):
-        epoch, shard = order.locate(place, place + 1)
-        yield int(epoch), int(shard)
+        if place // count != epoch:
+            epoch = place // count
+            shards = order.locate(epoch * count, (epoch + 1) * count)[1].tolist()
+        yield epoch, shards[place % count]
 
 
 def lane_samples(

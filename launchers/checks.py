@@ -1,12 +1,12 @@
 """The single checks of preflight. Each returns a :class:`Finding`; what it raises is a failure, too."""
 
 import csv
+import itertools
 import math
 import os
 import resource
 import shutil
 import socket
-import statistics
 import subprocess
 import threading
 import time
@@ -18,7 +18,7 @@ from typing import Any, Literal
 from launchers.history import read_metrics
 from megavar.config.loading import load_config
 from megavar.config.root import Config
-from megavar.errors import MegavarError
+from megavar.errors import CheckpointError, DataError, ExitCode, MegavarError
 from megavar.storage import fsync_directory
 
 Status = Literal["pass", "warn", "fail"]
@@ -34,6 +34,8 @@ class Finding:
     detail: str
     value: float | None = None
     """A measurement that is compared between nodes."""
+    of_the_run: bool = False
+    """A failure for which no node can be blamed, unless only some nodes see it: starting again cannot help."""
 
 
 def guarded(check: str, seconds: float, action: Callable[[], Finding | str]) -> Finding:
@@ -49,7 +51,7 @@ def guarded(check: str, seconds: float, action: Callable[[], Finding | str]) -> 
             result = action()
             found.append(result if isinstance(result, Finding) else Finding(check, "pass", result))
         except MegavarError as error:
-            found.append(Finding(check, "fail", str(error)))
+            found.append(Finding(check, "fail", str(error), of_the_run=error.exit_code == ExitCode.CONFIGURATION))
         except Exception as error:  # a check must not take the others with it
             found.append(Finding(check, "fail", f"{type(error).__name__}: {error}"))
 
@@ -71,17 +73,32 @@ def configuration(config: Config, world_size: int) -> str:
     return "; ".join([f"{batch}{layout.micro_batch}, ZeRO stage {layout.zero.stage}", *notes])
 
 
-def data(config: Config) -> str:
-    """Open the training data as the trainer does, and read the first and the last sample."""
-    from megavar.assembly import check_consistency
-    from megavar.data.build import build_source
+def data(config: Config, world_size: int) -> str:
+    """Open the training data as the trainer does; read the first and the last sample, or the first rank's first batch.
 
-    source = build_source(config.data)
+    The latter of streams, which also checks that there are enough shards for ``world_size`` ranks.
+    """
+    import torch
+
+    from megavar.assembly import check_consistency
+    from megavar.data.build import build_loader, build_source, build_transform
+    from megavar.data.reading import SampleReader
+    from megavar.data.streaming import ShardStreams
+    from megavar.parallel.topology import data_parallel_size
+
+    source, batch = build_source(config.data), config.train.global_batch_size
     check_consistency(config, source)
-    if len(source) < config.train.global_batch_size:
-        raise ValueError(f"{len(source)} samples do not fill one batch of {config.train.global_batch_size}")
-    for index in (0, len(source) - 1):
-        source.read(index)
+    if len(source) < batch:
+        raise DataError(f"{len(source)} samples do not fill one batch of {batch}: lower train.global_batch_size.")
+    if isinstance(source, ShardStreams):
+        ranks = data_parallel_size(config.parallel, world_size)[0]
+        here = config.data.model_copy(update={"workers": 0})
+        next(iter(build_loader(here, source, seed=config.train.seed, global_batch_size=batch, data_parallel_size=ranks,
+                               micro_batch_size=max(1, batch // ranks))))  # fmt: skip
+    else:
+        transform, damaged = build_transform(config.data), config.data.damaged_samples
+        reader = SampleReader(source, transform, seed=config.train.seed, damaged=damaged)
+        reader.read(torch.zeros(2, dtype=torch.int64), torch.tensor([0, len(source) - 1]))
     return f"{len(source)} samples in {source.num_classes} classes"
 
 
@@ -95,10 +112,15 @@ def weights(config: Config) -> str:
     coming = [load_config(required).run.path for required in config.run.requires]
     if Path(path).absolute() in [Path(run).absolute() for run in coming]:
         return f"{path} will be trained first"
-    raise FileNotFoundError(f"recipe.tokenizer_weights: {path} does not exist and no required run makes it")
+    raise CheckpointError(f"recipe.tokenizer_weights: {path} does not exist and no required run makes it.")
 
 
 # -- the run directory ------------------------------------------------------------------------------------------------
+
+
+def manifests_in(run_directory: Path) -> list[Path]:
+    """Those of all checkpoints, oldest first."""
+    return sorted((run_directory / "checkpoints").glob("step-*/manifest.json"))
 
 
 def checkpoint_bytes(config: Config, run_directory: Path) -> int:
@@ -106,28 +128,35 @@ def checkpoint_bytes(config: Config, run_directory: Path) -> int:
 
     That is 12 bytes per parameter (float32 weights and two moments of Adam), 16 with a moving average.
     """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
     from megavar.planning.parameters import count_parameters
     from megavar.planning.shape import GeneratorShape
-    from megavar.planning.tokenizer_cost import autoencoder_cost
+    from megavar.tokenizers.multiscale_vq import MultiScaleVQ
 
-    manifests = sorted((run_directory / "checkpoints").glob("step-*/manifest.json"))
+    manifests = manifests_in(run_directory)
     if manifests:
         return sum(file.stat().st_size for file in manifests[-1].parent.rglob("*") if file.is_file())
     if config.generator is not None:
         parameters = count_parameters(GeneratorShape.of(config)).total
     else:
-        parameters = autoencoder_cost(config.tokenizer).parameters
+        with FakeTensorMode():  # nothing is allocated
+            parameters = sum(parameter.numel() for parameter in MultiScaleVQ(config.tokenizer).parameters())
     return parameters * (12 if config.train.ema is None else 16)
 
 
-def free_space(run_directory: Path, size: int) -> Finding:
-    """Room for three more checkpoints of ``size`` bytes."""
+def free_space(run_directory: Path, size: int, existing: int = 0) -> Finding:
+    """Room for three checkpoints of ``size`` bytes with those that exist, and for one more at least.
+
+    More is not needed to go on: older ones are deleted as newer ones come.
+    """
+    count = max(1, 3 - existing)
     usage = os.statvfs(run_directory)
     free = usage.f_bavail * usage.f_frsize
     if usage.f_files and not usage.f_favail:
         return Finding("space", "fail", f"no inodes left in {run_directory}: delete files")
-    detail = f"{free / GIB:.2f} GiB free, three checkpoints take {3 * size / GIB:.2f} GiB"
-    if free >= 3 * size:
+    detail = f"{free / GIB:.2f} GiB free, {count} more checkpoints take {count * size / GIB:.2f} GiB"
+    if free >= count * size:
         return Finding("space", "pass", detail)
     return Finding("space", "fail", f"{detail}: free space, or lower train.checkpoint.keep_last")
 
@@ -150,12 +179,13 @@ def write_rate(folder: Path, name: str, size: int = 64 * 2**20) -> float:
 def save_time(run_directory: Path, size: int, bytes_per_second: float, lead: float | None) -> Finding:
     """Whether a save fits between the signal and the end of the job, with a factor of two to spare.
 
-    The time is that of the slowest recent saves where the run has some, otherwise size over bandwidth.
+    The time is that of the slowest of recent saves where the run has some, otherwise size over bandwidth.
     """
     rate = f"{bytes_per_second / 2**20:.0f} MiB/s over all nodes"
-    measured = [record["last_save_seconds"] for record in read_metrics(run_directory) if "last_save_seconds" in record]
-    if measured:
-        seconds = sorted(measured[-20:])[math.ceil(0.95 * len(measured[-20:])) - 1]
+    logged = [record["last_save_seconds"] for record in read_metrics(run_directory) if "last_save_seconds" in record]
+    saves = [seconds for seconds, _ in itertools.groupby(logged)]  # every line repeats that of the last one
+    if saves:
+        seconds = sorted(saves[-20:])[math.ceil(0.95 * len(saves[-20:])) - 1]
     else:
         seconds = size / bytes_per_second
     detail = f"a save takes {seconds:.0f} s ({rate})"
@@ -169,12 +199,14 @@ def save_time(run_directory: Path, size: int, bytes_per_second: float, lead: flo
     return Finding("save bandwidth", "pass", detail)
 
 
-def write_mark(folder: Path, name: str) -> None:
+def write_mark(folder: Path, name: str) -> str:
     """Make a file appear durably by a rename, as checkpoints do."""
+    folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{name}.tmp"
     temporary.write_text(name)
     temporary.rename(folder / name)
     fsync_directory(folder)
+    return f"{folder} is writable"
 
 
 def read_marks(folder: Path, names: Sequence[str], seconds: float) -> list[str]:
@@ -185,6 +217,27 @@ def read_marks(folder: Path, names: Sequence[str], seconds: float) -> list[str]:
         if missing:
             time.sleep(0.2)
     return missing
+
+
+def visibility(node: str, unseen: Mapping[str, Sequence[str]], directory: Path) -> Finding:
+    """Whether ``node`` sees what the others write into ``directory``, and they what it writes.
+
+    A node that is cut off from most others fails alone: the others are not blamed for not seeing it.
+
+    Args:
+        unseen: for every node, whose files it did not see.
+    """
+
+    def cut_off(name: str) -> bool:
+        unseen_by = sum(name in names for names in unseen.values())
+        return 2 * max(len(unseen.get(name, ())), unseen_by) > len(unseen) - 1
+
+    missing, unseen_by = list(unseen[node]), [other for other, names in unseen.items() if node in names]
+    if cut_off(node) or any(not cut_off(other) for other in missing):
+        what = [f"files of {', '.join(missing[:9])} in {directory} are not seen here"] if missing else []
+        what += [f"its files are not seen by {', '.join(unseen_by[:9])}"] if unseen_by else []
+        return Finding("run directory", "fail", f"{'; '.join(what)}: is {directory} shared?")
+    return Finding("run directory", "pass", f"{directory} is {'shared' if len(unseen) > 1 else 'writable'}")
 
 
 def _reads(path: Path, expected: str) -> bool:
@@ -238,76 +291,92 @@ def shared_memory(workers: int, path: Path = Path("/dev/shm")) -> Finding:
 
 
 def gpus(expected: int) -> Finding:
-    """As many GPUs as the ranks need, without strangers' memory in use and without uncorrected memory errors."""
+    """As many GPUs as the ranks need, idle, and without uncorrected memory errors."""
     import torch
 
+    states = gpu_states()  # before CUDA is used here, which takes memory itself
     count = torch.cuda.device_count()
     if count != expected:
         return Finding("gpus", "fail", f"{count} GPUs are visible, {expected} are expected")
     if not expected:
         return Finding("gpus", "pass", "none expected")
-    for index in range(count):
-        free, total = torch.cuda.mem_get_info(index)
-        if total - free > 2 * GIB:
-            return Finding(
-                "gpus", "fail", f"GPU {index} has {(total - free) / GIB:.1f} GiB in use: a process was left behind"
-            )
-    damaged = uncorrected_errors()
-    if damaged:
-        return Finding("gpus", "fail", f"uncorrected memory errors on GPU {', '.join(map(str, damaged))}")
-    return Finding("gpus", "pass", f"{count} idle {torch.cuda.get_device_name(0)}")
+    failures = [text for state in states for text in state.failures()]
+    if failures:
+        return Finding("gpus", "fail", "; ".join(failures))
+    warnings = [text for state in states for text in state.warnings()] if states else ["nvidia-smi does not answer"]
+    return Finding("gpus", "warn" if warnings else "pass", "; ".join(warnings) or f"{count} idle GPUs")
 
 
-def uncorrected_errors() -> list[int]:
-    """GPUs whose ECC counts errors that could not be corrected; none where nvidia-smi cannot tell."""
-    command = ["nvidia-smi", "--query-gpu=index,ecc.errors.uncorrected.volatile.total", "--format=csv,noheader,nounits"]
+@dataclass(frozen=True)
+class GpuState:
+    """What nvidia-smi says of a GPU; None where it cannot tell."""
+
+    index: int
+    uuid: str
+    memory_mib: int | None
+    temperature: int | None
+    uncorrected: int | None
+    """Errors of its memory since the driver was loaded."""
+    processes: tuple[str, ...] = ()
+    """Ids of those that compute on it."""
+
+    def failures(self) -> list[str]:
+        """Why no run should start on it."""
+        found = []
+        if self.processes:
+            found.append(f"GPU {self.index} is used by process {', '.join(self.processes)}, which was left behind")
+        elif (self.memory_mib or 0) > 2048:
+            found.append(f"GPU {self.index} has {self.memory_mib} MiB in use: a process was left behind")
+        if self.uncorrected:
+            found.append(f"GPU {self.index} has had {self.uncorrected} uncorrected memory errors")
+        return found
+
+    def warnings(self) -> list[str]:
+        """What is odd. A GPU is still warm when the job before has just ended, so heat alone fails nothing."""
+        found = []
+        if (self.memory_mib or 0) > 500:
+            found.append(f"GPU {self.index} has {self.memory_mib} MiB in use before anything runs")
+        if (self.temperature or 0) >= 60:
+            found.append(f"GPU {self.index} has {self.temperature} degrees Celsius before anything runs")
+        return found
+
+
+def gpu_states() -> list[GpuState]:
+    """The GPUs that this job may use; none where nvidia-smi does not answer."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    only = [f"--id={visible}"] if visible else []
+    wanted = "index,uuid,memory.used,temperature.gpu,ecc.errors.uncorrected.volatile.total"
+    rows = _nvidia_smi(f"--query-gpu={wanted}", *only)
+    users = [row for row in _nvidia_smi("--query-compute-apps=gpu_uuid,pid", *only) if len(row) == 2]
+
+    def number(text: str) -> int | None:
+        return int(text) if text.isdigit() else None
+
+    return [
+        GpuState(int(index), uuid, number(memory), number(temperature), number(uncorrected),
+                 tuple(pid for place, pid in users if place == uuid))
+        for index, uuid, memory, temperature, uncorrected in (row for row in rows if len(row) == 5)
+    ]  # fmt: skip
+
+
+def _nvidia_smi(*options: str) -> list[list[str]]:
+    command = ["nvidia-smi", *options, "--format=csv,noheader,nounits"]
     try:
         output = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    rows = [[cell.strip() for cell in row] for row in csv.reader(output.splitlines())]
-    return [int(row[0]) for row in rows if len(row) == 2 and row[1].isdigit() and int(row[1]) > 0]
+    return [[cell.strip() for cell in row] for row in csv.reader(output.splitlines())]
 
 
-# -- comparisons between nodes ----------------------------------------------------------------------------------------
-
-
-def slow(values: Mapping[str, float], tolerance: float) -> list[str]:
-    """Names whose value is far below the median: by ``tolerance`` of it and by five median absolute deviations.
-
-    Fewer than three values cannot tell who is slow.
-    """
-    if len(values) < 3:
-        return []
-    median = statistics.median(values.values())
-    deviation = 1.4826 * statistics.median(abs(value - median) for value in values.values())
-    threshold = median - max(tolerance * median, 5 * deviation)
-    return [name for name, value in values.items() if value < threshold]
-
-
-def compare(
-    check: str, unit: str, values: Mapping[str, float], *, tolerance: float, verdict: Status = "fail"
-) -> dict[str, Finding]:
-    """A finding per node for a rate that should be the same everywhere; ``verdict`` is the status of slow ones."""
-    if not values:
-        return {}
-    outliers, median = slow(values, tolerance), statistics.median(values.values())
-    found: dict[str, Finding] = {}
-    for node, value in values.items():
-        if node in outliers:
-            found[node] = Finding(check, verdict, f"{value:.3g} {unit}, the median is {median:.3g}", value)
-        else:
-            found[node] = Finding(check, "pass", f"{value:.3g} {unit}", value)
-    return found
-
-
-def clock(offsets: Mapping[str, float]) -> dict[str, Finding]:
-    """Offsets in seconds to the first node's clock: logs of several nodes are compared by time."""
-    found: dict[str, Finding] = {}
-    for node, offset in offsets.items():
-        status: Status = "fail" if abs(offset) > 60 else "warn" if abs(offset) > 1 else "pass"
-        found[node] = Finding("clock", status, f"{offset:+.3f} s" + ("" if status == "pass" else ": synchronize it"))
-    return found
+def settings(config: Config, gpus: int) -> Finding:
+    """Variables that decide the speed and memory of CUDA and that nothing else looks at."""
+    connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "unset")
+    allocator = os.environ.get("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "unset"))
+    detail = f"CUDA_DEVICE_MAX_CONNECTIONS {connections}, PYTORCH_CUDA_ALLOC_CONF {allocator}"
+    if gpus and config.parallel.tensor > 1 and connections != "1":
+        return Finding("settings", "warn", f"{detail}: before Blackwell, parallel.tensor overlaps communication only "
+                       f"with CUDA_DEVICE_MAX_CONNECTIONS=1 (environment of the cluster file)")  # fmt: skip
+    return Finding("settings", "pass", detail)
 
 
 def as_dict(findings: Sequence[Finding]) -> list[dict[str, Any]]:

@@ -1,11 +1,13 @@
 """Which failure of an attempt came first, and what to do about it."""
 
+import json
 import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launchers.progress import STOP
 from launchers.run_logs import Failure, RankLog, TaskEnd, main_thread, read_rank_log, read_task_ends
 from megavar.errors import ExitCode
 
@@ -63,7 +65,7 @@ _CODE_REMEDIES = {
     "file system, then submit again.",
 }
 _OUT_OF_MEMORY = re.compile(r"oom.kill|out of memory|OUT_OF_MEMORY", re.IGNORECASE)
-_CANCELLED = re.compile(r"\*\*\* (?:JOB|STEP) \S+ ON (\S+) CANCELLED AT \S+ DUE TO ([A-Z ]+?) \*\*\*")
+_ENDED_BY_SLURM = re.compile(r"\*\*\* JOB \S+ ON \S+ CANCELLED AT \S+ DUE TO (TIME LIMIT|PREEMPTION|NODE FAILURE)")
 _COLLECTIVE = re.compile(r"distributed_c10d|torch/distributed|all_reduce|barrier|deepspeed/comm")
 
 
@@ -104,6 +106,14 @@ class Attempt:
         path = self.directory / "tasks.txt"
         return read_task_ends(path.read_text(errors="replace")) if path.exists() else []
 
+    @property
+    def failed_checks(self) -> list[tuple[str, str, str]]:
+        """(node, check, what it said) of what preflight found wrong."""
+        path = self.directory / "preflight.json"
+        report = json.loads(path.read_text()) if path.exists() else {}
+        return [(node, item["check"], item["detail"]) for node, items in report.items() for item in items
+                if item["status"] == "fail"]  # fmt: skip
+
     def node_of(self, rank: int) -> str | None:
         """Ranks are distributed in blocks: consecutive ones share a node."""
         nodes, per_node = self.entry.get("nodes", []), self.entry.get("tasks_per_node", 1)
@@ -114,21 +124,30 @@ def diagnose(attempt: Attempt) -> Diagnosis:
     """Find the earliest failure that is not the consequence of another one.
 
     A process that a signal ended first leaves no traceback; the others then fail in the collective that it left. Errors
-    of communication therefore count only where nothing else is found.
+    of communication therefore count only where nothing else is found; NCCL's watchdog aborts a process because of them.
+    Where Slurm ended the job, the signals were its own.
     """
     logs, ends = attempt.ranks, attempt.task_ends
     failures = sorted((failure for log in logs for failure in _first_of_each_kind(log)), key=lambda item: item.time)
     own = [failure for failure in failures if failure.kind in ("exception", "user_error")]
+    by_slurm = attempt.entry.get("action") == STOP or _ENDED_BY_SLURM.search(attempt.batch_log) is not None
+    lost_touch = {failure.rank for failure in failures if failure.kind == "communication"}
     death = next((end for end in ends if end.how != "Terminated"), None)
-    if death is not None and death.is_death and not any(failure.rank == death.rank for failure in own):
+    if death is not None and death.how.startswith("Aborted") and death.rank in lost_touch:
+        death = None
+    if death is not None and death.is_death and not by_slurm and not any(item.rank == death.rank for item in own):
         return _from_death(attempt, death, logs, len(failures))
     if own:
         return _from_failure(attempt, own[0], failures)
+    if by_slurm:
+        return _from_scheduler(attempt, ends, logs)
+    if not logs and (failed := attempt.failed_checks):
+        return _from_preflight(attempt, failed)
     hangs = [failure for failure in failures if failure.kind == "hang"]
     if hangs:
         return _from_hang(attempt, hangs)
     if failures:
-        return _from_communication(attempt, failures)
+        return _from_communication(attempt, failures, ends)
     return _from_scheduler(attempt, ends, logs)
 
 
@@ -191,19 +210,25 @@ def _from_death(attempt: Attempt, end: TaskEnd, logs: list[RankLog], consequence
 def _from_hang(attempt: Attempt, hangs: list[Failure]) -> Diagnosis:
     """All ranks dump their stacks; the one that is not waiting in a collective keeps the others waiting."""
     outside = [hang for hang in hangs if not any(_COLLECTIVE.search(frame) for frame in main_thread(hang.detail))]
-    if len(outside) == len(hangs) or not outside:
-        places = Counter((main_thread(hang.detail) or ["?"])[0] for hang in hangs)
-        rarest = min(places.values())
-        odd = [hang for hang in hangs if places[(main_thread(hang.detail) or ["?"])[0]] == rarest]
-        suspect = odd[0] if len(places) > 1 else None
+    silent = [log.rank for log in attempt.ranks if not log.failures]
+    suspect: int | None = None
+    if outside and len(outside) < len(hangs):
+        suspect = outside[0].rank
+    elif silent:
+        suspect = silent[0]
     else:
-        suspect = outside[0]
-    shown = suspect or hangs[0]
-    place = (main_thread(shown.detail) or ["an unknown place"])[0]
+        places = Counter(map(_place, hangs))
+        if len(places) > 1:
+            rarest = min(places, key=places.__getitem__)
+            suspect = next(hang.rank for hang in hangs if _place(hang) == rarest)
+    shown = next((hang for hang in hangs if hang.rank == suspect), hangs[0])
+    who, place = "every rank" if suspect is None else f"rank {suspect}", f"stands in {_place(shown)}"
+    if suspect is not None and shown.rank != suspect:
+        place = f"left no stacks: it is in native code, or its node is gone; rank {shown.rank} {place}"
     return Diagnosis(
-        cause=f"a step did not end; {'rank ' + str(shown.rank) if suspect else 'every rank'} stands in {place}",
-        rank=suspect.rank if suspect else None,
-        node=attempt.node_of(suspect.rank) if suspect else None,
+        cause=f"a step did not end; {who} {place}",
+        rank=suspect,
+        node=attempt.node_of(suspect) if suspect is not None else None,
         step=shown.step,
         remedy="Compare the stacks of all ranks, and with NCCL the flight_recorder folder. A rank outside of any "
         "collective (data, file system, GPU) is the cause; if all wait in the same one, suspect the network.",
@@ -212,12 +237,17 @@ def _from_hang(attempt: Attempt, hangs: list[Failure]) -> Diagnosis:
     )
 
 
-def _from_communication(attempt: Attempt, failures: list[Failure]) -> Diagnosis:
+def _place(hang: Failure) -> str:
+    return (main_thread(hang.detail) or ["an unknown place"])[0]
+
+
+def _from_communication(attempt: Attempt, failures: list[Failure], ends: list[TaskEnd]) -> Diagnosis:
     first, failed = failures[0], {failure.rank for failure in failures}
     silent = [log.rank for log in attempt.ranks if log.rank not in failed]
     suspect = silent[0] if len(silent) == 1 else None
+    ended = next((f" (rank {suspect}: {end.how})" for end in ends if end.rank == suspect), "")
     return Diagnosis(
-        cause=f"communication failed first on rank {first.rank}, with no other error: {first.summary}",
+        cause=f"communication failed first on rank {first.rank}, with no other error{ended}: {first.summary}",
         rank=suspect,
         node=attempt.node_of(suspect) if suspect is not None else None,
         step=first.step,
@@ -228,20 +258,37 @@ def _from_communication(attempt: Attempt, failures: list[Failure]) -> Diagnosis:
     )
 
 
+def _from_preflight(attempt: Attempt, failed: list[tuple[str, str, str]]) -> Diagnosis:
+    nodes = {node for node, _, _ in failed}
+    first = next((item for item in failed if item[1] in ("configuration", "data", "weights")), failed[0])
+    remedy = _CODE_REMEDIES.get(ExitCode.__members__.get(attempt.entry.get("outcome", ""), ExitCode.PREFLIGHT))
+    return Diagnosis(
+        cause=f"preflight failed: {first[1]}: {first[2]}",
+        rank=None,
+        node=first[0] if len(nodes) == 1 else None,
+        step=None,
+        remedy=remedy or _CODE_REMEDIES[ExitCode.PREFLIGHT],
+        evidence="\n".join([f"{attempt.directory}/preflight.json:", *(": ".join(item) for item in failed[:9])]),
+    )
+
+
 def _from_scheduler(attempt: Attempt, ends: list[TaskEnd], logs: list[RankLog]) -> Diagnosis:
-    reason = _CANCELLED.findall(attempt.batch_log)
+    reason = _ENDED_BY_SLURM.findall(attempt.batch_log)
     steps = [log.last_step for log in logs if log.last_step is not None]
     step = max(steps, default=None)
     if reason:
-        node, why = reason[-1]
         return Diagnosis(
-            f"Slurm ended the job: {why.lower()}",
+            f"Slurm ended the job: {reason[-1].lower()}",
             None,
-            node if "NODE" in why else None,
+            None,
             step,
-            "The run continues from its last checkpoint. If it lost much, save more often "
+            "`sinfo -R` names the node that failed. The run continues from its last checkpoint."
+            if reason[-1] == "NODE FAILURE"
+            else "The run continues from its last checkpoint. If it lost much, save more often "
             "(train.checkpoint.interval) or raise signal_lead_seconds in the cluster file.",
         )
+    if attempt.entry.get("action") == STOP:
+        return Diagnosis("the job was cancelled (scancel)", None, None, step, "Submit it again to continue.")
     codes = [end for end in ends if end.exit_code]
     if codes:
         end = codes[0]

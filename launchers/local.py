@@ -66,6 +66,8 @@ def run(config_path: str, overrides: Sequence[str], *, processes: int | None, ma
     if maximum < 1:
         raise ConfigError(f"--maximum-attempts {maximum} allows no attempt: give 1 or more.")
     write_config(directory, config)
+    if config.train.fresh:
+        (directory / "DONE").unlink(missing_ok=True)
     command = [sys.executable, "-m", "megavar", "train", str(directory / "config.yaml")]
     while True:
         code, attempt = progress.begin(directory, required, maximum=maximum, tasks_per_node=world_size)
@@ -77,7 +79,7 @@ def run(config_path: str, overrides: Sequence[str], *, processes: int | None, ma
         with Ranks(command, world_size, logs, {"MEGAVAR_ATTEMPT": str(attempt)}) as ranks:
             status = ranks.wait()
         code, action = progress.end(
-            directory, required, maximum=maximum, status=status,
+            directory, required, maximum=maximum, attempt=attempt, status=status,
             task_messages=(logs / "tasks.txt").read_text(), stop_requested=ranks.stop_requested,
         )  # fmt: skip
         print(f"Attempt {attempt} of {directory}: {code.name} ({int(code)}); logs in {logs}", flush=True)

@@ -28,9 +28,10 @@ from megavar.storage import write_json_atomic
 
 NO_CHECKPOINT = -1
 
-FINISH, RESTART, REPLACE, CANCEL, STOP = "finish", "restart", "replace", "cancel", "stop"
+FINISH, RESTART, REPLACE, CANCEL, STOP, HOLD = "finish", "restart", "replace", "cancel", "stop", "hold"
 """What the batch script does next: nothing is left; start again; start again without the bad nodes; cancel the queued
-jobs of this run because starting again cannot help; leave everything as it is (an operator cancelled the job)."""
+jobs of this run because starting again cannot help; leave everything as it is (an operator cancelled the job); hold the
+run in the queue, because attempts that cannot be counted might go on for ever."""
 
 _DECISIVE = (ExitCode.NO_PROGRESS, ExitCode.CONFIGURATION, ExitCode.NON_FINITE, ExitCode.PREFLIGHT, ExitCode.HANG)
 _TASK_EXIT = re.compile(r"error: \S+: tasks? [\d,-]+: Exited with exit code (\d+)")
@@ -59,14 +60,15 @@ class Ledger:
         write_json_atomic(self.path, {"counted_from": self.counted_from, "attempts": self.attempts})
 
     def without_progress(self, steps_now: list[int]) -> int:
-        """Attempts at the end of the list that ended without a newer checkpoint than they began with.
+        """Attempts at the end of the list that ended without another newest checkpoint than they began with.
 
-        ``steps_now`` are the newest checkpointed steps at this moment.
+        ``steps_now`` are the newest checkpointed steps at this moment. After a fresh start (``train.fresh``) they are
+        below those of the run before, but they are progress.
         """
         count, after = 0, steps_now
         for attempt in reversed(self.attempts[self.counted_from :]):
             before = attempt["steps_before"]
-            if len(after) != len(before) or any(new > old for new, old in zip(after, before)):
+            if len(after) != len(before) or any(new not in (old, NO_CHECKPOINT) for new, old in zip(after, before)):
                 break
             count, after = count + 1, before
         return count
@@ -145,41 +147,47 @@ def end(
     required: Sequence[Path] = (),
     *,
     maximum: int,
+    attempt: int,
     status: int,
     task_messages: str = "",
     stop_requested: bool = False,
     terminated: bool = False,
     bad_nodes: bool = False,
 ) -> tuple[ExitCode, str]:
-    """Close the current attempt.
+    """Close an attempt.
 
     Args:
         run_directory: the run.
         required: as for :func:`begin`.
         maximum: as for :func:`begin`.
+        attempt: the number that :func:`begin` gave.
         status: exit status of srun.
         task_messages: what srun printed; it names the exit code of each task, which ``status`` may hide.
         stop_requested: the scheduler announced the time limit or a preemption.
         terminated: the job was cancelled.
         bad_nodes: preflight named nodes that must be replaced.
 
-    Returns the exit code of the job and the next action.
+    Returns the exit code of the job and the next action. Where the ledger cannot be written (the disk is full), the run
+    is held instead of started again.
     """
     outcome = classify(
         status, exit_codes_of_tasks(task_messages), done=is_done(run_directory), stop_requested=stop_requested
     )
-    ledger = Ledger(run_directory)
-    steps = [newest_checkpoint_step(path) for path in (*required, run_directory)]
     action = _action(outcome, terminated=terminated and not stop_requested, bad_nodes=bad_nodes)
-    if action in (RESTART, REPLACE) and ledger.without_progress(steps) >= maximum:
-        outcome, action = ExitCode.NO_PROGRESS, CANCEL
-    if ledger.attempts:
-        ledger.attempts[-1].update(
-            ended=time.time(), steps_after=steps, status=status, outcome=outcome.name, action=action
-        )
-    if action in (CANCEL, STOP):
-        ledger.forgive()
-    ledger.save()
+    steps = [newest_checkpoint_step(path) for path in (*required, run_directory)]
+    try:
+        ledger = Ledger(run_directory)
+        if action in (RESTART, REPLACE) and ledger.without_progress(steps) >= maximum:
+            outcome, action = ExitCode.NO_PROGRESS, CANCEL
+        for entry in ledger.attempts:
+            if entry["attempt"] == attempt:
+                entry.update(ended=time.time(), steps_after=steps, status=status, outcome=outcome.name, action=action)
+        if action in (CANCEL, STOP):
+            ledger.forgive()
+        ledger.save()
+    except (OSError, LedgerError) as error:
+        print(f"{run_directory}: attempt {attempt} cannot be recorded: {error}", file=sys.stderr)
+        action = HOLD if action in (RESTART, REPLACE) else action
     return outcome, action
 
 
@@ -226,6 +234,7 @@ def main(arguments: list[str]) -> int:
         command.add_argument("run_directory", type=Path)
         command.add_argument("required", type=Path, nargs="*")
         command.add_argument("--maximum", type=int, required=True)
+    commands.choices["end"].add_argument("--attempt", type=int, required=True)
     commands.choices["end"].add_argument("--status", type=int, required=True)
     commands.choices["end"].add_argument("--task-messages", type=Path)
     commands.choices["end"].add_argument("--stop-requested", type=int, choices=(0, 1), default=0)
@@ -255,6 +264,7 @@ def main(arguments: list[str]) -> int:
             given.run_directory,
             given.required,
             maximum=given.maximum,
+            attempt=given.attempt,
             status=given.status,
             task_messages=_text_of(given.task_messages),
             stop_requested=bool(given.stop_requested),
@@ -262,10 +272,19 @@ def main(arguments: list[str]) -> int:
             bad_nodes=bool(_text_of(given.bad_nodes).strip()),
         )
         print(action)
+        if code == ExitCode.FINISHED and given.status:
+            print(
+                f"The run is trained, but what came after it ended with status {given.status}. To score it: "
+                f"python -m launchers.slurm evaluate {given.run_directory}/config.yaml --nodes N",
+                file=sys.stderr,
+            )
         return code
     except LedgerError as error:
         print(error, file=sys.stderr)
         return ExitCode.CONFIGURATION
+    except OSError as error:
+        print(f"This attempt cannot be counted: {error}. Mend the file system of the run directory.", file=sys.stderr)
+        return ExitCode.PREFLIGHT
 
 
 def _nodes_of_job() -> list[str]:

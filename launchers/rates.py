@@ -28,10 +28,10 @@ def matmul_rate(device: torch.device, seconds: float = 1.0) -> float:
     return 2.0 * size**3 * count / (time.monotonic() - began)
 
 
-def slowest_matmul_rate(gpus: int) -> float:
-    """The slowest GPU of this node, or its CPU where it has none."""
+def matmul_rates(gpus: int) -> list[float]:
+    """Those of all GPUs of this node, or of its CPU where it has none."""
     devices = [torch.device("cuda", index) for index in range(gpus)] or [torch.device("cpu")]
-    return min(matmul_rate(device) for device in devices)
+    return [matmul_rate(device) for device in devices]
 
 
 def all_reduce_rate(rank: int, world_size: int, device: torch.device, size: int | None = None) -> float:

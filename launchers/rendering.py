@@ -14,7 +14,6 @@ from megavar.config.cluster import (
     ApptainerContainer,
     ClusterConfig,
     PyxisContainer,
-    seconds_of_slurm_time,
 )
 from megavar.errors import ConfigError, ExitCode
 
@@ -67,7 +66,6 @@ def render_training(job: Job) -> str:
         run_directory=job.run_directory,
         host_python=_host_python(job),
         maximum_attempts=cluster.maximum_attempts_without_progress,
-        exclude=",".join(job.excluded_nodes),
         required=[str(path) for path in job.required_runs],
         check_nodes=int(cluster.preflight),
         nodes=job.nodes,
@@ -76,6 +74,7 @@ def render_training(job: Job) -> str:
         cpus_per_node=cluster.ranks_per_node * cluster.cpus_per_task,
         gpus_per_node=cluster.gpus_per_node,
         signal_lead_seconds=cluster.signal_lead_seconds,
+        CONFIGURATION=int(ExitCode.CONFIGURATION),
         NO_PROGRESS=int(ExitCode.NO_PROGRESS),
     )
 
@@ -199,15 +198,9 @@ def check_job(job: Job) -> None:
     """Refuse what cannot work before the scheduler sees it.
 
     Raises:
-        ConfigError: the run directory is not shared between nodes, or the lead time does not fit the time limit.
+        ConfigError: the run directory is not shared between nodes.
     """
-    cluster = job.cluster
-    if cluster.signal_lead_seconds >= seconds_of_slurm_time(cluster.time):
-        raise ConfigError(
-            f"signal_lead_seconds={cluster.signal_lead_seconds} of the cluster file is not shorter than "
-            f"the time limit {cluster.time}: lower the one or raise the other."
-        )
-    local = Path(cluster.node_local_directory).resolve()
+    local = Path(job.cluster.node_local_directory).resolve()
     if job.nodes > 1 and job.run_directory.resolve().is_relative_to(local):
         raise ConfigError(
             f"The run directory {job.run_directory} lies in {local}, which every node has for itself. "

@@ -6,7 +6,9 @@ Formats relied on, all in ``logs/attempt-0001/`` (or ``logs/`` itself for runs s
                    ``2026-08-22T12:34:56.789Z rank=3 step=1200 WARNING message`` (megavar/logs.py); errors for people
                    like ``megavar train: error: message`` (megavar/__main__.py). Between them stand Python tracebacks
                    and, after a line whose message begins with ``HANG:``, the stacks that faulthandler dumps
-                   (megavar/training/watchdog.py).
+                   (megavar/training/watchdog.py), or by itself after ``Timeout (0:11:00)!``. A C++ exception that
+                   nobody catches, such as that of NCCL's watchdog, says ``terminate called after ...`` and
+                   ``  what():  ...`` before the process aborts.
 ``tasks.txt``      how tasks ended, in their order: ``srun: error: n2: task 1: Exited with exit code 7``, or
                    instead ``Killed``, ``Terminated``, ``Segmentation fault``, ...; launchers.local writes the same.
 """
@@ -28,9 +30,13 @@ _CHAIN = (
 _THREAD = re.compile(r"(?:Current thread|Thread) 0x[0-9a-f]+.*\(most recent call first\):")
 _TASK = re.compile(r"\w+: error: (?P<node>\S+): tasks? (?P<tasks>[\d,-]+): (?P<how>.+)")
 _EXIT_CODE = re.compile(r"Exited with exit code (\d+)")
+_PREFIX = re.compile(r"^\[rank\d+\]: ")  # torch.distributed's, before uncaught exceptions
+_BACKSTOP = re.compile(r"Timeout \(\d+:\d\d:\d\d(?:\.\d+)?\)!$")
+_TERMINATE = re.compile(r"terminate called after throwing an instance of '(?P<type>[^']+)'")
+_WHAT = re.compile(r"\s+what\(\):\s+(?P<text>.+)")
 
 COMMUNICATION = re.compile(
-    r"^(?!.*EADDRINUSE).*(?:"  # a port that is taken is nobody else's fault
+    r"^(?!.*(?:EADDRINUSE|CUDA error)).*(?:"  # a port that is taken, a GPU that fails: nobody else's fault
     r"NCCL|nccl|gloo|TCPStore|DistBackendError|DistNetworkError|DistStoreError|"
     r"Connection (?:closed|reset|refused|was likely closed)|closed by peer|Broken pipe|collective operation timeout|"
     r"[Ss]ocket [Tt]imeout|Timed out waiting|wait timeout|Timeout waiting for key|"
@@ -46,7 +52,7 @@ class Failure:
     kind: Literal["exception", "communication", "user_error", "hang"]
     rank: int
     time: float
-    """Unix time; where the log does not say it, the time of the last line before, or of the file."""
+    """Unix time; where no line with a time stands right before it, that of the last change of the file."""
     step: int | None
     summary: str
     """One line."""
@@ -112,7 +118,7 @@ def read_rank_log(path: Path) -> RankLog:
     number = re.search(r"(\d+)", path.stem)
     assert number is not None, path
     log = RankLog(int(number[1]), path)
-    lines = path.read_text(errors="replace").splitlines()
+    lines = [_PREFIX.sub("", line) for line in path.read_text(errors="replace").splitlines()]
     written = path.stat().st_mtime
     position = 0
     while position < len(lines):
@@ -132,22 +138,35 @@ def _read_one(log: RankLog, lines: list[str], position: int, written: float) -> 
         if match["step"] != "-":
             log.last_step = int(match["step"])
         if match["text"].startswith("HANG:"):
-            end = _end_of_dump(lines, position + 1)
-            log.failures.append(
-                Failure("hang", log.rank, time, log.last_step, match["text"], "\n".join(lines[position + 1 : end]))
-            )
-            return end
-    elif match := _USER_ERROR.match(line):
-        time = log.last_time or written
+            return _take_dump(log, lines, position, time, match["text"])
+        return position + 1
+    stamped = position > 0 and _LINE.match(lines[position - 1])
+    time = (log.last_time or written) if stamped else written
+    if _BACKSTOP.match(line):
+        return _take_dump(log, lines, position, time, f"HANG: {line.strip()}")
+    if match := _USER_ERROR.match(line):
         log.failures.append(Failure("user_error", log.rank, time, log.last_step, match["text"], line))
+    elif match := _TERMINATE.match(line):
+        what = _WHAT.match(lines[position + 1]) if position + 1 < len(lines) else None
+        summary = f"{match['type']}: {what['text']}" if what else match["type"]
+        _take_exception(log, summary, lines[position : position + 2], time)
     elif line.strip() == _TRACEBACK:
         end, summary = _end_of_traceback(lines, position)
-        kind: Literal["exception", "communication"] = "communication" if COMMUNICATION.search(summary) else "exception"
-        log.failures.append(
-            Failure(kind, log.rank, log.last_time or written, log.last_step, summary, "\n".join(lines[position:end]))
-        )
+        _take_exception(log, summary, lines[position:end], time)
         return end
     return position + 1
+
+
+def _take_exception(log: RankLog, summary: str, detail: list[str], time: float) -> None:
+    kind: Literal["exception", "communication"] = "communication" if COMMUNICATION.search(summary) else "exception"
+    log.failures.append(Failure(kind, log.rank, time, log.last_step, summary, "\n".join(detail)))
+
+
+def _take_dump(log: RankLog, lines: list[str], position: int, time: float, summary: str) -> int:
+    end = _end_of_dump(lines, position + 1)
+    detail = "\n".join(lines[position + 1 : end])
+    log.failures.append(Failure("hang", log.rank, time, log.last_step, summary, detail))
+    return end
 
 
 def _end_of_traceback(lines: list[str], start: int) -> tuple[int, str]:

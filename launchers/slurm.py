@@ -169,12 +169,13 @@ def _submit(given: argparse.Namespace) -> int:
     job = replace(_job(given, run_directory, continue_by), required_runs=required_runs(config))
     if given.dry_run or given.test_only:
         return _try_out(render_training(job), given)
-    if (run_directory / "DONE").exists():
+    if (run_directory / "DONE").exists() and not config.train.fresh:
         print(f"{run_directory} is finished already: nothing to submit.")
         return ExitCode.FINISHED
     _refuse_second_submission(job, behind=given.behind)
     job = _copy_code(job)
     provenance.write_config(run_directory, provenance.refer_to_copy(config, job.code_directory))
+    (run_directory / "DONE").unlink(missing_ok=True)
     script = run_directory / SCRIPT
     _write_script(job, script, render_training(job))
     jobs = [_sbatch([str(script)]) for _ in range(given.chain or 1)]

@@ -11,7 +11,7 @@ class ExitCode(IntEnum):
     """What the end of a process means to a launcher, a batch script and an operator."""
 
     FINISHED = 0  # the run reached its last step (or had reached it before)
-    FAILED = 1  # an unexpected exception: read the traceback
+    FAILED = 1  # an unexpected exception, or a file system that fails: start it again, and read the log if that fails
     CONFIGURATION = 2  # configuration, data or checkpoint is wrong: restarting cannot help
     PREEMPTED = 85  # asked to stop, saved, stopped: start it again and it continues
     NON_FINITE = 86  # loss or gradient stayed non-finite after the allowed rollbacks
@@ -38,10 +38,26 @@ class CheckpointError(MegavarError):
     """A checkpoint is missing, damaged, or belongs to another model."""
 
 
+class DataAccessError(DataError):
+    """Data could not be read just now, though they may be whole: a file system that fails."""
+
+    exit_code = ExitCode.FAILED
+
+
+class CheckpointAccessError(CheckpointError):
+    """A checkpoint could not be written or read just now: the disk is full, or a file system fails."""
+
+    exit_code = ExitCode.FAILED
+
+
 class ClusterError(MegavarError):
     """The machine, process group or scheduler does not offer what the run needs."""
 
     exit_code = ExitCode.PREFLIGHT
+
+
+class RunInUseError(ClusterError):
+    """Another process trains this run."""
 
 
 class NonFiniteError(MegavarError):

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -57,9 +57,13 @@ class Speed:
     path: str
     workers: int
     images_per_second: float
-    """Of one loader; with 0 workers that is per core."""
+    """Of one loader, the median of all repetitions; with 0 workers that is per core."""
     megabytes_per_second: float
-    """Of tensors delivered."""
+    """Of tensors delivered, in the same repetition."""
+    images_per_cpu_second: float | None
+    """The same per second of processor time, which other processes on the machine lower less; without workers only."""
+    repetitions: tuple[float, ...]
+    """Images per second of each, in the order of time."""
 
 
 def write_originals(folder: Path, count: int) -> Path:
@@ -131,13 +135,15 @@ def measure(path: str, config: DataConfig, *, batch_size: int, seconds: float) -
     steps = iter(loader)
     for _ in range(1 + config.workers * config.prefetch):  # what workers have read ahead must not count
         next(steps)
-    images, megabytes, started = 0, 0.0, time.perf_counter()
+    images, megabytes, started, cpu_started = 0, 0.0, time.perf_counter(), time.process_time()
     for step in steps:
         for batch in step:
             images, megabytes = images + len(batch), megabytes + _megabytes(batch)
         if (elapsed := time.perf_counter() - started) >= seconds:
             break
-    return Speed(path, config.workers, images / elapsed, megabytes / elapsed)
+    speed, cpu_seconds = images / elapsed, time.process_time() - cpu_started
+    per_cpu_second = None if config.workers else images / cpu_seconds
+    return Speed(path, config.workers, speed, megabytes / elapsed, per_cpu_second, (speed,))
 
 
 def benchmark(
@@ -146,13 +152,22 @@ def benchmark(
     workers: Iterable[int] = (0,),
     batch_size: int = 32,
     seconds: float = 5.0,
+    repetitions: int = 3,
     report: Callable[[Speed], None] = lambda speed: None,
 ) -> list[Speed]:
-    """Measure every configuration with every number of workers."""
+    """Measure every configuration with every number of workers; repetitions are rounds through all of them."""
+    cases = [
+        (path, config.model_copy(update={"workers": number}))
+        for (path, config), number in itertools.product(configurations.items(), workers)
+    ]
+    rounds = [
+        [measure(path, config, batch_size=batch_size, seconds=seconds) for path, config in cases]
+        for _ in range(repetitions)
+    ]
     speeds = []
-    for (path, config), number in itertools.product(configurations.items(), workers):
-        config = config.model_copy(update={"workers": number})
-        speeds.append(measure(path, config, batch_size=batch_size, seconds=seconds))
+    for found in zip(*rounds):
+        middle = sorted(found, key=lambda speed: speed.images_per_second)[repetitions // 2]
+        speeds.append(replace(middle, repetitions=tuple(speed.images_per_second for speed in found)))
         report(speeds[-1])
     return speeds
 
@@ -177,7 +192,10 @@ def machine() -> dict[str, str | int]:
 
 def _print_row(speed: Speed) -> None:
     unit = "images/s per core" if speed.workers == 0 else f"images/s with {speed.workers} workers"
-    print(f"{speed.path:<10}{speed.images_per_second:>10.0f} {unit:<25}{speed.megabytes_per_second:>8.1f} MB/s")
+    spread = f"({min(speed.repetitions):.0f} to {max(speed.repetitions):.0f})"
+    cpu = "" if speed.images_per_cpu_second is None else f"{speed.images_per_cpu_second:.0f} per CPU second"
+    megabytes = f"{speed.megabytes_per_second:.1f} MB/s"
+    print(f"{speed.path:<10}{speed.images_per_second:>9.0f} {unit:<26}{spread:<18}{megabytes:>12}  {cpu}", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -190,9 +208,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=256, help="image size after the transform (default: 256)")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=5.0, help="per measurement (default: 5)")
+    parser.add_argument("--repetitions", type=int, default=3, help="of which the median is taken (default: 3)")
     parser.add_argument("--workers", type=int, default=0, help="measure also with this many worker processes")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args(arguments)
+    if min(options.repetitions, options.images, options.batch_size) < 1 or options.workers < 0:
+        parser.error("--repetitions, --images and --batch-size must be at least 1, --workers at least 0")
     torch.set_num_threads(1)
     place = machine()
     print(", ".join(f"{key} {value}" for key, value in place.items()))
@@ -208,6 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             workers=sorted({0, options.workers}),
             batch_size=options.batch_size,
             seconds=options.seconds,
+            repetitions=options.repetitions,
             report=_print_row,
         )
     except MegavarError as error:

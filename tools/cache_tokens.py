@@ -38,19 +38,15 @@ from megavar.data.caching import (
     verify_cache,
     write_cache,
 )
-from megavar.errors import ConfigError, ExitCode, MegavarError
+from megavar.errors import ConfigError, ExitCode
 from megavar.parallel.environment import Environment, environment
+from tools.outcome import outcome
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
     options = _parse(arguments)
-    place = environment()
-    try:
-        return _run(options, place)
-    except MegavarError as error:
-        print(f"cache_tokens: {error}", file=sys.stderr)
-        return error.exit_code
+    return outcome("cache_tokens", lambda: _run(options, environment()))
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -65,7 +61,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--verify", action="store_true", help="verify a finished cache")
     parser.add_argument("--rows", type=int, default=1000, metavar="N", help="rows that --verify encodes again")
     parser.add_argument("--repair", action="store_true", help="make parts again whose hash is wrong")
-    return parser.parse_intermixed_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
+    if min(options.rows_per_part, options.batch, options.rows + 1) < 1:
+        parser.error("--rows-per-part and --batch must be at least 1, --rows at least 0")
+    return options
 
 
 def _run(options: argparse.Namespace, place: Environment) -> int:
@@ -87,6 +86,8 @@ def _run(options: argparse.Namespace, place: Environment) -> int:
     reader = ViewReader(images, transform, seed=config.train.seed, views=source.views)
     sizes = options.rows_per_part, max(1, options.batch // source.views)
     if options.verify or options.repair:
+        if place.world_size > 1:
+            raise ConfigError("--verify and --repair run in one process. Start them without torchrun.")
         existing = read_cache_file(folder).plan
         sizes = existing.rows_per_part, existing.batch_rows
     plan = CachePlan(
@@ -108,8 +109,6 @@ def _run(options: argparse.Namespace, place: Environment) -> int:
     if options.verify:
         return _verify(folder, plan, reader, encode, options.rows, config.data.workers, place)
     if options.repair:
-        if place.world_size > 1:
-            raise ConfigError("--repair runs in one process. Start it without torchrun.")
         damaged = damaged_parts(folder)
         if not damaged:
             print(f"{folder}: all {plan.parts} parts are as they were written")

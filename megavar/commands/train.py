@@ -4,6 +4,7 @@ import argparse
 import functools
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from megavar import logs
 from megavar.assembly import build_recipe
-from megavar.commands.evaluate import score
 from megavar.config.data import ImageFolderSource
 from megavar.config.deepspeed import load_deepspeed_json
 from megavar.config.loading import load_config
@@ -24,7 +24,7 @@ from megavar.data.loader import Loader
 from megavar.data.pixels import to_float, to_uint8
 from megavar.data.reading import stored_images
 from megavar.data.source import Source
-from megavar.errors import ConfigError, DataError, ExitCode
+from megavar.errors import ConfigError, DataError, ExitCode, RunInUseError
 from megavar.generators.var import VAR
 from megavar.parallel import topology
 from megavar.parallel.environment import Environment, environment, limit_threads
@@ -41,6 +41,8 @@ from megavar.training.run_directory import RunDirectory
 from megavar.training.trainer import Trainer
 
 PREVIEW_IMAGES = 40
+LOOK_AGAIN_SECONDS = 20.0
+"""Between looks at a required run that another process trains."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,14 +73,27 @@ def train(config: Config, place: Environment, required_by: tuple[str, ...] = ())
         required = load_config(path)
         if place.rank == 0:
             print(f"{config.run.name} requires {required.run.name} ({path})", flush=True)
-        code = train(required, place, (*required_by, config.run.name))
+        code = _train_required(required, place, (*required_by, config.run.name))
         if code != ExitCode.FINISHED:
             return code
     code = _train_one(config, place)
     if code == ExitCode.FINISHED and config.evaluation.after_training:
+        from megavar.commands.evaluate import score  # scikit-learn and more: not at the start of every rank
+
         topology.initialize(ParallelConfig(), place)
         score(config, place)
     return code
+
+
+def _train_required(config: Config, place: Environment, required_by: tuple[str, ...]) -> ExitCode:
+    """Train a run that others may require and train, too: then wait for them, and take over if they die."""
+    while True:
+        try:
+            return train(config, place, required_by)
+        except RunInUseError as error:  # raised on all ranks alike
+            if place.rank == 0:
+                print(f"Waiting for {config.run.name}, which {required_by[-1]} requires. {error}", flush=True)
+            time.sleep(LOOK_AGAIN_SECONDS)
 
 
 def _train_one(config: Config, place: Environment) -> ExitCode:

@@ -77,7 +77,7 @@ class CacheSource(Section):
     """Augmented versions of each sample, one of which is chosen in each epoch. The ten-crop transform has 10; for
     transforms with continuous randomness 8 to 16 are reasonable; without randomness there is 1."""
     images: ImagesConfig
-    """The images that are cached; test images always come from there."""
+    """The images that are cached; test images, and the captions of text-image pairs, always come from there."""
 
 
 SourceConfig = Annotated[

@@ -68,7 +68,8 @@ class TrainConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints."""
     fresh: bool = False
-    """Start anew although the run directory holds checkpoints: they are moved away, not deleted."""
+    """Start anew although the run directory holds checkpoints: they are moved away, not deleted. Once: later jobs and
+    attempts of a launcher continue the new run."""
     recovery: RecoveryConfig = RecoveryConfig()
     """Losses and gradients that are not finite."""
     watchdog: WatchdogConfig = WatchdogConfig()
@@ -77,7 +78,9 @@ class TrainConfig(Section):
     """Threads of each process for operations on the CPU; default: as many as PyTorch likes. Small models are faster
     with 1, and much faster where other processes use the cores, because waiting threads spin."""
     agreement_interval: int = Field(1, ge=1)
-    """Steps between the exchanges in which all ranks agree to stop. More saves a small collective per step."""
+    """Steps between the exchanges in which all ranks agree to stop, or learn that one of them met a damaged sample that
+    ends the run. More saves two small collectives per step; a rank that cannot read its samples between exchanges then
+    ends alone, without a checkpoint, and the launcher ends the others."""
     garbage_collection_interval: int = Field(200, ge=1)
     """Steps between runs of Python's cyclic garbage collector, at the same step on all ranks so that none waits."""
 

@@ -61,7 +61,7 @@ def of_images(config: DataConfig) -> DataConfig:
 
 
 def _cache(config: DataConfig, source: config_room.CacheSource) -> CachedSamples:
-    cached = CachedSamples("train", Path(source.path))
+    cached = CachedSamples("train", Path(source.path), lambda: build_source(of_images(config)))
     plan, transform = cached.cache.plan, repr(build_transform(config))
     for key, wanted, found in (
         ("data.source.content", source.content, plan.content),

@@ -9,10 +9,14 @@ be shorter). Row r of the cache is sample r of the source. A row is an int32 lab
 so ``numpy.memmap(part, dtype=[("label", "<i4"), ("views", "<u2", (K, L))])`` reads a part. View v is what the training
 transform makes of the sample in epoch v (of the ten-crop transform: its view v). Training in epoch e takes view
 ``floor(K u)``, where u is the first random number that the transform would get, a hash of (seed, e, r).
+
+Captions are not copied: they are read from the text-image source, without decoding its images.
 """
 
 import hashlib
 import json
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,13 +24,15 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
-from megavar.data.source import Sample, Split
+from megavar.data.source import Sample, Source, Split
 from megavar.errors import ConfigError, DataError
 
 FORMAT = "megavar cache 1"
 FILE_NAME = "cache.json"
 Content = Literal["tokens", "latents"]
 ELEMENTS: dict[str, str] = {"tokens": "<u2", "latents": "<f2"}
+MAPPED_PARTS = 512
+"""Parts that a process keeps mapped; each keeps a file open, and systems commonly allow a process 1024."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,15 @@ def weights_sha256(module: nn.Module) -> str:
 class CachedSamples:
     """The rows of a cache as a data source."""
 
-    def __init__(self, split: Split, folder: Path) -> None:
+    def __init__(self, split: Split, folder: Path, open_images: Callable[[], Source] | None = None) -> None:
+        """Open a finished cache.
+
+        Args:
+            open_images: opens the source that was cached; called only if that has captions.
+
+        Raises:
+            DataError: the cache is absent, unfinished or damaged, or the images have changed since.
+        """
         self.split: Split = split
         self.folder = Path(folder)
         if not self.folder.is_dir():
@@ -143,8 +157,14 @@ class CachedSamples:
         self.class_names = self.cache.plan.class_names
         content = hashlib.sha256(self.cache.encode()).hexdigest()
         self.fingerprint = f"cache-{split}-{len(self)}-{content[:16]}"
-        self._parts: dict[int, np.ndarray] = {}
+        self._parts: OrderedDict[int, np.ndarray] = OrderedDict()
         plan = self.cache.plan
+        self._captioned = open_images() if open_images is not None and not self.class_names else None
+        if self._captioned is not None and self._captioned.fingerprint != plan.source:
+            raise DataError(
+                f"The cache {self.folder} was made from {plan.source}, but its captions are to be read from "
+                f"{self._captioned.fingerprint}. Correct data.source.images, or make another cache."
+            )
         for part in range(plan.parts):
             path, size = self.folder / part_name(part), len(plan.rows_of(part)) * plan.row.itemsize
             if not path.is_file() or path.stat().st_size != size:
@@ -164,10 +184,14 @@ class CachedSamples:
         plan = self.cache.plan
         part, row = divmod(index, plan.rows_per_part)
         if part not in self._parts:
+            while len(self._parts) >= MAPPED_PARTS:
+                self._parts.popitem(last=False)
             mapped = np.memmap(self.folder / part_name(part), dtype=plan.row, mode="r")
             self._parts[part] = np.asarray(mapped)  # indexing the subclass is slow
+        self._parts.move_to_end(part)
         stored = self._parts[part][row]
-        sample = Sample(key=f"{part_name(part)}[{row}]", label=int(stored["label"]))
+        caption = None if self._captioned is None else self._captioned.read(index).caption
+        sample = Sample(key=f"{part_name(part)}[{row}]", label=int(stored["label"]), caption=caption)
         return replace(sample, **{plan.content: stored["views"]})
 
     def check_tokenizer(self, tokenizer: nn.Module) -> None:

@@ -6,7 +6,6 @@ do not depend on ranks or interruptions. While work is under way, ``.progress/``
 finished part; whichever rank finds all records writes ``cache.json`` and removes it.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -28,7 +27,7 @@ from megavar.data.caches import (
 )
 from megavar.data.loader import leave_signals_to_parent
 from megavar.data.pixels import to_float
-from megavar.data.progress import PROGRESS, publish
+from megavar.data.progress import PROGRESS, only_one, publish, read_record
 from megavar.data.reading import Preparation
 from megavar.data.source import DamagedSampleError, Source
 from megavar.data.transforms import TenCrop, Transform, decode
@@ -36,6 +35,7 @@ from megavar.errors import ConfigError, DataError, MegavarError
 from megavar.parallel.seeds import random_bits
 from megavar.storage import atomic_file, sha256_of_file, write_bytes_atomic, write_json_atomic
 
+PLAN = "plan.json"
 Encode = Callable[[Tensor], Tensor]
 """Images, float32 [B, 3, H, W] in [-1, 1], to token ids, integers [B, L], or to features [B, C, h, w]."""
 
@@ -81,7 +81,7 @@ class ViewReader(Dataset):
             raise DataError(f"Sample {index} of {self.source.fingerprint} is damaged: {error}. Repair it.") from error
         transform = self.prepare.transform
         if isinstance(transform, TenCrop):
-            views = [transform.view(image, view) for view in range(10)]
+            views = transform.views(image)
         else:
             rows = self.prepare.draws(torch.arange(self.views), torch.full((self.views,), index))
             views = [transform(image, draws) for draws in rows]
@@ -141,7 +141,12 @@ def write_cache(
     if (folder / FILE_NAME).exists():
         return read_cache_file(folder)
     for part in range(rank, plan.parts, world_size):
-        if not _is_finished(folder, part):
+        with only_one(folder / PROGRESS / f"lock-{part:05d}"):  # a job that was sent away may still be ending
+            if _is_finished(folder, part):
+                progress(len(plan.rows_of(part)))
+                continue
+            if (folder / FILE_NAME).exists():  # another rank has found everything finished, and tidied up
+                break
             rows = plan.rows_of(part)
             batches = [rows[start : start + plan.batch_rows] for start in range(0, len(rows), plan.batch_rows)]
             with atomic_file(folder / PROGRESS / part_name(part)) as file:
@@ -150,17 +155,15 @@ def write_cache(
                     progress(len(labels))
             publish(folder, part_name(part))
             write_json_atomic(_record(folder, part), {"sha256": sha256_of_file(folder / part_name(part))})
-        else:
-            progress(len(plan.rows_of(part)))
-    hashes = [digest for part in range(plan.parts) if (digest := _recorded(folder, part)) is not None]
-    if len(hashes) < plan.parts:
-        # Another rank may have found all of them already, and tidied up.
-        return read_cache_file(folder) if (folder / FILE_NAME).exists() else None
-    cache = Cache(plan, tuple(hashes))
-    write_bytes_atomic(folder / PROGRESS / FILE_NAME, cache.encode())
-    publish(folder, FILE_NAME)
-    shutil.rmtree(folder / PROGRESS, ignore_errors=True)
-    return cache
+    with only_one(folder / PROGRESS / "lock-end"):  # ranks tend to finish at the same time
+        if not (folder / FILE_NAME).exists():
+            hashes = [digest for part in range(plan.parts) if (digest := _recorded(folder, part)) is not None]
+            if len(hashes) < plan.parts:
+                return None
+            write_bytes_atomic(folder / PROGRESS / FILE_NAME, Cache(plan, tuple(hashes)).encode())
+            publish(folder, FILE_NAME)
+        shutil.rmtree(folder / PROGRESS, ignore_errors=True)
+    return read_cache_file(folder)
 
 
 def _to_rows(plan: CachePlan, views: np.ndarray, labels: list[int]) -> np.ndarray:
@@ -182,10 +185,8 @@ def _record(folder: Path, part: int) -> Path:
 
 
 def _recorded(folder: Path, part: int) -> str | None:
-    try:
-        return json.loads(_record(folder, part).read_text())["sha256"]
-    except (OSError, ValueError, KeyError):
-        return None
+    record = read_record(folder, _record(folder, part).name)
+    return None if record is None else record["sha256"]
 
 
 def _is_finished(folder: Path, part: int) -> bool:
@@ -195,16 +196,16 @@ def _is_finished(folder: Path, part: int) -> bool:
 
 def _claim(folder: Path, plan: CachePlan) -> None:
     """Make sure that ``folder`` is empty or holds work on the same plan."""
-    plan_path = folder / PROGRESS / "plan.json"
+    under_way = read_record(folder, PLAN)
     if (folder / FILE_NAME).exists():
         found = read_cache_file(folder).plan
         shutil.rmtree(folder / PROGRESS, ignore_errors=True)  # killed between cache.json and the clean-up
-    elif plan_path.exists():
-        found = plan_from_json(json.loads(plan_path.read_text()))
+    elif under_way is not None:
+        found = plan_from_json(under_way)
     elif folder.exists() and any(folder.glob("part-*.bin")):
         raise DataError(f"{folder} contains parts of a cache without a plan. Choose an empty folder.")
     else:
-        write_json_atomic(plan_path, asdict(plan))
+        write_json_atomic(folder / PROGRESS / PLAN, asdict(plan))
         return
     check_plan(folder, found, plan)
 
@@ -301,5 +302,5 @@ def forget_parts(folder: Path, parts: Sequence[int]) -> None:
     for part, digest in enumerate(cache.part_sha256):
         if part not in parts:
             write_json_atomic(_record(folder, part), {"sha256": digest})
-    write_json_atomic(folder / PROGRESS / "plan.json", asdict(cache.plan))
+    write_json_atomic(folder / PROGRESS / PLAN, asdict(cache.plan))
     (folder / FILE_NAME).unlink()

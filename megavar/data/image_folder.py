@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from megavar.data.source import Sample, Split
@@ -10,15 +12,33 @@ from megavar.errors import DataError
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
-def list_class_folders(root: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
+def walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """``os.walk`` that does not pass over folders it cannot read.
+
+    Raises:
+        DataError: such a folder.
+    """
+
+    def fail(error: OSError) -> None:
+        raise DataError(f"The folder {error.filename} cannot be read ({error.strerror}). Correct its permissions.")
+
+    return os.walk(root, onerror=fail)
+
+
+def list_class_folders(
+    root: Path, ignored: Counter[str] | None = None
+) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
     """List the images below ``root`` in a fixed order.
+
+    Args:
+        ignored: counts what is no image by its name, by suffix, and linked folders, which are not followed.
 
     Returns:
         class names (sorted names of the sub-folders) and (path relative to ``root``, class) per image, classes in
         order and paths sorted within each.
 
     Raises:
-        DataError: ``root`` is absent, or has no class folders, or a class folder has no images.
+        DataError: ``root`` is absent, unreadable or has no class folders, or a class folder has no images.
     """
     if not root.is_dir():
         raise DataError(
@@ -29,16 +49,22 @@ def list_class_folders(root: Path) -> tuple[tuple[str, ...], list[tuple[str, int
     if not names:
         raise DataError(
             f"The image folder {root} has no sub-folders. Each class needs a sub-folder with its images, for example "
-            f"{root}/cat/0001.jpg. If the images lie in a folder for training and one for validation, name that folder."
+            f"{root}/cat/0001.jpg. If the images lie in a folder for training and one for validation, name that "
+            f"folder. If labels are in a file, make shards of it with tools/shard_images.py --list."
         )
     images = []
     for label, name in enumerate(names):
-        paths = sorted(
-            (Path(folder) / file).relative_to(root).as_posix()
-            for folder, _, files in os.walk(root / name)
-            for file in files
-            if file.lower().endswith(IMAGE_SUFFIXES)
-        )
+        paths = []
+        for folder, folders, files in walk(root / name):
+            here = Path(folder).relative_to(root).as_posix()
+            for file in files:
+                if file.lower().endswith(IMAGE_SUFFIXES):
+                    paths.append(f"{here}/{file}")
+                elif ignored is not None:
+                    ignored[Path(file).suffix.lower() or file] += 1
+            if ignored is not None:
+                ignored["linked folder"] += sum((Path(folder) / inner).is_symlink() for inner in folders)
+        paths.sort()
         if not paths:
             raise DataError(
                 f"The class folder {root / name} contains no images ({', '.join(IMAGE_SUFFIXES)}). Add images to it or "
@@ -58,7 +84,8 @@ class ImageFolder:
         self.split: Split = split
         self.root = Path(path)
         self.class_names, self._images = list_class_folders(self.root)
-        listing = hashlib.sha256("\n".join(f"{path}\t{label}" for path, label in self._images).encode())
+        lines = "\n".join(f"{path}\t{label}" for path, label in self._images)
+        listing = hashlib.sha256(lines.encode(errors="surrogateescape"))  # names need not be UTF-8
         self.fingerprint = f"image_folder-{split}-{len(self._images)}-{listing.hexdigest()[:16]}"
 
     @property

@@ -126,8 +126,11 @@ class Loader:
 
     def __iter__(self) -> Iterator[list[Batch]]:
         results = self._results()
-        for step in self._steps():
-            yield [self._finish(next(results)) for _ in self._ranges(step)]
+        try:
+            for step in self._steps():
+                yield [self._finish(next(results)) for _ in self._ranges(step)]
+        finally:
+            del results  # kept by a traceback, workers would end late and slowly: when the garbage is collected
 
     def _finish(self, result: Batch | MegavarError) -> Batch:
         if isinstance(result, MegavarError):

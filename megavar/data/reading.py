@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from megavar.data.batch import Batch
-from megavar.data.source import DamagedSampleError, Sample, Source
+from megavar.data.source import DamagedSampleError, Sample, Source, UnreadableSampleError
 from megavar.data.transforms import Transform, Unchanged, choose, decode
-from megavar.errors import DataError
+from megavar.errors import DataAccessError, DataError
 from megavar.parallel.seeds import random_bits, uniform
 
 STAND_IN_ATTEMPTS = 8
@@ -124,8 +124,9 @@ class SampleReader:
             return self._load(epoch, index, draws)
         except DamagedSampleError as error:
             name = f"Sample {index} of {self.source.fingerprint} is damaged: {error}"
+            kind = DataAccessError if isinstance(error, UnreadableSampleError) else DataError
         if self.damaged == "fail":
-            raise DataError(f"{name}. {REMEDY}")
+            raise kind(f"{name}. {REMEDY}")
         for attempt in range(STAND_IN_ATTEMPTS):
             stand_in = int(random_bits(self.seed, "stand_in", epoch, index, attempt) % len(self.source))
             try:
@@ -134,7 +135,7 @@ class SampleReader:
                 continue
             log.warning("%s. Sample %d (%s) stands in for it in epoch %d.", name, stand_in, found.sample.key, epoch)
             return replace(found, replaced=True)
-        raise DataError(
+        raise kind(
             f"{name}, and so are {STAND_IN_ATTEMPTS} others that were tried in its place. This source is damaged "
             f"throughout: check that its storage is mounted, and verify it."
         )
@@ -143,7 +144,7 @@ class SampleReader:
         try:
             sample = self.source.read(index)
         except OSError as error:
-            raise DamagedSampleError(f"it cannot be read ({error})") from error
+            raise UnreadableSampleError(f"it cannot be read ({error})") from error
         return self.prepare(sample, epoch, index, draws)
 
 

@@ -14,6 +14,10 @@ class DamagedSampleError(DataError):
     """One sample cannot be read or decoded; the message says why, the reader adds which."""
 
 
+class UnreadableSampleError(DamagedSampleError):
+    """The file system failed while the sample was read; the sample may be whole."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One sample as stored. Exactly one of ``image``, ``tokens`` and ``latents`` is set."""

@@ -1,13 +1,15 @@
 """Shards read as streams, for object stores and pipes that offer no random access.
 
-The stream is split into lanes, a number fixed by the configuration and independent of the number of ranks. In epoch e
-the shards stand in a random order of their own; lane l reads the shards at places l, l + lanes, ... of it from their
-first to their last sample, then goes on to the next epoch. Each step takes the next ``global_batch_size / lanes``
-samples of every lane. Since the manifest tells how many samples each shard has, the place of every lane at any step
-follows from the step number: resuming opens the right shard and passes over the samples before the right one.
+The stream is split into lanes, a number fixed by the configuration and independent of the number of ranks. Every epoch
+is a random order of all shards, and the epochs follow each other in one endless line of shards; lane l reads those at
+places l, l + lanes, ... of the line from their first to their last sample. Each step takes the next
+``global_batch_size / lanes`` samples of every lane. Since the manifest tells how many samples each shard has, the place
+of every lane at any step follows from the step number: resuming opens the right shard and passes over the samples
+before the right one.
 
 Compared with ``order: index``, samples of a shard always follow each other in the order of the tar (random, but the
-same in every epoch), and lanes may be in different epochs by a few shards.
+same in every epoch), and near the end of an epoch some lanes are in the next one already: with shards of equal size by
+one shard each, otherwise by as many as the sizes differ.
 
 Damage under the policy ``skip-and-count``: the samples of a shard are read in a circle. A sample that is damaged is
 replaced by the next whole one of the circle; where the shard breaks off, reading goes on from its start. Both depend on
@@ -109,11 +111,9 @@ def _image(members: dict[str, Any]) -> bytes | None:
 
 def lane_shards(streams: ShardStreams, order: Order, lane: int) -> Iterator[tuple[int, int]]:
     """(epoch, shard) in the order in which ``lane`` reads them, without end."""
-    count = len(streams.manifest.shards)
-    for epoch in itertools.count():
-        _, shards = order.locate(epoch * count, (epoch + 1) * count)
-        for shard in shards[lane :: streams.lanes].tolist():
-            yield epoch, shard
+    for place in itertools.count(lane, streams.lanes):
+        epoch, shard = order.locate(place, place + 1)
+        yield int(epoch), int(shard)
 
 
 def lane_samples(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from megavar.data.source import DamagedSampleError
 from megavar.errors import DataError
@@ -47,7 +47,11 @@ def decode(image: np.ndarray | bytes) -> Image.Image:
     try:
         decoded = Image.open(io.BytesIO(image))
         decoded.load()
+        if decoded.mode.startswith("I;16"):  # Pillow would cut values above 255 off
+            return Image.fromarray((np.asarray(decoded) >> 8).astype(np.uint8)).convert("RGB")
         return decoded if decoded.mode == "RGB" else decoded.convert("RGB")
+    except UnidentifiedImageError as error:  # its message names a place in memory, another one in every run
+        raise DamagedSampleError("these bytes are not an image") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow's decoders raise
         raise DamagedSampleError(f"the image cannot be decoded ({error})") from error
 
@@ -210,7 +214,15 @@ class TenCrop:
 
     def view(self, image: Image.Image, view: int) -> Image.Image:
         """View 0..9."""
-        return ten_crop_view(adm_center_crop(image, int(self.resize * self.size)), self.size, view)
+        return ten_crop_view(self._square(image), self.size, view)
+
+    def views(self, image: Image.Image) -> list[Image.Image]:
+        """All ten views, resized once."""
+        square = self._square(image)
+        return [ten_crop_view(square, self.size, view) for view in range(10)]
+
+    def _square(self, image: Image.Image) -> Image.Image:
+        return adm_center_crop(image, int(self.resize * self.size))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Shards read through their index: random access, so that any order and any resume point is exact."""
 
+import hashlib
 import os
 import zlib
 from collections import OrderedDict
@@ -7,14 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from megavar.data.shards.index import index_path, open_index
+from megavar.data.shards.index import decode_index, index_path
 from megavar.data.shards.manifest import read_manifest
 from megavar.data.source import DamagedSampleError, Sample, Split
 from megavar.errors import DataError
-from megavar.storage import sha256_of_file
 
 OPEN_FILES = 128
 """Shards that a process keeps open; systems commonly allow a process 1024 files."""
+INDEXES = 2048
+"""Indexes that a process keeps in memory, 40 kB each for shards of 1250 samples. Mapped files would stay open."""
 TAR_HEADER = 512
 
 
@@ -34,7 +36,7 @@ class ShardFolder:
         self.fingerprint = f"shards-{split}-{len(self)}-{self.manifest.checksum[:16]}"
         self.starts = np.cumsum([0, *(shard.samples for shard in self.manifest.shards)])
         """int64 [shards + 1]: index of the first sample of each shard."""
-        self._indexes: dict[int, np.ndarray] = {}
+        self._indexes: OrderedDict[int, np.ndarray] = OrderedDict()
         self._files: OrderedDict[int, int] = OrderedDict()
         self._process = os.getpid()
 
@@ -72,12 +74,16 @@ class ShardFolder:
     def _index(self, shard: int) -> np.ndarray:
         if shard not in self._indexes:
             path, entry = index_path(self._path(shard)), self.manifest.shards[shard]
-            if not path.is_file() or sha256_of_file(path) != entry.index_sha256:
+            content = path.read_bytes() if path.is_file() else None
+            if content is None or hashlib.sha256(content).hexdigest() != entry.index_sha256:
                 raise DataError(
-                    f"The index {path} is {'damaged' if path.is_file() else 'missing'}. Rebuild it with "
+                    f"The index {path} is {'missing' if content is None else 'damaged'}. Rebuild it with "
                     f"`python -m tools.verify_shards {self.root} --repair`."
                 )
-            self._indexes[shard] = open_index(path)
+            while len(self._indexes) >= INDEXES:
+                self._indexes.popitem(last=False)
+            self._indexes[shard] = decode_index(content, path)
+        self._indexes.move_to_end(shard)
         return self._indexes[shard]
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:

@@ -55,9 +55,11 @@ class MEPA:
 
     @torch.no_grad()
     def prepare(self, batch: Batch, step: int) -> MEPAInputs:
-        """Images (or cached tokens) to tokens, teacher-forcing features and labels."""
+        """Images (or cached tokens or latents) to tokens, teacher-forcing features and labels."""
         if batch.tokens is not None:
             ids = list(batch.tokens.split([side * side for side in self.scales], dim=1))
+        elif batch.latents is not None:
+            ids = self.tokenizer.quantizer.quantize(batch.latents)
         else:
             ids = self.tokenizer.encode(batch.require_images())
         features = self.tokenizer.quantizer.teacher_forcing_input(ids)

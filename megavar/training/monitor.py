@@ -178,8 +178,16 @@ class Monitor:
         self._latest = " ".join(f"{name.replace('images_per_second', 'images/s')} {v:.4g}" for name, v in shown.items())
         if self._bar is not None:
             self._bar.set_postfix_str(self._latest, refresh=False)
-        if self._wandb is not None:
-            self._wandb.log({k: v for k, v in record.items() if k not in ("step", "time")}, step=record["step"])
+        self._log_to_wandb(record["step"], {k: v for k, v in record.items() if k not in ("step", "time")})
+
+    def _log_to_wandb(self, step: int, values: dict[str, Any]) -> None:
+        if self._wandb is None:
+            return
+        try:
+            self._wandb.log(values, step=step)
+        except Exception as error:  # its service is a process of its own, and SIGTERM reaches all processes of a job
+            _log.warning("W&B is lost (%s); metrics go to %s only.", error, self.directory.metrics)
+            self._wandb = None
 
     def event(self, step: int, event: str, **facts: Any) -> None:
         """Record something that is not a regular metric (a rollback, a spike)."""
@@ -201,7 +209,7 @@ class Monitor:
         if self._wandb is not None:
             import wandb
 
-            self._wandb.log({"samples": wandb.Image(grid)}, step=step)
+            self._log_to_wandb(step, {"samples": wandb.Image(grid)})
 
     def close(self) -> None:
         """Finish all outputs."""

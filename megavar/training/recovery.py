@@ -4,6 +4,7 @@ The engine has already refused to apply such a step, by the global gradient norm
 that is not finite makes the gradient so, see ``Engine.forward_backward``). This class only counts, so it decides alike.
 """
 
+import math
 import statistics
 from collections import deque
 from enum import Enum
@@ -56,8 +57,11 @@ class Recovery:
             self.rollbacks = 0
 
     def spike(self, loss: float | None) -> float | None:
-        """Take in a logged loss; return the median of the recent past if this one stands out above it."""
-        if loss is None:
+        """Take in a logged loss; return the median of the recent past if this one stands out above it.
+
+        Losses of skipped steps are not finite; they are on record as such, and have no place in a median.
+        """
+        if loss is None or not math.isfinite(loss):
             return None
         median = statistics.median(self._losses) if len(self._losses) >= 10 else None
         self._losses.append(loss)

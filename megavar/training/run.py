@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -74,6 +75,18 @@ def micro_batch_size(train: TrainConfig, topology: Topology) -> int:
             f"computes a multiple of {stages} micro-batches, or set parallel.virtual_pipeline=1."
         )
     return size
+
+
+def first_error(error: MegavarError | None) -> MegavarError | None:
+    """The error of the lowest rank that has one, on every rank: they end together. Collective over the CPU backend."""
+    none = dist.get_world_size()
+    rank = torch.tensor(none if error is None else dist.get_rank(), dtype=torch.int32)
+    dist.all_reduce(rank, op=dist.ReduceOp.MIN)
+    if rank.item() == none:
+        return None
+    shared = [error]
+    dist.broadcast_object_list(shared, src=int(rank.item()))
+    return shared[0]
 
 
 def on_first_rank(action: Callable[[], Any]) -> None:

@@ -34,9 +34,11 @@ from megavar.training.checkpoint.lock import RunLock
 
 _log = logging.getLogger(__name__)
 
-# What may differ when a run continues: it does not change what is trained. Prefixes of dotted keys.
+# What may differ when a run continues: it does not change what is trained. Prefixes of dotted keys. Data may move: that
+# they are the same is checked by their fingerprint.
 CHANGEABLE = (
     "run.", "logging.", "sampling.", "evaluation.", "parallel.", "deepspeed", "data.workers", "data.prefetch",
+    "data.damaged_samples", "data.source.path", "data.source.test_path", "data.source.url", "data.source.images.path",
     "train.micro_batch_size", "train.checkpoint.", "train.recovery.", "train.watchdog.", "train.fresh",
     "train.cpu_threads", "train.agreement_interval", "train.garbage_collection_interval",
 )  # fmt: skip
@@ -128,6 +130,12 @@ class RunDirectory:
                 f"the value to continue that run."
             )
 
+    def note_fresh_start(self) -> None:
+        """``train.fresh`` is done: whoever starts the kept configuration from now on continues the run."""
+        config = yaml.safe_load(self.config.read_text())
+        config["train"]["fresh"] = False
+        storage.write_text_atomic(self.config, yaml.safe_dump(config, sort_keys=False, width=120))
+
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the DONE mark, after everything else."""
         storage.write_json_atomic(self.path / "DONE", {"finished_at": _now(), **summary})
@@ -136,7 +144,7 @@ class RunDirectory:
         """Hold the run, so that a second start of it is refused, until :meth:`release` or the end of the process.
 
         Raises:
-            ClusterError: another process holds it.
+            RunInUseError: another process holds it.
         """
         self._lock = RunLock.acquire(self.path)
 

@@ -27,7 +27,7 @@ from megavar.training.parameter_rows import write_rows
 from megavar.training.preemption import StopRequest
 from megavar.training.profiler import Profiler
 from megavar.training.recovery import Recovery, Verdict
-from megavar.training.run import Run, micro_batch_size, on_first_rank
+from megavar.training.run import Run, first_error, micro_batch_size, on_first_rank
 from megavar.training.run_directory import provenance
 from megavar.training.watchdog import Watchdog
 
@@ -68,6 +68,8 @@ class Trainer:
         """Steps taken, skipped ones included."""
         self.data_step = 0
         """Global batches gone through: ``step``, plus those that rollbacks have passed over."""
+        self._kept_step = 0
+        """The step that the newest checkpoint holds."""
         self._batches: Iterator[list[Batch]] = iter(())
 
     def run(self) -> ExitCode:
@@ -76,15 +78,18 @@ class Trainer:
         Raises:
             ConfigError: the run directory is another run's, or in use.
             CheckpointError: there are checkpoints, but none can be used.
+            DataError: a sample is damaged, and the configuration does not allow going on without it.
             NonFiniteError: losses or gradients stay non-finite after the allowed rollbacks.
         """
-        on_first_rank(self._open_directory)
-        if self.directory.done:
-            _log.info("%s is finished already.", self.directory.path)
-            return ExitCode.FINISHED
+        code: ExitCode | None = None
         try:
+            on_first_rank(self._open_directory)
+            if self.directory.done:
+                _log.info("%s is finished already.", self.directory.path)
+                return ExitCode.FINISHED
             with self.watchdog, _manual_garbage_collection(), contextlib.closing(self.monitor):
-                return self._loop()
+                code = self._loop()
+                return code
         except MegavarError:
             raise
         except Exception:
@@ -92,17 +97,20 @@ class Trainer:
             raise
         finally:
             self.directory.release()
-            self.stop.restore()
+            if code != ExitCode.PREEMPTED:  # else a late signal would kill a process that is about to leave
+                self.stop.restore()
             logs.set_step(None)
 
     def _loop(self) -> ExitCode:
         train, reports = self.setup.train, self.setup.logging
-        self._restore(fresh=self._fresh())
+        fresh = self._fresh()
+        self._restore(fresh=fresh)
+        if fresh:
+            on_first_rank(self.directory.note_fresh_start)
         while self.step < self.total_steps:
             self.profiler.step_begins()
             self.stopwatch.step_begins()
-            with self.stopwatch.part("data"):
-                micro_batches = next(self._batches)
+            micro_batches = self._read()
             applied = self._train_step(micro_batches)
             self.step, self.data_step = self.step + 1, self.data_step + 1
             self.stopwatch.step_done()
@@ -130,6 +138,30 @@ class Trainer:
         return ExitCode.FINISHED
 
     # -- one step -----------------------------------------------------------------------------------------------------
+
+    def _read(self) -> list[Batch]:
+        """This rank's micro-batches of the next step.
+
+        Raises:
+            MegavarError: what this rank or, on the steps of ``agreement_interval``, any rank met in reading its own.
+                In the latter case all ranks raise it, and the run is saved.
+        """
+        batches: list[Batch] = []
+        met: MegavarError | None = None
+        with self.stopwatch.part("data"):
+            try:
+                batches = next(self._batches)
+            except MegavarError as error:
+                met = error
+        if self._due(self.setup.train.agreement_interval):
+            met = first_error(met)
+            if met is not None and self.step > self._kept_step:
+                _log.error("Saving and ending the run after step %d: %s", self.step, met)
+                self._save()
+                self.checkpointer.close()
+        if met is not None:
+            raise met
+        return batches
 
     def _train_step(self, micro_batches: list[Batch]) -> bool:
         """Train every active module on one global batch; return whether all updates were applied."""
@@ -251,7 +283,9 @@ class Trainer:
         self.directory.open(self.setup.config, self._layout(), plans, fresh=self._fresh())
 
     def _fresh(self) -> bool:
-        return self.setup.train.fresh and int(os.environ.get("SLURM_RESTART_COUNT", "0")) == 0
+        """Once only. Launchers start the configuration that the run directory keeps, which forgets it then."""
+        by_launcher = "MEGAVAR_ATTEMPT" in os.environ
+        return self.setup.train.fresh and (by_launcher or int(os.environ.get("SLURM_RESTART_COUNT", "0")) == 0)
 
     def _layout(self) -> dict[str, Any]:
         stage = max(engine.plan.stage for engine in self.engines.values())
@@ -267,6 +301,7 @@ class Trainer:
         with self.watchdog.pause(), self.stopwatch.part("checkpoint"):
             on_first_rank(self.directory.check_held)
             self.checkpointer.save(self.step, self._module_states(), state)
+        self._kept_step = self.step
         self.recovery.saved()
 
     def _restore(self, fresh: bool = False, at_most: int | None = None) -> bool:
@@ -275,6 +310,7 @@ class Trainer:
             state = self.checkpointer.load(self._module_states(), fresh=fresh, at_most=at_most)
         if state is not None:
             self.step, self.data_step = state["step"], state["data_step"]
+            self._kept_step = self.step
         if state is not None and at_most is None:
             self.recovery.load_state(state["recovery"])
             _log.info("Continuing after step %d of %d.", self.step, self.total_steps)

@@ -1,7 +1,8 @@
 """Ends a process whose step hangs, with the stacks of all its threads in the log, so that the job can start again.
 
 Every rank watches itself: a rank that waits in a collective for a dead or stuck peer exceeds the limit as well, so all
-ranks leave their stacks and the doctor can tell the one that is different.
+ranks leave their stacks and the doctor can tell the one that is different. NCCL's own watchdog, whose limit is that of
+the process group, mostly comes too late; so its flight recorder is dumped here, too.
 """
 
 import faulthandler
@@ -14,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -22,6 +24,10 @@ from megavar.errors import ExitCode
 
 _log = logging.getLogger(__name__)
 _WINDOW = 64  # step times that make up the median
+_LOOK_SECONDS = 5.0
+"""Between two looks at the time."""
+_RECORDER_SECONDS = 30.0
+"""For the dump of the flight recorder, which may hang with the GPU."""
 
 
 def _end_process() -> None:
@@ -42,6 +48,7 @@ class Watchdog:
         self._times: deque[float] = deque(maxlen=_WINDOW)
         self._last = time.monotonic()
         self._step = 0
+        self._is_first = True
         self._limit_override: float | None = None
         self._finished = threading.Event()
         self._thread: threading.Thread | None = None
@@ -57,8 +64,9 @@ class Watchdog:
     def beat(self, step: int) -> None:
         """A step is complete."""
         now = time.monotonic()
-        self._times.append(now - self._last)
-        self._last, self._step = now, step
+        if not self._is_first:  # the first step compiles: it says nothing about the others
+            self._times.append(now - self._last)
+        self._last, self._step, self._is_first = now, step, False
         self._arm_backstop()
 
     @contextmanager
@@ -79,7 +87,7 @@ class Watchdog:
             faulthandler.dump_traceback_later(2 * self.limit() + 60, exit=True)
 
     def _watch(self) -> None:
-        while not self._finished.wait(min(5.0, self.limit() / 4)):
+        while not self._finished.wait(self._interval()):
             silent = time.monotonic() - self._last
             if silent > self.limit():
                 _log.critical(
@@ -87,8 +95,15 @@ class Watchdog:
                     "ends with exit code %d.", silent, self._step, self.limit(), ExitCode.HANG,
                 )  # fmt: skip
                 self._dump()
+                dump = threading.Thread(target=dump_flight_recorder, name="flight-recorder", daemon=True)
+                dump.start()
+                dump.join(_RECORDER_SECONDS)
+                time.sleep(2 * self._interval())  # the first end ends all ranks: let the others look at the time, too
                 self._end()
                 return
+
+    def _interval(self) -> float:
+        return min(_LOOK_SECONDS, self.limit() / 4)
 
     def _dump(self) -> None:
         files = {sys.stderr.fileno(): sys.stderr} if _has_descriptor(sys.stderr) else {}
@@ -115,6 +130,22 @@ class Watchdog:
             self._finished.set()
             faulthandler.cancel_dump_traceback_later()
             self._thread.join(timeout=1)
+
+
+def dump_flight_recorder() -> None:
+    """Write this rank's last collectives to the file that NCCL's watchdog would write, where the launcher names it.
+
+    The files are pickled dictionaries; PyTorch's ``torchfrtrace`` compares those of NCCL.
+    """
+    prefix, torch = os.environ.get("TORCH_FR_DUMP_TEMP_FILE"), sys.modules.get("torch")
+    if not prefix or torch is None or not torch.distributed.is_initialized():
+        return
+    try:
+        bindings = torch._C._distributed_c10d
+        dump = bindings._dump_nccl_trace if torch.cuda.is_available() else bindings._dump_fr_trace
+        Path(f"{prefix}{torch.distributed.get_rank()}").write_bytes(dump())
+    except Exception as error:  # the stacks are there; this must not keep the process from ending
+        _log.warning("The flight recorder cannot be written: %s", error)
 
 
 def _has_descriptor(stream: object) -> bool:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megavar.config.checkpoint import CheckpointConfig
-from megavar.errors import CheckpointError
+from megavar.errors import CheckpointError, ExitCode
 from megavar.training.checkpoint import Checkpointer, fault, find_checkpoint, master, read_weights, shards
 from tests.checkpoint.conftest import assert_same, read_everything
 from tests.checkpoint.layered import Layout, Run
@@ -197,6 +197,7 @@ def _save_with_a_full_disk(root, asynchronous):
         checkpointer.save(2, {"model": run.state}, {})
         checkpointer.wait()
     except CheckpointError as error:
+        assert error.exit_code == ExitCode.FAILED, "a launcher starts the run again"
         messages.append(str(error))
     shards.write = original
     checkpointer.save(3, {"model": run.state}, {})

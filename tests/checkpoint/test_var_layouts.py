@@ -133,7 +133,7 @@ def sample(root, ema):
     load_weights(recipe.generator, root, ema=ema)
     settings = SamplingConfig(top_k=20, top_p=0.9)
     sampler = NextScaleSampler(recipe.generator, recipe.tokenizer, settings, torch.device("cpu"))
-    return sampler.draw(torch.arange(24))[2]
+    return sampler.draw(torch.arange(24))[2].int()  # pickle knows no uint16 tensors
 
 
 @pytest.mark.parametrize("ema", [False, True], ids=["weights", "average"])

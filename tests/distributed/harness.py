@@ -53,6 +53,7 @@ def _child(rank: int, world_size: int, directory: Path, function: Callable[..., 
         faulthandler.enable(errors)
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), CUDA_VISIBLE_DEVICES="")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        torch.set_num_threads(1)  # renews torch's thread pool, which autograd's threads would race to do after a fork
         dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=world_size)
         result = function(*arguments)
         (directory / f"{rank}.result").write_bytes(pickle.dumps(result))

@@ -5,16 +5,18 @@ that real runs printed.
 """
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from launchers import doctor
+from launchers import doctor, local, progress
 from launchers.diagnosis import diagnose
 from launchers.history import read_metrics, summarize
 from launchers.run_logs import expand, read_rank_log
+from megavar.errors import ExitCode
 
 GLOO = (
     "RuntimeError: [../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:52414: "
@@ -47,12 +49,13 @@ def crash(rank: int, seconds: float, step: int, exception: str) -> str:
 class Remains:
     """A run directory with one attempt."""
 
-    def __init__(self, path: Path, outcome: str = "FAILED", nodes: tuple[str, ...] = ("n1", "n2"), per_node: int = 2):
+    def __init__(self, path: Path, outcome: str = "FAILED", nodes: tuple[str, ...] = ("n1", "n2"), per_node: int = 2,
+                 action: str = "restart"):  # fmt: skip
         self.path = path
         self.logs = path / "logs/attempt-0001"
         self.logs.mkdir(parents=True)
         entry = {"attempt": 1, "job": "7", "nodes": nodes, "tasks_per_node": per_node, "started": 0.0, "ended": 60.0,
-                 "steps_before": [-1], "steps_after": [-1], "outcome": outcome, "action": "restart"}  # fmt: skip
+                 "steps_before": [-1], "steps_after": [-1], "outcome": outcome, "action": action}  # fmt: skip
         (path / "restarts.json").write_text(json.dumps({"counted_from": 0, "attempts": [entry]}))
 
     def rank(self, number: int, text: str) -> None:
@@ -115,6 +118,66 @@ def test_a_killed_rank_that_said_nothing(tmp_path):
     assert found.consequences == 3
 
 
+def test_a_killed_rank_whose_victim_ended_first(tmp_path):
+    """As a real Slurm said it: nodes report in any order, so SIGKILL may as well have been srun's own last word."""
+    remains = Remains(tmp_path, per_node=1)
+    remains.rank(0, line(0, 5, 31, "x"))
+    remains.rank(1, crash(1, 41, 33, GLOO))
+    remains.tasks(
+        "srun: error: n2: task 1: Exited with exit code 1\nsrun: launch/slurm: _step_signal: Terminating StepId=7.0\n"
+        "srun: error: n1: task 0: Killed\nsrun: Force Terminated StepId=7.0\n"
+    )
+    found = remains.diagnosis()
+    assert (found.rank, found.node) == (0, "n1")
+    assert "rank 0: Killed" in found.cause
+
+
+ABORT = """[rank{rank}]:[E822 12:10:29.5 ProcessGroupNCCL.cpp:632] [Rank {rank}] Watchdog caught collective timeout
+terminate called after throwing an instance of 'c10::DistBackendError'
+  what():  [PG ID 0 PG GUID 0(default_pg) Rank {rank}] Process group watchdog thread terminated with exception: {why}
+Exception raised from run at ProcessGroupNCCL.cpp:681 (most recent call first):
+frame #0: c10::Error::Error(c10::SourceLocation, std::string) + 0x9d (0x7f3d6ff5c13d in libc10.so)
+"""
+TIMEOUT = "[Rank {rank}] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=812, OpType=ALLREDUCE)"
+
+
+def test_processes_that_nccl_aborts_are_not_the_cause(tmp_path):
+    """The rank with the exception hung at its end; the others waited until NCCL's watchdog aborted them."""
+    remains = Remains(tmp_path)
+    for rank in (0, 1, 2):
+        remains.rank(rank, ABORT.format(rank=rank, why=TIMEOUT.format(rank=rank)))
+    remains.rank(3, crash(3, 28, 120, "KeyError: 'label'"))
+    remains.tasks(
+        "srun: error: n1: task 0: Aborted (core dumped)\nsrun: error: n1: task 1: Terminated\n"
+        "srun: error: n2: task 2: Aborted (core dumped)\nsrun: error: n2: task 3: Killed\n"
+    )
+    found = remains.diagnosis()
+    assert (found.rank, found.node, found.step, found.cause) == (3, "n2", 120, "KeyError: 'label'")
+    assert found.consequences == 3
+
+
+def test_a_rank_that_was_stuck_until_nccl_aborted_the_others(tmp_path):
+    remains = Remains(tmp_path)
+    for rank in (0, 1, 2):
+        remains.rank(rank, ABORT.format(rank=rank, why=TIMEOUT.format(rank=rank)))
+    remains.rank(3, line(3, 2, "-", "Continuing.", "WARNING"))
+    remains.tasks("srun: error: n1: tasks 0-1: Aborted (core dumped)\nsrun: error: n2: task 3: Killed\n")
+    found = remains.diagnosis()
+    assert (found.rank, found.node) == (3, "n2")
+    assert "OpType=ALLREDUCE" in found.cause
+
+
+def test_a_gpu_that_fails_is_named_though_nccl_says_so(tmp_path):
+    remains = Remains(tmp_path)
+    for rank in (0, 1, 2):
+        remains.rank(rank, ABORT.format(rank=rank, why=TIMEOUT.format(rank=rank)))
+    remains.rank(3, ABORT.format(rank=3, why="CUDA error: uncorrectable ECC error encountered"))
+    remains.tasks("srun: error: n1: tasks 0-1: Aborted (core dumped)\nsrun: error: n2: tasks 2-3: Aborted\n")
+    found = remains.diagnosis()
+    assert (found.rank, found.node) == (3, "n2")
+    assert "exclude it" in found.remedy
+
+
 @pytest.mark.parametrize(
     ("how", "log"), [("Out Of Memory", ""), ("Killed", "slurmstepd: error: Detected 1 oom_kill event")]
 )
@@ -168,6 +231,29 @@ def test_a_hang_names_the_rank_that_does_not_wait(tmp_path):
     assert "reading.py" in found.cause
 
 
+def test_a_rank_without_stacks_is_the_one_that_hangs(tmp_path):
+    """It stands in native code and holds the interpreter's lock, or its node is gone."""
+    remains = Remains(tmp_path, outcome="HANG")
+    for rank in range(3):
+        hang = line(rank, 300, 77, "HANG: no step for 300 s.", "CRITICAL")
+        remains.rank(rank, hang + STACK.format(frames=WAITING))
+    remains.rank(3, line(3, 2, 5, "x", "WARNING"))
+    remains.tasks("srun: error: n1: task 1: Exited with exit code 87\nsrun: error: n2: task 3: Killed\n")
+    found = remains.diagnosis()
+    assert (found.rank, found.node, found.step) == (3, "n2", 77)
+    assert "left no stacks" in found.cause
+
+
+def test_a_hang_that_held_the_interpreter_until_the_last_timer(tmp_path):
+    remains = Remains(tmp_path, outcome="FAILED")
+    remains.rank(0, line(0, 300, 77, "HANG: no step for 300 s.", "CRITICAL") + STACK.format(frames=WAITING))
+    remains.rank(1, line(1, 3, 5, "x", "WARNING") + "Timeout (0:11:00)!\n" + STACK.format(frames=READING))
+    remains.tasks("srun: error: n1: task 0: Exited with exit code 87\nsrun: error: n1: task 1: Killed\n")
+    found = remains.diagnosis()
+    assert (found.rank, found.node) == (1, "n1")
+    assert "reading.py" in found.cause
+
+
 def test_a_hang_of_all_in_one_collective_blames_nobody(tmp_path):
     remains = Remains(tmp_path, outcome="HANG")
     for rank in range(4):
@@ -207,9 +293,43 @@ def test_slurm_ended_it(tmp_path):
         "Z job 7: begins attempt 1 on n[1-2]\nslurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED AT 2026-08-22T12:00:00 "
         "DUE TO TIME LIMIT ***\n"
     )
+    remains.tasks("srun: error: n1: task 0: Killed\nsrun: error: n2: task 1: Terminated\n")  # as Slurm does then
     found = remains.diagnosis()
     assert "time limit" in found.cause
     assert found.step == 14
+
+
+def test_a_requeue_is_not_the_cause_of_itself(tmp_path):
+    remains = Remains(tmp_path)
+    remains.rank(0, line(0, 30, 14, "x"))
+    (tmp_path / "logs/slurm-7.out").write_text(
+        "Z job 7: begins attempt 1 on n[1-2]\nZ job 7: ends attempt 1: srun status 139\n"
+        "slurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED AT 2026-08-22T12:00:00 DUE TO JOB REQUEUE ***\n"
+    )
+    remains.tasks("srun: error: n2: task 1: Segmentation fault\n")
+    assert "Segmentation fault" in remains.diagnosis().cause
+
+
+def test_a_person_ended_it(tmp_path):
+    remains = Remains(tmp_path, action="stop")
+    remains.rank(0, line(0, 30, 14, "x"))
+    remains.tasks("srun: error: n1: task 0: Killed\n")
+    found = remains.diagnosis()
+    assert (found.rank, found.step, found.cause) == (None, 14, "the job was cancelled (scancel)")
+
+
+def test_preflight_ended_it(tmp_path):
+    remains = Remains(tmp_path, outcome="PREFLIGHT")
+    report = {
+        "n1": [{"check": "gpus", "status": "pass", "detail": "8 idle GPUs"}],
+        "n2": [{"check": "gpus", "status": "fail", "detail": "7 GPUs are visible, 8 are expected"}],
+    }
+    (remains.logs / "preflight.json").write_text(json.dumps(report))
+    remains.tasks("srun: error: n1: task 0: Exited with exit code 90\nsrun: error: n2: task 1: Terminated\n")
+    found = remains.diagnosis()
+    assert (found.rank, found.node) == (None, "n2"), "the tasks of preflight are no ranks"
+    assert "7 GPUs are visible" in found.cause
+    assert "Exclude the nodes" in found.remedy
 
 
 def test_a_configuration_error_before_the_first_step(tmp_path):
@@ -222,12 +342,67 @@ def test_a_configuration_error_before_the_first_step(tmp_path):
     assert found.step is None
 
 
-def test_real_tracebacks_are_parsed(tmp_path):
-    """Not written by hand: Python's own output, with notes, carets and chains."""
+PLANTED = """
+import os, signal, sys, time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megavar import logs
+from megavar.parallel.environment import environment
+from megavar.training.trainer import Trainer
+from tests.training import tiny
+
+def read_a_sample():
+    {failure}
+
+class Planted(tiny.TinyRecipe):
+    def prepare(self, batch, step):
+        if step == 3 and dist.get_rank() == 1:
+            read_a_sample()
+        return batch
+
+logs.configure(environment().rank)
+watchdog = {{"minimum_seconds": 10.0, "start_seconds": 100.0}}
+run = tiny.build_run(Path(sys.argv[1]), recipe=Planted(), steps=50, train={{"watchdog": watchdog}})
+sys.exit(int(Trainer(run).run()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("failure", "cause", "outcome"),
+    [
+        ("raise KeyError('label')", "KeyError: 'label'", ExitCode.FAILED),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "rank 1 was killed (SIGKILL)", ExitCode.FAILED),
+        ("time.sleep(600)", "rank 1 stands in", ExitCode.HANG),
+    ],
+)
+def test_failures_that_were_planted_in_real_runs(tmp_path, failure, cause, outcome):
+    """Two ranks over gloo; the second fails at its fourth step. All logs are what the real programs wrote."""
+    _, attempt = progress.begin(tmp_path, maximum=3, tasks_per_node=2)
+    logs = tmp_path / f"logs/attempt-{attempt:04d}"
+    logs.mkdir(parents=True)
+    command = [sys.executable, "-c", PLANTED.format(failure=failure), str(tmp_path)]
+    with local.Ranks(command, 2, logs, {}) as ranks:
+        status = ranks.wait()
+    messages = (logs / "tasks.txt").read_text()
+    found, _ = progress.end(tmp_path, maximum=3, attempt=attempt, status=status, task_messages=messages)
+    assert found == outcome
+    (remains,) = doctor.find_attempts(tmp_path)
+    diagnosis = diagnose(remains)
+    assert (diagnosis.rank, diagnosis.node) == (1, socket.gethostname())
+    assert cause in diagnosis.cause, diagnosis
+    assert diagnosis.step == 3
+
+
+@pytest.mark.parametrize("prefix", ["", "[rank12]: "])
+def test_real_tracebacks_are_parsed(tmp_path, prefix):
+    """Not written by hand: Python's own output, with notes, carets and chains. torch.distributed prefixes it."""
     code = "def f():\n  try: {}['a']\n  except KeyError as e: raise ValueError('two\\nlines') from e\nf()"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     path = tmp_path / "rank-0012.log"
-    path.write_text("before\n" + result.stderr + line(12, 5, 3, "after"))
+    printed = "".join(prefix + text for text in result.stderr.splitlines(keepends=True))
+    path.write_text("before\n" + printed + line(12, 5, 3, "after"))
     log = read_rank_log(path)
     assert log.rank == 12
     assert [failure.summary for failure in log.failures] == ["KeyError: 'a'"]

@@ -2,19 +2,22 @@
 
 import contextlib
 import os
+import shutil
 import socket
 import time
 from pathlib import Path
 
 import pytest
 
-from launchers import checks, preflight
-from launchers.checks import Finding, compare, guarded, slow
-from launchers.preflight import Options, Place, Preflight, bad_nodes, exit_code, table
+from launchers import checks, judgement, preflight
+from launchers.checks import Finding, guarded
+from launchers.judgement import add_silent_nodes, bad_nodes, compare, exit_code, slow, table
+from launchers.preflight import Options, Place, Preflight
 from launchers.rates import matmul_rate
 from megavar.config.loading import dump, load_config
-from megavar.errors import ExitCode
+from megavar.errors import CheckpointError, ConfigError, DataAccessError, DataError, ExitCode
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
+from tests.sources.originals import shard, write_class_folders
 
 CONFIG = Path(__file__).parents[2] / "configs/quickstart/tokenizer.yaml"
 
@@ -32,11 +35,27 @@ def write_config(folder: Path, *overrides: str) -> Path:
     return path
 
 
-def preflight_on(folder: Path, path: Path, nodes: int, gpus: tuple[int, ...] | None = None) -> list[int]:
-    """Exit codes of preflight on ``nodes`` processes that believe to be nodes n0, n1, ..."""
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def preflight_on(
+    folder: Path,
+    path: Path,
+    nodes: int,
+    gpus: tuple[int, ...] | None = None,
+    configs: dict[int, Path] | None = None,
+    lost: tuple[int, ...] = (),
+) -> list[int]:
+    """Exit codes of preflight on ``nodes`` processes that believe to be nodes n0, n1, ...
+
+    Args:
+        configs: what single ones read instead of ``path``.
+        lost: those that do not reach the first one.
+    """
+    port, nowhere = free_port(), free_port()
     children = []
     for rank in range(nodes):
         child = os.fork()
@@ -44,8 +63,10 @@ def preflight_on(folder: Path, path: Path, nodes: int, gpus: tuple[int, ...] | N
             code = 99
             try:
                 expected = gpus[rank] if gpus else 0
-                options = Options(str(path), (), nodes, expected, 300.0, folder, 2**20)
-                place = Place(rank, nodes, f"n{rank}", "127.0.0.1", port)
+                names = [f"n{number}" for number in range(nodes)]
+                own = (configs or {}).get(rank, path)
+                options = Options(str(own), (), nodes, expected, 300.0, folder, 2**20, names)
+                place = Place(rank, nodes, f"n{rank}", "127.0.0.1", nowhere if rank in lost else port)
                 with (folder / f"preflight-{rank}.log").open("w") as log, contextlib.redirect_stdout(log):
                     code = int(Preflight(options, place).run())
             finally:
@@ -110,6 +131,66 @@ def test_one_node_without_its_gpus_is_replaced(tmp_path):
     assert (tmp_path / "bad_nodes.txt").read_text() == "n1\n"
 
 
+def test_a_node_that_cannot_write_is_replaced(tmp_path):
+    """Its mount is gone, say: the others are not kept waiting and not blamed."""
+    path = write_config(tmp_path, "train.global_batch_size=30")
+    (tmp_path / "file").touch()
+    broken = tmp_path / "broken.yaml"
+    broken.write_text(path.read_text().replace(f"{tmp_path}/run", f"{tmp_path}/file/run"))
+    assert preflight_on(tmp_path, path, 3, configs={2: broken}) == [ExitCode.PREFLIGHT] * 3
+    assert (tmp_path / "bad_nodes.txt").read_text() == "n2\n"
+    assert "n2: NotADirectoryError" in report_of(tmp_path)
+
+
+def test_a_node_with_a_folder_of_its_own_is_replaced(tmp_path):
+    path = write_config(tmp_path, "train.global_batch_size=30")
+    private = tmp_path / "private.yaml"
+    private.write_text(path.read_text().replace(f"{tmp_path}/run", f"{tmp_path}/private"))
+    (tmp_path / "private").mkdir()
+    monkeyed = checks.read_marks
+    checks.read_marks = lambda folder, names, seconds: monkeyed(folder, names, 1.0)  # in the forked nodes
+    try:
+        assert preflight_on(tmp_path, path, 3, configs={1: private}) == [ExitCode.PREFLIGHT] * 3
+    finally:
+        checks.read_marks = monkeyed
+    assert (tmp_path / "bad_nodes.txt").read_text() == "n1\n"
+    assert "n1: files of n0, n2 in" in report_of(tmp_path) and "not seen by n0, n2" in report_of(tmp_path)
+
+
+def test_a_node_that_does_not_answer_is_named(tmp_path, monkeypatch):
+    """It leaves without an error, because srun would end the others before the table is printed."""
+    monkeypatch.setattr(preflight, "_PATIENCE_SECONDS", 10.0)
+    path = write_config(tmp_path, "train.global_batch_size=30")
+    assert preflight_on(tmp_path, path, 3, lost=(1,))[:2] == [ExitCode.PREFLIGHT, ExitCode.FINISHED]
+    assert (tmp_path / "bad_nodes.txt").read_text() == "n1\n"
+    assert "n1: gave no answer in time" in report_of(tmp_path)
+
+
+def test_silence_of_most_is_the_first_nodes_fault():
+    def blamed(nodes: int, silent: int) -> list[str]:
+        names = [f"n{number}" for number in range(nodes)]
+        report = {name: [Finding("limits", "pass", "")] for name in names[: nodes - silent]}
+        add_silent_nodes(report, names)
+        assert exit_code(report) == (ExitCode.PREFLIGHT if silent else ExitCode.FINISHED)
+        return bad_nodes(report)
+
+    assert blamed(4, 0) == []
+    assert blamed(4, 1) == ["n3"]
+    assert blamed(4, 3) == ["n0"]
+    assert blamed(2, 1) == ["n0", "n1"], "either may be cut off"
+
+
+def test_whose_files_are_not_seen():
+    def failed(unseen: dict[str, list[str]]) -> list[str]:
+        return [node for node in unseen if checks.visibility(node, unseen, Path("/run")).status == "fail"]
+
+    assert failed({"a": [], "b": [], "c": []}) == []
+    assert failed({"a": ["b"], "b": ["a", "c"], "c": ["b"]}) == ["b"]
+    assert failed({"a": ["b"], "b": [], "c": ["b"]}) == ["b"], "what it writes goes elsewhere"
+    assert failed({"a": ["b"], "b": ["a"]}) == ["a", "b"]
+    assert failed({"a": ["b"], "b": [], "c": [], "d": []}) == ["a"]
+
+
 def test_a_taken_port_is_found(tmp_path, capsys):
     path = write_config(tmp_path)
     with socket.socket() as other:
@@ -136,6 +217,37 @@ def test_a_check_that_raises_fails_with_its_message():
     assert guarded("x", 5, lambda: "good") == Finding("x", "pass", "good")
 
 
+@pytest.mark.parametrize(
+    ("error", "of_the_run"),
+    [(DataError("no such class"), True), (DataAccessError("Stale file handle"), False), (OSError("timeout"), False)],
+)
+def test_a_file_system_that_fails_is_no_reason_to_give_the_run_up(error, of_the_run):
+    def broken() -> str:
+        raise error
+
+    report = {node: [guarded("data", 5, broken)] for node in "ab"}
+    assert exit_code(report) == (ExitCode.CONFIGURATION if of_the_run else ExitCode.PREFLIGHT)
+
+
+def test_data_that_a_run_had_when_it_began_are_not_its_fault(tmp_path):
+    path = write_config(tmp_path, f"data.source={{name: image_folder, path: {tmp_path / 'unmounted'}}}")
+    (tmp_path / "run/checkpoints/step-00000005").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/step-00000005/manifest.json").write_text("{}")
+    assert preflight_on(tmp_path, path, 1) == [ExitCode.PREFLIGHT]
+    assert "unmounted" in report_of(tmp_path)
+
+
+def test_streams_need_shards_for_all_ranks(tmp_path):
+    shards = shard(write_class_folders(tmp_path / "originals", 24), tmp_path / "shards", shards=4)
+    source = f"data.source={{name: webdataset, path: {shards}, order: stream, lanes: 4}}"
+    config = load_config(CONFIG, [source, "data.transform={name: var}", "train.global_batch_size=12"])
+    assert checks.data(config, 2) == "24 samples in 10 classes"
+    with pytest.raises(ConfigError, match="a multiple of the 3 data-parallel ranks"):
+        checks.data(config, 3)
+    index = load_config(CONFIG, [source.replace("stream, lanes: 4", "index"), "data.transform={name: var}"])
+    assert checks.data(index.model_copy(update={"train": config.train}), 3) == "24 samples in 10 classes"
+
+
 def test_a_directory_that_one_node_does_not_see(tmp_path):
     checks.write_mark(tmp_path, "n1")
     assert checks.read_marks(tmp_path, ["n1", "n2"], 0.3) == ["n2"]
@@ -148,6 +260,13 @@ def test_space_for_three_checkpoints(tmp_path):
     assert "keep_last" in finding.detail
 
 
+def test_space_for_one_more_checkpoint_is_enough_where_others_exist(tmp_path):
+    """A run whose disk is as large as it needs must be able to continue."""
+    free = shutil.disk_usage(tmp_path).free
+    statuses = [checks.free_space(tmp_path, int(free / 1.5), existing).status for existing in (0, 1, 2, 9)]
+    assert statuses == ["fail", "fail", "pass", "pass"]
+
+
 def test_save_time_against_lead(tmp_path):
     assert checks.save_time(tmp_path, 100 * 2**20, 2**20, 300).status == "pass"
     assert checks.save_time(tmp_path, 200 * 2**20, 2**20, 300).status == "warn"
@@ -156,6 +275,10 @@ def test_save_time_against_lead(tmp_path):
     measured = checks.save_time(tmp_path, 2**20, 2**30, 300)
     assert measured.status == "warn"
     assert "raise signal_lead_seconds to 340" in measured.detail
+    saves = [20.0, 170.0, *[30.0] * 40]  # every line of metrics repeats the last save
+    lines = [f'{{"time": {second}.0, "step": 5, "last_save_seconds": {save}}}\n' for second, save in enumerate(saves)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    assert checks.save_time(tmp_path, 2**20, 2**30, 300).status == "warn"
 
 
 def test_checkpoint_size_is_that_of_the_newest_or_estimated(tmp_path):
@@ -178,7 +301,7 @@ def test_weights_must_exist_or_be_trained_first(tmp_path, monkeypatch):
     run = config.run.model_copy(update={"requires": ()})
     recipe = config.recipe.model_copy(update={"tokenizer_weights": str(tmp_path / "x")})
     alone = config.model_copy(update={"run": run, "recipe": recipe})
-    with pytest.raises(FileNotFoundError, match="no required run makes it"):
+    with pytest.raises(CheckpointError, match="no required run makes it"):
         checks.weights(alone)
 
 
@@ -206,8 +329,16 @@ def test_an_outlier_fails_and_is_replaced():
     assert "matmul" in text and "FAIL" in text and "2/3" in text and "c: 400 TFLOP/s, the median is 690" in text
 
 
+def test_a_slow_gpu_among_those_of_one_node():
+    assert judgement.matmul([700.0, 690.0, 710.0, 705.0]) == Finding("matmul", "pass", "", 690.0)
+    assert judgement.matmul([0.1]) == Finding("matmul", "pass", "", 0.1)
+    report = {"n1": [judgement.matmul([700.0, 690.0, 400.0, 705.0])]}
+    assert report["n1"][0].detail == "GPU 2 does 400 TFLOP/s, the median is 695"
+    assert bad_nodes(judgement.compared(report, {}, gpus=True)) == ["n1"]
+
+
 def test_clocks():
-    found = checks.clock({"a": 0.01, "b": -2.5, "c": 120.0})
+    found = judgement.clock({"a": 0.01, "b": -2.5, "c": 120.0})
     assert [found[node].status for node in "abc"] == ["pass", "warn", "fail"]
 
 
@@ -215,12 +346,54 @@ def test_what_all_nodes_lack_is_nobodys_fault():
     report = {node: [Finding("run directory", "fail", "not seen")] for node in "abc"}
     assert exit_code(report) == ExitCode.PREFLIGHT
     assert bad_nodes(report) == []
-    data = {node: [Finding("data", "fail", "missing")] for node in "ab"}
+    data = {node: [Finding("data", "fail", "missing", of_the_run=True)] for node in "ab"}
     assert exit_code(data) == ExitCode.CONFIGURATION
     data["b"] = [Finding("data", "pass", "")]
     assert exit_code(data) == ExitCode.PREFLIGHT
     assert bad_nodes(data) == ["a"]
-    assert exit_code({"a": [Finding("gpus", "pass", "")]}, silent=1) == ExitCode.PREFLIGHT
+
+
+NVIDIA_SMI = """#!/bin/bash
+if [[ "$*" == *--query-compute-apps=gpu_uuid,pid* ]]; then
+    {apps}
+else
+    echo "0, GPU-1111, {memory}, {temperature}, {errors}"
+    echo "1, GPU-2222, 4, 31, [N/A]"
+fi
+"""
+
+
+@pytest.mark.parametrize(
+    ("answer", "failure", "warning"),
+    [
+        ({}, [], []),
+        ({"memory": 700}, [], ["GPU 0 has 700 MiB in use before anything runs"]),
+        ({"memory": 9000}, ["GPU 0 has 9000 MiB in use: a process was left behind"], None),
+        ({"temperature": 71}, [], ["GPU 0 has 71 degrees Celsius before anything runs"]),
+        ({"errors": 2}, ["GPU 0 has had 2 uncorrected memory errors"], None),
+        ({"apps": "echo GPU-1111, 4711"}, ["GPU 0 is used by process 4711, which was left behind"], None),
+    ],
+)
+def test_what_nvidia_smi_says(tmp_path, monkeypatch, answer, failure, warning):
+    """In the place of the program stands one that answers in its format."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(NVIDIA_SMI.format(**{"memory": 4, "temperature": 35, "errors": 0, "apps": ":"} | answer))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    states = checks.gpu_states()
+    assert [state.index for state in states] == [0, 1]
+    assert [text for state in states for text in state.failures()] == failure
+    assert warning is None or [text for state in states for text in state.warnings()] == warning
+
+
+def test_tensor_parallelism_wants_one_connection(monkeypatch):
+    config = load_config(CONFIG, ["parallel.tensor=2"])
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    assert checks.settings(config, 8).status == "warn"
+    assert checks.settings(load_config(CONFIG), 8).status == "pass"
+    assert checks.settings(config, 0).status == "pass"
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    assert checks.settings(config, 8).status == "pass"
 
 
 def test_rates_are_measured():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launchers import progress
-from launchers.progress import CANCEL, FINISH, REPLACE, RESTART, STOP, Ledger, LedgerError, begin, end
+from launchers.progress import CANCEL, FINISH, HOLD, REPLACE, RESTART, STOP, Ledger, LedgerError, begin
 from megavar.errors import ExitCode
 
 
@@ -20,6 +20,11 @@ def checkpoint(run: Path, step: int) -> None:
 
 def start(run: Path, maximum: int = 3) -> tuple[ExitCode, int]:
     return begin(run, maximum=maximum)
+
+
+def end(run: Path, required: tuple[Path, ...] = (), **facts: object) -> tuple[ExitCode, str]:
+    """End the newest attempt."""
+    return progress.end(run, required, attempt=len(Ledger(run).attempts), **facts)
 
 
 def test_newest_checkpoint_ignores_unfinished_ones(tmp_path):
@@ -63,11 +68,24 @@ def test_a_required_run_that_advances_is_progress(tmp_path):
     run, tokenizer = tmp_path / "generator", tmp_path / "tokenizer"
     run.mkdir()
     for step in (10, 20, 30):
-        assert begin(run, [tokenizer], maximum=1)[0] == ExitCode.FINISHED
+        assert begin(run, (tokenizer,), maximum=1)[0] == ExitCode.FINISHED
         checkpoint(tokenizer, step)
-        assert end(run, [tokenizer], maximum=1, status=ExitCode.PREEMPTED)[1] == RESTART
-    begin(run, [tokenizer], maximum=1)
-    assert end(run, [tokenizer], maximum=1, status=ExitCode.PREEMPTED)[1] == CANCEL
+        assert end(run, (tokenizer,), maximum=1, status=ExitCode.PREEMPTED)[1] == RESTART
+    begin(run, (tokenizer,), maximum=1)
+    assert end(run, (tokenizer,), maximum=1, status=ExitCode.PREEMPTED)[1] == CANCEL
+
+
+def test_a_fresh_start_makes_progress_below_the_steps_of_the_run_before(tmp_path):
+    """``train.fresh`` moves the old checkpoints away."""
+    checkpoint(tmp_path, 1000)
+    for step in (10, 20):
+        start(tmp_path, maximum=1)
+        (tmp_path / "checkpoints").rename(tmp_path / f"checkpoints.before-{step}")
+        checkpoint(tmp_path, step)
+        assert end(tmp_path, maximum=1, status=ExitCode.PREEMPTED)[1] == RESTART
+    start(tmp_path, maximum=1)
+    (tmp_path / "checkpoints").rename(tmp_path / "checkpoints.before-none")
+    assert end(tmp_path, maximum=1, status=1)[1] == CANCEL, "moved away, and nothing new"
 
 
 def test_preemption_without_progress_counts(tmp_path):
@@ -147,6 +165,36 @@ def test_bad_nodes_are_replaced_until_no_progress(tmp_path):
     assert end(tmp_path, maximum=2, status=90, bad_nodes=True) == (ExitCode.NO_PROGRESS, CANCEL)
 
 
+def test_an_attempt_is_ended_under_its_own_number(tmp_path):
+    """A second launch that the lock refuses is entered behind the attempt that is alive."""
+    start(tmp_path)
+    start(tmp_path)
+    progress.end(tmp_path, maximum=3, attempt=1, status=ExitCode.PREEMPTED)
+    assert [attempt.get("outcome") for attempt in Ledger(tmp_path).attempts] == ["PREEMPTED", None]
+
+
+@pytest.mark.parametrize(
+    ("status", "action"), [(1, HOLD), (ExitCode.PREEMPTED, HOLD), (ExitCode.CONFIGURATION, CANCEL)]
+)
+def test_an_attempt_that_cannot_be_recorded_holds_the_run(tmp_path, status, action):
+    """On a full disk: the run neither vanishes nor goes on for ever, uncounted."""
+    start(tmp_path)
+
+    def without_space(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "launchers.progress", *arguments]
+        limited = ["bash", "-c", 'ulimit -f 0; exec "$@"', "bash", *command]  # every write fails
+        return subprocess.run(limited, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+
+    facts = ["--maximum", "3", "--attempt", "1", "--status", str(int(status))]
+    ended = without_space("end", str(tmp_path), *facts)
+    assert (ended.returncode, ended.stdout) == (status, f"{action}\n")
+    assert "cannot be recorded: [Errno 27] File too large" in ended.stderr
+    begun = without_space("begin", str(tmp_path), "--maximum", "3")
+    assert (begun.returncode, begun.stdout) == (ExitCode.PREFLIGHT, "")
+    assert "cannot be counted" in begun.stderr
+    assert len(Ledger(tmp_path).attempts) == 1
+
+
 def test_a_damaged_ledger_is_reported(tmp_path):
     (tmp_path / "restarts.json").write_text("{")
     with pytest.raises(LedgerError, match="move it away"):
@@ -166,10 +214,21 @@ def test_command_line_prints_attempt_and_action(tmp_path):
     assert (first.returncode, first.stdout) == (0, "1\n")
     messages = tmp_path / "tasks.txt"
     messages.write_text("srun: error: n2: task 1: Exited with exit code 7\n")
-    last = call("end", str(tmp_path), "--maximum", "1", "--status", "143", "--task-messages", str(messages))
+    facts = ["--maximum", "1", "--attempt", "1", "--status", "143", "--task-messages", str(messages)]
+    last = call("end", str(tmp_path), *facts)
     assert (last.returncode, last.stdout) == (ExitCode.NO_PROGRESS, "cancel\n")
     (attempt,) = json.loads((tmp_path / "restarts.json").read_text())["attempts"]
     assert attempt["outcome"] == "NO_PROGRESS"
+
+
+def test_a_failure_after_training_is_said(tmp_path, capsys):
+    """``evaluation.after_training``: the run is done, its scores are not."""
+    start(tmp_path)
+    (tmp_path / "DONE").touch()
+    assert progress.main(["end", str(tmp_path), "--maximum", "3", "--attempt", "1", "--status", "140"]) == 0
+    output = capsys.readouterr()
+    assert output.out == "finish\n"
+    assert "what came after it ended with status 140" in output.err
 
 
 def test_bookkeeping_needs_no_packages():

@@ -142,6 +142,9 @@ def test_a_finished_run_is_not_submitted(site, tmp_path, capsys):
     assert submit("run.directory=here") == ExitCode.FINISHED
     assert "finished already" in capsys.readouterr().out
     assert len(site.calls("sbatch")) == 1
+    assert submit("run.directory=here", "train.fresh=true") == ExitCode.FINISHED
+    assert len(site.calls("sbatch")) == 2
+    assert not (tmp_path / "here/DONE").exists(), "or the job would end at once"
 
 
 def test_required_runs_count_as_progress(site, monkeypatch, capsys):

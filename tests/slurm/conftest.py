@@ -14,7 +14,7 @@ from megavar.errors import ExitCode
 from tests.slurm.loopback import LoopbackCluster, reason_to_skip
 
 REPOSITORY = Path(__file__).parents[2]
-CONFIG = REPOSITORY / "configs/quickstart/tokenizer.yaml"
+SMALL_CONFIG = REPOSITORY / "configs/quickstart/tokenizer.yaml"
 SMALL_TRAINER = Path(__file__).with_name("small_trainer.py")
 
 
@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.slurm)
-            item.add_marker(pytest.mark.timeout(900))
+            item.add_marker(pytest.mark.timeout(1200))
             if reason:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
@@ -35,12 +35,21 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackCluste
 
 
 class WatchedRun:
-    """A run directory, its cluster file, and the jobs that were submitted for it."""
+    """A run directory, its cluster file, and the jobs that were submitted for it.
 
-    def __init__(self, cluster: LoopbackCluster, folder: Path, **cluster_settings: object) -> None:
-        self.cluster, self.path, self.jobs = cluster, folder / "run", list[str]()
+    ``before`` is shell that its interpreter runs first, with the arguments in ``$@`` and the real one in ``$python``.
+    """
+
+    def __init__(
+        self, cluster: LoopbackCluster, folder: Path, config: Path, *, before: str = "", **cluster_settings: object
+    ) -> None:
+        self.cluster, self.config, self.path, self.jobs = cluster, config, folder / "run", list[str]()
         self.path.mkdir(parents=True)
+        python = folder / "python"
+        python.write_text(f'#!/bin/bash\npython={sys.executable}\n{before}\nexec "$python" "$@"\n')
+        python.chmod(0o755)
         settings = {
+            "python": str(python),
             "time": "30",
             "gpus_per_node": 0,
             "cpus_per_task": 1,
@@ -62,7 +71,7 @@ class WatchedRun:
         os.environ.update(self.cluster.environment)
         os.chdir(REPOSITORY)
         try:
-            code = slurm.main(["submit", str(CONFIG), "--nodes", str(nodes), "--cluster", str(self.cluster_file),
+            code = slurm.main(["submit", str(self.config), "--nodes", str(nodes), "--cluster", str(self.cluster_file),
                                f"run.directory={self.path}", *arguments])  # fmt: skip
         finally:
             os.environ.clear()
@@ -95,7 +104,7 @@ class WatchedRun:
 
         return newest_checkpoint_step(self.path)
 
-    def wait(self, condition: object, seconds: float = 280) -> None:
+    def wait(self, condition: object, seconds: float = 600) -> None:
         """Wait until ``condition`` holds; fail with all logs."""
         assert self.cluster.wait(condition, seconds), self.story()
 
@@ -108,7 +117,7 @@ class WatchedRun:
 
         self.wait(saved)
 
-    def wait_for_end(self, seconds: float = 280) -> None:
+    def wait_for_end(self, seconds: float = 600) -> None:
         """Wait until no job of the run is left."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         self.wait(lambda: all(self.cluster.state(job) in ended for job in self.jobs), seconds)
@@ -124,19 +133,13 @@ class WatchedRun:
 @pytest.fixture
 def new_run(cluster: LoopbackCluster, tmp_path: Path):
     """Makes runs of the real trainer."""
-    return lambda name, **settings: WatchedRun(cluster, tmp_path / name, **settings)
+    return lambda name, config, **settings: WatchedRun(cluster, tmp_path / name, config, **settings)
 
 
 def small_run(cluster: LoopbackCluster, folder: Path, steps: dict, before: str = "", **settings: object) -> WatchedRun:
-    """A run of the small trainer. ``before`` is shell that its interpreter runs first, with the arguments in ``$@``."""
-    folder.mkdir()
-    python = folder / "python"
-    python.write_text(
-        f'#!/bin/bash\n{before}\nif [ "$3" = train ]; then exec {sys.executable} {SMALL_TRAINER} "$4"; fi\n'
-        f'exec {sys.executable} "$@"\n'
-    )
-    python.chmod(0o755)
-    run = WatchedRun(cluster, folder, python=str(python), host_python=sys.executable, **settings)
+    """A run of the small trainer."""
+    train = f'if [ "$3" = train ]; then exec "$python" {SMALL_TRAINER} "$4"; fi'
+    run = WatchedRun(cluster, folder, SMALL_CONFIG, before=f"{before}\n{train}", **settings)
     (run.path / "small.json").write_text(json.dumps({"seconds_per_step": 0.2, "save_every": 1000, **steps}))
     return run
 

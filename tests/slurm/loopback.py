@@ -4,6 +4,8 @@ Needs root (slurmd starts processes as the submitting user) and nothing else: no
 clusters may run side by side, because each has its own ports, files and configuration.
 """
 
+import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -40,7 +42,9 @@ JobAcctGatherType=jobacct_gather/none
 JobRequeue=1
 FirstJobId={ports[0]}
 KillWait={kill_wait}
+SlurmdTimeout=20
 InactiveLimit=0
+MinJobAge=86400
 SlurmctldPidFile={directory}/slurmctld.pid
 SlurmdPidFile={directory}/slurmd-%n.pid
 SlurmdSpoolDir={directory}/spool-%n
@@ -65,6 +69,11 @@ def reason_to_skip() -> str | None:
     return None if os.geteuid() == 0 else "slurmd must be started by root"
 
 
+def _end_with_parent() -> None:
+    set_signal_of_parents_death = 1  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(set_signal_of_parents_death, signal.SIGTERM)
+
+
 class LoopbackCluster:
     """Started on entering, stopped on leaving, together with everything that ran on it."""
 
@@ -86,7 +95,7 @@ class LoopbackCluster:
             self._write_configuration()
             self._start("slurmctld", "-D", "-c")
             for node in NODES:
-                self._start("slurmd", "-D", "-N", node)
+                self.start_node(node)
             if self._wait_until_idle(20):
                 return self
             self._stop_daemons()
@@ -96,8 +105,15 @@ class LoopbackCluster:
         subprocess.run(["scancel", "--user=root", "--full"], env=self.environment, capture_output=True)
         self.wait(lambda: self.run("squeue", "--noheader") == "", KILL_WAIT_SECONDS + 5)
         self._stop_daemons()
-        for pid in self._own_processes():
-            os.kill(pid, signal.SIGKILL)
+        self._kill(f"SLURM_CONF={self.configuration}")
+
+    def start_node(self, node: str) -> None:
+        """Start the slurmd of ``node``."""
+        self._start("slurmd", "-D", "-N", node, LOOPBACK_NODE=node)
+
+    def fail_node(self, node: str) -> None:
+        """Kill slurmd and everything that it has started, as a power cut would."""
+        self._kill(f"LOOPBACK_NODE={node}", f"SLURMD_NODENAME={node}")  # slurmd and slurmstepd; batch scripts and tasks
 
     def run(self, *command: str, check: bool = True) -> str:
         """Standard output of one of Slurm's commands."""
@@ -142,10 +158,18 @@ class LoopbackCluster:
             )
         )
 
-    def _start(self, *command: str) -> None:
+    def _start(self, *command: str, **variables: str) -> None:
         with (self.directory / f"{command[0]}.out").open("a") as output:
+            # should pytest be killed, the kernel ends them
             self._daemons.append(
-                subprocess.Popen(command, env=self.environment, stdout=output, stderr=output, start_new_session=True)
+                subprocess.Popen(
+                    command,
+                    env=self.environment | variables,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                    preexec_fn=_end_with_parent,
+                )
             )
 
     def _wait_until_idle(self, seconds: float) -> bool:
@@ -166,15 +190,12 @@ class LoopbackCluster:
                 daemon.wait()
         self._daemons.clear()
 
-    def _own_processes(self) -> list[int]:
-        """Processes of jobs of this cluster: slurmd leaves them alone when it stops."""
-        mark = f"SLURM_CONF={self.configuration}".encode()
-        found = []
+    def _kill(self, *marks: str) -> None:
+        """Kill this cluster's processes that have one of the variables ``NAME=value``: slurmd leaves jobs alone."""
+        own, wanted = f"SLURM_CONF={self.configuration}".encode(), {mark.encode() for mark in marks}
         for environment in Path("/proc").glob("[0-9]*/environ"):
             pid = int(environment.parent.name)
-            try:
-                if pid != os.getpid() and mark in environment.read_bytes().split(b"\0"):
-                    found.append(pid)
-            except OSError:  # ended in between
-                continue
-        return found
+            with contextlib.suppress(OSError):  # it has ended in between
+                variables = set(environment.read_bytes().split(b"\0"))
+                if pid != os.getpid() and own in variables and wanted & variables:
+                    os.kill(pid, signal.SIGKILL)

@@ -5,6 +5,8 @@ import re
 
 import pytest
 
+from launchers import doctor
+from launchers.diagnosis import diagnose
 from megavar.errors import ExitCode
 from tests.slurm.conftest import WatchedRun, small_run
 
@@ -20,10 +22,6 @@ def early(cluster, tmp_path_factory) -> dict[str, WatchedRun]:
     """Runs that mostly wait, submitted before the first test: what they did is looked at when they have ended."""
     folder = tmp_path_factory.mktemp("early")
     runs = {
-        # 40 s of steps in jobs of one minute that are told 25 s before their end
-        "limited": small_run(cluster, folder / "limited", {"steps": 80, "seconds_per_step": 0.5}, time="1",
-                             signal_lead_seconds=25),
-        "uninterrupted": small_run(cluster, folder / "uninterrupted", {"steps": 80, "seconds_per_step": 0.0}),
         "loop": small_run(cluster, folder / "loop", {"steps": 5, "fail": 1}, maximum_attempts_without_progress=2),
         "wrong": small_run(cluster, folder / "wrong", {"steps": 5, "fail": int(ExitCode.CONFIGURATION)}),
     }  # fmt: skip
@@ -31,24 +29,6 @@ def early(cluster, tmp_path_factory) -> dict[str, WatchedRun]:
         run.submit()
     runs["loop"].submit("--behind")
     return runs
-
-
-def test_a_chain_of_three(early, new_small_run):
-    """One link is asked to stop through the batch script, one directly; the third finishes and cancels the fourth."""
-    run = new_small_run("chain", {"steps": 80, "seconds_per_step": 0.25, "save_every": 4})
-    run.submit("--chain", "4")
-    assert len(run.jobs) == 4
-    run.wait_for_progress(1)
-    run.cluster.run("scancel", "--signal=USR1", "--batch", run.jobs[0])
-    run.wait_for_progress(2)
-    run.cluster.run("scancel", "--signal=USR2", run.jobs[1])
-    run.wait_for_end()
-    assert run.outcomes == ["PREEMPTED", "PREEMPTED", "FINISHED"], run.story()
-    assert [attempt["job"] for attempt in run.attempts] == run.jobs[:3]
-    assert [run.cluster.state(job) for job in run.jobs] == ["FAILED", "FAILED", "COMPLETED", "CANCELLED"]
-    assert (run.path / "DONE").exists()
-    early["uninterrupted"].wait_for_end()
-    assert weight(run) == weight(early["uninterrupted"])
 
 
 def test_two_jobs_at_once_meet_at_different_ports(new_small_run):
@@ -107,9 +87,16 @@ def test_test_only_asks_the_real_controller(new_small_run, capsys):
     assert "to start at" in capsys.readouterr().out
 
 
-def test_a_time_limit_shorter_than_the_run(early):
-    run = early["limited"]
+def test_a_node_fails(new_small_run):
+    """With the node the batch script is gone: Slurm itself requeues the job, which waits until the node is back."""
+    run = new_small_run("node", {"steps": 40, "save_every": 5})
+    run.submit()
+    run.wait_for_progress(1)
+    run.cluster.fail_node("n1")
+    run.wait(lambda: run.cluster.state(run.job) == "PENDING")
+    run.cluster.start_node("n1")
     run.wait_for_end()
-    assert "PREEMPTED" in run.outcomes and run.outcomes[-1] == "FINISHED", run.story()
-    assert {attempt["job"] for attempt in run.attempts} == {run.job}, "the job requeued itself"
-    assert weight(run) == weight(early["uninterrupted"])
+    first, second = run.attempts
+    assert "outcome" not in first and second["outcome"] == "FINISHED", run.story()
+    assert 5 <= second["steps_before"][-1] < 40
+    assert "vanished" in diagnose(doctor.find_attempts(run.path)[0]).cause

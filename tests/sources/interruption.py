@@ -2,13 +2,23 @@
 
 import multiprocessing
 import os
+import random
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.listdir", "os.scandir", "shutil.rmtree"}
+
+
+def interruptions(root: Path, steps: int, *, folders: int, seed: str) -> Iterator[tuple[Path, tuple[int, int]]]:
+    """Folders, and two moments at which to interrupt work on each. The first ones are spread over all ``steps``."""
+    chance = random.Random(seed)
+    for number in range(folders):
+        first = int((number + chance.random()) * steps / folders)
+        yield root / f"interrupted-{number}", (first, chance.randrange(steps))
 
 
 @dataclass(frozen=True)

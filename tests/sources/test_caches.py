@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from megavar.config.data import CacheSource, DataConfig, NoTransform, PhotographsSource, TenCropTransform, VarTransform
+from megavar.config.shapes import ShapesSource
 from megavar.config.tokenizer import MultiScaleVQConfig
 from megavar.data.build import build_loader, build_source, build_transform, of_images
 from megavar.data.caches import FILE_NAME, CachedSamples, CachePlan, part_name, read_cache_file, weights_sha256
@@ -19,7 +21,7 @@ from megavar.data.reading import SampleReader
 from megavar.errors import ConfigError, DataError
 from megavar.parallel.seeds import uniform
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
-from tests.sources.interruption import run_until
+from tests.sources.interruption import interruptions, run_until
 from tests.sources.originals import content_of, flip_bit
 
 SEED = 5
@@ -63,7 +65,7 @@ def prepare(config):
         rows=len(source),
         rows_per_part=8,
         batch_rows=3,
-        image_size=16,
+        image_size=config.image_size,
         transform=repr(build_transform(config)),
         seed=SEED,
         source=source.fingerprint,
@@ -180,21 +182,23 @@ def test_bytes_do_not_depend_on_ranks_or_workers(cache, tmp_path):
     assert content_of(folder_of(parted)) == expected
 
 
-def test_kill_9_at_any_moment_changes_nothing(cache, tmp_path):
-    """Ten folders are interrupted twice each, then finished on another number of ranks."""
+@pytest.mark.parametrize(("workers", "victims"), [(0, "parent"), (1, "group")])
+def test_kill_9_at_any_moment_changes_nothing(cache, tmp_path, workers, victims):
+    """Ten folders (20 over both cases) are killed at random moments from first to last file, and killed again where
+    the continued work takes long enough; then they are finished on another number of ranks."""
     expected = content_of(folder_of(cache))
-    chance = random.Random(0)
     counted = configure(tmp_path / "counted")
-    steps = run_until(lambda: make(counted), None, "parent").steps
+    steps = run_until(lambda: make(counted, workers=workers), None, victims).steps
     assert steps > 50
-    for attempt in range(10):
-        config = configure(tmp_path / str(attempt))
-        for _ in range(2):
-            outcome = run_until(lambda config=config: make(config), chance.randrange(steps // 2), "parent")
-            assert outcome.killed
+    kills = 0
+    for folder, moments in interruptions(tmp_path, steps, folders=10, seed=victims):
+        config = configure(folder)
+        for moment in moments:
+            kills += run_until(lambda config=config: make(config, workers=workers), moment, victims).killed
         for rank in range(2):
             make(config, rank=rank, world_size=2)
         assert content_of(folder_of(config)) == expected
+    assert kills >= 10
 
 
 def test_every_flipped_bit_is_found_and_repaired(cache):
@@ -272,6 +276,32 @@ def test_an_incomplete_cache_is_explained(cache, tmp_path):
     (folder / FILE_NAME).unlink()
     with pytest.raises(DataError, match="not a finished cache"):
         build_source(cache)
+
+
+def test_many_parts_are_not_open_at_once(cache, monkeypatch):
+    source = build_source(cache)
+    expected = [source.read(row).tokens.tolist() for row in range(50)]
+    monkeypatch.setattr("megavar.data.caches.MAPPED_PARTS", 2)
+    few = build_source(cache)
+    for row in np.random.default_rng(0).permutation(50).tolist():
+        assert few.read(row).tokens.tolist() == expected[row]
+        assert len(few._parts) <= 2
+
+
+def test_captions_come_from_the_images_that_were_cached(tmp_path):
+    images = ShapesSource(length=20)
+    source = CacheSource(path=str(tmp_path / "cache"), images=images)
+    config = DataConfig(source=source, image_size=32)
+    plan, reader, encode = prepare(config)
+    write_cache(tmp_path / "cache", replace(plan, shape=(21,)), reader, lambda images: encode(images[:, :, ::2, ::2]))
+    shapes = build_source(of_images(config))
+    loader = build_loader(config, build_source(config), seed=0, global_batch_size=20, micro_batch_size=20)
+    (batch,) = next(iter(loader))
+    assert batch.tokens.shape == (20, 21) and batch.labels.tolist() == [-1] * 20
+    assert list(batch.captions) == [shapes.read(index).caption for index in batch.sample_ids.tolist()]
+    other = config.model_copy(update={"source": source.model_copy(update={"images": ShapesSource(length=20, seed=1)})})
+    with pytest.raises(DataError, match=r"data\.source\.images"):
+        build_source(other)
 
 
 def test_the_test_split_is_images(cache):

@@ -7,7 +7,7 @@ from PIL import Image
 from megavar.config.data import DataConfig, ImageFolderSource, VarTransform
 from megavar.data.build import build_loader, build_source
 from megavar.data.image_folder import ImageFolder
-from megavar.errors import ConfigError, DataError
+from megavar.errors import ConfigError, DataError, ExitCode
 
 
 def write_folder(root: Path, classes=("cat", "dog"), images=3) -> Path:
@@ -99,9 +99,25 @@ def test_a_damaged_image_ends_the_run_or_is_replaced_and_counted(tmp_path, worke
     assert torch.equal(torch.cat(ids_of_ranks, dim=1).flatten(), ids)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("policy", ["fail", "skip-and-count"])
+def test_a_file_system_that_fails_is_not_the_datas_fault(tmp_path, workers, policy):
+    """A launcher starts the run again, which it does not where samples are damaged."""
+    paths = list(write_folder(tmp_path).rglob("*.png"))
+    config = DataConfig(source=ImageFolderSource(path=str(tmp_path)), damaged_samples=policy, workers=workers)
+    source = build_source(config)
+    for path in paths:
+        path.unlink()
+        path.mkdir()  # reading it raises OSError
+    with pytest.raises(DataError, match="Is a directory") as caught:
+        next(iter(build_loader(config, source, seed=0, global_batch_size=1, micro_batch_size=1)))
+    assert caught.value.exit_code == ExitCode.FAILED
+
+
 def test_a_folder_that_is_damaged_throughout_ends_the_run(tmp_path):
     for path in write_folder(tmp_path).rglob("*.png"):
         path.write_bytes(b"")
     config = DataConfig(source=ImageFolderSource(path=str(tmp_path)), damaged_samples="skip-and-count")
-    with pytest.raises(DataError, match="damaged throughout"):
+    with pytest.raises(DataError, match="damaged throughout") as caught:
         next(iter(build_loader(config, build_source(config), seed=0, global_batch_size=1, micro_batch_size=1)))
+    assert caught.value.exit_code == ExitCode.CONFIGURATION

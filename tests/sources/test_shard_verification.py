@@ -1,10 +1,13 @@
 """Damage is found, and repaired where that is possible."""
 
+import json
 import random
 import shutil
 
 import pytest
+import webdataset
 
+from megavar.data.progress import PROGRESS
 from megavar.data.shards.listing import list_originals
 from megavar.data.shards.manifest import FILE_NAME
 from megavar.data.shards.verification import repair_shards, verify_shards
@@ -64,11 +67,25 @@ def test_quick_verification_finds_what_is_missing_or_cut(copy):
     assert files_with_problems(copy, full=True) == expected
 
 
+def test_a_shard_that_cannot_be_read_is_one_problem_and_is_repaired(copy, shards, originals):
+    path = copy / "shard-000002.tar"
+    path.unlink()
+    path.symlink_to("/proc/self/mem")  # reading its first page fails
+    problems = [str(problem) for problem in verify_shards(copy, full=True)]
+    assert len(problems) == 1
+    assert problems[0].startswith("shard-000002.tar: it or its index cannot be read")
+    repair_shards(copy, source=list_originals("class_folders", originals))
+    assert content_of(copy) == content_of(shards)
+
+
 def test_a_shard_that_stands_twice_gives_duplicate_keys(copy):
     for suffix in ("tar", "idx"):
         shutil.copy(copy / f"shard-000004.{suffix}", copy / f"shard-000003.{suffix}")
     messages = [str(problem) for problem in verify_shards(copy, full=True)]
-    assert any("12 keys occur more than once" in message for message in messages)
+    assert any(
+        "12 keys occur more than once" in message and message.endswith("in shard-000003.tar and shard-000004.tar")
+        for message in messages
+    )
     assert any(message.startswith("shard-000003.tar: its hash") for message in messages)
 
 
@@ -98,5 +115,18 @@ def test_repair_refuses_other_originals(copy, tmp_path):
     changed = write_class_folders(tmp_path / "changed", 60)
     for path in changed.rglob("*.JPEG"):
         path.write_bytes(path.read_bytes() + b"\0")
-    with pytest.raises(DataError, match="the originals have changed"):
+    with pytest.raises(DataError, match="its originals have changed"):
         repair_shards(copy, source=list_originals("class_folders", changed))
+    assert not (copy / "shard-000003.tar").exists()
+    assert not (copy / PROGRESS).exists()
+
+
+def test_repair_goes_on_after_what_it_cannot_repair(copy, shards, tmp_path):
+    originals = write_class_folders(tmp_path / "originals", 60)
+    lost = json.loads(next(iter(webdataset.WebDataset(str(copy / "shard-000001.tar"))))["json"])["path"]
+    (originals / lost).write_bytes(b"")
+    for number in (1, 3):
+        (copy / f"shard-00000{number}.tar").unlink()
+    with pytest.raises(DataError, match=rf"shard-000001\.tar cannot be made again.*{lost}.*shard-000003\.tar: made"):
+        repair_shards(copy, source=list_originals("class_folders", originals))
+    assert files_with_problems(copy) == {"shard-000001.tar"}

@@ -1,8 +1,8 @@
 """Writing shards, and reading back what was written with our code and with webdataset's."""
 
 import hashlib
+import io
 import json
-import random
 import shutil
 import tarfile
 from pathlib import Path
@@ -12,14 +12,14 @@ import pytest
 import webdataset
 
 from megavar.data.progress import PROGRESS
-from megavar.data.shards.index import build_index, encode_index, index_path, open_index
+from megavar.data.shards.index import build_index, decode_index, encode_index, index_path
 from megavar.data.shards.listing import list_originals
 from megavar.data.shards.manifest import read_manifest
-from megavar.data.shards.verification import adopt_shards, verify_shards
+from megavar.data.shards.verification import adopt_shards, repair_shards, verify_shards
 from megavar.data.shards.writing import Plan, write_shards
 from megavar.data.webdataset import ShardFolder
 from megavar.errors import DataError
-from tests.sources.interruption import run_until
+from tests.sources.interruption import interruptions, run_until
 from tests.sources.originals import content_of, shard, write_class_folders, write_pairs
 
 
@@ -64,7 +64,7 @@ def test_the_index_agrees_with_the_tar(shards):
     for path in shards.glob("*.tar"):
         records, keys = build_index(path)
         assert encode_index(records) == index_path(path).read_bytes()
-        assert np.array_equal(open_index(index_path(path)), records)
+        assert np.array_equal(decode_index(index_path(path).read_bytes(), path), records)
         assert len(keys) == 12
 
 
@@ -85,17 +85,17 @@ def test_the_seed_changes_the_permutation(originals, shards, tmp_path):
 
 @pytest.mark.parametrize("victims", ["group", "parent"])
 def test_kill_9_at_any_moment_changes_nothing(originals, shards, tmp_path, victims):
-    """Ten folders are interrupted twice each, then finished; they equal that of the undisturbed run."""
+    """Ten folders (20 over both cases) are killed at random moments from first to last file, and killed again where
+    the continued work takes long enough; then finished, they equal that of the undisturbed run."""
     expected = content_of(shards)
-    chance = random.Random(victims)
     steps = run_until(lambda: shard(originals, tmp_path / "counted"), None, victims).steps
     assert steps > 100
-    for attempt in range(5):
-        out = tmp_path / str(attempt)
-        for _ in range(2):
-            assert run_until(lambda out=out: shard(originals, out), chance.randrange(steps // 2), victims).killed
+    kills = 0
+    for out, moments in interruptions(tmp_path, steps, folders=10, seed=victims):
+        kills += sum(run_until(lambda out=out: shard(originals, out), moment, victims).killed for moment in moments)
         shard(originals, out)
         assert content_of(out) == expected
+    assert kills >= 10
 
 
 def test_a_torn_shard_of_an_interrupted_run_is_made_again(originals, shards, tmp_path):
@@ -114,7 +114,7 @@ def test_a_folder_with_something_else_is_left_alone(originals, shards, tmp_path)
         shard(originals, finished, seed=1)
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "shard-000000.tar").write_bytes(b"precious")
-    with pytest.raises(DataError, match="without a manifest"):
+    with pytest.raises(DataError, match=r"neither a manifest.*--existing"):
         shard(originals, tmp_path / "foreign")
     assert content_of(finished) == content_of(shards)
     assert (tmp_path / "foreign" / "shard-000000.tar").read_bytes() == b"precious"
@@ -142,6 +142,27 @@ def test_a_damaged_original_is_named_or_left_out(tmp_path):
     assert len(left_out) == 1
     assert left_out[0].startswith(f"coffee/{victim.name}: ")
     assert verify_shards(out, full=True) == []
+    # What "fail" had begun is continued, as its message proposes.
+    assert content_of(shard(originals, tmp_path / "strict", shards=2, damaged="leave-out")) == content_of(out)
+
+
+@pytest.mark.parametrize("kind", ["missing", "unreadable", "not an image"])
+def test_originals_that_cannot_be_read_are_named(tmp_path, kind):
+    originals = write_class_folders(tmp_path / "originals", 20)
+    victim = originals / "coffee" / "extra.jpg"
+    if kind == "not an image":
+        victim.write_bytes(b"<html>404</html>")
+    else:
+        victim.symlink_to("/proc/self/mem" if kind == "unreadable" else "nowhere")
+    with pytest.raises(DataError, match=r"coffee/extra\.jpg is damaged"):
+        shard(originals, tmp_path / "out", shards=2)
+    out = shard(originals, tmp_path / "out", shards=2, damaged="leave-out")
+    expected = content_of(out)
+    assert content_of(shard(originals, tmp_path / "again", shards=2, damaged="leave-out")) == expected
+    for path in out.glob("*.tar"):
+        path.unlink()
+    repair_shards(out, source=list_originals("class_folders", originals))
+    assert content_of(out) == expected
 
 
 def test_pairs_keep_their_captions(tmp_path):
@@ -164,46 +185,6 @@ def test_pairs_keep_their_captions(tmp_path):
     assert sorted(source.read(index).caption for index in range(6)) == sorted(line["caption"] for line in lines)
 
 
-def test_list_files(tmp_path, originals):
-    names = sorted(path.name for path in originals.iterdir())
-    images = sorted(path.relative_to(originals).as_posix() for path in originals.rglob("*.*"))[:6]
-    numbered, named = originals.parent / "numbered.txt", originals.parent / "named.txt"
-    numbered.write_text("\n".join(f"{originals.name}/{image} {names.index(image.split('/')[0])}" for image in images))
-    named.write_text("\n".join(f"{originals.name}/{image} {image.split('/')[0]}" for image in images) + "\n\n")
-    for path in (numbered, named):
-        listing = list_originals("list", path)
-        assert [original.path.split("/", 1)[1] for original in listing.originals] == images
-        assert [names[original.label] for original in listing.originals] == [image.split("/")[0] for image in images]
-        write_shards(Plan(listing, 1), tmp_path / path.stem)
-        assert verify_shards(tmp_path / path.stem, full=True) == []
-    named.write_text("image-without-label\n")
-    with pytest.raises(DataError, match="Line 1"):
-        list_originals("list", named)
-
-
-@pytest.mark.parametrize(
-    ("kind", "content", "message"),
-    [
-        ("list", "", "lists no images"),
-        ("pairs", "{}", "Line 1"),
-        ("pairs", "", "is empty"),
-        ("pairs", None, "contains no images"),
-    ],
-)
-def test_nothing_to_shard_is_explained(tmp_path, kind, content, message):
-    path = tmp_path / "input"
-    path.mkdir() if content is None else path.write_text(content)
-    with pytest.raises(DataError, match=message):
-        list_originals(kind, path)
-
-
-def test_an_image_without_caption_is_named(tmp_path):
-    pairs = write_pairs(tmp_path)
-    (pairs / "part" / "03.txt").unlink()
-    with pytest.raises(DataError, match=r"03\.jpg has no caption"):
-        list_originals("pairs", pairs)
-
-
 def test_shards_of_another_tool_get_an_index_and_a_manifest(originals, tmp_path):
     with webdataset.ShardWriter(str(tmp_path / "imagenet-%06d.tar"), maxcount=25, verbose=0) as writer:
         for index, original in enumerate(list_originals("class_folders", originals).originals):
@@ -219,3 +200,65 @@ def test_shards_of_another_tool_get_an_index_and_a_manifest(originals, tmp_path)
     assert source.read(7).image == (originals / listing[7].path).read_bytes()
     with pytest.raises(DataError, match="already"):
         adopt_shards(tmp_path)
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            tar.addfile(header, io.BytesIO(content))
+
+
+def test_names_that_webdataset_passes_over_are_passed_over(originals, tmp_path):
+    image = next(originals.rglob("*.JPEG")).read_bytes()
+    write_tar(
+        tmp_path / "a.tar",
+        {"._1.jpg": b"mac", "README": b"text", "x.y/1.jpg": image, "x.y/1.cls": b"3", "._2.jpg": b"", "2.cls": b"0\n",
+         "2.JPEG": image},
+    )  # fmt: skip
+    adopt_shards(tmp_path)
+    source = ShardFolder("train", tmp_path)
+    assert [(source.read(i).image, source.read(i).label) for i in range(len(source))] == [(image, 3), (image, 0)]
+    assert [sample["__key__"] for sample in read_tars(tmp_path)] == ["x.y/1", "2"]
+    assert verify_shards(tmp_path, full=True) == []
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"1.jpg": b"1", "1.cls": b"0", "2.jpg": b"2"}, "1 samples of .* have no class"),
+        ({"1.jpg": b"1", "1.cls": b"-1"}, "class of sample 1 .* is not a number"),
+        ({"1.jpg": b"1", "1.cls": b"3000000000"}, "class of sample 1 .* is not a number below"),
+        ({"1.cls": b"0"}, "Sample 1 .* has no image"),
+        ({"README": b"nothing"}, "contains no samples"),
+        ({"1.jpg": b"1", "1.JPG": b"2"}, "1.JPG twice in a row"),
+    ],
+)
+def test_tars_that_are_no_training_data_are_refused(tmp_path, members, message):
+    write_tar(tmp_path / "a.tar", members)
+    with pytest.raises(DataError, match=message):
+        adopt_shards(tmp_path)
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_keys_may_begin_anew_in_every_shard_of_another_tool(originals, tmp_path):
+    image = next(originals.rglob("*.JPEG")).read_bytes()
+    for name in ("a.tar", "b.tar"):
+        write_tar(tmp_path / name, {"1.jpg": image, "2.jpg": image})
+    adopt_shards(tmp_path)
+    assert verify_shards(tmp_path, full=True) == []
+    (tmp_path / "manifest.json").unlink()
+    write_tar(tmp_path / "b.tar", {"1.jpg": image, "2.jpg": image, "1.png": image})
+    adopt_shards(tmp_path)
+    assert [str(problem) for problem in verify_shards(tmp_path, full=True)] == [
+        "b.tar: 1 keys occur more than once in it"
+    ]
+
+
+def test_an_index_of_another_kind_is_not_overwritten(originals, tmp_path):
+    write_tar(tmp_path / "a.tar", {"1.jpg": next(originals.rglob("*.JPEG")).read_bytes(), "1.cls": b"0"})
+    (tmp_path / "a.idx").write_text("v1.2 1\n")
+    with pytest.raises(DataError, match=r"a\.idx is an index of another kind"):
+        adopt_shards(tmp_path)
+    assert (tmp_path / "a.idx").read_text() == "v1.2 1\n"

@@ -17,7 +17,7 @@ from megavar.data.streaming import ShardStreams
 from megavar.data.transforms import Var
 from megavar.data.webdataset import ShardFolder
 from megavar.errors import ConfigError, DataError
-from tests.sources.originals import flip_bit, write_pairs
+from tests.sources.originals import flip_bit, shard, write_pairs
 
 STEPS, BATCH, LANES = 16, 12, 4
 
@@ -77,6 +77,21 @@ def test_every_epoch_of_the_lanes_covers_every_sample(whole):
         for start in range(0, STEPS * 3 - 12, 12):
             shard = int(lane[start]) // 12
             assert lane[start : start + 12].tolist() == list(range(shard * 12, shard * 12 + 12))
+
+
+def test_lanes_stay_within_an_epoch_of_each_other(whole):
+    _, epochs, _, _ = whole
+    assert (epochs.amax(1) - epochs.amin(1)).max() <= 1
+
+
+def test_shards_of_different_sizes(originals, tmp_path):
+    """Seven shards of eight or nine: steps of three cross shards, lanes get different numbers of samples per epoch."""
+    folder = shard(originals, tmp_path, shards=7)
+    ids, epochs, _, _ = read(configure(folder), micro_batch_size=12)
+    assert sorted(ids[epochs == 0].tolist()) == sorted(ids[epochs == 1].tolist()) == list(range(60))
+    for ranks, start_step in ((2, 3), (4, 8), (1, 13)):
+        found = read(configure(folder), ranks=ranks, start_step=start_step)
+        assert torch.equal(found[0], ids[start_step:])
 
 
 def test_images_and_labels_are_those_of_the_index(shards):

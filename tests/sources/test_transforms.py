@@ -1,5 +1,7 @@
 """Transforms against images whose pixels are their own coordinates, and against torchvision where references use it."""
 
+import io
+
 import numpy as np
 import pytest
 import torchvision.transforms.functional as reference
@@ -90,6 +92,7 @@ def test_ten_crop_offsets_at_256():
         assert equal(transforms.TenCrop(256).view(image, view), expected[view])
         assert equal(transforms.TenCrop(256)(image, ((view + 0.5) / 10,)), expected[view])
         assert equal(expected[view], reference.ten_crop(image, 256)[view])
+        assert equal(transforms.TenCrop(256).views(image)[view], expected[view])
 
 
 def test_titok_crops_along_the_longer_side_only():
@@ -123,6 +126,30 @@ def test_no_transform_refuses_another_size():
         transforms.Unchanged(32)(noise(33, 32), ())
 
 
+def encoded(image: Image.Image, format: str) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format, **({"quality": 100, "subsampling": 0} if format == "JPEG" else {}))
+    return stream.getvalue()
+
+
+def test_every_kind_of_image_is_decoded_to_the_colours_that_it_shows():
+    red = Image.new("RGB", (16, 16), (200, 30, 40))
+    grey = Image.fromarray(np.full((16, 16), 0x4123, dtype=np.uint16))
+    for content, expected in (
+        (encoded(red, "PNG"), (200, 30, 40)),  # whatever the name of the file says
+        (encoded(red.convert("CMYK"), "JPEG"), (200, 30, 40)),
+        (encoded(red.quantize(4), "PNG"), (200, 30, 40)),
+        (encoded(red.convert("RGBA"), "WEBP"), (200, 30, 40)),
+        (encoded(red.convert("L"), "JPEG"), (82, 82, 82)),
+        (encoded(grey, "PNG"), (0x41, 0x41, 0x41)),
+    ):
+        decoded = transforms.decode(content)
+        assert decoded.mode == "RGB"
+        assert np.abs(np.asarray(decoded).astype(int) - expected).max() <= 3
+
+
 def test_bytes_that_are_no_image_are_a_damaged_sample():
-    with pytest.raises(DamagedSampleError, match="cannot be decoded"):
+    with pytest.raises(DamagedSampleError, match=r"^these bytes are not an image$"):
         transforms.decode(b"not an image")
+    with pytest.raises(DamagedSampleError, match="cannot be decoded"):
+        transforms.decode(encoded(noise(50, 50), "JPEG")[:-100])

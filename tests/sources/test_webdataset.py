@@ -1,7 +1,9 @@
 """Training order and damage, read from shards."""
 
 import logging
+import resource
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from megavar.data.shards.index import build_index
 from megavar.data.transforms import Var
 from megavar.data.webdataset import ShardFolder
 from megavar.errors import DataError
-from tests.sources.originals import flip_bit
+from tests.sources.originals import flip_bit, shard
 
 STEPS, BATCH = 12, 12
 
@@ -61,13 +63,26 @@ def test_samples_are_those_of_the_tars(shards):
         assert sample.key.startswith(f"shard-{shard:06d}.tar/{index:09d}.")
 
 
-def test_many_shards_do_not_exhaust_open_files(shards, monkeypatch):
+def test_many_shards_do_not_exhaust_open_files(originals, shards, tmp_path, monkeypatch):
     monkeypatch.setattr("megavar.data.webdataset.OPEN_FILES", 2)
-    source = ShardFolder("train", shards)
+    monkeypatch.setattr("megavar.data.webdataset.INDEXES", 3)
+    source = ShardFolder("train", shard(originals, tmp_path, shards=60))
     expected = [ShardFolder("train", shards).read(index).image for index in range(60)]
-    for index in np.random.default_rng(0).permutation(60):
-        assert source.read(int(index)).image == expected[index]
-        assert len(source._files) <= 2
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    open_now = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 8, limits[1]))
+    try:
+        for index in np.random.default_rng(0).permutation(120) % 60:
+            assert source.read(int(index)).image == expected[index]
+            assert len(source._indexes) <= 3
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_more_ranks_than_shards(originals, shards, tmp_path):
+    expected, _ = sample_ids(shards)
+    found, _ = sample_ids(shard(originals, tmp_path, shards=1), ranks=4)
+    assert torch.equal(found, expected)
 
 
 def test_interrupted_on_two_ranks_and_continued_on_one_and_four(shards):

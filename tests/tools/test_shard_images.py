@@ -25,7 +25,8 @@ def test_from_class_folders_to_verified_shards(originals, tmp_path, capsys):
     assert len(ShardFolder("train", out)) == 24
     assert verify_shards.main([str(out)]) == ExitCode.FINISHED
     assert verify_shards.main([str(out), "--full", "--processes", "2"]) == ExitCode.FINISHED
-    assert "24 images in 4 shards checked (every byte): 0 problems" in capsys.readouterr().out
+    said = "24 images in 4 shards, 10 classes of 2 to 3 images, checked (every byte): 0 problems"
+    assert said in capsys.readouterr().out
 
     before = content_of(out)
     flip_bit(out / "shard-000001.tar", 50_000)
@@ -63,6 +64,8 @@ def test_existing_shards_are_adopted(originals, tmp_path, capsys):
         path.unlink()
     assert shard_images.main(["--existing", str(out)]) == ExitCode.FINISHED
     assert "24 images in 2 shards" in capsys.readouterr().out
+    assert verify_shards.main([str(out), "--repair", "--source", str(originals)]) == ExitCode.CONFIGURATION
+    assert "made by another tool" in capsys.readouterr().err
 
 
 def test_what_is_wrong_is_one_paragraph(tmp_path, capsys):
@@ -76,5 +79,16 @@ def test_what_is_wrong_is_one_paragraph(tmp_path, capsys):
     for bad in (["--part", "2/2"], ["--shards", "0"]):
         with pytest.raises(SystemExit):
             shard_images.main(["--images", str(tmp_path), "--out", str(tmp_path / "out"), *bad])
-    with pytest.raises(SystemExit):
-        shard_images.main(["--images", str(tmp_path)])
+    for bad in (["--images", str(tmp_path)], ["--existing", str(tmp_path), "--out", str(tmp_path / "out")]):
+        with pytest.raises(SystemExit):
+            shard_images.main(bad)
+    for bad in (["--source", str(tmp_path)], ["--processes", "0"]):
+        with pytest.raises(SystemExit):
+            verify_shards.main([str(tmp_path), *bad])
+
+
+def test_what_is_ignored_is_said(originals, tmp_path, capsys):
+    (originals / "china" / "notes.txt").touch()
+    assert shard_images.main(["--images", str(originals), "--out", str(tmp_path / "out")]) == ExitCode.FINISHED
+    (originals / "china" / "notes.txt").unlink()
+    assert "Beside the 24 images there are, and are ignored: 1 .txt" in capsys.readouterr().out

@@ -104,9 +104,29 @@ def test_recovery_counts():
     assert recovery.skipped == 11
 
 
+@pytest.mark.parametrize(
+    ("skips", "rollbacks", "verdicts"),
+    [
+        (2, 1, ["continue", "continue", "roll_back", "continue", "continue", "stop"]),
+        (0, 2, ["roll_back", "roll_back", "stop"]),
+        (1, 0, ["continue", "stop"]),
+        (0, 0, ["stop"]),
+    ],
+)
+def test_skipping_rolling_back_and_stopping_are_each_configurable(skips, rollbacks, verdicts):
+    recovery = Recovery(RecoveryConfig(skips=skips, rollbacks=rollbacks))
+    found = []
+    while "stop" not in found:
+        found.append(recovery.judge(applied=False).value)
+        if found[-1] == "roll_back":
+            recovery.rolled_back()
+    assert found == verdicts
+
+
 def test_loss_spikes():
     recovery = Recovery(RecoveryConfig(spike_factor=2.0))
     assert [recovery.spike(1.0 + 0.01 * i) for i in range(20)] == [None] * 20
+    assert [recovery.spike(float("nan")), recovery.spike(float("inf"))] == [None, None]
     assert recovery.spike(2.5) == pytest.approx(1.095)
     assert recovery.spike(1.2) is None and recovery.spike(None) is None
 

@@ -1,6 +1,8 @@
 """The loop: losses, resuming, stopping, recovering, on one and two real ranks."""
 
+import dataclasses
 import os
+import random
 import signal
 import threading
 import time
@@ -8,6 +10,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 
 from megavar.errors import ClusterError, ConfigError, ExitCode, NonFiniteError
 from megavar.training.trainer import Trainer
@@ -103,6 +106,30 @@ def test_a_finished_run_returns_at_once_and_other_settings_are_refused(tmp_path)
     assert "train.steps is 6 there and 7 here" in message[0]
 
 
+def _starts_of_a_launcher(directory):
+    """Three jobs, one behind the other, that start the configuration that the run directory keeps."""
+    os.environ["MEGAVAR_ATTEMPT"] = "7"
+    steps = []
+    for _ in range(3):
+        options = yaml.safe_load((directory / "config.yaml").read_text())["train"]
+        trainer = Trainer(tiny.build_run(directory, train=options))
+        trainer.stop.seen = signal.SIGUSR2  # asked to stop after its first step
+        assert trainer.run() == ExitCode.PREEMPTED
+        steps.append(trainer.step)
+    return steps
+
+
+def test_a_fresh_start_happens_once(tmp_path):
+    """Otherwise every job of a chain would move away what the one before it has saved."""
+    run_ranks(1, train, tmp_path)
+    kept = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    kept["train"]["fresh"] = True  # as the launcher writes it for a new submission
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(kept))
+    assert run_ranks(2, _starts_of_a_launcher, tmp_path) == [[1, 2, 3]] * 2
+    (moved,) = tmp_path.glob("checkpoints.before-*")
+    assert (moved / "step-00000006/manifest.json").exists()
+
+
 def _refused(directory):
     with pytest.raises(ConfigError) as caught:
         train(directory, steps=7)
@@ -145,6 +172,29 @@ def test_skewed_signals_stop_all_ranks_after_one_agreed_step(tmp_path, delays):
     assert not (tmp_path / "DONE").exists()
 
 
+def _stops_again_and_again(directory, rounds):
+    """The signals of a round come 0 to 500 ms apart; those that come late find the run ended."""
+    generator, results = random.Random(0), []
+    for number in range(rounds):
+        delays = [generator.uniform(0, 0.5) for _ in range(dist.get_world_size())]
+        options = {"agreement_interval": 1 + number}
+        trainer = Trainer(tiny.build_run(directory / str(number), steps=10**6, train=options))
+        late = threading.Timer(delays[dist.get_rank()], os.kill, (os.getpid(), signal.SIGUSR2))
+        late.start()
+        results.append((trainer.run(), trainer.step))
+        late.join()
+    return results
+
+
+def test_skewed_signals_never_make_ranks_disagree(tmp_path):
+    results = run_ranks(4, _stops_again_and_again, tmp_path, 4)
+    assert all(result == results[0] for result in results)
+    assert {code for code, _ in results[0]} == {ExitCode.PREEMPTED}
+    for number, (_, step) in enumerate(results[0]):
+        assert step % (1 + number) == 0
+        assert (tmp_path / f"{number}/checkpoints/step-{step:08d}/manifest.json").exists()
+
+
 BAD = [2 * tiny.GLOBAL_BATCH + 7]  # one sample of step 2, on the last rank
 
 
@@ -182,6 +232,23 @@ def _without_step_2(directory, stage):
     total = torch.stack(losses)
     dist.all_reduce(total)
     return (total / dist.get_world_size()).tolist()
+
+
+def _with_a_spike(directory):
+    class Spikes(tiny.TinyRecipe):
+        def loss(self, name, output, inputs, step):
+            losses = super().loss(name, output, inputs, step)
+            factor = 9.0 if step == 11 else 1.0
+            return dataclasses.replace(losses, named={"loss": losses.named["loss"] * factor})
+
+    return train(directory, steps=14, recipe=Spikes())[0]
+
+
+def test_a_loss_spike_is_recorded(tmp_path):
+    assert run_ranks(2, _with_a_spike, tmp_path) == [ExitCode.FINISHED] * 2
+    (event,) = [line for line in tiny.read_metrics(tmp_path) if "event" in line]
+    assert (event["event"], event["step"]) == ("loss_spike", 12)
+    assert event["loss"] > 2 * event["median"]
 
 
 RECOVERY = {"checkpoint": {"interval": 2}, "recovery": {"skips": 1, "rollbacks": 1}}

@@ -1,5 +1,6 @@
 """A step that hangs ends the process, in real processes."""
 
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -45,6 +46,24 @@ def test_a_hanging_step_leaves_stacks_and_the_exit_code(tmp_path, steps):
         assert "in stuck" in place, place
 
 
+def test_a_hang_leaves_the_last_collectives(tmp_path, monkeypatch):
+    """Where the batch script names the file, as NCCL's own watchdog would."""
+    monkeypatch.setenv("TORCH_FR_DUMP_TEMP_FILE", f"{tmp_path}/rank_")
+    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "100")
+    body = f"""
+    import torch
+    torch.distributed.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
+    watchdog.beat(1)
+    torch.distributed.all_reduce(torch.ones(3))
+    watchdog.beat(2)
+    stuck()
+    """
+    ended = run(body, tmp_path / "rank.log", start_seconds=60.0)
+    assert ended.returncode == ExitCode.HANG, ended.stderr
+    record = pickle.loads((tmp_path / "rank_0").read_bytes())
+    assert [entry["profiling_name"] for entry in record["entries"]] == ["gloo:all_reduce"]
+
+
 def test_a_run_that_moves_or_pauses_is_left_alone(tmp_path):
     body = """
     for step in range(20):
@@ -56,6 +75,17 @@ def test_a_run_that_moves_or_pauses_is_left_alone(tmp_path):
     """
     ended = run(body, tmp_path / "rank.log", start_seconds=30)
     assert (ended.returncode, ended.stdout) == (0, "finished\n"), ended.stderr
+
+
+def test_the_first_step_is_not_typical():
+    """It may compile for minutes; a hang of the second one must not be waited for twenty times as long."""
+    watchdog = Watchdog(WatchdogConfig(factor=20.0, minimum_seconds=0.001, start_seconds=3600.0))
+    watchdog._last -= 600.0
+    watchdog.beat(1)
+    assert watchdog.limit() == 3600.0
+    watchdog._last -= 2.0
+    watchdog.beat(2)
+    assert watchdog.limit() == pytest.approx(40.0, abs=10.0)
 
 
 def test_limits():

@@ -27,6 +27,8 @@ RECORD = np.dtype(
     ]
 )
 """``label`` is -1 and ``caption_size`` 0 where a sample has none."""
+CLASSES = 1_000_000
+"""Class numbers are below this: every class has a name in the manifest, so an image number must not pass for one."""
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
 
 
@@ -40,19 +42,16 @@ def encode_index(records: np.ndarray) -> bytes:
     return MAGIC + np.uint64(len(records)).tobytes() + bytes(8) + records.astype(RECORD).tobytes()
 
 
-def open_index(path: Path) -> np.ndarray:
-    """Memory-map the records of an index file.
+def decode_index(content: bytes, path: Path) -> np.ndarray:
+    """The records in the ``content`` of the index file ``path``.
 
     Raises:
         DataError: the file is not a whole index.
     """
-    with path.open("rb") as file:
-        header = file.read(HEADER_BYTES)
-    size = path.stat().st_size
-    count = int(np.frombuffer(header[16:24].ljust(8, b"\0"), dtype="<u8")[0])
-    if header[:16] != MAGIC or size != HEADER_BYTES + count * RECORD.itemsize or count == 0:
+    count = int.from_bytes(content[16:24], "little")
+    if content[:16] != MAGIC or len(content) != HEADER_BYTES + count * RECORD.itemsize or count == 0:
         raise DataError(f"{path} is not a whole shard index. Rebuild it with tools/verify_shards.py --repair.")
-    return np.memmap(path, dtype=RECORD, mode="r", offset=HEADER_BYTES, shape=(count,))
+    return np.frombuffer(content, dtype=RECORD, offset=HEADER_BYTES)
 
 
 @dataclass
@@ -71,8 +70,10 @@ class TarSample:
 def walk_tar(path: Path) -> list[TarSample]:
     """Group the members of a WebDataset tar by key: the name up to the first dot of its last component.
 
+    As in webdataset, names without a dot or with one in front (``._0001.jpg`` of a Mac) are no members.
+
     Raises:
-        DataError: the tar is damaged or empty.
+        DataError: the tar is damaged or empty, or a sample has two members of the same name.
     """
     samples: list[TarSample] = []
     try:
@@ -82,9 +83,13 @@ def walk_tar(path: Path) -> list[TarSample]:
                     continue
                 folder, _, name = member.name.rpartition("/")
                 stem, _, extension = name.partition(".")
+                if not (stem and extension):
+                    continue
                 key = f"{folder}/{stem}" if folder else stem
                 if not samples or samples[-1].key != key:
                     samples.append(TarSample(key))
+                if extension.lower() in samples[-1].members:
+                    raise DataError(f"{path} has {member.name} twice in a row. Give every sample a key of its own.")
                 samples[-1].members[extension.lower()] = (member.offset_data, member.size)
             end = tar.offset
     except tarfile.TarError as error:
@@ -106,7 +111,7 @@ def build_index(path: Path) -> tuple[np.ndarray, list[str]]:
         records of type :data:`RECORD`, and the keys.
 
     Raises:
-        DataError: the tar is damaged, or a sample has no image or a class that is not a number.
+        DataError: the tar is damaged, or a sample has no image or a class that is not a class number.
     """
     samples = walk_tar(path)
     records = np.zeros(len(samples), dtype=RECORD)
@@ -125,8 +130,10 @@ def build_index(path: Path) -> tuple[np.ndarray, list[str]]:
             record["image_offset"], record["image_size"] = sample.image
             record["image_crc32"] = zlib.crc32(content(sample.image))
             record["caption_offset"], record["caption_size"] = sample.members.get("txt", (0, 0))
-            try:
-                record["label"] = int(content(sample.members["cls"])) if "cls" in sample.members else -1
-            except ValueError as error:
-                raise DataError(f"The class of sample {sample.key} of {path} is not a number.") from error
+            record["label"] = -1
+            if "cls" in sample.members:
+                label = content(sample.members["cls"]).strip()
+                if not label.isdigit() or int(label) >= CLASSES:
+                    raise DataError(f"The class of sample {sample.key} of {path} is not a number below {CLASSES}.")
+                record["label"] = int(label)
     return records, [sample.key for sample in samples]

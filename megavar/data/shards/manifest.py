@@ -1,8 +1,10 @@
 """``manifest.json``: what a shard folder contains, with its own checksum."""
 
+import functools
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,29 +46,48 @@ class Manifest:
         """Samples of all shards."""
         return sum(shard.samples for shard in self.shards)
 
-    def encode(self) -> bytes:
-        """The one byte sequence that represents this manifest."""
-        histogram: dict[str, int] = {}
+    def summary(self) -> str:
+        """Numbers of images, shards and classes, and how evenly images are spread over classes."""
+        text = f"{self.samples} images in {len(self.shards)} shards"
+        if not self.class_names:
+            return f"{text}, without classes"
+        counts = self.class_histogram
+        balance = sorted(counts.get(str(label), 0) for label in range(len(self.class_names)))
+        spread = f"{balance[0]} to {balance[-1]}" if balance[0] != balance[-1] else f"{balance[0]}"
+        return f"{text}, {len(self.class_names)} classes of {spread} images"
+
+    @property
+    def class_histogram(self) -> dict[str, int]:
+        """Samples of each class over all shards, as in :class:`ShardEntry`."""
+        histogram: Counter[str] = Counter()
         for shard in self.shards:
-            for label, count in shard.class_histogram.items():
-                histogram[label] = histogram.get(label, 0) + count
+            histogram.update(shard.class_histogram)
+        return {label: histogram[label] for label in sorted(histogram, key=int)}
+
+    def encode(self) -> bytes:
+        """The one byte sequence that represents this manifest: JSON, one line per key and per shard."""
+        return self._encoded
+
+    @functools.cached_property
+    def _encoded(self) -> bytes:
         content: dict[str, Any] = {
             "format": FORMAT,
             "arguments": self.arguments,
             "samples": self.samples,
             "bytes": sum(shard.bytes for shard in self.shards),
             "class_names": self.class_names,
-            "class_histogram": {label: histogram[label] for label in sorted(histogram, key=int)},
+            "class_histogram": self.class_histogram,
             "left_out": [reason for shard in self.shards for reason in shard.left_out],
-            "shards": [asdict(shard) for shard in self.shards],
         }
-        content["checksum"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-        return (json.dumps(content, indent=1) + "\n").encode()
+        lines = [f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in content.items()]
+        shards = ",\n".join(f"  {json.dumps(vars(shard))}" for shard in self.shards)
+        body = "".join(["{\n", *lines, ' "shards": [\n', shards, "\n ],\n"]).encode()
+        return body + f' "checksum": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
 
     @property
     def checksum(self) -> str:
         """SHA-256 of the content."""
-        return json.loads(self.encode())["checksum"]
+        return hashlib.sha256(self._encoded).hexdigest()
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

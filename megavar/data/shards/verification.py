@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from megavar.data.progress import PROGRESS, in_processes
-from megavar.data.shards.index import RECORD, build_index, encode_index, index_path
-from megavar.data.shards.listing import Listing
+from megavar.data.shards.index import MAGIC, RECORD, build_index, encode_index, index_path
+from megavar.data.shards.listing import Listing, list_originals
 from megavar.data.shards.manifest import FILE_NAME, Manifest, ShardEntry, read_manifest, write_manifest
-from megavar.data.shards.writing import Plan, shard_is_whole, shard_name, write_shard
+from megavar.data.shards.writing import Plan, shard_is_whole, write_shard
 from megavar.data.source import DamagedSampleError
 from megavar.data.transforms import decode
 from megavar.errors import DataError
-from megavar.storage import sha256_of_file, write_bytes_atomic
+from megavar.storage import fsync_directory, sha256_of_file, write_bytes_atomic
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,14 @@ def verify_shards(
         progress(manifest.shards[shard].samples)
     for shard in range(len(manifest.shards)):
         problems += found[shard].problems
+    if manifest.arguments["kind"] == "existing":  # other tools may count anew in every shard
+        return problems
     keys = np.sort(np.concatenate([findings.key_hashes for findings in found.values()]))
-    if duplicates := int((keys[1:] == keys[:-1]).sum()):
-        problems.append(Problem("manifest.json", f"{duplicates} keys occur more than once in the shards"))
+    twice = keys[1:][keys[1:] == keys[:-1]]
+    if len(twice):
+        files = [manifest.shards[shard].file for shard in sorted(found) if twice[0] in found[shard].key_hashes]
+        message = f"{len(twice)} keys occur more than once in the shards, one of them in {' and '.join(files)}"
+        problems.append(Problem(FILE_NAME, message))
     return problems
 
 
@@ -90,7 +95,14 @@ def _quick_problems(folder: Path, entry: ShardEntry) -> list[Problem]:
 
 
 def _full_check(folder: Path, manifest: Manifest, shard: int) -> _Findings:
-    entry = manifest.shards[shard]
+    try:
+        return _findings(folder, manifest, manifest.shards[shard])
+    except OSError as error:
+        problem = Problem(manifest.shards[shard].file, f"it or its index cannot be read ({error})")
+        return _Findings([problem], np.zeros(0, dtype=np.int64))
+
+
+def _findings(folder: Path, manifest: Manifest, entry: ShardEntry) -> _Findings:
     path = folder / entry.file
     problems = _quick_problems(folder, entry)
     damaged = {problem.file for problem in problems}
@@ -121,6 +133,8 @@ def _content_problems(
             f"{len(keys)} samples {keys[0]}..{keys[-1]} instead of {entry.samples} samples "
             f"{entry.first_key}..{entry.last_key}"
         )
+    if len(set(keys)) < len(keys):
+        messages.append(f"{len(keys) - len(set(keys))} keys occur more than once in it")
     labels = Counter(records["label"].tolist())
     if {str(label): count for label, count in labels.items()} != entry.class_histogram:
         messages.append("its class histogram is not the one in the manifest")
@@ -136,12 +150,32 @@ def _content_problems(
     return messages
 
 
-def repair_shards(folder: Path, *, source: Listing | None = None) -> list[str]:
+def list_sharded(manifest: Manifest, path: Path) -> Listing:
+    """The originals at ``path``, listed as they were when the shards of ``manifest`` were made.
+
+    Raises:
+        DataError: the shards were made by another tool, or nothing is there.
+    """
+    if manifest.arguments["kind"] == "existing":
+        raise DataError("These shards were made by another tool: make damaged ones again with that, not with --source.")
+    return list_originals(manifest.arguments["kind"], path)
+
+
+def repair_shards(
+    folder: Path,
+    *,
+    source: Listing | None = None,
+    processes: int = 1,
+    progress: Callable[[int], Any] = lambda samples: None,
+) -> list[str]:
     """Repair what can be repaired.
 
     An index is rebuilt from a tar whose hash is right. A tar that is damaged or missing is made again from the
     originals, if they are given and are those that the manifest describes. Nothing is replaced unless the result has
     the hash that the manifest demands.
+
+    Args:
+        progress: called with a number of samples looked after.
 
     Returns:
         what was done, one line per file.
@@ -150,31 +184,35 @@ def repair_shards(folder: Path, *, source: Listing | None = None) -> list[str]:
         DataError: the manifest is damaged, or something cannot be repaired (after repairing the rest).
     """
     manifest = read_manifest(folder)
-    done, hopeless = [], []
     plan = _original_plan(manifest, source) if source is not None else None
-    for shard, entry in enumerate(manifest.shards):
-        path = folder / entry.file
-        if shard_is_whole(folder, entry):
-            continue
-        if path.is_file() and sha256_of_file(path) == entry.sha256:
-            write_bytes_atomic(index_path(path), encode_index(build_index(path)[0]))
-            done.append(f"{index_path(path).name}: rebuilt from {path.name}")
-        elif plan is not None:
-            done.append(_rewrite(plan, shard, folder, entry))
-        else:
-            hopeless.append(path.name)
+    remake = None if plan is None else functools.partial(_remake, plan, plan.permutation(), folder)
+    repair = functools.partial(_repair, folder, manifest, remake)
+    repairs: dict[int, _Repair] = {}
+    for shard, result in in_processes(repair, range(len(manifest.shards)), processes):
+        repairs[shard] = result
+        progress(manifest.shards[shard].samples)
+    shutil.rmtree(folder / PROGRESS, ignore_errors=True)
+    results = [repairs[shard] for shard in range(len(manifest.shards))]
+    done = [result.done for result in results if result.done]
+    hopeless = [result.hopeless for result in results if result.hopeless]
     if hopeless:
-        raise DataError(
-            f"{', '.join(hopeless)} in {folder} can only be made again from the originals: give the path that the "
-            f"shards were made from as --source. Repaired: {', '.join(done) or 'nothing'}."
-        )
+        reason = "; ".join(hopeless)
+        if plan is None:
+            reason = f"{', '.join(hopeless)} can only be made again from the originals: give their path as --source"
+        raise DataError(f"{folder} is not repaired. {reason}. Repaired: {', '.join(done) or 'nothing'}.")
     return done
+
+
+@dataclass(frozen=True)
+class _Repair:
+    """What became of one shard; neither text if it was whole."""
+
+    done: str = ""
+    hopeless: str = ""
 
 
 def _original_plan(manifest: Manifest, source: Listing) -> Plan:
     arguments = manifest.arguments
-    if "shards" not in arguments:
-        raise DataError("These shards were made by another tool, so megavar cannot make them again from originals.")
     plan = Plan(source, arguments["shards"], arguments["seed"], arguments["damaged"])
     if plan.arguments() != arguments:
         raise DataError(
@@ -184,49 +222,71 @@ def _original_plan(manifest: Manifest, source: Listing) -> Plan:
     return plan
 
 
-def _rewrite(plan: Plan, shard: int, folder: Path, entry: ShardEntry) -> str:
+def _repair(
+    folder: Path, manifest: Manifest, remake: Callable[[int, ShardEntry], _Repair] | None, shard: int
+) -> _Repair:
+    entry = manifest.shards[shard]
+    path = folder / entry.file
+    try:
+        if shard_is_whole(folder, entry):
+            return _Repair()
+        only_index = path.is_file() and sha256_of_file(path) == entry.sha256
+    except OSError:  # a bad block of the disk
+        only_index = False
+    if only_index:
+        index = index_path(path)
+        write_bytes_atomic(index, encode_index(build_index(path)[0]))
+        return _Repair(done=f"{index.name}: rebuilt from {path.name}")
+    if remake is None:
+        return _Repair(hopeless=entry.file)
+    return remake(shard, entry)
+
+
+def _remake(plan: Plan, permutation: np.ndarray, folder: Path, shard: int, entry: ShardEntry) -> _Repair:
     """Make a shard aside, and put it in place only if it has the right hash."""
     aside = folder / PROGRESS / "repair"
-    made = write_shard(plan, plan.permutation(), shard, aside)
+    try:
+        made = write_shard(plan, permutation, shard, aside)
+    except DataError as error:
+        return _Repair(hopeless=f"{entry.file} cannot be made again ({error})")
     if made != entry:
-        raise DataError(
-            f"{entry.file} made again from {plan.listing.root} differs from the manifest: the originals have changed "
-            f"since. The result is kept in {aside}; the damaged file is untouched."
-        )
-    for name in (shard_name(shard), index_path(Path(shard_name(shard))).name):
+        return _Repair(hopeless=f"{entry.file} would become another one, because its originals have changed since")
+    for name in (entry.file, index_path(Path(entry.file)).name):
         (aside / name).replace(folder / name)
-    shutil.rmtree(folder / PROGRESS)
-    return f"{entry.file}: made again from {plan.listing.root}"
+    fsync_directory(folder)
+    return _Repair(done=f"{entry.file}: made again from {plan.listing.root}")
 
 
 def adopt_shards(
-    folder: Path,
-    *,
-    class_names: list[str] | None = None,
-    processes: int = 1,
-    progress: Callable[[int], Any] = lambda samples: None,
+    folder: Path, *, processes: int = 1, progress: Callable[[int], Any] = lambda samples: None
 ) -> Manifest:
     """Give the WebDataset tars of another tool an index and a manifest. The tars are not changed.
 
-    Args:
-        class_names: names of the classes; by default their numbers.
+    Classes are named by their numbers.
 
     Raises:
-        DataError: there are no tars, there is a manifest already, or a tar is damaged.
+        DataError: there are no tars, there is a manifest already, a tar is damaged, an index is in the way, or only
+            some samples have a class.
     """
     if (folder / FILE_NAME).exists():
         raise DataError(f"{folder} has a {FILE_NAME} already. Remove it first if it does not describe these shards.")
     files = sorted(path.name for path in folder.glob("*.tar"))
     if not files:
         raise DataError(f"{folder} contains no .tar files. Name the folder of the WebDataset shards.")
+    for index in (index_path(folder / file) for file in files):
+        if index.exists() and not index.read_bytes().startswith(MAGIC):
+            raise DataError(f"{index} is an index of another kind. Move such files away: megavar's own have that name.")
     entries: dict[int, ShardEntry] = {}
     for shard, entry in in_processes(functools.partial(_adopt, folder, files), range(len(files)), processes):
         entries[shard] = entry
         progress(1)
     largest = max(int(label) for entry in entries.values() for label in entry.class_histogram)
-    names = class_names if class_names is not None else [str(label) for label in range(largest + 1)]
-    if largest >= len(names):
-        raise DataError(f"The shards in {folder} have class {largest}, but only {len(names)} class names were given.")
+    if largest >= 0 and (bare := [entry for entry in entries.values() if "-1" in entry.class_histogram]):
+        raise DataError(
+            f"{sum(entry.class_histogram['-1'] for entry in bare)} samples of {folder} have no class (.cls), for "
+            f"example in {bare[0].file}, but others have one. Give each or none a class."
+        )
+    names = [str(label) for label in range(largest + 1)]
     manifest = Manifest({"kind": "existing"}, names, [entries[shard] for shard in range(len(files))])
     write_manifest(folder, manifest)
     return manifest

@@ -5,6 +5,7 @@ While work is under way the folder contains ``.progress/``: ``plan.json`` (what 
 shards whose hashes still agree and makes the others. The last act is the manifest; then ``.progress`` is removed.
 """
 
+import functools
 import hashlib
 import io
 import json
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 
 from megavar.data.image_folder import IMAGE_SUFFIXES
-from megavar.data.progress import PROGRESS, in_processes, only_one, publish
+from megavar.data.progress import PROGRESS, in_processes, only_one, publish, read_record
 from megavar.data.shards.index import RECORD, encode_index, index_path
 from megavar.data.shards.listing import Listing, Original
 from megavar.data.shards.manifest import FILE_NAME, Manifest, ShardEntry, read_manifest
@@ -31,6 +32,7 @@ from megavar.errors import DataError
 from megavar.parallel.seeds import random_bits
 from megavar.storage import atomic_file, sha256_of_file, write_bytes_atomic, write_json_atomic
 
+PLAN = "plan.json"
 Damaged = Literal["fail", "leave-out"]
 
 
@@ -100,9 +102,11 @@ def _members(root: Path, original: Original) -> dict[str, bytes]:
         image = (root / original.path).read_bytes()
         caption = original.caption
         if original.caption_path is not None:
-            caption = (root / original.caption_path).read_text().strip()
-    except (OSError, UnicodeError) as error:
-        raise DamagedSampleError(f"it cannot be read ({error})") from error
+            caption = (root / original.caption_path).read_text("utf-8-sig").strip()
+    except OSError as error:
+        raise DamagedSampleError(f"it cannot be read ({error.strerror})") from error
+    except UnicodeError as error:
+        raise DamagedSampleError(f"its caption is not UTF-8 text ({error})") from error
     width, height = decode(image).size
     facts = {"height": height, "path": original.path, "sha256": hashlib.sha256(image).hexdigest(), "width": width}
     members = {"jpg" if suffix == ".jpeg" else suffix[1:]: image, "json": json.dumps(facts).encode()}
@@ -134,7 +138,8 @@ def write_shard(plan: Plan, permutation: np.ndarray, shard: int, folder: Path) -
     """Write one tar and its index into ``folder``.
 
     Raises:
-        DataError: an original is damaged and the plan does not allow leaving it out, or nothing is left.
+        DamagedSampleError: an original is damaged and the plan does not allow leaving it out.
+        DataError: nothing is left.
     """
     records, keys, left_out = [], [], []
     path = folder / shard_name(shard)
@@ -148,11 +153,7 @@ def write_shard(plan: Plan, permutation: np.ndarray, shard: int, folder: Path) -
                     members = _members(plan.listing.root, original)
                 except DamagedSampleError as error:
                     if plan.damaged == "fail":
-                        raise DataError(
-                            f"{plan.listing.root / original.path} is damaged: {error}. Replace or remove it, or run "
-                            f"with --damaged leave-out to make the shards without such images and list them in the "
-                            f"manifest."
-                        ) from error
+                        raise DamagedSampleError(f"{plan.listing.root / original.path} is damaged: {error}") from error
                     left_out.append(f"{original.path}: {error}")
                     continue
                 records.append(_add_sample(tar, f"{place:09d}", original.label, members))
@@ -184,27 +185,27 @@ def shard_is_whole(folder: Path, entry: ShardEntry) -> bool:
     return sha256_of_file(path) == entry.sha256 and sha256_of_file(index_path(path)) == entry.index_sha256
 
 
-def _record_path(folder: Path, shard: int) -> Path:
-    return folder / PROGRESS / f"{Path(shard_name(shard)).stem}.json"
+def _record_name(shard: int) -> str:
+    return f"{Path(shard_name(shard)).stem}.json"
 
 
-def _read_record(folder: Path, shard: int) -> ShardEntry | None:
-    try:
-        return ShardEntry(**json.loads(_record_path(folder, shard).read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
+def _finished(folder: Path, shard: int) -> ShardEntry | None:
+    record = read_record(folder, _record_name(shard))
+    return None if record is None else ShardEntry(**record)
 
 
-_work: tuple[Plan, np.ndarray, Path]
-
-
-def _finish_shard(shard: int) -> int:
-    plan, permutation, folder = _work
-    entry = _read_record(folder, shard)
+def _finish_shard(plan: Plan, permutation: np.ndarray, folder: Path, shard: int) -> int:
+    entry = _finished(folder, shard)
     if entry is None or not shard_is_whole(folder, entry):
-        entry = write_shard(plan, permutation, shard, folder)
-        write_json_atomic(_record_path(folder, shard), asdict(entry))
-    return entry.samples
+        try:
+            entry = write_shard(plan, permutation, shard, folder)
+        except DamagedSampleError as error:
+            raise DataError(
+                f"{error}. Replace it by a whole image and run the same command again, or run it with --damaged "
+                f"leave-out to make shards without such images, which the manifest then lists."
+            ) from error
+        write_json_atomic(folder / PROGRESS / _record_name(shard), asdict(entry))
+    return len(plan.places(shard))
 
 
 def write_shards(
@@ -219,7 +220,7 @@ def write_shards(
 
     Args:
         part: (i, n): make only shards i, i + n, ...; n machines with one part each share the work.
-        progress: called with a number of finished samples.
+        progress: called with a number of finished originals.
 
     Returns:
         the manifest, or None if other parts are not finished yet.
@@ -229,36 +230,44 @@ def write_shards(
     """
     arguments = plan.arguments()
     _claim(folder, arguments)
+    own = range(part[0], plan.shards, part[1])
     if (folder / FILE_NAME).exists():
-        progress(len(plan.listing.originals))
+        progress(sum(len(plan.places(shard)) for shard in own))
         return read_manifest(folder)
-    global _work
-    _work = plan, plan.permutation(), folder
+    finish = functools.partial(_finish_shard, plan, plan.permutation(), folder)
     with only_one(folder / PROGRESS / f"lock-{part[0]}"):
-        for _, samples in in_processes(_finish_shard, range(part[0], plan.shards, part[1]), processes):
-            progress(samples)
-    entries = [entry for shard in range(plan.shards) if (entry := _read_record(folder, shard)) is not None]
-    if len(entries) < plan.shards:
-        return None
-    manifest = Manifest(arguments, list(plan.listing.class_names), entries)
-    write_bytes_atomic(folder / PROGRESS / FILE_NAME, manifest.encode())
-    publish(folder, FILE_NAME)
-    shutil.rmtree(folder / PROGRESS, ignore_errors=True)  # another part may be removing it too
-    return manifest
+        for _, originals in in_processes(finish, own, processes):
+            progress(originals)
+    with only_one(folder / PROGRESS / "lock-end"):  # parts may finish at the same time
+        if not (folder / FILE_NAME).exists():
+            entries = [entry for shard in range(plan.shards) if (entry := _finished(folder, shard)) is not None]
+            if len(entries) < plan.shards:
+                return None
+            manifest = Manifest(arguments, list(plan.listing.class_names), entries)
+            write_bytes_atomic(folder / PROGRESS / FILE_NAME, manifest.encode())
+            publish(folder, FILE_NAME)
+        shutil.rmtree(folder / PROGRESS, ignore_errors=True)
+    return read_manifest(folder)
 
 
 def _claim(folder: Path, arguments: dict[str, Any]) -> None:
     """Make sure that ``folder`` is empty or holds work with the same arguments."""
-    plan_path = folder / PROGRESS / "plan.json"
+    under_way = read_record(folder, PLAN)
     if (folder / FILE_NAME).exists():
         found = read_manifest(folder).arguments
         shutil.rmtree(folder / PROGRESS, ignore_errors=True)  # killed between the manifest and the clean-up
-    elif plan_path.exists():
-        found = json.loads(plan_path.read_text())
+    elif under_way is not None:
+        # What is finished under ``fail`` has nothing left out: the rest may be made under ``leave-out``.
+        found = under_way | ({"damaged": arguments["damaged"]} if under_way["damaged"] == "fail" else {})
+        if found == arguments != under_way:
+            write_json_atomic(folder / PROGRESS / PLAN, arguments)
     elif folder.exists() and any(path.suffix in (".tar", ".idx") for path in folder.iterdir()):
-        raise DataError(f"{folder} contains shards without a manifest or plan. Choose an empty folder.")
+        raise DataError(
+            f"{folder} contains shards, but neither a {FILE_NAME} nor work of this tool under way. Choose an empty "
+            f"folder; to use shards that are there, run with --existing {folder}."
+        )
     else:
-        write_json_atomic(plan_path, arguments)
+        write_json_atomic(folder / PROGRESS / PLAN, arguments)
         return
     if found != arguments:
         differing = ", ".join(

@@ -78,7 +78,7 @@ class Checkpointer:
         a failure of a background save is raised by the next call.
 
         Raises:
-            CheckpointError: a rank could not write. No existing checkpoint was touched.
+            CheckpointAccessError: a rank could not write. No existing checkpoint was touched.
         """
         self.wait()
         began = time.monotonic()
@@ -107,7 +107,7 @@ class Checkpointer:
         """Wait until the background save, if any, is in place.
 
         Raises:
-            CheckpointError: it failed.
+            CheckpointAccessError: it failed.
         """
         if self._writer is not None:
             self._writer.join()
@@ -186,6 +186,7 @@ class Checkpointer:
 
         Raises:
             CheckpointError: there are checkpoints but none is whole, or the newest whole one is of another model.
+            CheckpointAccessError: the newest whole one could not be read by every rank.
         """
         self.wait()
         candidates: list[Path] = []

@@ -28,7 +28,7 @@ from types import TracebackType
 from typing import Self
 
 from megavar import storage
-from megavar.errors import ClusterError
+from megavar.errors import ClusterError, RunInUseError
 
 FILE_NAME = "run.lock"
 TOUCH_EVERY = 10.0
@@ -125,7 +125,7 @@ class RunLock:
         Where the last owner cannot be looked up this takes up to ``stale_after`` seconds.
 
         Raises:
-            ClusterError: another run is alive in this directory.
+            RunInUseError: another run is alive in this directory.
         """
         run_directory = Path(run_directory)
         run_directory.mkdir(parents=True, exist_ok=True)
@@ -144,7 +144,7 @@ class RunLock:
             if alive is None:
                 continue
             if alive:
-                raise ClusterError(
+                raise RunInUseError(
                     f"{run_directory} is in use by {found.describe()}. Wait for that run to end, stop it, or give this "
                     f"one another run.directory. (If you know that it is dead, delete {path}.)"
                 )

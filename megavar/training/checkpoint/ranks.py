@@ -4,7 +4,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megavar.errors import CheckpointError
+from megavar.errors import CheckpointAccessError
 
 T = TypeVar("T")
 
@@ -37,10 +37,10 @@ class Ranks:
         """Raise on every rank if any rank had an ``error`` while doing ``what``.
 
         Raises:
-            CheckpointError: names the first ranks that failed and why.
+            CheckpointAccessError: names the first ranks that failed and why.
         """
         errors = self.gather(None if error is None else f"{error}" or type(error).__name__)
         failed = [(rank, text) for rank, text in enumerate(errors) if text is not None]
         if failed:
             others = f" ({len(failed)} of {self.size} ranks failed)" if len(failed) > 1 else ""
-            raise CheckpointError(f"{what} failed on rank {failed[0][0]}{others}: {failed[0][1]}")
+            raise CheckpointAccessError(f"{what} failed on rank {failed[0][0]}{others}: {failed[0][1]}")

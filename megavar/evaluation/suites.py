@@ -131,7 +131,7 @@ def score_images(
         prompts = [prompt for prompt in shape_prompts(suite, data) for _ in range(suite.per_prompt)]
         records = shape_eval.score_scenes(everything, prompts)
         shape_eval.write_records(work_directory / "shape_eval.jsonl", records)
-        reference = {"name": "shapes", "held_out": suite.held_out, "prompts": len(prompts) // suite.per_prompt}
+        reference = {**suite.model_dump(), "image_size": data.image_size, "prompts": len(prompts) // suite.per_prompt}
         return Scores(shape_eval.summarize(records), shape_eval.METRICS, {"name": "shape detector"}, reference)
     if images.labels is None:
         raise ConfigError(

@@ -27,14 +27,15 @@ def single_process() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker runs a file from its first test to its last, and all that need the real Slurm, after everything else.
+    """One worker runs a file from its first test to its last.
 
-    These wait most of the time, for processes that should not have to share two cores with other tests.
+    One also runs all folders that fork up to four ranks in most of their tests: two such tests at once have too few
+    cores. Another runs what needs the real Slurm, after everything else, because its jobs are timed.
     """
-    items.sort(key=_needs_slurm)
+    items.sort(key=lambda item: _group(item) == "slurm")
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("slurm" if _needs_slurm(item) else str(item.path)))
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
 
 
-def _needs_slurm(item: pytest.Item) -> bool:
-    return item.path.parent.name == "slurm"
+def _group(item: pytest.Item) -> str:
+    return {"checkpoint": "ranks", "distributed": "ranks", "slurm": "slurm"}.get(item.path.parent.name, str(item.path))

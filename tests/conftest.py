@@ -26,6 +26,7 @@ def single_process() -> Iterator[None]:
     topology.shutdown()
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One worker runs a file from its first test to its last.
 

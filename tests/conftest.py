@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_BUILD_OPS", "0")
 os.environ.setdefault("WANDB_MODE", "offline")
 
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -26,17 +27,7 @@ def single_process() -> Iterator[None]:
     topology.shutdown()
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker runs a file from its first test to its last.
-
-    One also runs all folders that fork up to four ranks in most of their tests: two such tests at once have too few
-    cores. Another runs what needs the real Slurm, after everything else, because its jobs are timed.
-    """
-    items.sort(key=lambda item: _group(item) == "slurm")
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
-
-
-def _group(item: pytest.Item) -> str:
-    return {"checkpoint": "ranks", "distributed": "ranks", "slurm": "slurm"}.get(item.path.parent.name, str(item.path))
+    """Large files first, so that both workers end together; after them what needs the real Slurm, whose jobs are timed."""
+    size_of = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.parent.name == "slurm", -size_of[item.path]))

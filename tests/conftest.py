@@ -28,6 +28,6 @@ def single_process() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Large files first, so that both workers end together; after them what needs the real Slurm, whose jobs are timed."""
+    """Large files first, so that both workers end together; last what needs the real Slurm, whose jobs are timed."""
     size_of = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path.parent.name == "slurm", -size_of[item.path]))

@@ -44,7 +44,8 @@ def test_a_sample_drops_the_same_branches_in_any_batch():
     given.sample_keys = torch.arange(6) * 13
     together = model(given).logits
     order = torch.tensor([4, 1, 5])
-    torch.testing.assert_close(model(tiny.rows(given, order)).logits, together[order], rtol=1e-5, atol=1e-6)
+    # Kernels round differently in batches of another size (by 1.3e-6 on an AMD EPYC); other branches differ by 0.1.
+    torch.testing.assert_close(model(tiny.rows(given, order)).logits, together[order], rtol=1e-5, atol=5e-6)
     given.sample_keys = torch.arange(6) * 13 + 1
     assert not torch.allclose(model(given).logits, together, atol=1e-3)
     given.sample_keys = None

@@ -6,7 +6,8 @@ from tools import benchmark_data
 
 def test_every_path_is_measured(tmp_path, capsys):
     out = tmp_path / "speeds.json"
-    arguments = ["--images", "24", "--size", "64", "--batch-size", "8", "--seconds", "0.05", "--json", str(out)]
+    arguments = ["--images", "24", "--size", "64", "--batch-size", "8", "--seconds", "0.05", "--repetitions", "2",
+                 "--json", str(out)]  # fmt: skip
     assert benchmark_data.main(arguments) == ExitCode.FINISHED
     speeds = {speed["path"]: speed for speed in json.loads(out.read_text())["speeds"]}
     assert list(speeds) == ["raw JPEG", "index", "stream", "tokens"]

@@ -54,8 +54,9 @@ monitor.close()
 """
 
 
-def test_a_service_that_dies_does_not_stop_a_run(tmp_path: Path) -> None:
+def test_a_service_that_dies_does_not_stop_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when a job is cancelled, before the checkpoint is saved: SIGTERM reaches all its processes."""
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)  # that of this process, if an earlier test has started it
     command = [sys.executable, "-c", LOSES_ITS_SERVICE, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -76,7 +76,8 @@ class Trainer:
         """Train to the last step, or until all ranks agree to stop. A finished run returns at once.
 
         Raises:
-            ConfigError: the run directory is another run's, or in use.
+            ConfigError: the run directory is another run's.
+            RunInUseError: another process trains this run.
             CheckpointError: there are checkpoints, but none can be used.
             DataError: a sample is damaged, and the configuration does not allow going on without it.
             NonFiniteError: losses or gradients stay non-finite after the allowed rollbacks.

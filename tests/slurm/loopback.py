@@ -135,13 +135,6 @@ class LoopbackCluster:
             time.sleep(0.1)
         return False
 
-    def wait_for_end(self, *jobs: str, seconds: float = 120) -> None:
-        """Wait until none of the ``jobs`` is pending, running or completing."""
-        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
-        assert self.wait(lambda: all(self.state(job) in ended for job in jobs), seconds), self.run("squeue") + "".join(
-            self.run("scontrol", "show", "job", job) for job in jobs
-        )
-
     def _write_configuration(self) -> None:
         probes = [socket.socket() for _ in range(3)]
         for probe in probes:

@@ -2,6 +2,10 @@
 
 say() { echo "$(date -u +%FT%TZ) job $SLURM_JOB_ID: $*"; }
 
+# torchrun's names for a rank's place win over Slurm's (megavar/parallel/environment.py). A shell that is itself a rank
+# passes its own on when it submits: every task would then be a run of its own.
+unset RANK LOCAL_RANK WORLD_SIZE
+
 # The newest numbered step that still runs: preflight is step 0, the ranks are step 1.
 running_step() {
     scontrol show step "$SLURM_JOB_ID" 2>/dev/null | sed -n "s/^StepId=\($SLURM_JOB_ID\.[0-9][0-9]*\) .*/\1/p" | tail -n 1

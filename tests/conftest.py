@@ -15,6 +15,15 @@ import torch
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def own_environment() -> Iterator[None]:
+    """What a file's tests leave in the environment ends with them: ranks, W&B's service, ..."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture
 def single_process() -> Iterator[None]:
     """Process groups of one rank, destroyed afterwards so that forked ranks inherit none."""

@@ -14,6 +14,7 @@ import pytest
 
 from launchers.rendering import Job, render_evaluation, render_sharding, render_training
 from megavar.errors import ExitCode
+from megavar.parallel.environment import Environment, read_environment
 from tests.launchers.stubs import Stubs
 from tests.launchers.test_rendering import HOSTILE, job
 
@@ -134,6 +135,17 @@ def test_set_up_lines_may_read_unset_variables(tmp_path):
     cluster = {"python": python, "host_python": sys.executable, "setup": ['export FOUND="$NOT_SET" && cd "$NOT_SET"']}
     stubs = Stubs(tmp_path / "bin")
     assert stubs.run(write_script(local_job(tmp_path, cluster))).returncode == ExitCode.PREEMPTED
+
+
+def test_a_submission_from_a_rank_of_another_run_starts_one_run(tmp_path):
+    """torchrun's names in the submitting shell do not hide Slurm's."""
+    seen = tmp_path / "seen.json"
+    python = fake_python(tmp_path / "python", f"json.dump(dict(os.environ), open({str(seen)!r}, 'w'))")
+    script = write_script(local_job(tmp_path, {"python": python, "host_python": sys.executable}))
+    environment = Stubs(tmp_path / "bin").environment({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
+    subprocess.run(["bash", str(script)], capture_output=True, timeout=60, env=environment)
+    in_step = {**json.loads(seen.read_text()), "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
+    assert read_environment(in_step) == Environment(1, 2, 0, "srun")
 
 
 def test_the_caches_of_a_node_are_removed_before_the_job_leaves_it(tmp_path):

@@ -76,9 +76,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def uninterrupted(cluster, config, tmp_path_factory) -> WatchedRun:
-    """A run that nothing happens to."""
+    """A run that nothing happens to, submitted from the shell of a rank of another run."""
     run = WatchedRun(cluster, tmp_path_factory.mktemp("uninterrupted"), config)
-    run.submit()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+            patch.setenv(name, value)
+        run.submit()
     return run
 
 

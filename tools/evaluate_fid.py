@@ -27,7 +27,7 @@ from megavar import logs
 from megavar.config.data import DataConfig
 from megavar.config.loading import apply_override, decode, read_tree
 from megavar.data.build import build_source, build_transform
-from megavar.errors import ConfigError, MegavarError
+from megavar.errors import ConfigError
 from megavar.evaluation import adm
 from megavar.evaluation.chunks import ChunkStore
 from megavar.evaluation.export import export_npz, is_sorted_by_class
@@ -38,6 +38,7 @@ from megavar.evaluation.results import Result, class_histogram, write_result
 from megavar.evaluation.table import format_table
 from megavar.parallel.environment import Environment, environment
 from megavar.sampling.samples import Decoder
+from tools.outcome import outcome
 
 PUBLISHED_ADM = {"is": 215.837, "fid": 3.9426, "sfid": 6.1404, "precision": 0.8265, "recall": 0.5309}
 """TensorFlow's numbers for ADM's published ImageNet-256 samples (ADM-G, ADM-U), as given by a public torch port."""
@@ -48,14 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
     logs.silence_libraries()
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
-    except MegavarError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return int(error.exit_code)
+        return outcome("evaluate_fid", lambda: options.run(options))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
 
 
 def score(options: argparse.Namespace) -> None:

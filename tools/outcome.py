@@ -9,10 +9,10 @@ INTERRUPTED = 130
 """What shells report for Ctrl-C."""
 
 
-def outcome(tool: str, work: Callable[[], int]) -> int:
-    """Run ``work`` and return its exit code, or that of what it raised."""
+def outcome(tool: str, work: Callable[[], int | None]) -> int:
+    """Run ``work`` and return its exit code (None: success), or that of what it raised."""
     try:
-        return work()
+        return work() or int(ExitCode.FINISHED)
     except MegavarError as error:
         message, code = str(error), int(error.exit_code)
     except OSError as error:

@@ -1,3 +1,4 @@
+import errno
 import json
 
 import pytest
@@ -55,6 +56,22 @@ def test_a_missing_file_and_a_wrong_size_are_found_without_reading_content(direc
     (directory / "a").unlink()
     with pytest.raises(DamagedError, match="a is missing"):
         manifests.read(directory)
+
+
+@pytest.mark.parametrize(("failures", "damaged"), [(2, None), (3, "Stale file handle")])
+def test_a_read_that_fails_for_a_moment_is_no_damage(directory, monkeypatch, failures, damaged):
+    answers = [OSError(errno.ESTALE, "Stale file handle")] * failures
+    hash_file = manifests.storage.sha256_of_file
+
+    def hash_or_fail(path):
+        if path.name == "a" and answers:
+            raise answers.pop()
+        return hash_file(path)
+
+    monkeypatch.setattr(manifests.storage, "sha256_of_file", hash_or_fail)
+    monkeypatch.setattr(manifests, "READ_AGAIN_SECONDS", (0.0, 0.0))
+    found = manifests.damage(directory, manifests.read(directory).files)
+    assert found is None if damaged is None else damaged in found
 
 
 def test_every_flipped_bit_is_found(directory):

@@ -186,9 +186,11 @@ class LoopbackCluster:
     def _kill(self, *marks: str) -> None:
         """Kill this cluster's processes that have one of the variables ``NAME=value``: slurmd leaves jobs alone."""
         own, wanted = f"SLURM_CONF={self.configuration}".encode(), {mark.encode() for mark in marks}
-        for environment in Path("/proc").glob("[0-9]*/environ"):
-            pid = int(environment.parent.name)
-            with contextlib.suppress(OSError):  # it has ended in between
-                variables = set(environment.read_bytes().split(b"\0"))
-                if pid != os.getpid() and own in variables and wanted & variables:
-                    os.kill(pid, signal.SIGKILL)
+        # Stopped first: whoever dies a moment later must not tell the controller of the others.
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for environment in Path("/proc").glob("[0-9]*/environ"):
+                pid = int(environment.parent.name)
+                with contextlib.suppress(OSError):  # it has ended in between
+                    variables = set(environment.read_bytes().split(b"\0"))
+                    if pid != os.getpid() and own in variables and wanted & variables:
+                        os.kill(pid, number)

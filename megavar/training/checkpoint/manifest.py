@@ -7,16 +7,21 @@ every file it lists, are right. torch's distributed checkpoint loads a file with
 
 import hashlib
 import json
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megavar import storage
 
+T = TypeVar("T")
+
 FILE_NAME = "manifest.json"
 FORMAT = 1
+READ_AGAIN_SECONDS = (1.0, 5.0)
+"""A network file system that fails to read is asked once more after each of these pauses before its word counts."""
 
 
 class DamagedError(Exception):
@@ -95,7 +100,7 @@ def read(directory: Path) -> Manifest:
     """
     path = directory / FILE_NAME
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(_patiently(path.read_bytes))
         checksum = content.pop("checksum")
     except FileNotFoundError:
         raise DamagedError(f"{path} is missing") from None
@@ -115,10 +120,21 @@ def read(directory: Path) -> Manifest:
     return manifest
 
 
+def _patiently(read: Callable[[], T]) -> T:
+    for pause in READ_AGAIN_SECONDS:
+        try:
+            return read()
+        except FileNotFoundError:
+            raise
+        except OSError:
+            time.sleep(pause)
+    return read()
+
+
 def _check_size(directory: Path, entry: FileEntry) -> None:
     path = directory / entry.name
     try:
-        size = path.stat().st_size
+        size = _patiently(path.stat).st_size
     except FileNotFoundError:
         raise DamagedError(f"{path} is missing") from None
     if size != entry.bytes:
@@ -137,7 +153,7 @@ def damage(directory: Path, entries: Iterable[FileEntry], threads: int = 8) -> s
     def check(entry: FileEntry) -> str | None:
         try:
             _check_size(directory, entry)
-            actual = storage.sha256_of_file(directory / entry.name)
+            actual = _patiently(lambda: storage.sha256_of_file(directory / entry.name))
         except (DamagedError, OSError) as error:
             return str(error)
         if actual != entry.sha256:

@@ -107,6 +107,11 @@ class Attempt:
         return read_task_ends(path.read_text(errors="replace")) if path.exists() else []
 
     @property
+    def vanished(self) -> bool:
+        """Whether its batch script wrote no end into the ledger."""
+        return bool(self.entry) and "ended" not in self.entry
+
+    @property
     def failed_checks(self) -> list[tuple[str, str, str]]:
         """(node, check, what it said) of what preflight found wrong."""
         path = self.directory / "preflight.json"
@@ -146,6 +151,8 @@ def diagnose(attempt: Attempt) -> Diagnosis:
     hangs = [failure for failure in failures if failure.kind == "hang"]
     if hangs:
         return _from_hang(attempt, hangs)
+    if attempt.vanished and not ends:  # srun, too, died with its node
+        return _from_vanished(attempt, failures, logs)
     if failures:
         return _from_communication(attempt, failures, ends)
     return _from_scheduler(attempt, ends, logs)
@@ -258,6 +265,26 @@ def _from_communication(attempt: Attempt, failures: list[Failure], ends: list[Ta
     )
 
 
+def _from_vanished(attempt: Attempt, failures: list[Failure], logs: list[RankLog]) -> Diagnosis:
+    """The batch script runs on the first node; ranks elsewhere may have time to say that they lost the others."""
+    lost = sorted({failure.rank for failure in failures})
+    steps = [log.last_step for log in logs if log.last_step is not None]
+    return Diagnosis(
+        "the job vanished without an end" + (f"; {_ranks(lost)} lost the others" if lost else " (or it still runs)"),
+        rank=None,
+        node=attempt.node_of(0) if lost else None,
+        step=max(steps, default=None),
+        remedy="If it is not running, the first node failed: look at its state with `sinfo -R`. The run continues from "
+        "its last checkpoint.",
+        evidence=_excerpt(attempt, failures[0]) if failures else "",
+        consequences=len(failures),
+    )
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"{len(ranks)} ranks"
+
+
 def _from_preflight(attempt: Attempt, failed: list[tuple[str, str, str]]) -> Diagnosis:
     nodes = {node for node, _, _ in failed}
     first = next((item for item in failed if item[1] in ("configuration", "data", "weights")), failed[0])
@@ -298,14 +325,6 @@ def _from_scheduler(attempt: Attempt, ends: list[TaskEnd], logs: list[RankLog]) 
         cause = f"rank {end.rank} left with exit code {code}; its last line: {log.last_text if log else ''}"
         return Diagnosis(
             cause, end.rank, end.node, step, remedy or "Read the end of its log.", f"{attempt.directory}/tasks.txt"
-        )
-    if "ended" not in attempt.entry and attempt.entry:
-        return Diagnosis(
-            "the job vanished without an end (or it still runs)",
-            None,
-            None,
-            step,
-            "If it is not running, the first node failed: look at its state with `sinfo -R`.",
         )
     return Diagnosis(
         "nothing in the logs explains the end",

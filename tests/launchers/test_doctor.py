@@ -46,12 +46,14 @@ class Remains:
     """A run directory with one attempt."""
 
     def __init__(self, path: Path, outcome: str = "FAILED", nodes: tuple[str, ...] = ("n1", "n2"), per_node: int = 2,
-                 action: str = "restart"):  # fmt: skip
+                 action: str = "restart", ended: bool = True):  # fmt: skip
         self.path = path
         self.logs = path / "logs/attempt-0001"
         self.logs.mkdir(parents=True)
-        entry = {"attempt": 1, "job": "7", "nodes": nodes, "tasks_per_node": per_node, "started": 0.0, "ended": 60.0,
-                 "steps_before": [-1], "steps_after": [-1], "outcome": outcome, "action": action}  # fmt: skip
+        entry = {"attempt": 1, "job": "7", "nodes": nodes, "tasks_per_node": per_node, "started": 0.0,
+                 "steps_before": [-1]}  # fmt: skip
+        if ended:
+            entry |= {"ended": 60.0, "steps_after": [-1], "outcome": outcome, "action": action}
         (path / "restarts.json").write_text(json.dumps({"counted_from": 0, "attempts": [entry]}))
 
     def rank(self, number: int, text: str) -> None:
@@ -267,6 +269,19 @@ def test_a_rank_that_is_silent_while_all_others_lose_it(tmp_path):
     remains.rank(3, line(3, 2, "-", "Continuing.", "WARNING"))
     found = remains.diagnosis()
     assert (found.rank, found.node) == (3, "n2")
+
+
+@pytest.mark.parametrize("spoke", [True, False])
+def test_the_first_node_is_gone_and_with_it_the_batch_script(tmp_path, spoke):
+    """Whether the other node's ranks still say that they lost it is a matter of luck."""
+    remains = Remains(tmp_path, ended=False)
+    remains.rank(0, line(0, 30, 14, "loss"))
+    remains.rank(2, crash(2, 31, 14, GLOO) if spoke else line(2, 30, 14, "loss"))
+    remains.tasks("")
+    found = remains.diagnosis()
+    assert "vanished" in found.cause
+    assert (found.rank, found.node, found.step) == (None, "n1" if spoke else None, 14)
+    assert found.consequences == spoke
 
 
 def test_a_taken_port_is_the_masters_own_failure(tmp_path):

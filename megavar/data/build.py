@@ -33,14 +33,10 @@ def build_source(config: DataConfig, split: Split = "train") -> Source:
             return Digits(split, config.image_size)
         case config_room.PhotographsSource():
             length = source.length if split == "train" else source.test_length
-            return Photographs(
-                split, config.image_size, length=length, short_side=source.short_side, seed=source.seed
-            )
+            return Photographs(split, config.image_size, length=length, short_side=source.short_side, seed=source.seed)
         case config_room.ShapesSource():
             length = source.length if split == "train" else source.test_length
-            return Shapes(
-                split, config.image_size, length=length, conditioning=source.conditioning, seed=source.seed
-            )
+            return Shapes(split, config.image_size, length=length, conditioning=source.conditioning, seed=source.seed)
         case config_room.ImageFolderSource():
             return _of_split(ImageFolder, source.path, source.test_path, split)
         case config_room.CacheSource():

@@ -41,13 +41,16 @@ class Item:
     shape: str
     color: str
     size: int
+    """Side before scaling, one of SIZES."""
     top: int
     left: int
+    scale: int = 1
+    """2 in a 64-pixel scene."""
 
     @property
     def box(self) -> tuple[int, int, int, int]:
         """x1, y1, x2, y2 with exclusive ends."""
-        height, width = shape_mask(self.shape, self.size).shape
+        height, width = shape_mask(self.shape, self.size, self.scale).shape
         return self.left, self.top, self.left + width, self.top + height
 
 
@@ -71,8 +74,12 @@ class Draws:
 
 
 @functools.cache
-def shape_mask(shape: str, size: int) -> np.ndarray:
-    """The pixels of a shape ``size`` pixels wide: bool [h, size], every border row and column touched."""
+def shape_mask(shape: str, size: int, scale: int = 1) -> np.ndarray:
+    """The pixels of a shape: bool [h, size * scale], every border row and column touched.
+
+    Shapes are drawn ``size`` pixels wide, then every pixel becomes ``scale`` x ``scale``: the 64-pixel scenes show the
+    32-pixel shapes enlarged, whose tips outlive a blur that those of a finer drawing do not.
+    """
     y, x = (np.mgrid[:size, :size] + 0.5) / size * 2 - 1
     radius = np.hypot(x, y)
     match shape:
@@ -96,7 +103,8 @@ def shape_mask(shape: str, size: int) -> np.ndarray:
         case _:
             raise ValueError(f"no shape is called {shape!r}")
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    return mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    mask = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    return mask.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
 def render(scene: Scene, image_size: int) -> np.ndarray:
@@ -105,7 +113,7 @@ def render(scene: Scene, image_size: int) -> np.ndarray:
     canvas[:] = BACKGROUND
     for item in scene:
         left, top, right, bottom = item.box
-        canvas[top:bottom, left:right][shape_mask(item.shape, item.size)] = PALETTE[item.color]
+        canvas[top:bottom, left:right][shape_mask(item.shape, item.size, item.scale)] = PALETTE[item.color]
     return canvas
 
 
@@ -157,11 +165,11 @@ def _place(
     if held_out:
         free += words.colors_for(wanted.shape, reserved=True)
     color = wanted.color or free[draws.below(len(free))]
-    size = scale * sizes[draws.below(len(sizes))]
-    height, width = shape_mask(wanted.shape, size).shape
+    size = sizes[draws.below(len(sizes))]
+    height, width = shape_mask(wanted.shape, size, scale).shape
     for _ in range(_ATTEMPTS):
         top, left = draws.below(image_size - height + 1), draws.below(image_size - width + 1)
-        item = Item(wanted.shape, color, size, top, left)
+        item = Item(wanted.shape, color, size, top, left, scale)
         related = wanted.position is None or wanted.position in relations(item.box, scene[0].box)
         if related and not any(_touch(item.box, other.box, GAP * scale) for other in scene):
             return item

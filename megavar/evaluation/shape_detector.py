@@ -76,7 +76,7 @@ def _outlines(side: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
     for shape in vocabulary(side).shapes:
         for size in SIZES:
             names.append(shape)
-            rows.append(_square_grid(shape_mask(shape, size * (side // 32))))
+            rows.append(_square_grid(shape_mask(shape, size, side // 32)))
     outlines = np.stack(rows)
     return outlines, outlines.sum(axis=1), names
 

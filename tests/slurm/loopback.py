@@ -184,13 +184,22 @@ class LoopbackCluster:
         self._daemons.clear()
 
     def _kill(self, *marks: str) -> None:
-        """Kill this cluster's processes that have one of the variables ``NAME=value``: slurmd leaves jobs alone."""
-        own, wanted = f"SLURM_CONF={self.configuration}".encode(), {mark.encode() for mark in marks}
-        # Stopped first: whoever dies a moment later must not tell the controller of the others.
-        for number in (signal.SIGSTOP, signal.SIGKILL):
-            for environment in Path("/proc").glob("[0-9]*/environ"):
-                pid = int(environment.parent.name)
+        """Kill this cluster's processes that have one of the variables ``NAME=value``, those of the first mark first.
+
+        At once, and not stopped before: nobody may live to tell the controller of another's death, and the kernel wakes
+        stopped orphans with SIGHUP, at which srun cancels its step.
+        """
+        while processes := [pid for mark in marks for pid in self._processes(mark)]:
+            for pid in processes:
                 with contextlib.suppress(OSError):  # it has ended in between
-                    variables = set(environment.read_bytes().split(b"\0"))
-                    if pid != os.getpid() and own in variables and wanted & variables:
-                        os.kill(pid, number)
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)  # look again: some may just have been started
+
+    def _processes(self, mark: str) -> list[int]:
+        wanted, found = {f"SLURM_CONF={self.configuration}".encode(), mark.encode()}, []
+        for environment in Path("/proc").glob("[0-9]*/environ"):
+            pid = int(environment.parent.name)
+            with contextlib.suppress(OSError):
+                if pid != os.getpid() and wanted <= set(environment.read_bytes().split(b"\0")):
+                    found.append(pid)
+        return found

@@ -3,8 +3,8 @@
 say() { echo "$(date -u +%FT%TZ) job $SLURM_JOB_ID: $*"; }
 
 # torchrun's names for a rank's place win over Slurm's (megavar/parallel/environment.py). A shell that is itself a rank
-# passes its own on when it submits: every task would then be a run of its own.
-unset RANK LOCAL_RANK WORLD_SIZE
+# passes its own on when it submits: every task would then be a run of its own, or wait for torchrun's store.
+unset RANK LOCAL_RANK WORLD_SIZE "${!TORCHELASTIC_@}"
 
 # The newest numbered step that still runs: preflight is step 0, the ranks are step 1.
 running_step() {

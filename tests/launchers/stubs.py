@@ -27,6 +27,10 @@ print(answer)
 """
 
 
+OF_A_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+"""What torchrun leaves in a shell that is a rank: a submission from there passes it on."""
+
+
 class Stubs:
     """A folder to put in front of PATH, and the calls that were made to the programs in it."""
 

@@ -15,7 +15,7 @@ import pytest
 from launchers.rendering import Job, render_evaluation, render_sharding, render_training
 from megavar.errors import ExitCode
 from megavar.parallel.environment import Environment, read_environment
-from tests.launchers.stubs import Stubs
+from tests.launchers.stubs import OF_A_RANK, Stubs
 from tests.launchers.test_rendering import HOSTILE, job
 
 
@@ -142,9 +142,11 @@ def test_a_submission_from_a_rank_of_another_run_starts_one_run(tmp_path):
     seen = tmp_path / "seen.json"
     python = fake_python(tmp_path / "python", f"json.dump(dict(os.environ), open({str(seen)!r}, 'w'))")
     script = write_script(local_job(tmp_path, {"python": python, "host_python": sys.executable}))
-    environment = Stubs(tmp_path / "bin").environment({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
+    environment = Stubs(tmp_path / "bin").environment(OF_A_RANK)
     subprocess.run(["bash", str(script)], capture_output=True, timeout=60, env=environment)
-    in_step = {**json.loads(seen.read_text()), "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
+    inherited = json.loads(seen.read_text())
+    assert not OF_A_RANK.keys() & inherited.keys()
+    in_step = {**inherited, "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
     assert read_environment(in_step) == Environment(1, 2, 0, "srun")
 
 

@@ -17,6 +17,7 @@ from launchers import doctor
 from launchers.diagnosis import diagnose
 from megavar.training.checkpoint import find_checkpoint, read_weights
 from megavar.training.checkpoint.fault import PHASES
+from tests.launchers.stubs import OF_A_RANK
 from tests.slurm.conftest import REPOSITORY, WatchedRun
 
 STEPS = 160
@@ -79,7 +80,7 @@ def uninterrupted(cluster, config, tmp_path_factory) -> WatchedRun:
     """A run that nothing happens to, submitted from the shell of a rank of another run."""
     run = WatchedRun(cluster, tmp_path_factory.mktemp("uninterrupted"), config)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        for name, value in OF_A_RANK.items():
             patch.setenv(name, value)
         run.submit()
     return run

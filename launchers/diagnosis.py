@@ -186,7 +186,6 @@ def _from_failure(attempt: Attempt, failure: Failure, failures: list[Failure]) -
 
 def _from_death(attempt: Attempt, end: TaskEnd, logs: list[RankLog], consequences: int) -> Diagnosis:
     log = next((log for log in logs if log.rank == end.rank), None)
-    steps = [item.last_step for item in logs if item.last_step is not None]
     own_text = log.path.read_text(errors="replace") if log is not None else ""
     if end.how.startswith("Out Of Memory") or _OUT_OF_MEMORY.search(own_text + attempt.batch_log):
         cause = "was killed because the node ran out of memory"
@@ -207,7 +206,7 @@ def _from_death(attempt: Attempt, end: TaskEnd, logs: list[RankLog], consequence
         f"rank {end.rank} {cause}",
         end.rank,
         end.node,
-        max(steps, default=None),
+        _last_step(logs),
         remedy,
         evidence=f"{attempt.directory}/tasks.txt: {end.node}: task {end.rank}: {end.how}",
         consequences=consequences,
@@ -267,13 +266,13 @@ def _from_communication(attempt: Attempt, failures: list[Failure], ends: list[Ta
 
 def _from_vanished(attempt: Attempt, failures: list[Failure], logs: list[RankLog]) -> Diagnosis:
     """The batch script runs on the first node; ranks elsewhere may have time to say that they lost the others."""
-    lost = sorted({failure.rank for failure in failures})
-    steps = [log.last_step for log in logs if log.last_step is not None]
+    lost = {failure.rank for failure in failures}
     return Diagnosis(
-        "the job vanished without an end" + (f"; {_ranks(lost)} lost the others" if lost else " (or it still runs)"),
+        "the job vanished without an end"
+        + (f"; {len(lost)} of {len(logs)} ranks lost the others" if lost else " (or it still runs)"),
         rank=None,
         node=attempt.node_of(0) if lost else None,
-        step=max(steps, default=None),
+        step=_last_step(logs),
         remedy="If it is not running, the first node failed: look at its state with `sinfo -R`. The run continues from "
         "its last checkpoint.",
         evidence=_excerpt(attempt, failures[0]) if failures else "",
@@ -281,8 +280,8 @@ def _from_vanished(attempt: Attempt, failures: list[Failure], logs: list[RankLog
     )
 
 
-def _ranks(ranks: list[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"{len(ranks)} ranks"
+def _last_step(logs: list[RankLog]) -> int | None:
+    return max((log.last_step for log in logs if log.last_step is not None), default=None)
 
 
 def _from_preflight(attempt: Attempt, failed: list[tuple[str, str, str]]) -> Diagnosis:
@@ -301,8 +300,7 @@ def _from_preflight(attempt: Attempt, failed: list[tuple[str, str, str]]) -> Dia
 
 def _from_scheduler(attempt: Attempt, ends: list[TaskEnd], logs: list[RankLog]) -> Diagnosis:
     reason = _ENDED_BY_SLURM.findall(attempt.batch_log)
-    steps = [log.last_step for log in logs if log.last_step is not None]
-    step = max(steps, default=None)
+    step = _last_step(logs)
     if reason:
         return Diagnosis(
             f"Slurm ended the job: {reason[-1].lower()}",

@@ -3,12 +3,13 @@
 import os
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 
 from launchers import checks, judgement
 from launchers.checks import Finding, guarded
-from launchers.judgement import bad_nodes, compare, exit_code, slow, table
+from launchers.judgement import add_silent_nodes, bad_nodes, compare, exit_code, slow, table
 from launchers.rates import matmul_rate
 from megavar.config.loading import load_config
 from megavar.errors import CheckpointError, ConfigError, DataAccessError, DataError, ExitCode
@@ -207,3 +208,28 @@ def test_rates_are_measured():
     import torch
 
     assert matmul_rate(torch.device("cpu"), seconds=0.05) > 1e6
+
+
+def test_silence_of_most_is_the_first_nodes_fault():
+    def blamed(nodes: int, silent: int) -> list[str]:
+        names = [f"n{number}" for number in range(nodes)]
+        report = {name: [Finding("limits", "pass", "")] for name in names[: nodes - silent]}
+        add_silent_nodes(report, names)
+        assert exit_code(report) == (ExitCode.PREFLIGHT if silent else ExitCode.FINISHED)
+        return bad_nodes(report)
+
+    assert blamed(4, 0) == []
+    assert blamed(4, 1) == ["n3"]
+    assert blamed(4, 3) == ["n0"]
+    assert blamed(2, 1) == ["n0", "n1"], "either may be cut off"
+
+
+def test_whose_files_are_not_seen():
+    def failed(unseen: dict[str, list[str]]) -> list[str]:
+        return [node for node in unseen if checks.visibility(node, unseen, Path("/run")).status == "fail"]
+
+    assert failed({"a": [], "b": [], "c": []}) == []
+    assert failed({"a": ["b"], "b": ["a", "c"], "c": ["b"]}) == ["b"]
+    assert failed({"a": ["b"], "b": [], "c": ["b"]}) == ["b"], "what it writes goes elsewhere"
+    assert failed({"a": ["b"], "b": ["a"]}) == ["a", "b"]
+    assert failed({"a": ["b"], "b": [], "c": [], "d": []}) == ["a"]

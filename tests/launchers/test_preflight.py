@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 
 from launchers import checks, preflight
-from launchers.checks import Finding
-from launchers.judgement import add_silent_nodes, bad_nodes, exit_code
 from launchers.preflight import Options, Place, Preflight
 from megavar.config.loading import dump, load_config
 from megavar.errors import ExitCode
@@ -154,31 +152,6 @@ def test_a_node_that_does_not_answer_is_named(tmp_path, monkeypatch):
     assert preflight_on(tmp_path, path, 3, lost=(1,))[:2] == [ExitCode.PREFLIGHT, ExitCode.FINISHED]
     assert (tmp_path / "bad_nodes.txt").read_text() == "n1\n"
     assert "n1: gave no answer in time" in report_of(tmp_path)
-
-
-def test_silence_of_most_is_the_first_nodes_fault():
-    def blamed(nodes: int, silent: int) -> list[str]:
-        names = [f"n{number}" for number in range(nodes)]
-        report = {name: [Finding("limits", "pass", "")] for name in names[: nodes - silent]}
-        add_silent_nodes(report, names)
-        assert exit_code(report) == (ExitCode.PREFLIGHT if silent else ExitCode.FINISHED)
-        return bad_nodes(report)
-
-    assert blamed(4, 0) == []
-    assert blamed(4, 1) == ["n3"]
-    assert blamed(4, 3) == ["n0"]
-    assert blamed(2, 1) == ["n0", "n1"], "either may be cut off"
-
-
-def test_whose_files_are_not_seen():
-    def failed(unseen: dict[str, list[str]]) -> list[str]:
-        return [node for node in unseen if checks.visibility(node, unseen, Path("/run")).status == "fail"]
-
-    assert failed({"a": [], "b": [], "c": []}) == []
-    assert failed({"a": ["b"], "b": ["a", "c"], "c": ["b"]}) == ["b"]
-    assert failed({"a": ["b"], "b": [], "c": ["b"]}) == ["b"], "what it writes goes elsewhere"
-    assert failed({"a": ["b"], "b": ["a"]}) == ["a", "b"]
-    assert failed({"a": ["b"], "b": [], "c": [], "d": []}) == ["a"]
 
 
 def test_a_taken_port_is_found(tmp_path, capsys):

@@ -65,10 +65,16 @@ def test_scripts_are_the_golden_ones(name):
     assert text == golden.read_text(), "set UPDATE_GOLDEN=1 to accept the new text, then read its diff"
 
 
+@pytest.fixture
+def script(name, tmp_path):
+    """The rendered script of this name as a file."""
+    path = tmp_path / "script"
+    path.write_text(SCRIPTS[name]())
+    return path
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_scripts_are_valid_bash(name, tmp_path):
-    script = tmp_path / "script"
-    script.write_text(SCRIPTS[name]())
+def test_scripts_are_valid_bash(script):
     subprocess.run(["bash", "-n", str(script)], check=True)
 
 
@@ -76,9 +82,7 @@ def test_scripts_are_valid_bash(name, tmp_path):
     shutil.which("shellcheck") is None, reason="shellcheck is not installed (apt-get install shellcheck)"
 )
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_shellcheck_finds_nothing(name, tmp_path):
-    script = tmp_path / "script"
-    script.write_text(SCRIPTS[name]())
+def test_shellcheck_finds_nothing(name, script):
     shared = [] if name.startswith("train") else ["--exclude=SC2317,SC2034,SC2154"]  # not all use all of job.bash
     command = ["shellcheck", "--severity=info", *shared, str(script)]
     result = subprocess.run(command, capture_output=True, text=True)

@@ -19,8 +19,6 @@ COUNT = 150  # three chunks, the last one short
 def small_network(monkeypatch):
     # The command line is tested; decomposing 2048 dimensions takes minutes on a busy core and is tested elsewhere.
     monkeypatch.setattr(evaluate_fid, "ADMInception", lambda weights, unofficial: SmallInception())
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="module")

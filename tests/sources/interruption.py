@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.synchronize import SEM_VALUE_MAX
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ class Outcome:
 
     killed: bool
     steps: int
-    """How often the run and its children touched the file system."""
+    """How often the run and its children touched the file system before it was killed."""
 
 
 def run_until(work: Callable[[], Any], step: int | None, victims: Literal["group", "parent"]) -> Outcome:
@@ -38,7 +39,9 @@ def run_until(work: Callable[[], Any], step: int | None, victims: Literal["group
         victims: kill the process with all its children, or the process alone.
     """
     fork = multiprocessing.get_context("fork")
-    count = fork.Value("q", 0)
+    limit = SEM_VALUE_MAX if step is None else step
+    # Semaphores, not a locked counter: whoever is killed while it holds a lock leaves it locked for ever.
+    touches_left, kills_left = fork.Semaphore(limit), fork.Semaphore(1)
 
     def watched() -> None:
         os.setsid()
@@ -47,10 +50,7 @@ def run_until(work: Callable[[], Any], step: int | None, victims: Literal["group
         def hook(event: str, _: Any) -> None:
             if event not in FILE_EVENTS:
                 return
-            with count.get_lock():
-                count.value += 1
-                reached = count.value - 1 == step
-            if reached:
+            if not touches_left.acquire(block=False) and kills_left.acquire(block=False):
                 (os.killpg if victims == "group" else os.kill)(main, signal.SIGKILL)
 
         sys.addaudithook(hook)
@@ -61,4 +61,4 @@ def run_until(work: Callable[[], Any], step: int | None, victims: Literal["group
     run.start()
     run.join()
     assert run.exitcode in (0, -signal.SIGKILL)
-    return Outcome(killed=run.exitcode != 0, steps=count.value)
+    return Outcome(killed=run.exitcode != 0, steps=limit - touches_left.get_value())

@@ -324,6 +324,15 @@ def _from_scheduler(attempt: Attempt, ends: list[TaskEnd], logs: list[RankLog]) 
         return Diagnosis(
             cause, end.rank, end.node, step, remedy or "Read the end of its log.", f"{attempt.directory}/tasks.txt"
         )
+    if not attempt.entry:
+        return Diagnosis(
+            "no error was written: the run still goes on, or was killed",
+            None,
+            None,
+            step,
+            "Start the same command again to continue from the last checkpoint. `python -m launchers.local` would have "
+            "recorded how each process ended.",
+        )
     return Diagnosis(
         "nothing in the logs explains the end",
         None,

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return ExitCode.CONFIGURATION
-    chosen = _choose(attempts, given.attempt)
+    chosen = _choose(attempts, given.attempt, is_done(given.run_directory))
     diagnosis = diagnose(chosen) if chosen is not None else None
     entries = [attempt.entry for attempt in attempts if attempt.entry]
     rows = summarize(entries, read_metrics(given.run_directory), time.time())
@@ -68,13 +68,15 @@ def _batch_log(logs: Path, entry: dict[str, Any]) -> str:
     return (begin + rest).partition(f"begins attempt {entry['attempt'] + 1} ")[0]
 
 
-def _choose(attempts: list[Attempt], number: int | None) -> Attempt | None:
+def _choose(attempts: list[Attempt], number: int | None, done: bool) -> Attempt | None:
     if number is not None:
         found = [attempt for attempt in attempts if attempt.entry.get("attempt") == number]
         if not found:
             raise SystemExit(f"There is no attempt {number}; the run has {len(attempts)}.")
         return found[0]
     last = attempts[-1]
+    if done and not last.entry:
+        return None
     failed = [attempt for attempt in attempts if attempt.entry.get("outcome") not in _GOOD]
     if failed and failed[-1] is last and "outcome" not in last.entry and last.entry and len(failed) > 1:
         return failed[-2] if not last.task_ends else last  # the last one still runs

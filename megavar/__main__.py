@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import sys
+import traceback
 from collections.abc import Sequence
 
 from megavar import logs
@@ -41,8 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(importlib.import_module(f"megavar.commands.{options.command}").run(options))
     except MegavarError as error:
-        print(f"megavar {options.command}: error: {error}", file=sys.stderr, flush=True)
+        message = f"megavar {options.command}: error: {error}"
+        print(message, file=sys.stderr, flush=True)
+        logs.keep(message)
         return int(error.exit_code)
+    except Exception:
+        logs.keep(traceback.format_exc())
+        raise
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 ``2026-08-22T12:34:56.789Z rank=3 step=1200 INFO message``; launchers.doctor reads them.
 """
 
+import contextlib
 import logging
 import sys
 import time
@@ -69,3 +70,11 @@ def configure(rank: int, directory: Path | None = None) -> None:
     logging.getLogger("megavar").setLevel(logging.INFO)
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").setLevel(logging.ERROR)
+
+
+def keep(text: str) -> None:
+    """Add to this process's file, if it has one and it can be written, what standard error alone would get."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            with contextlib.suppress(OSError), Path(handler.baseFilename).open("a") as file:
+                file.write(text.rstrip() + "\n")

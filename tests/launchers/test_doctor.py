@@ -387,10 +387,3 @@ def test_report(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["diagnosis"]["rank"] == 1
     assert doctor.main([str(tmp_path / "nothing")]) == 2
     assert "holds no logs" in capsys.readouterr().err
-
-
-def test_a_run_without_a_launcher(tmp_path, capsys):
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "logs/rank-0000.log").write_text(crash(0, 29, 12, "ZeroDivisionError: division by zero"))
-    assert doctor.main([str(tmp_path)]) == 0
-    assert "ZeroDivisionError" in capsys.readouterr().out

@@ -77,3 +77,35 @@ def test_real_tracebacks_are_parsed(tmp_path, prefix):
     assert log.rank == 12
     assert [failure.summary for failure in log.failures] == ["KeyError: 'a'"]
     assert log.last_step == 3
+
+
+UNDER_NO_LAUNCHER = """
+import sys
+
+from megavar.__main__ import main
+from megavar.training.trainer import Trainer
+
+def fail(self):
+    {failure}
+
+Trainer.run = fail
+sys.exit(main(["train", "configs/quickstart/tokenizer.yaml", "run.directory=" + sys.argv[1]]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("failure", "cause", "code"),
+    [
+        ("{}['label']", "KeyError: 'label'", 1),
+        ("from megavar.errors import DataError; raise DataError('no image')", "megavar train: error: no image", 2),
+        ("import os; os._exit(9)", "the run still goes on, or was killed", 9),
+        ("open(sys.argv[1] + '/DONE', 'w'); return 0", "No attempt has failed.", 0),
+    ],
+)
+def test_a_run_without_a_launcher(tmp_path, capsys, failure, cause, code):
+    """``python -m megavar train`` on a laptop keeps its own log, which tells the doctor as much."""
+    program = UNDER_NO_LAUNCHER.replace("{failure}", failure)
+    result = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
+    assert result.returncode == code, result.stderr
+    assert doctor.main([str(tmp_path)]) == 0
+    assert cause in capsys.readouterr().out

@@ -17,7 +17,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megavar import logs
 from megavar.config.loading import load_config
 from megavar.errors import ConfigError, ExitCode, MegavarError
 from megavar.parallel import topology
@@ -115,7 +114,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
-    logs.silence_libraries()
     options = _parser().parse_intermixed_args(arguments)
     place = environment()
     try:

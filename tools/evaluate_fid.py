@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megavar import logs
 from megavar.config.data import DataConfig
 from megavar.config.loading import apply_override, decode, read_tree
 from megavar.data.build import build_source, build_transform
@@ -46,7 +45,6 @@ PUBLISHED_ADM = {"is": 215.837, "fid": 3.9426, "sfid": 6.1404, "precision": 0.82
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    logs.silence_libraries()
     options = _parser().parse_args(arguments)
     try:
         return outcome("evaluate_fid", lambda: options.run(options))

@@ -21,7 +21,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megavar import logs
 from megavar.data.shapes_grammar import evaluation_prompts
 from megavar.errors import MegavarError
 from megavar.evaluation import layouts, shape_eval
@@ -34,7 +33,6 @@ from megavar.storage import write_text_atomic
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    logs.silence_libraries()
     options = _parser().parse_args(arguments)
     try:
         options.run(options)

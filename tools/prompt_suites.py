@@ -22,24 +22,19 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megavar.data.shapes_grammar import evaluation_prompts
-from megavar.errors import MegavarError
 from megavar.evaluation import layouts, shape_eval
 from megavar.evaluation.images import ImageSet, open_images
 from megavar.evaluation.table import format_table
 from megavar.parallel.environment import environment
 from megavar.sampling.samples import Decoder
 from megavar.storage import write_text_atomic
+from tools.outcome import outcome
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     options = _parser().parse_args(arguments)
-    try:
-        options.run(options)
-    except MegavarError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return int(error.exit_code)
-    return 0
+    return outcome("prompt_suites", lambda: options.run(options))
 
 
 def emit(options: argparse.Namespace) -> None:

@@ -101,10 +101,9 @@ def test_checkpoint_size_is_that_of_the_newest_or_estimated(tmp_path):
     assert checks.checkpoint_bytes(config, tmp_path) == 32
 
 
-def test_weights_must_exist_or_be_trained_first(tmp_path, monkeypatch):
+def test_weights_must_exist_or_be_trained_first(tmp_path):
     quickstart = CONFIG.parents[1] / "quickstart.yaml"
     config = load_config(quickstart)
-    monkeypatch.chdir(CONFIG.parents[2])
     assert "runs/quickstart-tokenizer" in checks.weights(config)
     run = config.run.model_copy(update={"requires": ()})
     recipe = config.recipe.model_copy(update={"tokenizer_weights": str(tmp_path / "x")})

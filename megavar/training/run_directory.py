@@ -29,6 +29,7 @@ from typing import Any
 import yaml
 
 from megavar import storage
+from megavar.config.secret import looks_secret
 from megavar.errors import ConfigError
 from megavar.training.checkpoint.lock import RunLock
 
@@ -106,8 +107,7 @@ class RunDirectory:
                 storage.write_text_atomic(self.path / "code.patch", patch)
         storage.write_text_atomic(self.config, yaml.safe_dump(dict(config), sort_keys=False, width=120))
         storage.write_json_atomic(self.path / "deepspeed.json", dict(deepspeed))
-        with (self.path / "attempts.jsonl").open("a") as file:
-            file.write(json.dumps(_provenance() | {"layout": dict(layout)}) + "\n")
+        storage.append_line(self.path / "attempts.jsonl", json.dumps(_provenance() | {"layout": dict(layout)}))
 
     def check(self, config: Mapping[str, Any]) -> None:
         """Compare with the configuration that the directory was created with.
@@ -201,7 +201,7 @@ def _version(package: str) -> str:
 def _provenance() -> dict[str, Any]:
     variables = {
         name: value for name, value in sorted(os.environ.items())
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in _ENVIRONMENT)
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in _ENVIRONMENT) and not looks_secret(name, value)
     }  # fmt: skip
     return {
         "started_at": _now(),

@@ -15,7 +15,6 @@ newest directory with a valid manifest, because a network file system may show o
 import logging
 import re
 import secrets
-import shutil
 import time
 from pathlib import Path
 
@@ -79,7 +78,7 @@ def commit(attempt: Path) -> Path:
     root, final = attempt.parent, attempt.parent / checkpoint_name(step_of(attempt))
     storage.fsync_directory(attempt)
     replaced = None
-    if final.exists():  # an older or damaged checkpoint of the same step: keep it until the new one is in place
+    if final.exists() or final.is_symlink():  # an older or damaged checkpoint of the same step: keep it until the new one is in place
         replaced = _aside(final, "replaced")
         final.rename(replaced)
     attempt.rename(final)
@@ -95,19 +94,25 @@ def point_latest(final: Path) -> None:
 
 
 def _delete(path: Path) -> None:
-    """Delete a directory so that a reader never mistakes what is left of it for a checkpoint: manifest first."""
+    """Delete a directory so that a reader never mistakes what is left of it for a checkpoint: manifest first.
+
+    Of a link, the link goes: what it points at belongs to somebody else.
+    """
+    if path.is_symlink():
+        path.unlink()
+        return
     (path / manifests.FILE_NAME).unlink(missing_ok=True)
     storage.fsync_directory(path)
     if not path.match("*.deleting-*"):
         doomed = _aside(path, "deleting")
         path.rename(doomed)
         path = doomed
-    shutil.rmtree(path, ignore_errors=True)
+    storage.remove(path)
 
 
 def discard(attempt: Path) -> None:
     """Remove a failed attempt, so that it does not fill the disk."""
-    shutil.rmtree(attempt, ignore_errors=True)
+    storage.remove(attempt)
 
 
 def set_aside(path: Path, kind: str) -> Path:

@@ -9,8 +9,10 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,6 +95,21 @@ def append_line(path: Path, text: str) -> None:
     """Append one line of UTF-8 ``text``."""
     with open_to_append(path) as file:
         file.write(f"{text}\n".encode())
+
+
+_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
+_LEFT_FOR = 3600.0
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove temporary files that :func:`atomic_file` left in ``directory`` when its process was killed.
+
+    Younger ones than an hour stay: another process may still be writing them.
+    """
+    for path in Path(directory).iterdir() if Path(directory).is_dir() else ():
+        with contextlib.suppress(OSError):
+            if _TEMPORARY.fullmatch(path.name) and time.time() - path.lstat().st_mtime > _LEFT_FOR:
+                path.unlink()
 
 
 def refuse_link(path: Path, kind: type[MegavarError]) -> None:

@@ -96,6 +96,8 @@ class RunDirectory:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "logs").mkdir(exist_ok=True)
+        for folder in (self.path, self.samples, self.checkpoints):
+            storage.remove_leftovers(folder)
         if self.config.exists():
             self.check(config)
             if self.done and not fresh:

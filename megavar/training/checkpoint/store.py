@@ -96,17 +96,19 @@ def point_latest(final: Path) -> None:
 def _delete(path: Path) -> None:
     """Delete a directory so that a reader never mistakes what is left of it for a checkpoint: manifest first.
 
-    Of a link, the link goes: what it points at belongs to somebody else.
+    It is renamed before, so that whoever cleans up finishes a deletion that was interrupted. Of a link, the link goes:
+    what it points at belongs to somebody else.
     """
     if path.is_symlink():
         path.unlink()
         return
-    (path / manifests.FILE_NAME).unlink(missing_ok=True)
-    storage.fsync_directory(path)
     if not path.match("*.deleting-*"):
         doomed = _aside(path, "deleting")
         path.rename(doomed)
         path = doomed
+        storage.fsync_directory(path.parent)
+    (path / manifests.FILE_NAME).unlink(missing_ok=True)
+    storage.fsync_directory(path)
     storage.remove(path)
 
 

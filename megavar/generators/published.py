@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megavar.config.generator import VARConfig
 from megavar.errors import CheckpointError
-from megavar.transformer.layout import ScaleLayout
+from megavar.transformer.sequence import SequenceLayout
 
 _BLOCK = {
     "attn.q_bias": "attention.linear_qkv.q_bias",
@@ -95,7 +95,7 @@ def to_published(tensors: Mapping[str, Tensor], config: VARConfig, scales: tuple
 
 def _buffers(config: VARConfig, scales: tuple[int, ...], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The reference's persistent buffers, which our model computes on the fly."""
-    scale = ScaleLayout(scales).scale_index()
+    scale = SequenceLayout.of_scales(scales).segment_index()
     mask = torch.where(scale[:, None] >= scale[None, :], 0.0, -torch.inf)
     buffers = {"lvl_1L": scale[None], "attn_bias_for_masking": mask[None, None]}
     for number in range(config.depth):

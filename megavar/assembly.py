@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from megavar.config.generator import VARConfig
+from megavar.config.generators.var import VARConfig
 from megavar.config.loading import decode
 from megavar.config.parallel import ParallelConfig
-from megavar.config.recipe import MEPAConfig
+from megavar.config.recipes.mepa import MEPAConfig
 from megavar.config.root import Config
-from megavar.config.tokenizer import TokenizerConfig
+from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.data.source import Source
 from megavar.errors import CheckpointError, ConfigError, DataError
 from megavar.generators.var import VAR, Stage
@@ -45,7 +45,7 @@ def identify_weights(path: Path) -> dict[str, str]:
     return {"checkpoint": checkpoint.name, "manifest_sha256": sha256_of_file(checkpoint / "manifest.json")}
 
 
-def load_tokenizer(config: TokenizerConfig, weights: str, device: torch.device) -> MultiScaleVQ:
+def load_tokenizer(config: TokenizerChoice, weights: str, device: torch.device) -> MultiScaleVQ:
     """A trained tokenizer in float32, frozen.
 
     Args:
@@ -104,7 +104,7 @@ def stored_decoder(directory: Path, device: torch.device) -> Decoder:
                 f"The tokens in {directory} are decoded by the tokenizer weights {weights}, which do not exist: "
                 f"restore them, correct their path in {path}, or sample again."
             )
-        tokenizer = load_tokenizer(decode(described["tokenizer"], TokenizerConfig, str(path)), str(weights), device)
+        tokenizer = load_tokenizer(decode(described["tokenizer"], TokenizerChoice, str(path)), str(weights), device)
         identity = identify_weights(weights)
         if identity != described["identity"]:
             raise DataError(

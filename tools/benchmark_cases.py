@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from megavar.assembly import PARAMETER_TYPES, build_generator
 from megavar.config.deepspeed import complete_deepspeed, load_deepspeed_json
-from megavar.config.generator import ExpertsConfig, VARConfig
+from megavar.config.experts.base import ExpertsChoice
+from megavar.config.generators.var import VARConfig
 from megavar.config.parallel import ParallelConfig
-from megavar.config.recipe import MEPAConfig
+from megavar.config.recipes.mepa import MEPAConfig
 from megavar.config.root import Config
 from megavar.data.batch import Batch
 from megavar.errors import ConfigError
@@ -165,7 +166,7 @@ def attention(bench: Bench) -> Part:
 def experts(bench: Bench) -> Part:
     """Each expert backend, forward and backward, beside a dense network of the same activated FLOPs."""
     shape = bench.shape
-    settings = bench.generator.experts or ExpertsConfig()
+    settings = bench.generator.experts or ExpertsChoice.make()
     wide = bench.generator.model_copy(
         update={"experts": None, "feed_forward_ratio": bench.generator.feed_forward_ratio * settings.top_k}
     )
@@ -202,7 +203,7 @@ def experts(bench: Bench) -> Part:
     return part
 
 
-def _with_experts(shape: GeneratorShape, settings: ExpertsConfig) -> GeneratorShape:
+def _with_experts(shape: GeneratorShape, settings: ExpertsChoice) -> GeneratorShape:
     generator = shape.generator.model_copy(update={"experts": settings})
     return GeneratorShape(generator, shape.scales, shape.code_dimension, shape.vocabulary)
 

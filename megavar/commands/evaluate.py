@@ -10,11 +10,13 @@ from torch import Tensor
 
 from megavar.assembly import identify_weights, load_tokenizer
 from megavar.commands.sample import GRID_IMAGES, describe, open_samples, write_grid
-from megavar.config.evaluation import ADMSuite, DPGSuite, GenEvalSuite
 from megavar.config.loading import load_config
 from megavar.config.parallel import ParallelConfig
-from megavar.config.recipe import MEPAConfig
+from megavar.config.recipes.mepa import MEPAConfig
 from megavar.config.root import Config
+from megavar.config.suites.adm import ADMSuite
+from megavar.config.suites.dpg import DPGSuite
+from megavar.config.suites.geneval import GenEvalSuite
 from megavar.errors import ExitCode
 from megavar.evaluation import suites
 from megavar.evaluation.reconstruction import ROUNDING

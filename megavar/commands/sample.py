@@ -11,7 +11,7 @@ from PIL import Image
 from megavar.assembly import build_generator, describe_decoder, identify_weights, load_tokenizer
 from megavar.config.loading import load_config
 from megavar.config.parallel import ParallelConfig
-from megavar.config.recipe import MEPAConfig
+from megavar.config.recipes.mepa import MEPAConfig
 from megavar.config.root import Config
 from megavar.data.pixels import image_grid
 from megavar.errors import ConfigError, ExitCode

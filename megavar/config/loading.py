@@ -5,9 +5,9 @@ the base's value, everything else is merged key by key. Overrides are ``dotted.k
 """
 
 import difflib
+import importlib
 import json
 import re
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from megavar.config.choice import Choice
 from megavar.config.root import Config
 from megavar.errors import ConfigError
 
@@ -104,7 +105,25 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     tree = read_tree(Path(path))
     for override in overrides:
         apply_override(tree, override)
+    import_plugins(tree, str(path))
     return decode(tree, Config, str(path))
+
+
+def import_plugins(tree: Mapping[str, Any], origin: str) -> None:
+    """Import the modules that ``plugins`` of a run names, so that their alternatives exist when it is decoded.
+
+    Raises:
+        ConfigError: a module cannot be imported.
+    """
+    names = tree.get("plugins")
+    for name in names if isinstance(names, list) else ():  # anything else is refused by decoding
+        try:
+            importlib.import_module(str(name))
+        except Exception as error:  # whatever a user's module raises while it is imported
+            raise ConfigError(
+                f"{origin}: plugins: the module {name!r} cannot be imported ({type(error).__name__}: {error}). Modules "
+                f"are looked for in the current directory and in PYTHONPATH."
+            ) from error
 
 
 Model = typing.TypeVar("Model", bound=BaseModel)
@@ -127,7 +146,7 @@ def dump(config: BaseModel) -> str:
 
 
 def _explain(problem: Mapping[str, Any], model: type[BaseModel], tree: Mapping[str, Any]) -> str:
-    location, section = _locate(problem["loc"], model)
+    location, section = _locate(problem["loc"], model, tree)
     key = ".".join(map(str, location)) or "the configuration"
     if problem["type"] == "extra_forbidden":
         nearest = _nearest(str(location[-1]), section)
@@ -135,6 +154,8 @@ def _explain(problem: Mapping[str, Any], model: type[BaseModel], tree: Mapping[s
         return f"Unknown key {key}. {valid}"
     if problem["type"] == "missing":
         return f"Key {key} is missing: it has no default."
+    if problem["type"] == "choice_tag":  # of megavar.config.choice
+        return f"{key}.{problem['msg']}"
     if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
         expected = problem["ctx"].get("expected_tags", "")
         given = problem["ctx"].get("tag")
@@ -150,46 +171,55 @@ def _explain(problem: Mapping[str, Any], model: type[BaseModel], tree: Mapping[s
     return f"{message}."
 
 
-def _locate(location: Sequence[int | str], model: type[BaseModel]) -> tuple[list[int | str], type[BaseModel]]:
-    """Drop union tags from a pydantic location; return it with the section that should hold its last key."""
+def _locate(
+    location: Sequence[int | str], model: type[BaseModel], tree: Any
+) -> tuple[list[int | str], type[BaseModel]]:
+    """Drop union tags from a pydantic location; return it with the section that should hold its last key.
+
+    Args:
+        tree: the plain values that were decoded: they say which alternative each section is.
+    """
     path: list[int | str] = []
-    section: type[BaseModel] = model
-    parent = model
-    for part in location:
-        if isinstance(part, str) and part not in section.model_fields and path:
-            chosen = _alternative(parent, str(path[-1]), part)
-            if chosen is not None:
-                section = chosen
-                continue
+    section, value, field = model, tree, None
+    for number, part in enumerate(location):
+        if field is not None and part not in section.model_fields and _alternative(field, part) is not None:
+            section, field = typing.cast(type[BaseModel], _alternative(field, part)), None
+            continue
         path.append(part)
+        value = _below(value, part)
         if isinstance(part, str) and part in section.model_fields:
-            parent = section
-            below = _section_of(section.model_fields[part].annotation)
-            if below is not None and part is not location[-1]:
-                section = below
+            field = section.model_fields[part].annotation
+        if number + 1 < len(location) and field is not None and (below := _section_of(field, value)) is not None:
+            section = below
     return path, section
 
 
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    return next(iter(_sections(annotation)), None)
+def _below(value: Any, part: int | str) -> Any:
+    try:
+        return value[part]
+    except (KeyError, IndexError, TypeError):
+        return None
+
+
+def _section_of(annotation: Any, value: Any) -> type[BaseModel] | None:
+    """The section that an annotated field holds where its plain value is ``value``; None: a plain value."""
+    section = next(iter(_sections(annotation)), None)
+    if section is not None and issubclass(section, Choice) and section.tag() is None and isinstance(value, dict):
+        return section.alternatives().get(value.get(section.discriminator, section.default), section)
+    return section
 
 
 def _sections(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
-        return [section for argument in typing.get_args(annotation) for section in _sections(argument)]
-    return []
+    return [section for argument in typing.get_args(annotation) for section in _sections(argument)]
 
 
-def _alternative(parent: type[BaseModel], field: str, tag: str) -> type[BaseModel] | None:
-    if field not in parent.model_fields:
-        return None
-    for section in _sections(parent.model_fields[field].annotation):
+def _alternative(annotation: Any, tag: int | str) -> type[BaseModel] | None:
+    """The member of a tagged union that pydantic's location calls ``tag``."""
+    for section in _sections(annotation):
         name = section.model_fields.get("name")
-        if name is not None and tag in typing.get_args(name.annotation):
-            return section
-        if section.__name__ == tag:
+        if (name is not None and tag in typing.get_args(name.annotation)) or section.__name__ == tag:
             return section
     return None
 

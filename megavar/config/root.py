@@ -5,13 +5,14 @@ from pydantic import Field
 from megavar.config.base import Section
 from megavar.config.data import DataConfig
 from megavar.config.evaluation import EvaluationConfig
-from megavar.config.generator import GeneratorConfig
+from megavar.config.generators.base import GeneratorChoice
 from megavar.config.logging import LoggingConfig
 from megavar.config.optimizer import OptimizerConfig
 from megavar.config.parallel import ParallelConfig
-from megavar.config.recipe import RecipeConfig
-from megavar.config.sampling import SamplingConfig
-from megavar.config.tokenizer import TokenizerConfig
+from megavar.config.procedures.base import SamplingChoice
+from megavar.config.procedures.next_scale import NextScaleSampling
+from megavar.config.recipes.base import RecipeChoice
+from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.config.train import TrainConfig
 
 
@@ -37,11 +38,11 @@ class Config(Section):
 
     run: RunConfig
     """Name and place."""
-    recipe: RecipeConfig
+    recipe: RecipeChoice
     """The algorithm."""
-    tokenizer: TokenizerConfig
+    tokenizer: TokenizerChoice
     """The image tokenizer."""
-    generator: GeneratorConfig | None = None
+    generator: GeneratorChoice | None = None
     """The generator; none while a tokenizer is trained."""
     data: DataConfig = DataConfig()
     """Where images come from."""
@@ -55,7 +56,10 @@ class Config(Section):
     """DeepSpeed's own JSON: the ZeRO stage, offloading, communication sizes."""
     logging: LoggingConfig = LoggingConfig()
     """What a run reports."""
-    sampling: SamplingConfig = SamplingConfig()
+    sampling: SamplingChoice = NextScaleSampling()
     """How images are drawn."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """How images are scored."""
+    plugins: tuple[str, ...] = ()
+    """Importable modules with a user's own generators, tokenizers, recipes, routers, terms, procedures or suites. They
+    are imported before the rest of the file is decoded, so that their alternatives exist."""

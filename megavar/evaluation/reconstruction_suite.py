@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from megavar.config.data import DataConfig
 from megavar.config.evaluation import PerceptualWeights, ReconstructionConfig
-from megavar.config.tokenizer_training import PerceptualConfig
+from megavar.config.recipes.tokenizer import PerceptualConfig
 from megavar.data.build import build_source
 from megavar.data.pixels import to_float
 from megavar.data.shapes_grammar import evaluation_prompts

@@ -9,15 +9,13 @@ from typing import Any
 import torch
 
 from megavar.config.data import DataConfig
-from megavar.config.evaluation import (
-    ADMSuite,
-    ClassifierSuite,
-    DigitsSuite,
-    DPGSuite,
-    GenEvalSuite,
-    ShapesSuite,
-    SuiteConfig,
-)
+from megavar.config.suites.adm import ADMSuite
+from megavar.config.suites.base import SuiteChoice
+from megavar.config.suites.classifier import ClassifierSuite
+from megavar.config.suites.digits import DigitsSuite
+from megavar.config.suites.dpg import DPGSuite
+from megavar.config.suites.geneval import GenEvalSuite
+from megavar.config.suites.shapes import ShapesSuite
 from megavar.data.build import build_source
 from megavar.data.shapes_grammar import Prompt, evaluation_prompts
 from megavar.errors import ConfigError
@@ -44,7 +42,7 @@ class Scores:
     notes: list[str] = field(default_factory=list)
 
 
-def check_suite(suite: SuiteConfig, data: DataConfig) -> None:
+def check_suite(suite: SuiteChoice, data: DataConfig) -> None:
     """Refuse a suite that does not fit the data or whose files are not there, before anything is sampled.
 
     Raises:
@@ -87,7 +85,7 @@ def check_suite(suite: SuiteConfig, data: DataConfig) -> None:
         )
 
 
-def image_count(suite: SuiteConfig, data: DataConfig, samples: int) -> int:
+def image_count(suite: SuiteChoice, data: DataConfig, samples: int) -> int:
     """Number of images that the suite scores: ``samples``, or those of its own prompts."""
     if isinstance(suite, ShapesSuite):
         return len(shape_prompts(suite, data)) * suite.per_prompt
@@ -100,12 +98,12 @@ def _per_prompt(suite: GenEvalSuite | DPGSuite) -> int:
     return suite.per_prompt if isinstance(suite, GenEvalSuite) else layouts.PER_PROMPT
 
 
-def suite_label(suite: SuiteConfig) -> str:
+def suite_label(suite: SuiteChoice) -> str:
     """The suite's name in result files, for example ``digits`` or ``adm/torch-fidelity``."""
     return f"adm/{suite.backend}" if isinstance(suite, ADMSuite) else suite.name
 
 
-def take_features(suite: SuiteConfig, images: ImageSet, place: Environment, *, work_directory: Path) -> None:
+def take_features(suite: SuiteChoice, images: ImageSet, place: Environment, *, work_directory: Path) -> None:
     """What all ranks do for a score. Collective.
 
     For the ADM suite: Inception features of ``images``, chunk by chunk, into ``work_directory``; images that are drawn
@@ -117,7 +115,7 @@ def take_features(suite: SuiteConfig, images: ImageSet, place: Environment, *, w
 
 
 def score_images(
-    suite: SuiteConfig, data: DataConfig, images: ImageSet, device: torch.device, *, work_directory: Path
+    suite: SuiteChoice, data: DataConfig, images: ImageSet, device: torch.device, *, work_directory: Path
 ) -> Scores:
     """Score ``images`` after :func:`take_features`. On one rank; the others need not wait for it."""
     if isinstance(suite, ADMSuite):
@@ -151,7 +149,7 @@ def score_images(
     return Scores(metrics, table, {"name": extractor.name, "sha256": extractor.sha256}, reference)
 
 
-def suite_baselines(suite: SuiteConfig, data: DataConfig, count: int) -> dict[str, dict[str, float]]:
+def suite_baselines(suite: SuiteChoice, data: DataConfig, count: int) -> dict[str, dict[str, float]]:
     """Scores of samplers that need no network, for the table beside the model; empty where the suite has none."""
     if isinstance(suite, DigitsSuite) and suite.baselines:
         return digits.baselines(count, directory=Path(suite.extractor_cache) if suite.extractor_cache else None)

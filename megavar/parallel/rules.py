@@ -3,7 +3,7 @@
 Every refusal names the keys, the reason and a remedy. Where a library is the reason, its place is named.
 """
 
-from megavar.config.generator import VARConfig
+from megavar.config.generators.var import VARConfig
 from megavar.config.parallel import ParallelConfig
 from megavar.errors import ConfigError
 from megavar.parallel.topology import data_parallel_size

@@ -7,8 +7,8 @@ from typing import Any
 
 from megavar.config.data import CacheSource
 from megavar.config.deepspeed import complete_deepspeed, load_deepspeed_json
+from megavar.config.recipes.tokenizer import TokenizerTrainingConfig
 from megavar.config.root import Config
-from megavar.config.tokenizer_training import TokenizerTrainingConfig
 from megavar.errors import ConfigError
 from megavar.parallel.rules import check_layout
 from megavar.parallel.topology import Topology, data_parallel_size

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-from megavar.config.generator import ExpertsConfig, VARConfig
+from megavar.config.experts.base import ExpertsChoice
+from megavar.config.generators.var import VARConfig
 from megavar.config.root import Config
-from megavar.config.tokenizer import TokenizerConfig
+from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.errors import ConfigError
 
 
@@ -33,7 +34,7 @@ class GeneratorShape:
         return GeneratorShape.build(config.generator, config.tokenizer)
 
     @staticmethod
-    def build(generator: VARConfig, tokenizer: TokenizerConfig) -> "GeneratorShape":
+    def build(generator: VARConfig, tokenizer: TokenizerChoice) -> "GeneratorShape":
         """The shape of ``generator`` on the tokens of ``tokenizer``."""
         return GeneratorShape(generator, tokenizer.scales, tokenizer.code_dimension, tokenizer.vocabulary_size)
 
@@ -58,7 +59,7 @@ class GeneratorShape:
         return self.generator.depth
 
     @property
-    def experts(self) -> ExpertsConfig | None:
+    def experts(self) -> ExpertsChoice | None:
         """Mixture of experts, if any."""
         return self.generator.experts
 

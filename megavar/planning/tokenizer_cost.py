@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from megavar.config.tokenizer import TokenizerConfig
+from megavar.config.tokenizers.base import TokenizerChoice
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def saved_bytes(work: Callable[[], Any], ignored: list[Tensor]) -> int:
 
 
 @functools.lru_cache(maxsize=8)
-def autoencoder_cost(config: TokenizerConfig) -> TokenizerCost:
+def autoencoder_cost(config: TokenizerChoice) -> TokenizerCost:
     """Costs of the tokenizer that ``config`` describes."""
     from megavar.tokenizers.multiscale_vq import MultiScaleVQ
 

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from megavar.config.generator import VARConfig
+from megavar.config.generators.var import VARConfig
 from megavar.planning.flops import model_flops, sampling_flops
 from megavar.planning.hardware import FRAGMENTATION, RESERVED
 from megavar.planning.layout import Layout

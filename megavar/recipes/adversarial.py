@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-from megavar.config.tokenizer_training import AdversarialConfig
+from megavar.config.recipes.tokenizer import AdversarialConfig
 from megavar.errors import ConfigError
 from megavar.recipes.ranks import mean_over_ranks
 

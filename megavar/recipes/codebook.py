@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megavar.config.tokenizer_training import CodebookConfig
+from megavar.config.recipes.tokenizer import CodebookConfig
 from megavar.parallel.seeds import random_bits
 from megavar.recipes.ranks import gather_over_ranks, rank, sum_over_ranks
 from megavar.tokenizers.multiscale_vq import MultiScaleQuantizer, QuantizerOutput

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megavar.config.recipe import MEPAConfig
+from megavar.config.recipes.mepa import MEPAConfig
 from megavar.data.batch import Batch
 from megavar.generators.var import VARInputs, VAROutput
 from megavar.parallel import seeds

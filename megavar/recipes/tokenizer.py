@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megavar.config.tokenizer import MultiScaleVQConfig
-from megavar.config.tokenizer_training import TokenizerTrainingConfig
+from megavar.config.recipes.tokenizer import TokenizerTrainingConfig
+from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
 from megavar.data.batch import Batch
 from megavar.parallel.seeds import generator, random_bits
 from megavar.recipes.adversarial import (

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megavar.config.sampling import SamplingConfig
+from megavar.config.procedures.next_scale import NextScaleSampling
 from megavar.generators.var import VAR
 from megavar.parallel import seeds
 from megavar.sampling.filters import draw, guide, scale_guidance, truncate
@@ -61,7 +61,7 @@ def decode(
     model: VAR,
     quantizer: Quantizer,
     labels: Tensor,
-    settings: SamplingConfig,
+    settings: NextScaleSampling,
     noise: Noise | None,
     *,
     keep_logits: bool = False,

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megavar.config.sampling import SamplingConfig
+from megavar.config.procedures.next_scale import NextScaleSampling
 from megavar.errors import CheckpointError
 from megavar.evaluation.rounding import Rounding, quantize
 from megavar.generators.var import VAR
@@ -40,7 +40,9 @@ class TokenDecoder:
 class NextScaleSampler:
     """Samples of a next-scale generator; sample i has label i modulo the number of classes and noise of its own."""
 
-    def __init__(self, generator: VAR, tokenizer: MultiScaleVQ, settings: SamplingConfig, device: torch.device) -> None:
+    def __init__(
+        self, generator: VAR, tokenizer: MultiScaleVQ, settings: NextScaleSampling, device: torch.device
+    ) -> None:
         self.generator = generator
         self.tokenizer = tokenizer
         self.settings = settings

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megavar.config.tokenizer_training import PerceptualConfig
+from megavar.config.recipes.tokenizer import PerceptualConfig
 from megavar.errors import CheckpointError
 from megavar.tokenizers.state_dict_file import differences, read_state_dict
 

@@ -11,7 +11,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megavar.config.generator import VARConfig
+from megavar.config.generators.var import VARConfig
 from megavar.transformer.adaptive_norm import Modulation, ModulationOffset, for_sharded_tokens, normalize
 from megavar.transformer.attention import build_self_attention
 from megavar.transformer.context import ForwardContext

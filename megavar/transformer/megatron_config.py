@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megavar.config.generator import VARConfig
+from megavar.config.generators.var import VARConfig
 from megavar.config.parallel import ParallelConfig
 
 

@@ -11,7 +11,7 @@ import torch
 
 from megavar.config.checkpoint import CheckpointConfig
 from megavar.config.parallel import ParallelConfig
-from megavar.config.sampling import SamplingConfig
+from megavar.config.procedures.next_scale import NextScaleSampling
 from megavar.config.train import EmaConfig
 from megavar.parallel import topology
 from megavar.parallel.environment import environment
@@ -131,7 +131,7 @@ def sample(root, ema):
     mesh = topology.initialize(ParallelConfig(), environment())
     recipe = build(Setup(), mesh)
     load_weights(recipe.generator, root, ema=ema)
-    settings = SamplingConfig(top_k=20, top_p=0.9)
+    settings = NextScaleSampling(top_k=20, top_p=0.9)
     sampler = NextScaleSampler(recipe.generator, recipe.tokenizer, settings, torch.device("cpu"))
     return sampler.draw(torch.arange(24))[2].int()  # pickle knows no uint16 tensors
 

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from megavar.config.deepspeed import complete_deepspeed
-from megavar.config.generator import ExpertsConfig, VARConfig
+from megavar.config.experts.base import ExpertsChoice
+from megavar.config.generators.var import VARConfig
 from megavar.config.optimizer import ConstantSchedule, OptimizerConfig
 from megavar.config.parallel import ParallelConfig
-from megavar.config.recipe import MEPAConfig
-from megavar.config.tokenizer import MultiScaleVQConfig
+from megavar.config.recipes.mepa import MEPAConfig
+from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
 from megavar.data.batch import Batch
 from megavar.generators.var import VAR, Stage
 from megavar.parallel import seeds, topology
@@ -64,7 +65,7 @@ class Setup:
 
 
 def generator_config(setup: Setup) -> VARConfig:
-    experts = ExpertsConfig(number=4, top_k=2, balance_coefficient=0.05, backend=setup.backend)
+    experts = ExpertsChoice.make(number=4, top_k=2, balance_coefficient=0.05, backend=setup.backend)
     return VARConfig(
         depth=4,
         width=32,

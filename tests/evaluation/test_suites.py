@@ -8,19 +8,15 @@ import torch
 import torchvision
 
 from megavar.config.data import DataConfig, DigitsSource, PhotographsSource
-from megavar.config.evaluation import (
-    ADMSuite,
-    ClassifierSuite,
-    DigitsSuite,
-    DPGSuite,
-    EvaluationConfig,
-    GenEvalSuite,
-    PerceptualWeights,
-    ReconstructionConfig,
-    ShapesSuite,
-)
+from megavar.config.evaluation import EvaluationConfig, PerceptualWeights, ReconstructionConfig
 from megavar.config.loading import decode
 from megavar.config.shapes import ShapesSource
+from megavar.config.suites.adm import ADMSuite
+from megavar.config.suites.classifier import ClassifierSuite
+from megavar.config.suites.digits import DigitsSuite
+from megavar.config.suites.dpg import DPGSuite
+from megavar.config.suites.geneval import GenEvalSuite
+from megavar.config.suites.shapes import ShapesSuite
 from megavar.data.build import build_source
 from megavar.errors import CheckpointError, ConfigError, DataError
 from megavar.evaluation import classes, reconstruction_suite, suites

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from megavar.config.generator import ExpertsConfig, VARConfig
+from megavar.config.experts.base import ExpertsChoice
+from megavar.config.generators.var import VARConfig
 from megavar.config.parallel import ParallelConfig
 from megavar.generators.var import VAR, Stage
 from megavar.parallel import topology
@@ -85,7 +86,7 @@ def test_distributions_are_the_references(shared):
     width, depth = 96, 3
     config = VARConfig(
         depth=depth, width=width, heads=2, classes=200, shared_adaptive_norm=shared,
-        experts=ExpertsConfig(number=2, top_k=1 + 1), initial_gamma=0.01, initial_adaptive=0.4, initial_head=0.03,
+        experts=ExpertsChoice.make(number=2, top_k=1 + 1), initial_gamma=0.01, initial_adaptive=0.4, initial_head=0.03,
     )  # fmt: skip
     model = VAR(config, scales=(1, 2, 8), code_dimension=32, vocabulary_size=300)
     std = math.sqrt(1 / width / 3)

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from megavar.config.generator import SCALES, ExpertsConfig, VARConfig
+from megavar.config.experts.base import ExpertsChoice
+from megavar.config.generators.var import SCALES, VARConfig
 from megavar.config.parallel import ParallelConfig
 from megavar.generators.var import VAR, Stage, VAROutput
 from megavar.parallel.logical import logical_tensors, parameter_count
@@ -41,7 +42,7 @@ def test_d36_with_shared_adaptive_norm_has_the_references_size():
 @pytest.mark.parametrize("backend", ["megatron", "grouped"])
 @pytest.mark.parametrize(("depth", "activated", "total"), [(12, "246.60", "529.9"), (16, "579.01", "1250.5")])
 def test_mepa_sizes(depth, activated, total, backend):
-    model = on_meta(VARConfig(depth=depth, experts=ExpertsConfig(backend=backend)))
+    model = on_meta(VARConfig(depth=depth, experts=ExpertsChoice.make(backend=backend)))
     experts = sum(math.prod(tensor.shape) for tensor in logical_tensors(model) if tensor.is_expert)
     count = parameter_count(model)
     assert f"{count / 1e6:.1f}" == total

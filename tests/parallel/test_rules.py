@@ -2,13 +2,14 @@
 
 import pytest
 
-from megavar.config.generator import ExpertsConfig, VARConfig
+from megavar.config.experts.base import ExpertsChoice
+from megavar.config.generators.var import VARConfig
 from megavar.config.parallel import ParallelConfig
 from megavar.errors import ConfigError
 from megavar.parallel.rules import check_layout
 
 DENSE = VARConfig(depth=16)
-EXPERTS = ExpertsConfig(number=8, top_k=3)
+EXPERTS = ExpertsChoice.make(number=8, top_k=3)
 MEPA = VARConfig(depth=16, experts=EXPERTS)
 
 
@@ -45,13 +46,13 @@ REFUSED = [
     ({"pipeline": 2}, {"zero_stage": 2}, "ZeRO stage 2 does not work", "stage 1"),
     ({"pipeline": 2}, {"zero_stage": 3}, "ZeRO stage 3 does not work", "stage 1"),
     ({"expert": 2}, {}, "the generator has no experts", "Add generator.experts"),
-    ({"expert": 8}, {"generator": VARConfig(depth=16, experts=ExpertsConfig(number=12))}, "number=12 is not a multiple",
+    ({"expert": 8}, {"generator": VARConfig(depth=16, experts=ExpertsChoice.make(number=12))}, "number=12 is not a mul",
      "Change one of them"),
-    ({"dispatcher": "allgather"}, {"generator": VARConfig(depth=16, experts=ExpertsConfig(backend="tutel"))},
+    ({"dispatcher": "allgather"}, {"generator": VARConfig(depth=16, experts=ExpertsChoice.make(backend="tutel"))},
      "own all-to-all", "parallel.dispatcher=alltoall"),
-    ({"dispatcher": "allgather"}, {"generator": VARConfig(depth=16, experts=ExpertsConfig(backend="deepspeed"))},
+    ({"dispatcher": "allgather"}, {"generator": VARConfig(depth=16, experts=ExpertsChoice.make(backend="deepspeed"))},
      "own all-to-all", "parallel.dispatcher=alltoall"),
-    ({"tensor": 2}, {"generator": VARConfig(depth=16, experts=ExpertsConfig(backend="deepspeed"))},
+    ({"tensor": 2}, {"generator": VARConfig(depth=16, experts=ExpertsChoice.make(backend="deepspeed"))},
      "backend=deepspeed cannot run with parallel.tensor=2", "megatron, grouped or tutel"),
 ]  # fmt: skip
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megavar.config.generator import VARConfig
-from megavar.config.sampling import SamplingConfig
-from megavar.config.tokenizer import MultiScaleVQConfig
+from megavar.config.generators.var import VARConfig
+from megavar.config.procedures.next_scale import NextScaleSampling
+from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
 from megavar.generators.published import from_published, published_name, to_published
 from megavar.generators.var import VAR, VARInputs
 from megavar.parallel.logical import logical_tensors
@@ -111,7 +111,7 @@ def test_unconditional_logits_equal_the_reference(case: Case) -> None:
 
 @pytest.mark.parametrize("case", MODELS, ids=str)
 def test_greedy_guided_decoding_equals_the_reference(case: Case) -> None:
-    settings = SamplingConfig(guidance=case.config["cfg"], top_k=case.config["top_k"], top_p=case.config["top_p"])
+    settings = NextScaleSampling(guidance=case.config["cfg"], top_k=case.config["top_k"], top_p=case.config["top_p"])
     decoded = decode(
         build(case).eval(), quantizer_of(case), case["input.label_B"], settings, noise=None, keep_logits=True
     )

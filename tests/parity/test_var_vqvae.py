@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megavar.config.tokenizer import MultiScaleVQConfig
+from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ, phi_indices
 from megavar.tokenizers.multiscale_vq.layers import AttentionBlock, Downsample, ResidualBlock, Upsample
 from megavar.tokenizers.multiscale_vq.quantizer import MultiScaleQuantizer, ScaleStep

@@ -6,13 +6,14 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megavar.config.generator import SCALES, ExpertsConfig
+from megavar.config.experts.base import ExpertsChoice
+from megavar.config.generators.var import SCALES
 from megavar.generators import var
 from megavar.generators.var import VAR, VARInputs
 from megavar.parallel.vocabulary import vocabulary_cross_entropy
 from megavar.planning.shape import GeneratorShape
 
-MEPA = ExpertsConfig(number=8, top_k=3, backend="megatron")
+MEPA = ExpertsChoice.make(number=8, top_k=3, backend="megatron")
 CODE_DIMENSION, VOCABULARY = 32, 4096
 aten = torch.ops.aten
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from megavar.config.generator import ExpertsConfig, VARConfig
+from megavar.config.experts.base import ExpertsChoice
+from megavar.config.generators.var import VARConfig
 from megavar.config.parallel import ParallelConfig
 from megavar.planning.activations import MicroBatch, activation_bytes, logits_bytes
 from megavar.planning.tokenizer_cost import saved_bytes
@@ -41,7 +42,7 @@ def predicted(config, recompute, precision):
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("options", [
     {}, {"attention_kernel": "dense"}, {"qk_l2_norm": False, "shared_adaptive_norm": True},
-    {"experts": MEPA}, {"experts": ExpertsConfig(number=4, top_k=2, backend="grouped")},
+    {"experts": MEPA}, {"experts": ExpertsChoice.make(number=4, top_k=2, backend="grouped")},
 ])  # fmt: skip
 def test_saved_memory(options, recompute, precision):
     config = VARConfig(depth=3, width=192, heads=4, classes=10, **{"attention_kernel": "prefix"} | options)

@@ -5,9 +5,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megavar.config.generator import SCALES, ExpertsConfig, VARConfig
+from megavar.config.experts.base import ExpertsChoice
+from megavar.config.generators.var import SCALES, VARConfig
 from megavar.config.parallel import ParallelConfig
-from megavar.config.tokenizer import MultiScaleVQConfig
+from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
 from megavar.planning import flops
 from megavar.planning.tokenizer_cost import autoencoder_cost
 from megavar.transformer.context import KeyValueCache
@@ -43,7 +44,7 @@ def test_one_block_of_every_published_width(depth, experts):
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("options", [
     {}, {"experts": MEPA}, {"shared_adaptive_norm": True, "qk_l2_norm": False, "feed_forward_ratio": 2.5},
-    {"experts": ExpertsConfig(number=4, top_k=2, router="scale", backend="megatron")},
+    {"experts": ExpertsChoice.make(number=4, top_k=2, router="scale", backend="megatron")},
 ])  # fmt: skip
 def test_kernels_and_recomputation(kernel, recompute, options):
     config = VARConfig(depth=2, width=64, heads=4, classes=10, attention_kernel=kernel, **options)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from megavar.config.generator import ExpertsConfig, VARConfig
+from megavar.config.experts.base import ExpertsChoice
+from megavar.config.generators.var import VARConfig
 from megavar.config.optimizer import OptimizerConfig
 from megavar.config.parallel import ParallelConfig
 from megavar.planning.activations import MicroBatch, activation_bytes, working_bytes
@@ -12,7 +13,7 @@ from tests.distributed.harness import run_ranks
 from tests.planning.models import CODE_DIMENSION, VOCABULARY, inputs, shape_of
 
 SCALES, IMAGES, BUCKET = (1, 2, 4, 6), 4, 1_100_000
-EXPERTS = ExpertsConfig(number=4, top_k=2, backend="megatron")
+EXPERTS = ExpertsChoice.make(number=4, top_k=2, backend="megatron")
 CASES = [
     ({"tensor": 2}, None, 1), ({"tensor": 2, "sequence": True}, None, 1), ({"tensor": 2}, EXPERTS, 1),
     ({"tensor": 2, "sequence": True, "expert": 2}, EXPERTS, 1), ({"expert": 2}, EXPERTS, 1),

@@ -6,7 +6,8 @@ import itertools
 import pytest
 import torch
 
-from megavar.config.generator import ExpertsConfig, VARConfig
+from megavar.config.experts.base import ExpertsChoice
+from megavar.config.generators.var import VARConfig
 from megavar.config.optimizer import OptimizerConfig
 from megavar.config.parallel import ParallelConfig
 from megavar.config.train import EmaConfig
@@ -21,7 +22,7 @@ from tests.planning.models import CODE_DIMENSION, VOCABULARY, build, forward_los
 SCALES = (1, 2)
 BUCKET = 400_000  # elements; the largest parameter fits
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-EXPERTS = ExpertsConfig(number=4, top_k=2, backend="megatron")
+EXPERTS = ExpertsChoice.make(number=4, top_k=2, backend="megatron")
 CASES = [
     *((stage, "fp32", {}, None) for stage in (0, 1, 2, 3)), *((stage, "bf16", {}, None) for stage in (1, 2, 3)),
     (1, "bf16", {"expert": 2}, EXPERTS), (3, "bf16", {"expert": 2}, EXPERTS), (1, "bf16", {"tensor": 2}, EXPERTS),

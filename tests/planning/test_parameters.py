@@ -2,7 +2,8 @@
 
 import pytest
 
-from megavar.config.generator import SCALES, ExpertsConfig, VARConfig
+from megavar.config.experts.base import ExpertsChoice
+from megavar.config.generators.var import SCALES, VARConfig
 from megavar.planning.parameters import count_parameters
 from tests.planning.models import MEPA, shape_of, without_memory
 
@@ -43,8 +44,8 @@ def test_activated_parameters_are_those_of_mepa(depth, published):
 
 @pytest.mark.parametrize("options", [
     {"qk_l2_norm": False}, {"feed_forward_ratio": 2.5}, {"width": 96, "heads": 3}, {"shared_adaptive_norm": True},
-    {"experts": ExpertsConfig(number=6, top_k=2, router="scale", backend="megatron")},
-    {"experts": ExpertsConfig(number=4, top_k=4, scale_embedding_in_router=True, backend="grouped")},
+    {"experts": ExpertsChoice.make(number=6, top_k=2, router="scale", backend="megatron")},
+    {"experts": ExpertsChoice.make(number=4, top_k=4, scale_embedding_in_router=True, backend="grouped")},
 ])  # fmt: skip
 def test_variants_equal_the_real_model(options):
     config = VARConfig(depth=3, classes=10, **options)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megavar.config.generator import VARConfig
+from megavar.config.generators.var import VARConfig
 from megavar.config.parallel import ParallelConfig
 from megavar.planning.parameters import rank_parameters
 from tests.distributed.harness import run_ranks

@@ -4,7 +4,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from megavar.config.tokenizer import MultiScaleVQConfig
+from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
 from megavar.data.batch import Batch
 
 TOKENIZER = MultiScaleVQConfig(scales=(1, 2, 4), vocabulary_size=32, code_dimension=8, base_channels=8, norm_groups=4,

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megavar.config.tokenizer_training import AdversarialConfig
+from megavar.config.recipes.tokenizer import AdversarialConfig
 from megavar.errors import ConfigError
 from megavar.recipes import adversarial
 from megavar.recipes.adversarial import PatchDiscriminator, adaptive_weight, frozen, lecam_regularization

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from megavar.config.tokenizer_training import CodebookConfig
+from megavar.config.recipes.tokenizer import CodebookConfig
 from megavar.parallel.seeds import random_bits
 from megavar.recipes.codebook import CodebookUpkeep, usage_metrics
 from megavar.tokenizers.multiscale_vq import MultiScaleQuantizer

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from megavar.config.tokenizer_training import AdversarialConfig, CodebookConfig, TokenizerTrainingConfig
+from megavar.config.recipes.tokenizer import AdversarialConfig, CodebookConfig, TokenizerTrainingConfig
 from megavar.errors import CheckpointError, ConfigError
 from megavar.recipes.adversarial import reconstruction_realism_loss
 from megavar.recipes.tokenizer import TokenizerTraining

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megavar.config.deepspeed import complete_deepspeed
 from megavar.config.optimizer import OptimizerConfig
 from megavar.config.parallel import ParallelConfig
-from megavar.config.tokenizer_training import AdversarialConfig, CodebookConfig, TokenizerTrainingConfig
+from megavar.config.recipes.tokenizer import AdversarialConfig, CodebookConfig, TokenizerTrainingConfig
 from megavar.data.batch import Batch
 from megavar.parallel.environment import environment
 from megavar.parallel.topology import initialize

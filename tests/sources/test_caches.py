@@ -12,7 +12,7 @@ from PIL import Image
 
 from megavar.config.data import CacheSource, DataConfig, NoTransform, PhotographsSource, TenCropTransform, VarTransform
 from megavar.config.shapes import ShapesSource
-from megavar.config.tokenizer import MultiScaleVQConfig
+from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
 from megavar.data.build import build_loader, build_source, build_transform, of_images
 from megavar.data.caches import FILE_NAME, CachedSamples, CachePlan, part_name, read_cache_file, weights_sha256
 from megavar.data.caching import ViewReader, damaged_parts, forget_parts, verify_cache, write_cache

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megavar.config.tokenizer import MultiScaleVQConfig
+from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
 from megavar.errors import CheckpointError
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
 

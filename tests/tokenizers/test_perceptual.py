@@ -6,7 +6,7 @@ import pytest
 import torch
 import torchvision
 
-from megavar.config.tokenizer_training import PerceptualConfig
+from megavar.config.recipes.tokenizer import PerceptualConfig
 from megavar.errors import CheckpointError
 from megavar.tokenizers.perceptual import PerceptualDistance
 

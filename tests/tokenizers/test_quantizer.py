@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megavar.config.tokenizer import MultiScaleVQConfig
+from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
 from megavar.tokenizers.multiscale_vq import MultiScaleQuantizer, phi_indices
 
 

@@ -100,8 +100,8 @@ def test_a_run_stops_under_one_layout_and_continues_under_others(tmp_path):
 
 def _adversarial(stage, directory):
     """Two modules that are stepped in turn, the second from step 2 on."""
-    from megavar.config.tokenizer import MultiScaleVQConfig
-    from megavar.config.tokenizer_training import AdversarialConfig, TokenizerTrainingConfig
+    from megavar.config.recipes.tokenizer import AdversarialConfig, TokenizerTrainingConfig
+    from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
     from megavar.data.batch import Batch
     from megavar.recipes.tokenizer import TokenizerTraining
 

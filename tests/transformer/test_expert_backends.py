@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megavar.config.generator import ExpertsConfig
+from megavar.config.experts.base import ExpertsChoice
 from megavar.config.parallel import ParallelConfig
 from megavar.errors import ConfigError
 from megavar.parallel.logical import initialize_parameters, logical_tensors
@@ -34,7 +34,7 @@ def megatron_config(backend, number=4, top_k=2, dtype=torch.float32) -> Transfor
 
 
 def layer(backend, number=4, top_k=2, router="scale_token", dtype=torch.float32):
-    experts = ExpertsConfig(number=number, top_k=top_k, backend=backend, router=router, balance_coefficient=0.0)
+    experts = ExpertsChoice.make(number=number, top_k=top_k, backend=backend, router=router, balance_coefficient=0.0)
     made = ExpertFeedForward(megatron_config(backend, number, top_k, dtype), experts, 0, len(tiny.SCALES))
     initialize_parameters(made, lambda name, value, generator: value.normal_(std=0.3, generator=generator), seed=2)
     return made
@@ -196,13 +196,13 @@ REFUSED = [
 @pytest.mark.parametrize(("experts", "parallel", "message"), REFUSED)
 def test_what_a_backend_cannot_do_is_refused(experts, parallel, message):
     with pytest.raises(ConfigError, match=message):
-        check_backend(ExpertsConfig(**experts), ParallelConfig(**parallel))
+        check_backend(ExpertsChoice.make(**experts), ParallelConfig(**parallel))
 
 
 def test_missing_tutel_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"backend=tutel needs the package tutel.*NO_CUDA=1"):
-        check_backend(ExpertsConfig(backend="tutel"), ParallelConfig())
+        check_backend(ExpertsChoice.make(backend="tutel"), ParallelConfig())
 
 
 def test_tutel_that_does_not_load_is_reported(monkeypatch, tmp_path):

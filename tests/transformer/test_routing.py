@@ -4,7 +4,7 @@ import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-from megavar.config.generator import ExpertsConfig
+from megavar.config.experts.base import ExpertsChoice
 from megavar.config.parallel import ParallelConfig
 from megavar.transformer.context import ForwardContext
 from megavar.transformer.layout import ScaleLayout
@@ -27,7 +27,7 @@ def balance_gradient_scale():
 
 
 def router(padding=0, **changes):
-    experts = ExpertsConfig(number=EXPERTS, top_k=TOP_K, balance_coefficient=COEFFICIENT, **changes)
+    experts = ExpertsChoice.make(number=EXPERTS, top_k=TOP_K, balance_coefficient=COEFFICIENT, **changes)
     config = transformer_config(tiny.config(experts), ParallelConfig(), torch.float32)
     made = ScaleAwareRouter(config=config, pg_collection=None, experts=experts, block=1, scales=len(tiny.SCALES))
     generator = torch.Generator().manual_seed(3)

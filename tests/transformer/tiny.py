@@ -5,7 +5,8 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from megavar.config.generator import ExpertsConfig, VARConfig
+from megavar.config.experts.base import ExpertsChoice
+from megavar.config.generators.var import VARConfig
 from megavar.config.parallel import ParallelConfig
 from megavar.generators.var import VAR, Stage, VARInputs
 from megavar.parallel.logical import initialize_parameters, logical_tensors
@@ -17,7 +18,7 @@ CODE, VOCABULARY, CLASSES, WIDTH = 5, 12, 4, 16
 
 def config(experts=None, **changes):
     if isinstance(experts, dict):
-        experts = ExpertsConfig(**({"number": 4, "top_k": 2, "balance_coefficient": 0.05} | experts))
+        experts = ExpertsChoice.make(**({"number": 4, "top_k": 2, "balance_coefficient": 0.05} | experts))
     small = {"depth": 2, "width": WIDTH, "heads": 2, "classes": CLASSES, "drop_path": 0.0}
     return VARConfig(experts=experts, **(small | changes))
 

@@ -12,7 +12,7 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megavar.config.generator import VARConfig
+from megavar.config.generators.var import VARConfig
 from megavar.config.parallel import ParallelConfig
 from megavar.parallel.logical import initialize_parameters
 from megavar.transformer.adaptive_norm import LinearFloat32, Modulation, normalize

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megavar.config.tokenizer import MultiScaleVQConfig
+from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
 from megavar.tokenizers.multiscale_vq import published
 from megavar.tokenizers.multiscale_vq.layers import AttentionBlock, Downsample, ResidualBlock, Upsample
 from megavar.tokenizers.multiscale_vq.quantizer import MultiScaleQuantizer, QuantizerOutput, Scale

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megavar.config.tokenizer import MultiScaleVQConfig
+from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
 
 Scale = int | tuple[int, int]
 """A token map's side length, or its (height, width)."""

@@ -9,7 +9,7 @@ import importlib.util
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megavar.config.generator import ExpertsConfig
+from megavar.config.experts.base import ExpertsChoice
 from megavar.config.parallel import ParallelConfig
 from megavar.errors import ConfigError
 
@@ -35,7 +35,7 @@ def choose_backend(name: str, config: TransformerConfig) -> str:
     return name
 
 
-def check_backend(experts: ExpertsConfig, parallel: ParallelConfig) -> None:
+def check_backend(experts: ExpertsChoice, parallel: ParallelConfig) -> None:
     """Refuse what the chosen backend cannot do.
 
     Raises:

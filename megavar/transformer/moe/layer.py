@@ -13,7 +13,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megavar.config.generator import ExpertsConfig
+from megavar.config.experts.base import ExpertsChoice
 from megavar.config.parallel import ParallelConfig
 from megavar.transformer.context import ForwardContext
 from megavar.transformer.moe.backends import check_backend, choose_backend
@@ -69,7 +69,7 @@ class ExpertFeedForward(nn.Module):
     size 1). Without sequence parallelism the tokens are therefore scattered before and gathered after the layer.
     """
 
-    def __init__(self, config: TransformerConfig, experts: ExpertsConfig, block: int, scales: int) -> None:
+    def __init__(self, config: TransformerConfig, experts: ExpertsChoice, block: int, scales: int) -> None:
         super().__init__()
         check_backend(experts, _layout_of(config))
         self.scatter = config.tensor_model_parallel_size > 1 and not config.sequence_parallel

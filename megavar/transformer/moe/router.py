@@ -8,7 +8,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megavar.config.generator import ExpertsConfig
+from megavar.config.experts.base import ExpertsChoice
 from megavar.transformer.context import ForwardContext, RoutingRecord
 from megavar.transformer.moe.routing import balance_loss, top_k_gates
 
@@ -25,7 +25,7 @@ class ScaleAwareRouter(nn.Module):
         *,
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection | None,
-        experts: ExpertsConfig,
+        experts: ExpertsChoice,
         block: int,
         scales: int,
     ) -> None:

@@ -1,10 +1,12 @@
-"""Generators: architectures and their sizes."""
+"""VAR's next-scale transformer."""
 
-from typing import Annotated, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from megavar.config.base import Section
+from megavar.config.experts.base import ExpertsChoice
+from megavar.config.generators.base import GeneratorChoice, Limits
+from megavar.config.token_space import TokenSpace
 
 SCALES = {
     256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
@@ -14,42 +16,10 @@ SCALES = {
 """VAR's scale lists by image resolution (side lengths of the token maps, tokenizer with 16x downsampling)."""
 
 
-class ExpertsConfig(Section):
-    """Mixture of experts in place of the feed-forward network of every block (MEPA section 4.2)."""
-
-    number: int = Field(8, ge=1)
-    """Experts per layer, M (MEPA Table 1)."""
-    top_k: int = Field(3, ge=1)
-    """Experts per token, m. Not in the paper: 3 is the only value that gives its activated parameter counts with
-    experts of the feed-forward network's size in every block (252 M for d12, 585 M for d16)."""
-    router: Literal["scale_token", "scale"] = "scale_token"
-    """``scale_token``: STMoE, Eq. 9. ``scale``: SMoE, Eq. 8."""
-    scale_embedding_in_router: bool = False
-    """Add a learnable scale embedding SE of the router's own (K x width) to its input tokens. Off: "In practice, the
-    VAR transformer adds positional and scale embeddings to input tokens, naturally meeting the need for scale
-    awareness" (MEPA below Eq. 9). The ``scale`` router always has its SE."""
-    balance_coefficient: float = Field(0.01, ge=0)
-    """Weight of the balance loss (Eq. 10) of each layer. Not in the paper: 0.01 is Switch Transformer's. Megatron-core
-    and DeepSpeed divide this loss by top_k; Eq. 10 does not."""
-    balance_scope: Literal["image", "micro_batch"] = "image"
-    """Over which tokens Eq. 10 takes its means. ``image``: N is "token length of one sample", then the mean over
-    images, which does not depend on how a batch is split over ranks or micro-batches. ``micro_batch``: all tokens of
-    a micro-batch on one rank (the convention of Switch and Megatron-core)."""
-    backend: Literal["auto", "megatron", "grouped", "tutel", "deepspeed"] = "auto"
-    """Implementation of the experts; all compute the same and share checkpoints. ``megatron``: Megatron-core's
-    SequentialMLP, one expert after the other. ``grouped``: stacked weights and grouped matrix products. ``tutel``:
-    Tutel's dispatch and all-to-all (a package of its own). ``deepspeed``: DeepSpeed-MoE's layer, without tensor
-    parallelism. ``auto``: ``grouped`` on CUDA, ``megatron`` on CPU."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "ExpertsConfig":
-        if self.top_k > self.number:
-            raise ValueError(f"top_k={self.top_k} exceeds number={self.number}: lower top_k or add experts")
-        return self
-
-
-class VARConfig(Section):
+class VARConfig(GeneratorChoice):
     """VAR's next-scale transformer, dense or with experts."""
+
+    implementation: ClassVar[str] = "megavar.generators.var:VAR"
 
     name: Literal["var"] = "var"
     depth: int = Field(16, ge=1)
@@ -70,7 +40,7 @@ class VARConfig(Section):
     """Drop-path rate of the last block, rising linearly from 0. Default: 0.1 x depth / 24, VAR's rule."""
     label_drop: float = Field(0.1, ge=0, le=1)
     """Share of samples whose label is replaced by "no class" (classifier-free guidance)."""
-    experts: ExpertsConfig | None = None
+    experts: ExpertsChoice | None = None
     """Mixture of experts; none means dense."""
     attention_kernel: Literal["auto", "dense", "prefix", "flex"] = "auto"
     """Kernel of scale-causal attention. ``auto``: ``flex`` on CUDA, ``prefix`` on CPU."""
@@ -104,5 +74,22 @@ class VARConfig(Section):
         """Rate of the last block."""
         return self.drop_path if self.drop_path is not None else 0.1 * self.depth / 24
 
+    @property
+    def feed_forward_size(self) -> int:
+        """Rows of the feed-forward network's first layer."""
+        return int(self.hidden_size * self.feed_forward_ratio)
 
-GeneratorConfig = Annotated[VARConfig, Field()]
+    @property
+    def class_count(self) -> int | None:
+        """Number of classes."""
+        return self.classes
+
+    def limits(self, space: TokenSpace | None) -> Limits:
+        """Heads, rows of dense feed-forward networks and the head's codes are shared by tensor-parallel ranks."""
+        shared = {"attention heads (generator.heads)": self.attention_heads}
+        if self.experts is None:  # experts lie whole on a rank
+            rows = "rows of the feed-forward network (generator.width x feed_forward_ratio)"
+            shared[rows] = self.feed_forward_size
+        if space is not None and space.vocabulary is not None:
+            shared["codes (tokenizer.vocabulary_size)"] = space.vocabulary
+        return Limits(self.depth, shared, self.experts)

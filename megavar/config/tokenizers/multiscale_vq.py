@@ -1,17 +1,20 @@
-"""Image tokenizers."""
+"""VAR's tokenizer."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from megavar.config.base import Section
+from megavar.config.token_space import TokenSpace
+from megavar.config.tokenizers.base import TokenizerChoice
 
 
-class MultiScaleVQConfig(Section):
+class MultiScaleVQConfig(TokenizerChoice):
     """VAR's multi-scale residual vector-quantized autoencoder (Tian et al. 2024, arXiv:2404.02905, section 3.2).
 
     The defaults are the published 256-pixel model ``vae_ch160v4096z32.pth``: 108,948,355 parameters.
     """
+
+    implementation: ClassVar[str] = "megavar.tokenizers.multiscale_vq:MultiScaleVQ"
 
     name: Literal["multiscale_vq"] = "multiscale_vq"
     scales: Annotated[tuple[PositiveInt, ...], Field(min_length=1, strict=False)] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
@@ -75,6 +78,13 @@ class MultiScaleVQConfig(Section):
         default = {"partially_shared": 4, "shared": 1, "per_scale": len(self.scales)}[self.refinement]
         return self.refinement_count or default
 
+    @property
+    def space(self) -> TokenSpace:
+        """Maps of growing side length."""
+        return TokenSpace.of_scales(
+            self.scales, self.vocabulary_size, self.code_dimension, self.image_side, self.image_channels
+        )
+
     @model_validator(mode="after")
     def _consistent(self) -> "MultiScaleVQConfig":
         if any(b < a for a, b in zip(self.scales, self.scales[1:])):
@@ -98,7 +108,3 @@ class MultiScaleVQConfig(Section):
                 "the checkpoint's key layout depends on it"
             )
         return self
-
-
-TokenizerConfig = MultiScaleVQConfig
-"""Any tokenizer. Becomes a union discriminated by ``name`` when there is more than one."""

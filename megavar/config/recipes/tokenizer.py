@@ -4,11 +4,12 @@ Sources: VAR (arXiv:2404.02905) Eq. 5, VQGAN (arXiv:2012.09841 and CompVis/tamin
 (FoundationVision/LlamaGen tokenizer/tokenizer_image/vq_train.py), LPIPS (arXiv:1801.03924).
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from megavar.config.base import Section
+from megavar.config.recipes.base import RecipeChoice
 
 
 class PerceptualConfig(Section):
@@ -85,8 +86,11 @@ class CodebookConfig(Section):
     """Decay per step of the usage average (the reference's value after its first 100 steps)."""
 
 
-class TokenizerTrainingConfig(Section):
+class TokenizerTrainingConfig(RecipeChoice):
     """Training of a multi-scale VQ tokenizer: VAR Eq. 5."""
+
+    implementation: ClassVar[str] = "megavar.recipes.tokenizer:TokenizerTraining"
+    trains: ClassVar[Literal["generator", "tokenizer"]] = "tokenizer"
 
     name: Literal["tokenizer"] = "tokenizer"
     initial_weights: str | None = None
@@ -110,3 +114,9 @@ class TokenizerTrainingConfig(Section):
         if self.l1_weight + self.l2_weight == 0:
             raise ValueError("l1_weight and l2_weight are both 0: at least one pixel loss has to be positive")
         return self
+
+    def frozen_weights(self) -> dict[str, str]:
+        """The perceptual networks."""
+        if self.perceptual is None:
+            return {}
+        return {"vgg16": self.perceptual.vgg16_weights, "lpips": self.perceptual.lpips_weights}

@@ -1,15 +1,21 @@
-"""How images are drawn from a trained generator."""
+"""The kind of all decoding procedures, with what every drawing of samples has."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from megavar.config.base import Section
+from megavar.config.choice import Choice
 
 
-class SamplingConfig(Section):
-    """Decoding settings and the amount of samples."""
+class SamplingChoice(Choice):
+    """How images are drawn; :class:`megavar.sampling.base.Procedure` is what it configures."""
 
+    discriminator: ClassVar[str] = "procedure"
+    default: ClassVar[str | None] = "next_scale"
+    package: ClassVar[str] = "megavar.config.procedures"
+
+    procedure: str
+    """How tokens are drawn one after the other."""
     number: int = Field(50_000, ge=1)
     """Samples to draw. Sample i has label i modulo the number of classes."""
     chunk_size: int = Field(64, ge=1)
@@ -22,15 +28,6 @@ class SamplingConfig(Section):
     rounding: Literal["round", "truncate", "half_up"] = "round"
     """How decoded images become bytes: to the nearest level; ``truncate`` as ADM, REPA and RAR (half a level darker);
     ``half_up`` as LlamaGen."""
-    guidance: float = Field(1.5, ge=0)
-    """Classifier-free guidance at the last scale, t = guidance x k/(K-1) at scale k, logits (1+t) c - t u. VAR's README
-    uses 1.5 (its paper 2.0)."""
-    temperature: float = Field(1.0, gt=0)
-    """Divides the guided logits."""
-    top_k: int = Field(900, ge=0)
-    """Keep the k most likely tokens (ties included); 0 keeps all."""
-    top_p: float = Field(0.96, ge=0, le=1)
-    """Then keep the smallest set of most likely tokens whose probability exceeds p; 0 keeps all."""
     seed: int = 0
     """Of the noise; sample i draws from (seed, i) only."""
     weights: Literal["model", "ema"] = "model"

@@ -1,0 +1,1 @@
+"""Mixtures of experts: one module per router; see :mod:`megavar.config.experts.base`."""

@@ -1,0 +1,44 @@
+"""The kind of all mixtures of experts: what they have in common whatever router feeds them."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from megavar.config.choice import Choice
+
+
+class ExpertsChoice(Choice):
+    """Mixture of experts in place of the feed-forward network of every block (MEPA section 4.2).
+
+    The router is what distinguishes them: ``implementation`` names its class, and each router may add keys of its own.
+    """
+
+    discriminator: ClassVar[str] = "router"
+    default: ClassVar[str | None] = "scale_token"
+    package: ClassVar[str] = "megavar.config.experts"
+
+    number: int = Field(8, ge=1)
+    """Experts per layer, M (MEPA Table 1)."""
+    top_k: int = Field(3, ge=1)
+    """Experts per token, m. Not in the paper: 3 is the only value that gives its activated parameter counts with
+    experts of the feed-forward network's size in every block (252 M for d12, 585 M for d16)."""
+    router: str
+    """Which router scores the experts."""
+    balance_coefficient: float = Field(0.01, ge=0)
+    """Weight of the balance loss (Eq. 10) of each layer. Not in the paper: 0.01 is Switch Transformer's. Megatron-core
+    and DeepSpeed divide this loss by top_k; Eq. 10 does not."""
+    balance_scope: Literal["image", "micro_batch"] = "image"
+    """Over which tokens Eq. 10 takes its means. ``image``: N is "token length of one sample", then the mean over
+    images, which does not depend on how a batch is split over ranks or micro-batches. ``micro_batch``: all tokens of
+    a micro-batch on one rank (the convention of Switch and Megatron-core)."""
+    backend: Literal["auto", "megatron", "grouped", "tutel", "deepspeed"] = "auto"
+    """Implementation of the experts; all compute the same and share checkpoints. ``megatron``: Megatron-core's
+    SequentialMLP, one expert after the other. ``grouped``: stacked weights and grouped matrix products. ``tutel``:
+    Tutel's dispatch and all-to-all (a package of its own). ``deepspeed``: DeepSpeed-MoE's layer, without tensor
+    parallelism. ``auto``: ``grouped`` on CUDA, ``megatron`` on CPU."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ExpertsChoice":
+        if self.top_k > self.number:
+            raise ValueError(f"top_k={self.top_k} exceeds number={self.number}: lower top_k or add experts")
+        return self

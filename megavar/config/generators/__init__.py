@@ -1,0 +1,1 @@
+"""Generators: one module per architecture; see :mod:`megavar.config.generators.base`."""

@@ -1,0 +1,43 @@
+"""The kind of all generators, and what layout rules need to know of one."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from megavar.config.choice import Choice
+from megavar.config.experts.base import ExpertsChoice
+from megavar.config.token_space import TokenSpace
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What restricts the layouts of a generator. Free of torch: the rules run on login nodes."""
+
+    depth: int
+    """Number of blocks; pipeline stages share them evenly."""
+    shared: dict[str, int] = field(default_factory=dict)
+    """Sizes that tensor-parallel ranks share, by a phrase for errors that names the key."""
+    experts: ExpertsChoice | None = None
+    """Mixture of experts of the blocks, if there is one."""
+
+
+class GeneratorChoice(Choice):
+    """An architecture and its sizes; :class:`megavar.generators.base.Generator` is what it configures."""
+
+    package: ClassVar[str] = "megavar.config.generators"
+    default: ClassVar[str | None] = "var"
+
+    name: str
+    """Which architecture."""
+
+    def limits(self, space: TokenSpace | None) -> Limits:
+        """What restricts the layouts.
+
+        Args:
+            space: of the tokenizer; None leaves out what depends on it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must say its limits")
+
+    @property
+    def class_count(self) -> int | None:
+        """Number of classes that can be asked for; None where conditions are something else (text)."""
+        return None

@@ -1,0 +1,1 @@
+"""Recipes: one module per algorithm; see :mod:`megavar.config.recipes.base`."""

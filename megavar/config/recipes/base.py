@@ -1,0 +1,40 @@
+"""The kind of all recipes: which paper's algorithm a run trains, with its hyper-parameters."""
+
+from typing import ClassVar, Literal
+
+from megavar.config.choice import Choice
+from megavar.config.terms.base import TermChoice
+
+
+class RecipeChoice(Choice):
+    """An algorithm; :class:`megavar.recipes.base.Recipe` is what it configures."""
+
+    package: ClassVar[str] = "megavar.config.recipes"
+    trains: ClassVar[Literal["generator", "tokenizer"]]
+    """What a run of it results in: a generator is sampled and scored, a tokenizer's reconstructions are."""
+
+    name: str
+    """Which algorithm."""
+
+    def frozen_weights(self) -> dict[str, str]:
+        """Paths of the weights that are used and not trained, by what they are: they are part of a run's identity."""
+        return {}
+
+
+class GeneratorRecipeChoice(RecipeChoice):
+    """An algorithm that trains a generator on the tokens of a frozen tokenizer."""
+
+    trains: ClassVar[Literal["generator", "tokenizer"]] = "generator"
+
+    tokenizer_weights: str
+    """Trained tokenizer: the directory of a megavar tokenizer run, or a file in a published layout of the tokenizer
+    (for VAR's, ``vae_ch160v4096z32.pth``)."""
+    terms: tuple[TermChoice, ...] = ()
+    """Losses that are added to the recipe's own."""
+
+    def frozen_weights(self) -> dict[str, str]:
+        """The tokenizer, and what the terms use."""
+        weights = {"tokenizer": self.tokenizer_weights}
+        for term in self.terms:
+            weights |= {f"{term.name}.{name}": path for name, path in term.frozen_weights().items()}
+        return weights

@@ -1,0 +1,17 @@
+"""VAR's and MEPA's next-scale prediction."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from megavar.config.recipes.base import GeneratorRecipeChoice
+
+
+class MEPAConfig(GeneratorRecipeChoice):
+    """MEPA: next-scale cross entropy on a VAR, with experts balanced by Eq. 10 where the generator has experts."""
+
+    implementation: ClassVar[str] = "megavar.recipes.mepa:MEPA"
+
+    name: Literal["mepa"] = "mepa"
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Label smoothing of the cross entropy (VAR: 0)."""

@@ -1,0 +1,17 @@
+"""The suite ``digits``."""
+
+from typing import ClassVar, Literal
+
+from megavar.config.suites.base import SuiteChoice
+
+
+class DigitsSuite(SuiteChoice):
+    """Scores of digits with baselines beside them (``megavar.evaluation.digits``)."""
+
+    implementation: ClassVar[str] = "megavar.evaluation.suites.digits:Digits"
+
+    name: Literal["digits"] = "digits"
+    baselines: bool = True
+    """Print the scores of held-out digits, class Gaussians, class means, training copies and noise beside the model."""
+    extractor_cache: str | None = None
+    """Directory of the extractor that is trained on the spot (default: the user's cache directory)."""

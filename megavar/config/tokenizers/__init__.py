@@ -1,0 +1,1 @@
+"""Image tokenizers: one module per architecture; see :mod:`megavar.config.tokenizers.base`."""

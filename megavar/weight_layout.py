@@ -5,7 +5,7 @@ names, full shapes, whatever the parallel layout. Public checkpoints speak other
 dialect, both ways, and the choice that it belongs to names it::
 
     class VARConfig(GeneratorChoice):
-        weight_layouts = {"var": "megavar.generators.published:VARLayout"}
+        weight_layouts = {"var": "megavar.generators.var.published:VARLayout"}
 
 From then on ``tools/convert_checkpoint.py`` exports to it and imports from it, a run can start from such a file
 (``train.initial_weights``), and a frozen network can be read from one.

@@ -135,6 +135,8 @@ class RunLock:
                 _log.warning("Removing %s: it is a symbolic link, not a lock.", path)
                 path.unlink(missing_ok=True)
                 continue
+            if path.is_dir():
+                raise ClusterError(f"{path} is a folder, not a lock. Remove it, and start again.")
             found = _read_owner(path)
             if found is None:
                 time.sleep(0.05)  # released, or not completely written yet

@@ -20,7 +20,6 @@ from typing import Any, BinaryIO
 
 from megavar.errors import MegavarError
 
-
 _log = logging.getLogger(__name__)
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.sources.originals import shard, write_class_folders
+
 
 class Payload:
     """Unpickling it runs a command of the writer's choice."""
@@ -42,3 +44,14 @@ def outside(tmp_path):
     place = Outside(tmp_path)
     yield place
     place.assert_untouched()
+
+
+@pytest.fixture(scope="session")
+def originals(tmp_path_factory) -> Path:
+    return write_class_folders(tmp_path_factory.mktemp("originals"))
+
+
+@pytest.fixture(scope="session")
+def shards(originals, tmp_path_factory) -> Path:
+    """Five shards of twelve images; never change them."""
+    return shard(originals, tmp_path_factory.mktemp("shards") / "train")

@@ -20,7 +20,6 @@ from megavar.data.transforms import decode
 from megavar.errors import DataError
 from megavar.storage import fsync_directory, refuse_link, remove, sha256_of_file, write_bytes_atomic
 
-
 _REPAIR = "repair"
 """Where shards are made again."""
 
@@ -161,7 +160,7 @@ def list_sharded(manifest: Manifest, path: Path) -> Listing:
     """
     if manifest.arguments["kind"] == "existing":
         raise DataError("These shards were made by another tool: make damaged ones again with that, not with --source.")
-    return list_originals(manifest.arguments["kind"], path)
+    return list_originals(manifest.arguments["kind"], path, manifest.arguments["damaged"])
 
 
 def repair_shards(

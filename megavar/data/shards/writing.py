@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ import torch
 from megavar.data.image_folder import IMAGE_SUFFIXES
 from megavar.data.progress import PROGRESS, in_processes, only_one, publish, read_record
 from megavar.data.shards.index import RECORD, encode_index, index_path
-from megavar.data.shards.listing import Listing, Original
+from megavar.data.shards.listing import Damaged, Listing, Original
 from megavar.data.shards.manifest import FILE_NAME, Manifest, ShardEntry, read_manifest
 from megavar.data.source import DamagedSampleError
 from megavar.data.transforms import decode
@@ -32,7 +32,6 @@ from megavar.parallel.seeds import random_bits
 from megavar.storage import atomic_file, refuse_link, remove, sha256_of_file, write_bytes_atomic, write_json_atomic
 
 PLAN = "plan.json"
-Damaged = Literal["fail", "leave-out"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +93,8 @@ def _members(root: Path, original: Original) -> dict[str, bytes]:
     Raises:
         DamagedSampleError: the image cannot be read or decoded.
     """
+    if original.problem is not None:
+        raise DamagedSampleError(original.problem)
     suffix = Path(original.path).suffix.lower()
     if suffix not in IMAGE_SUFFIXES:
         raise DamagedSampleError(f"its name does not end in {', '.join(IMAGE_SUFFIXES)}")

@@ -78,7 +78,8 @@ def commit(attempt: Path) -> Path:
     root, final = attempt.parent, attempt.parent / checkpoint_name(step_of(attempt))
     storage.fsync_directory(attempt)
     replaced = None
-    if final.exists() or final.is_symlink():  # an older or damaged checkpoint of the same step: keep it until the new one is in place
+    # An older or damaged checkpoint of the same step, or a link: keep it until the new one is in place.
+    if final.exists() or final.is_symlink():
         replaced = _aside(final, "replaced")
         final.rename(replaced)
     attempt.rename(final)

@@ -48,7 +48,7 @@ class Generator(Backbone):
 
     def __init__(
         self,
-        choice: Any,
+        choice: GeneratorChoice,
         space: TokenSpace,
         *,
         parallel: ParallelConfig | None = None,
@@ -86,7 +86,8 @@ class Generator(Backbone):
     @classmethod
     @abstractmethod
     def layers(cls, choice: Any, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
-        """The configuration of the blocks' layers; see :func:`megavar.transformer.megatron_config.transformer_config`."""
+        """The configuration of the blocks' layers: one call of
+        :func:`megavar.transformer.megatron_config.transformer_config`."""
 
     @classmethod
     def kinds_of(cls, space: TokenSpace) -> int:

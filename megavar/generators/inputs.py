@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 @dataclass
-class NextScaleInputs:
+class ScaleInputs:
     """Token maps of growing side, one after the other: each is predicted from the ones before it.
 
     In training all scales are there at once. While decoding, ``scale`` says which one is meant, and ``features`` holds

@@ -83,7 +83,7 @@ class Backbone(nn.Module, ABC):
         super().__init__()
         self.config, self.kinds, self.experts, self.seed = config, kinds, experts, seed
         self.stage = stage or Stage(0, config.num_layers, True, True)
-        self.recompute = parallel.recompute == "full"
+        self.recompute = parallel.recompute
         self.taps = taps
         self.tapped = tuple(dict.fromkeys([*taps, *(tap for head in heads.values() for tap in head.taps)]))
         self._check_taps()
@@ -183,7 +183,7 @@ class Backbone(nn.Module, ABC):
         tokens = context.sequence.tokens
         taps = {name: self._to_tokens(rows, tokens).transpose(0, 1) for name, rows in tapped.items()}
         prediction = self.predict(self._to_tokens(hidden, tokens), self._complete(conditions, tokens), inputs)
-        heads = {name: head({tap: taps[tap] for tap in self._heads[name].taps}) for name, head in self.heads.items()}
+        heads = {name: head(*(taps[tap] for tap in self._heads[name].taps)) for name, head in self.heads.items()}
         return GeneratorOutput(prediction, {name: taps[name] for name in self.taps}, heads)
 
     @torch.no_grad()
@@ -249,7 +249,7 @@ class Backbone(nn.Module, ABC):
     def _run_block(
         self, block: nn.Module, hidden: Tensor, condition: Tensor | None, context: ForwardContext
     ) -> Tensor:
-        if not (self.recompute and hidden.requires_grad):
+        if self.recompute != "full" or not hidden.requires_grad:
             return block(hidden, condition, context)
         passes = itertools.count()
 

@@ -47,8 +47,8 @@ class Head:
     taps: tuple[str, ...]
     """What it reads."""
     build: Callable[[int], nn.Module]
-    """From the width C to the network. It is called with {tap: [B, L, C]} inside the model's forward, so that ZeRO-3
-    gathers its parameters."""
+    """From the width C to the network. It is called with its taps, each [B, L, C], in the order of :attr:`taps`, inside
+    the model's forward, so that ZeRO-3 gathers its parameters."""
     initial_value: InitializationRule = usual_initial_value
     """Of its parameters, by their names in it."""
     rule: Rule = usual_rule

@@ -12,9 +12,11 @@ from megavar.config.generators.var import VARConfig
 from megavar.config.optimizer import ConstantSchedule, OptimizerConfig
 from megavar.config.parallel import ParallelConfig
 from megavar.config.recipes.mepa import MEPAConfig
+from megavar.config.token_space import TokenSpace
 from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
 from megavar.data.batch import Batch
-from megavar.generators.var import VAR, Stage
+from megavar.generators.base import Stage
+from megavar.generators.var import VAR
 from megavar.parallel import seeds, topology
 from megavar.parallel.environment import environment
 from megavar.parallel.logical import initialize_parameters
@@ -53,7 +55,7 @@ class Setup:
     backend: str = "megatron"
     dense: bool = False
     shared: bool = False
-    taps: tuple[int, ...] = ()
+    taps: tuple[str, ...] = ()
     parallel: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -110,9 +112,7 @@ def build(setup: Setup, mesh: topology.Topology) -> MEPA:
     chunks = [
         VAR(
             generator_config(setup),
-            scales=SCALES,
-            code_dimension=CODE,
-            vocabulary_size=VOCABULARY,
+            TokenSpace.of_scales(SCALES, VOCABULARY, CODE, image_side=6),
             parallel=mesh.config,
             stage=Stage.split(4, mesh.config, mesh.pipeline_rank, chunk),
             dtype=torch.bfloat16 if setup.precision == "bf16" else torch.float32,

@@ -17,7 +17,7 @@ from megavar.config.generators.var import VARConfig
 from megavar.config.parallel import ParallelConfig
 from megavar.config.token_space import TokenSpace
 from megavar.generators.base import Embedded, Generator, TokenSequence
-from megavar.generators.inputs import NextScaleInputs
+from megavar.generators.inputs import ScaleInputs
 from megavar.parallel.parameter_rule import ParameterRule
 from megavar.transformer.adaptive_norm import LinearFloat32, Modulation, normalize
 from megavar.transformer.block import Block
@@ -131,14 +131,14 @@ class VAR(Generator):
 
     # -- one pass ---------------------------------------------------------------------------------------------------
 
-    def sequence(self, inputs: NextScaleInputs) -> TokenSequence:
+    def sequence(self, inputs: ScaleInputs) -> TokenSequence:
         """All token maps, or one of them while decoding."""
         sides, kinds = self.space.sides, None
         if inputs.scale is not None:
             sides, kinds = (sides[inputs.scale],), (inputs.scale,)
         return TokenSequence(SequenceLayout.of_scales(sides, kinds=kinds), sample_keys=inputs.sample_keys)
 
-    def embed(self, inputs: NextScaleInputs) -> Embedded:
+    def embed(self, inputs: ScaleInputs) -> Embedded:
         """Start tokens and projected features, with positions; the class conditions everything."""
         scales = self.sequence(inputs).layout.kind_index(inputs.labels.device)
         start = sum(side * side for side in self.space.sides[: inputs.scale or 0])
@@ -158,7 +158,7 @@ class VAR(Generator):
             return conditions["shared"].transpose(0, 1)
         return conditions["image"][0]
 
-    def predict(self, hidden: Tensor, conditions: Mapping[str, Tensor], inputs: NextScaleInputs) -> Tensor:
+    def predict(self, hidden: Tensor, conditions: Mapping[str, Tensor], inputs: ScaleInputs) -> Tensor:
         """[L, B, C] -> float32 logits [B, L, V / tensor-parallel size]."""
         return self.head(hidden, conditions["image"][0]).transpose(0, 1)
 
@@ -195,8 +195,8 @@ class VAR(Generator):
         # By name, not by number of dimensions: stacked experts hold their biases as matrices [experts, width].
         return ParameterRule(decays=not (last.endswith("bias") or last in _NOT_DECAYED))
 
-    def example(self, images: int) -> NextScaleInputs:
+    def example(self, images: int) -> ScaleInputs:
         """Class 0, 1, ... and features of zeros."""
         labels = torch.arange(images) % self.choice.classes
         rows = self.space.length - self.space.sides[0] ** 2
-        return NextScaleInputs(labels, torch.zeros(images, rows, self.space.channels), torch.arange(images))
+        return ScaleInputs(labels, torch.zeros(images, rows, self.space.channels), torch.arange(images))

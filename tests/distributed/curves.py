@@ -24,6 +24,7 @@ from megavar.recipes.mepa import MEPA
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
 from megavar.training.engine import Engine
 from megavar.training.metrics import MetricAccumulator
+from megavar.training.optimizer import DecayRule
 
 STEPS = 10
 BATCH = 8
@@ -126,6 +127,10 @@ def build(setup: Setup, mesh: topology.Topology) -> MEPA:
 
 
 def build_engine(setup: Setup, recipe: MEPA, mesh: topology.Topology) -> Engine:
+    return engine_of(setup, recipe.generator, lambda name, value: recipe.decays("generator", name, value), mesh)
+
+
+def engine_of(setup: Setup, module: torch.nn.Module, decays: DecayRule, mesh: topology.Topology) -> Engine:
     zero: dict[str, Any] = {"stage": setup.stage}
     if setup.stage == 3:
         zero["stage3_param_persistence_threshold"] = 0  # the default keeps all of a model this small on every rank
@@ -145,8 +150,8 @@ def build_engine(setup: Setup, recipe: MEPA, mesh: topology.Topology) -> Engine:
     )
     return Engine(
         "generator",
-        recipe.generator,
-        decays=lambda name, parameter: recipe.decays("generator", name, parameter),
+        module,
+        decays=decays,
         optimizer=OptimizerConfig(lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, schedule=ConstantSchedule()),
         plan=plan,
         topology=mesh,

@@ -112,11 +112,13 @@ def engine_steps(setup: Setup) -> list[dict[str, Any]]:
     share, size = BATCH // mesh.data, setup.micro_batch_size or BATCH // mesh.data
     result = []
     for step in range(len(LISTS)):
-        samples = torch.arange(mesh.data_rank * share, (mesh.data_rank + 1) * share)
         losses: list[float] = []
         taps: list[dict[str, Tensor]] = []
+        samples = torch.arange(mesh.data_rank * share, (mesh.data_rank + 1) * share)
 
-        def loss(output: Any, item: Item) -> Tensor:
+        def loss(
+            output: Any, item: Item, losses: list[float] = losses, taps: list[dict[str, Tensor]] = taps
+        ) -> Tensor:
             value = loss_of(output, item)
             losses.append(value.item())
             taps.append({name: tap.detach().clone() for name, tap in output.taps.items()})

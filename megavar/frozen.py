@@ -1,4 +1,4 @@
-"""Weights that are used and not trained (a tokenizer, teachers, perceptual networks): which they are, wherever they lie.
+"""Weights that are used and not trained (a tokenizer, teachers, perceptual networks): which they are.
 
 A path says where weights are, not what they are. What a run computes depends on the bytes, so a run remembers the
 :class:`Identity` of every frozen network, writes it into each checkpoint, and refuses to go on with other bytes under

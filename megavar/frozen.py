@@ -80,6 +80,11 @@ def _sha256_of(path: str, size: int, modified: int, inode: int) -> str:
     return sha256_of_file(Path(path))
 
 
+def identities(records: Mapping[str, Mapping[str, str]]) -> dict[str, Identity]:
+    """Identities by name from what a manifest (``Manifest.frozen``) or a description says."""
+    return {name: Identity.from_json(record) for name, record in records.items()}
+
+
 def check_same(before: Mapping[str, Identity], now: Mapping[str, Identity], where: Path, remedy: str) -> None:
     """Compare the networks that were used with those that are about to be used; names in one of them only are fine.
 

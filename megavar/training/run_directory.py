@@ -205,8 +205,7 @@ class RunDirectory:
         if not self._weights_file.exists():
             return {}
         try:
-            records = json.loads(self._weights_file.read_text())
-            return {name: Identity.from_json(record) for name, record in records.items()}
+            return frozen.identities(json.loads(self._weights_file.read_text()))
         except (ValueError, AttributeError, TypeError) as error:
             raise CheckpointError(
                 f"{self._weights_file} cannot be read ({error}). Restore it from a backup; removed, the next start "

@@ -90,6 +90,7 @@ def test_a_replaced_tokenizer_is_refused_by_all_ranks(runs):
     (runs / "generator" / "DONE").unlink()
     assert run_ranks(1, command, runs, "train", "tokenizer/config.yaml") == [0]
     assert run_ranks(2, command, runs, "train", "generator/config.yaml") == [2, 2]
+    assert run_ranks(2, command, runs, "sample", "generator/config.yaml", "sampling.number=4") == [2, 2]
     record = runs / "generator" / "weights.json"
     record.unlink()  # the checkpoint knows it, too
     assert run_ranks(2, command, runs, "train", "generator/config.yaml") == [2, 2]

@@ -20,7 +20,7 @@ from torch import Tensor
 import megavar
 from megavar.config.checkpoint import CheckpointConfig
 from megavar.errors import CheckpointError
-from megavar.frozen import Identity, check_same
+from megavar.frozen import Identity, check_same, identities
 from megavar.training.checkpoint import fault, shards, store
 from megavar.training.checkpoint import manifest as manifests
 from megavar.training.checkpoint.manifest import DamagedError, Manifest, ModuleEntry
@@ -90,8 +90,8 @@ class Checkpointer:
         for name, module in modules.items():
             tensors |= stage(name, module)
         provenance = {**self.provenance, "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        identities = {name: identity.to_json() for name, identity in self.frozen.items()}
-        manifest = Manifest(step, entries, state, self.layout, provenance, frozen=identities)
+        records = {name: identity.to_json() for name, identity in self.frozen.items()}
+        manifest = Manifest(step, entries, state, self.layout, provenance, frozen=records)
         if not self.config.asynchronous:
             self._write(manifest, tensors, began)
             self.last_stall_seconds = time.monotonic() - began
@@ -278,8 +278,8 @@ class Checkpointer:
 
     def _check_frozen(self, path: Path, manifest: Manifest) -> None:
         """Refuse to train on with other frozen networks than those of the checkpoint."""
-        before = {name: Identity.from_json(record) for name, record in manifest.frozen.items()}
-        check_same(before, self.frozen, path, "start anew in another run.directory, or here with train.fresh=true.")
+        remedy = "start anew in another run.directory, or here with train.fresh=true."
+        check_same(identities(manifest.frozen), self.frozen, path, remedy)
 
 
 def first_difference(stored: dict[str, ModuleEntry], wanted: dict[str, ModuleEntry], limit: int = 3) -> str | None:

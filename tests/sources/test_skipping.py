@@ -141,7 +141,7 @@ def test_labels_are_what_the_list_says(tmp_path, lines, labels):
         (["a.jpg nan", "b.jpg cat"], 1, "'nan'"),
         (["a.jpg 1", "b.jpg cat"], 2, "'cat'"),
         (["a.jpg 1", "b.jpg +2"], 2, r"'\+2'"),
-        (["a.jpg 1", "b.jpg ２"], 2, "'２'"),
+        (["a.jpg 1", "b.jpg \uff12"], 2, "'\uff12'"),
         (["image label", "a.jpg 1"], 1, "'image' is no image"),
         (["image label", "a.jpg cat"], 1, "'image' is no image"),
         (["a.jpg cat", "filename class", "b.jpg dog"], 2, "'filename' is no image"),

@@ -129,7 +129,8 @@ def _read_list(path: Path) -> Listing:
     if not pairs:
         raise DataError(f"{path} lists no images. Each line needs an image path, a space and a label.")
     names, number_of = _classes(path, [(number, label) for number, _, label in pairs])
-    return Listing("list", path.parent, names, [Original(image, number_of[label]) for _, image, label in pairs], ignored)
+    originals = [Original(image, number_of[label]) for _, image, label in pairs]
+    return Listing("list", path.parent, names, originals, ignored)
 
 
 def _classes(path: Path, labels: list[tuple[int, str]]) -> tuple[tuple[str, ...], dict[str, int]]:
@@ -143,11 +144,10 @@ def _classes(path: Path, labels: list[tuple[int, str]]) -> tuple[tuple[str, ...]
     odd = others if counting else {label for label in others if _NUMBER.fullmatch(label)}
     if odd:
         number, label = next((number, label) for number, label in labels if label in odd)
+        beside = f", but others are numbers such as {min(counting)}" if counting else ""
         raise DataError(
-            f"Line {number} of {path} has the label {label!r}"
-            + (f", but others are numbers such as {next(lab for _, lab in labels if lab in counting)}" if counting else "")
-            + ". Labels are either numbers that count classes from 0 (0, 1, 2, ...), or names on every line: correct "
-            "or remove what is neither (headers, -1 for unknown classes), or put a letter in front of names that look "
+            f"Line {number} of {path} has the label {label!r}{beside}. Labels are either numbers that count classes from 0 (0, 1, 2, ...), or names on every line: "
+            "correct or remove what is neither (headers, -1 for unknown classes), or put a letter in front of names that look "
             "like numbers."
         )
     if counting:

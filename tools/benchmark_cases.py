@@ -19,6 +19,7 @@ from megavar.config.root import Config
 from megavar.data.batch import Batch
 from megavar.errors import ConfigError
 from megavar.generators.var import VAR
+from megavar.generators.var.model import megatron_config
 from megavar.parallel import seeds
 from megavar.parallel.topology import Topology
 from megavar.planning.flops import forward_flops, model_flops, sampling_flops
@@ -30,10 +31,9 @@ from megavar.tokenizers.multiscale_vq import MultiScaleVQ
 from megavar.training.engine import Engine
 from megavar.training.metrics import MetricAccumulator
 from megavar.training.optimizer import build_optimizer, parameter_groups, set_rates
-from megavar.transformer.attention import KERNELS
-from megavar.transformer.block import FeedForward
 from megavar.transformer.context import ForwardContext
-from megavar.transformer.megatron_config import transformer_config
+from megavar.transformer.feed_forward import FeedForward
+from megavar.transformer.kernels import KERNELS, Visibility
 from megavar.transformer.moe.layer import ExpertFeedForward
 from megavar.transformer.sequence import SequenceLayout
 
@@ -139,7 +139,7 @@ def _decays(recipe: MEPA) -> Callable[[str, nn.Parameter], bool]:
 def attention(bench: Bench) -> Part:
     """Each kernel of scale-causal attention, forward and backward, of one block."""
     shape = bench.shape
-    layout = SequenceLayout.of_scales(shape.scales)
+    seen = Visibility(SequenceLayout.of_scales(shape.scales))
     sizes = (bench.batch, shape.heads, shape.tokens, shape.width // shape.heads)
     q, k, v = (bench.random(*sizes) for _ in range(3))
     upstream = torch.randn_like(q)
@@ -147,13 +147,13 @@ def attention(bench: Bench) -> Part:
     part = Part("attention of one block, forward and backward", images=bench.batch, baseline="dense")
 
     def both(kernel: str) -> None:
-        KERNELS[kernel](q, k, v, layout, 0.125).backward(upstream)
+        KERNELS[kernel].function(q, k, v, seen, 0.125).backward(upstream)
 
     def forward(kernel: str) -> None:
         with torch.no_grad():
-            KERNELS[kernel](q, k, v, layout, 0.125)
+            KERNELS[kernel].function(q, k, v, seen, 0.125)
 
-    for kernel in KERNELS:
+    for kernel in (name for name, kernel in KERNELS.items() if kernel.serves(seen)):
         if kernel == "flex" and bench.device.type == "cpu":
             part.skipped[kernel] = "PyTorch has no CPU backward for FlexAttention"
             continue
@@ -180,11 +180,11 @@ def experts(bench: Bench) -> Part:
     def layer_of(backend: str | None) -> nn.Module:
         with bench.device:
             if backend is None:
-                return FeedForward(transformer_config(wide, ParallelConfig(), bench.dtype))
+                return FeedForward(megatron_config(wide, ParallelConfig(), bench.dtype))
             chosen = settings.model_copy(update={"backend": backend})
             config = bench.generator.model_copy(update={"experts": chosen})
             return ExpertFeedForward(
-                transformer_config(config, ParallelConfig(), bench.dtype), chosen, 0, len(shape.scales)
+                megatron_config(config, ParallelConfig(), bench.dtype), 0, experts=chosen, kinds=len(shape.scales)
             )
 
     for name, backend in {dense_name: None, **{backend: backend for backend in EXPERT_BACKENDS}}.items():

@@ -12,9 +12,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megavar.config.experts.base import ExpertsChoice
 from megavar.config.parallel import ParallelConfig
 from megavar.errors import ConfigError
+from megavar.generators.var.model import megatron_config as var_config
 from megavar.parallel.logical import initialize_parameters, logical_tensors
 from megavar.transformer.context import ForwardContext
-from megavar.transformer.megatron_config import transformer_config
 from megavar.transformer.moe.backends import check_backend, choose_backend
 from megavar.transformer.moe.experts import GroupedExperts
 from megavar.transformer.moe.layer import ExpertFeedForward
@@ -30,12 +30,12 @@ BACKENDS = ["megatron", "grouped", TUTEL, "deepspeed"]
 
 def megatron_config(backend, number=4, top_k=2, dtype=torch.float32) -> TransformerConfig:
     experts = {"number": number, "top_k": top_k, "backend": backend, "balance_coefficient": 0.0}
-    return transformer_config(tiny.config(experts), ParallelConfig(), dtype)
+    return var_config(tiny.config(experts), ParallelConfig(), dtype)
 
 
 def layer(backend, number=4, top_k=2, router="scale_token", dtype=torch.float32):
     experts = ExpertsChoice.make(number=number, top_k=top_k, backend=backend, router=router, balance_coefficient=0.0)
-    made = ExpertFeedForward(megatron_config(backend, number, top_k, dtype), experts, 0, len(tiny.SCALES))
+    made = ExpertFeedForward(megatron_config(backend, number, top_k, dtype), 0, experts=experts, kinds=len(tiny.SCALES))
     initialize_parameters(made, lambda name, value, generator: value.normal_(std=0.3, generator=generator), seed=2)
     return made
 
@@ -172,7 +172,7 @@ def test_grouped_experts_without_tokens_still_have_gradients():
 
 def test_auto_is_grouped_on_cuda_where_sizes_allow_and_megatron_elsewhere(monkeypatch):
     fits = megatron_config("auto")
-    odd = transformer_config(tiny.config({}, width=12), ParallelConfig(), torch.bfloat16)
+    odd = var_config(tiny.config({}, width=12), ParallelConfig(), torch.bfloat16)
     assert choose_backend("tutel", odd) == "tutel"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert choose_backend("auto", fits) == "grouped"

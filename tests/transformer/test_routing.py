@@ -6,8 +6,8 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from megavar.config.experts.base import ExpertsChoice
 from megavar.config.parallel import ParallelConfig
+from megavar.generators.var.model import megatron_config
 from megavar.transformer.context import ForwardContext
-from megavar.transformer.megatron_config import transformer_config
 from megavar.transformer.moe.router import ScaleAwareRouter
 from megavar.transformer.moe.routing import top_k_gates
 from megavar.transformer.sequence import SequenceLayout
@@ -28,7 +28,7 @@ def balance_gradient_scale():
 
 def router(padding=0, **changes):
     experts = ExpertsChoice.make(number=EXPERTS, top_k=TOP_K, balance_coefficient=COEFFICIENT, **changes)
-    config = transformer_config(tiny.config(experts), ParallelConfig(), torch.float32)
+    config = megatron_config(tiny.config(experts), ParallelConfig(), torch.float32)
     made = ScaleAwareRouter(config=config, pg_collection=None, experts=experts, block=1, scales=len(tiny.SCALES))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():

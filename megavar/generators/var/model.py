@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from megavar.config.generators.var import VARConfig
 from megavar.config.parallel import ParallelConfig
 from megavar.parallel.logical import initialize_parameters
-from megavar.transformer.adaptive_norm import LinearFloat32, Modulation, normalize
 from megavar.transformer.block import Block
 from megavar.transformer.cache import KeyValueCache
 from megavar.transformer.context import ForwardContext, RoutingRecord
+from megavar.transformer.linear import LinearFloat32
 from megavar.transformer.megatron_config import transformer_config
+from megavar.transformer.modulation import ModulationNetwork
+from megavar.transformer.norms import normalize
 from megavar.transformer.sequence import SequenceLayout
+from megavar.transformer.spec import BlockSpec, var_block
 
 
 @dataclass
@@ -108,7 +111,7 @@ class Head(nn.Module):
 
     def __init__(self, config: VARConfig, megatron: TransformerConfig, vocabulary_size: int) -> None:
         super().__init__()
-        self.modulation = Modulation(megatron, 2, float32=True)
+        self.modulation = ModulationNetwork(megatron, 2, float32=True)
         self.projection = LinearFloat32(
             config.hidden_size,
             vocabulary_size,
@@ -123,6 +126,33 @@ class Head(nn.Module):
         scale, shift = self.modulation(condition.float()).unbind(1)
         logits, _ = self.projection(normalize(hidden.float()) * (1 + scale) + shift)
         return logits.transpose(0, 1)
+
+
+def megatron_config(config: VARConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+    """Sizes of a VAR for Megatron-core's layers."""
+    head_size = config.hidden_size // config.attention_heads
+    return transformer_config(
+        parallel,
+        dtype,
+        depth=config.depth,
+        width=config.hidden_size,
+        heads=config.attention_heads,
+        hidden=int(config.hidden_size * config.feed_forward_ratio),
+        softmax_scale=1.0 if config.qk_l2_norm else 0.25 / head_size**0.5,
+        experts=config.experts,
+    )
+
+
+def block_spec(config: VARConfig, scales: int) -> BlockSpec:
+    """What the blocks of a VAR for ``scales`` scales are made of."""
+    return var_block(
+        kernel=config.attention_kernel,
+        unit_length=config.qk_l2_norm,
+        shared_modulation=config.shared_adaptive_norm,
+        drop_path=config.drop_path_rate,
+        experts=config.experts,
+        kinds=scales,
+    )
 
 
 class VAR(nn.Module):
@@ -161,16 +191,17 @@ class VAR(nn.Module):
         self.seed = seed
         self.taps = taps
         self.stage = stage or Stage(0, config.depth, True, True)
-        self.config = transformer_config(config, parallel, dtype)
+        self.config = megatron_config(config, parallel, dtype)
         rows = parallel.tensor if self.config.sequence_parallel or config.experts is not None else 1
         self.layout = SequenceLayout.of_scales(scales, rows)
         self.row_multiple = rows
         if self.stage.is_first:
             self.embedding = Embedding(config, scales, code_dimension, dtype)
-            self.shared_modulation = Modulation(self.config, 6) if config.shared_adaptive_norm else None
+            self.shared_modulation = ModulationNetwork(self.config, 6) if config.shared_adaptive_norm else None
+        spec = block_spec(config, len(scales))
         self.blocks = nn.ModuleDict(
             {
-                str(number): Block(self.config, config, number, len(scales), recompute=parallel.recompute)
+                str(number): Block(self.config, spec, number, config.depth, recompute=parallel.recompute)
                 for number in range(self.stage.first_block, self.stage.first_block + self.stage.blocks)
             }
         )

@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megavar.config.experts.base import ExpertsChoice
 from megavar.config.generators.var import SCALES
-from megavar.generators import var
 from megavar.generators.var import VAR, VARInputs
+from megavar.generators.var import model as var
 from megavar.parallel.vocabulary import vocabulary_cross_entropy
 from megavar.planning.shape import GeneratorShape
 

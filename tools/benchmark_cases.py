@@ -19,7 +19,6 @@ from megavar.config.root import Config
 from megavar.data.batch import Batch
 from megavar.errors import ConfigError
 from megavar.generators.var import VAR
-from megavar.generators.var.model import megatron_config
 from megavar.parallel import seeds
 from megavar.parallel.topology import Topology
 from megavar.planning.flops import forward_flops, model_flops, sampling_flops
@@ -180,11 +179,11 @@ def experts(bench: Bench) -> Part:
     def layer_of(backend: str | None) -> nn.Module:
         with bench.device:
             if backend is None:
-                return FeedForward(megatron_config(wide, ParallelConfig(), bench.dtype))
+                return FeedForward(VAR.layers(wide, ParallelConfig(), bench.dtype))
             chosen = settings.model_copy(update={"backend": backend})
             config = bench.generator.model_copy(update={"experts": chosen})
             return ExpertFeedForward(
-                megatron_config(config, ParallelConfig(), bench.dtype), 0, experts=chosen, kinds=len(shape.scales)
+                VAR.layers(config, ParallelConfig(), bench.dtype), 0, experts=chosen, kinds=len(shape.scales)
             )
 
     for name, backend in {dense_name: None, **{backend: backend for backend in EXPERT_BACKENDS}}.items():
@@ -251,7 +250,7 @@ def overhead(bench: Bench) -> Part:
     model = bare.generator
 
     def bare_step() -> None:
-        logits = model(inputs.model).logits
+        logits = model(inputs.model).prediction
         nn.functional.cross_entropy(logits.flatten(0, 1), inputs.targets.flatten()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), clipping)
         optimizer.step()

@@ -3,10 +3,8 @@
 Hidden states are Megatron's [L, B, C] (sequence first, so that sequence parallelism shards L).
 """
 
-import itertools
 from typing import Any
 
-from megatron.core import tensor_parallel
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -26,10 +24,9 @@ class Block(nn.Module):
         """Build block ``number`` (from 0) of ``depth``.
 
         Args:
-            recompute: ``none``, ``selective`` (attention cores) or ``full``: what the backward pass computes again.
+            recompute: ``selective`` computes attention cores again in the backward pass (``full`` is the backbone's).
         """
         super().__init__()
-        self.recompute = recompute == "full"
         norm = {"hidden_size": config.hidden_size, "config": config, "eps": config.layernorm_epsilon}
         self.modulation = None if spec.modulation is None else build_module(spec.modulation, config=config)
         self.attention_norm = build_module(spec.norm, **norm)
@@ -52,16 +49,6 @@ class Block(nn.Module):
         Returns:
             [L, B, C].
         """
-        if not (self.recompute and hidden.requires_grad):
-            return self._compute(hidden, condition, context)
-        passes = itertools.count()
-
-        def compute(hidden: Tensor, condition: Tensor | None) -> Tensor:
-            return self._compute(hidden, condition, context if next(passes) == 0 else context.silent())
-
-        return tensor_parallel.checkpoint(compute, False, hidden, condition)
-
-    def _compute(self, hidden: Tensor, condition: Tensor | None, context: ForwardContext) -> Tensor:
         modulated = {} if self.modulation is None else self.modulation(condition)
         for half, norm, body in (
             ("attention", self.attention_norm, self.attention),

@@ -16,11 +16,6 @@ class KeyValueCache:
         self._entries: dict[int, tuple[Tensor, Tensor]] = {}
         self._filled: dict[int, int] = {}
 
-    @property
-    def empty(self) -> bool:
-        """Whether nothing was appended yet."""
-        return not any(self._filled.values())
-
     def length(self, block: int) -> int:
         """Rows that ``block`` has appended."""
         return self._filled.get(block, 0)

@@ -6,7 +6,6 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from megavar.parallel import seeds
 from megavar.transformer.cache import KeyValueCache
@@ -28,7 +27,7 @@ class ForwardContext:
     """Cosines and sines by which attention rotates queries and keys, float32 [L, R / 2] or [B, L, R / 2]: one angle for
     each of the R / 2 pairs of the R rotated channels of a head (see ``transformer/rotary.py``)."""
     valid: Tensor | None = None
-    """bool [B, tokens], or while decoding [B, tokens in the cache + tokens]: False marks padding of a sample (text),
+    """bool [B, L], or while decoding [B, rows in the cache + L]: False marks padding of a sample (text),
     which its other tokens do not see and which routers do not count."""
     cache: KeyValueCache | None = None
     """Present while decoding."""
@@ -52,10 +51,7 @@ class ForwardContext:
     @cached_property
     def visibility(self) -> Visibility:
         """Which rows see which; made once and used by all blocks."""
-        valid = self.valid
-        if valid is not None and self.sequence.padding and (self.cache is None or self.cache.empty):
-            valid = F.pad(valid, (0, self.sequence.length - valid.shape[1]))
-        return Visibility(self.sequence, valid)
+        return Visibility(self.sequence, self.valid)
 
     def first_row(self, rows: int) -> int:
         """Number of the first of this rank's ``rows`` rows of the sequence."""

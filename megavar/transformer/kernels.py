@@ -86,7 +86,7 @@ class Visibility:
     def continued(self, past: int, device: torch.device) -> Tensor | None:
         """The mask [.., L, past + tokens] of rows that follow ``past`` decoded ones; None where they see everything.
 
-        Here ``valid`` is [B, past + tokens].
+        Here ``valid`` is [B, past + L].
         """
         assert self.layout.rule != "block_diagonal", "rows that see nothing earlier need no cache"
         if self.layout.unmasked and self.valid is None:
@@ -100,7 +100,7 @@ class Visibility:
         if self.valid is None:
             return seen
         itself = torch.ones_like(seen).tril(past) & torch.ones_like(seen).triu(past)
-        return ((seen & self.valid[:, None, :]) | itself)[:, None]
+        return ((seen & self.valid[:, None, : past + tokens]) | itself)[:, None]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False) -> Tensor:

@@ -128,8 +128,9 @@ class PositionModulation(_Network):
         self.order = order
 
     def forward(self, condition: Tensor) -> dict[str, Modulated]:
-        """Condition [L, B, C], complete on every rank, to vectors [L, B, C] of this rank's rows."""
-        vectors = self.compute(condition)
-        if self.sequence_parallel:
-            vectors = tensor_parallel.scatter_to_sequence_parallel_region(vectors)
-        return _by_name(vectors, self.order)
+        """Condition [L, B, C] to vectors [L, B, C], both of this rank's rows."""
+        if not self.sequence_parallel:
+            return _by_name(self.compute(condition), self.order)
+        # The network computes a share of the channels for all rows, and its input's gradient is complete on all ranks.
+        complete = tensor_parallel.gather_from_sequence_parallel_region(condition, tensor_parallel_output_grad=False)
+        return _by_name(tensor_parallel.scatter_to_sequence_parallel_region(self.compute(complete)), self.order)

@@ -49,12 +49,12 @@ def rotate(heads: Tensor, table: Table, pairs: Pairs) -> Tensor:
 
     Args:
         heads: [L, B, H, D].
-        table: cosines and sines of the L rows; missing rows at the end (padding) count as zeros.
+        table: cosines and sines of the L rows.
 
     Returns:
         [L, B, H, D] in the type of ``heads``.
     """
-    cos, sin = (_by_row(part, heads.shape[0]) for part in table)
+    cos, sin = (_by_row(part) for part in table)
     turned = 2 * cos.shape[-1]
     x = heads[..., :turned].float()
     first, second = x.chunk(2, -1) if pairs == "half" else x.unflatten(-1, (-1, 2)).unbind(-1)
@@ -64,9 +64,6 @@ def rotate(heads: Tensor, table: Table, pairs: Pairs) -> Tensor:
     return x if turned == heads.shape[-1] else torch.cat([x, heads[..., turned:]], -1)
 
 
-def _by_row(part: Tensor, rows: int) -> Tensor:
-    """[L, R / 2] or [B, L, R / 2] -> [rows, 1 or B, 1, R / 2]."""
-    part = part[:, None] if part.dim() == 2 else part.transpose(0, 1)
-    if part.shape[0] < rows:
-        part = torch.nn.functional.pad(part, (0, 0) * (part.dim() - 1) + (0, rows - part.shape[0]))
-    return part.unsqueeze(2)
+def _by_row(part: Tensor) -> Tensor:
+    """[L, R / 2] or [B, L, R / 2] -> [L, 1 or B, 1, R / 2]."""
+    return (part[:, None] if part.dim() == 2 else part.transpose(0, 1)).unsqueeze(2)

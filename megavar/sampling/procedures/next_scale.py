@@ -15,7 +15,7 @@ from megavar.sampling.filters import truncate
 from megavar.sampling.guidance import guide, linear
 from megavar.sampling.noise import FiniteLogits, Noise, pick
 from megavar.tokenizers.base import Pyramid
-from megavar.transformer.context import KeyValueCache
+from megavar.transformer.cache import KeyValueCache
 
 
 class ScaleGenerator(Protocol):
@@ -73,7 +73,7 @@ class NextScale:
         labels = (condition.with_dropped() if guided else condition).labels
         counted = torch.arange(len(labels), device=labels.device) < len(condition)
         positions = torch.arange(tokenizer.space.length, device=labels.device)
-        cache, state, start = KeyValueCache(), None, 0
+        cache, state, start = KeyValueCache(tokenizer.space.length), None, 0
         features: Tensor | None = None
         for k, side in enumerate(sides):
             doubled = features if features is None or not guided else features.repeat(2, 1, 1)

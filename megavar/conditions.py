@@ -67,6 +67,10 @@ class Conditions(Protocol):
         """Number of samples that have a condition; None if all have."""
         ...
 
+    def describe(self) -> str:
+        """What sample i shows, in words: a clause."""
+        ...
+
     def at(self, indices: Tensor) -> Condition:
         """The conditions of samples ``indices`` (int64 [B])."""
         ...
@@ -84,6 +88,10 @@ class ClassConditions:
     def identity(self) -> dict[str, Any]:
         """Kind and number."""
         return {"kind": self.kind, "classes": self.classes}
+
+    def describe(self) -> str:
+        """For result files."""
+        return f"class i modulo {self.classes}"
 
     def at(self, indices: Tensor) -> Condition:
         """Classes in turn."""
@@ -117,6 +125,10 @@ class PromptConditions:
         """Every prompt is asked for ``per_prompt`` times."""
         return len(self.prompts) * self.per_prompt
 
+    def describe(self) -> str:
+        """For result files."""
+        return f"prompt i // {self.per_prompt} of {self.origin}"
+
     def at(self, indices: Tensor) -> Condition:
         """Prompts, each ``per_prompt`` times."""
         return _texts(indices, [self.prompts[index // self.per_prompt] for index in indices.tolist()])
@@ -135,6 +147,10 @@ class SourceCaptions:
         """The source's fingerprint."""
         return {"kind": self.kind, "origin": f"captions of {self.source.split}", "sha256": self.source.fingerprint}
 
+    def describe(self) -> str:
+        """For result files."""
+        return f"caption of sample i of the {self.source.split} data"
+
     def at(self, indices: Tensor) -> Condition:
         """Captions as stored; "" where a sample has none."""
         samples = (self.source.read(index % len(self.source)) for index in indices.tolist())
@@ -152,6 +168,10 @@ class Unconditional:
     def identity(self) -> dict[str, Any]:
         """Kind."""
         return {"kind": self.kind}
+
+    def describe(self) -> str:
+        """For result files."""
+        return "none"
 
     def at(self, indices: Tensor) -> Condition:
         """Nothing."""

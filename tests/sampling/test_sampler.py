@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from megavar.sampling.next_scale import decode, noise_of_samples
 
 from megavar.assembly import build_generator
 from megavar.config.loading import load_config
 from megavar.errors import CheckpointError
-from megavar.sampling.next_scale import decode, noise_of_samples
 from megavar.sampling.sampler import NextScaleSampler, TokenDecoder
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
 

@@ -21,7 +21,6 @@ from megavar.parallel.topology import Topology
 from megavar.recipes.base import Recipe
 from megavar.recipes.mepa import MEPA
 from megavar.sampling.sampler import Sampler
-from megavar.storage import sha256_of_file
 from megavar.tokenizers.base import Tokenizer
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
 from megavar.transformer.moe.backends import check_backend
@@ -44,20 +43,6 @@ def resolve(choice: Choice) -> Any:
             f"imported ({error}). Correct `implementation` of {type(choice).__module__}.{type(choice).__name__}, or "
             f"install what the module imports."
         ) from error
-
-
-def identify_weights(path: Path) -> dict[str, str]:
-    """What tells the weights in ``path`` (a run, a checkpoint, a published file) from all others, wherever they are.
-
-    Raises:
-        CheckpointError: there are none.
-    """
-    from megavar.training.checkpoint.weights import find_checkpoint
-
-    if Path(path).is_file():
-        return {"file": Path(path).name, "sha256": sha256_of_file(path)}
-    checkpoint, _ = find_checkpoint(path, verify=False)  # loading verifies it
-    return {"checkpoint": checkpoint.name, "manifest_sha256": sha256_of_file(checkpoint / "manifest.json")}
 
 
 def load_tokenizer(config: TokenizerChoice, weights: str, device: torch.device) -> MultiScaleVQ:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from megavar.assembly import build_generator, build_sampler, identify_weights, load_tokenizer, require_generator
+from megavar.assembly import build_generator, build_sampler, load_tokenizer, require_generator
 from megavar.chunks import ChunkStore
 from megavar.conditions import ClassConditions, Conditions, SourceCaptions, Unconditional
 from megavar.config.loading import decode, import_plugins
@@ -19,6 +19,7 @@ from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.data.build import build_source
 from megavar.data.pixels import image_grid
 from megavar.errors import ConfigError, DataError
+from megavar.frozen import TOKENIZER, check_same, identify, identities
 from megavar.parallel.environment import Environment, limit_threads
 from megavar.sampling.sampler import TokenDecoder
 from megavar.sampling.samples import Decoder, Samples
@@ -50,19 +51,21 @@ def open_samples(
     conditions = conditions or default_conditions(config)
     check_conditions(config, conditions, "the samples")
     limit_threads(config.train.cpu_threads)
-    sampling, run_directory, weights = config.sampling, Path(config.run.path), config.recipe.frozen_weights()
+    sampling, run_directory, weights = config.sampling, Path(config.run.path), config.recipe.frozen_weights()[TOKENIZER]
     generator = build_generator(config, None)
-    tokenizer = load_tokenizer(config.tokenizer, weights["tokenizer"], place.device)
+    tokenizer = load_tokenizer(config.tokenizer, weights, place.device)
+    of_tokenizer = identify(weights)
     model: dict[str, Any] = {"checkpoint": "initial weights", "seed": config.train.seed}
     if not untrained:
-        checkpoint, _ = find_checkpoint(run_directory, verify=False)  # loading verifies it
+        checkpoint, manifest = find_checkpoint(run_directory, verify=False)  # loading verifies it
+        check_same(identities(manifest.frozen), {TOKENIZER: of_tokenizer}, checkpoint, "train a generator with these.")
         load_weights(generator, checkpoint, "generator", ema=sampling.weights == "ema")
-        model = identify_weights(checkpoint)
+        model = identify(checkpoint).to_json()
     model |= {
         "weights": sampling.weights,
         "precision": config.train.precision,
         "generator": require_generator(config).model_dump(mode="json"),
-        "tokenizer": identify_weights(Path(weights["tokenizer"])),
+        "tokenizer": of_tokenizer.to_json(),
     }
     settings = sampling.model_dump(mode="json", exclude={"keep_images"})  # which changes no image
     identity = {
@@ -133,12 +136,12 @@ def check_conditions(config: Config, conditions: Conditions, asked_by: str) -> N
 
 def describe_decoder(directory: Path, config: Config) -> None:
     """Write down what decodes the tokens of the samples in ``directory``; :func:`stored_decoder` reads it."""
-    weights = Path(config.recipe.frozen_weights()["tokenizer"])
+    weights = Path(config.recipe.frozen_weights()[TOKENIZER])
     described = {
         "tokenizer": config.tokenizer.model_dump(mode="json"),
         "space": asdict(config.tokenizer.space),
         "weights": str(weights.resolve()),
-        "identity": identify_weights(weights),
+        "identity": identify(weights).to_json(),
         "rounding": config.sampling.rounding,
         "plugins": list(config.plugins),
     }
@@ -160,8 +163,8 @@ def stored_decoder(directory: Path, device: torch.device) -> Decoder:
     The tokenizer is loaded when the first tokens are decoded: not at all where all images are stored.
 
     Raises:
-        DataError: (then) nothing says which tokenizer it is, or its weights are others now.
-        CheckpointError: (then) its weights are gone.
+        DataError: (then) nothing says which tokenizer it is, or its weights are gone.
+        CheckpointError: (then) its weights are others now.
     """
 
     @functools.cache
@@ -179,12 +182,8 @@ def stored_decoder(directory: Path, device: torch.device) -> Decoder:
             )
         import_plugins(described, str(path))
         tokenizer = load_tokenizer(decode(described["tokenizer"], TokenizerChoice, str(path)), str(weights), device)
-        identity = identify_weights(weights)
-        if identity != described["identity"]:
-            raise DataError(
-                f"The tokens in {directory} were drawn with the tokenizer weights {described['identity']}, but "
-                f"{weights} now holds {identity}: restore them, or sample again."
-            )
+        before = identities({TOKENIZER: described["identity"]})
+        check_same(before, {TOKENIZER: identify(weights)}, directory, "sample again.")
         return TokenDecoder(tokenizer, device, described["rounding"])
 
     return lambda tokens: load()(tokens)

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megavar.assembly import identify_weights, load_tokenizer, resolve
+from megavar.assembly import load_tokenizer, resolve
 from megavar.config.root import Config
 from megavar.evaluation.base import Scores, Suite
 from megavar.evaluation.reconstruction import ROUNDING
 from megavar.evaluation.reconstruction_suite import check_reconstruction, score_tokenizer
 from megavar.evaluation.results import Result, class_histogram, write_result
 from megavar.evaluation.table import format_table, thresholds_missed
+from megavar.frozen import identify
 from megavar.parallel.environment import Environment
 from megavar.run_samples import check_conditions, default_conditions, describe, open_samples, write_grid
 from megavar.sampling.samples import Samples
@@ -106,7 +107,7 @@ def _score_tokenizer(config: Config, place: Environment) -> dict[str, float]:
     directory = Path(config.run.path)
     checkpoint, _ = find_checkpoint(directory, verify=False)  # loading verifies it
     tokenizer = load_tokenizer(config.tokenizer, str(checkpoint), place.device)
-    identity: dict[str, Any] = identify_weights(checkpoint)
+    identity: dict[str, Any] = identify(checkpoint).to_json()
     scores = score_tokenizer(
         config.evaluation.reconstruction,
         config.data,

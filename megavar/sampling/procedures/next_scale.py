@@ -1,39 +1,25 @@
 """Decoding of next-scale generators: one token map after the other, coarse to fine (VAR ``autoregressive_infer_cfg``).
 
+For any generator that takes :class:`~megavar.generators.inputs.ScaleInputs`, and any tokenizer that is a ``Pyramid``.
+
 Sources: VAR (arXiv:2404.02905) section 3.2; FoundationVision/VAR ``models/var.py``.
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megavar.conditions import Condition
 from megavar.config.procedures.next_scale import NextScaleSampling
+from megavar.generators.base import Generator
+from megavar.generators.inputs import ScaleInputs
 from megavar.sampling.filters import truncate
 from megavar.sampling.guidance import guide, linear
 from megavar.sampling.noise import FiniteLogits, Noise, pick
 from megavar.tokenizers.base import Pyramid
 from megavar.transformer.cache import KeyValueCache
-
-
-class ScaleGenerator(Protocol):
-    """What next-scale decoding needs of a generator."""
-
-    def decode(
-        self, labels: Tensor, scale: int, features: Tensor | None, cache: KeyValueCache, counted: Tensor | None = None
-    ) -> Tensor:
-        """Logits float32 [B, L_k, V] of all tokens of scale k, given the ``cache`` of the earlier ones.
-
-        Args:
-            labels: int64 [B].
-            scale: k.
-            features: float32 [B, L_k, C], what the tokenizer made of the earlier scales; None for the first.
-            cache: grows by the tokens of this scale.
-            counted: bool [B], samples that routing statistics count.
-        """
-        ...
 
 
 class DrawnScale(NamedTuple):
@@ -53,7 +39,7 @@ class NextScale:
     def __init__(self, settings: NextScaleSampling) -> None:
         self.settings = settings
 
-    def draw(self, generator: ScaleGenerator, tokenizer: Pyramid, condition: Condition, noise: Noise | None) -> Tensor:
+    def draw(self, generator: Generator, tokenizer: Pyramid, condition: Condition, noise: Noise | None) -> Tensor:
         """Ids int64 [B, L], scales one after the other; see :class:`megavar.sampling.base.Procedure`."""
         finite = FiniteLogits()
         ids = []
@@ -65,7 +51,7 @@ class NextScale:
 
     @torch.no_grad()
     def steps(
-        self, generator: ScaleGenerator, tokenizer: Pyramid, condition: Condition, noise: Noise | None
+        self, generator: Generator, tokenizer: Pyramid, condition: Condition, noise: Noise | None
     ) -> Iterator[DrawnScale]:
         """The scales one by one."""
         settings, sides = self.settings, tokenizer.space.sides
@@ -77,7 +63,7 @@ class NextScale:
         features: Tensor | None = None
         for k, side in enumerate(sides):
             doubled = features if features is None or not guided else features.repeat(2, 1, 1)
-            logits = generator.decode(labels, k, doubled, cache, counted)
+            logits = generator.step(ScaleInputs(labels, doubled, scale=k), cache, counted)
             if guided:
                 conditional, free = logits.chunk(2)
                 logits = guide(conditional, free, linear(settings.guidance, k, len(sides)))

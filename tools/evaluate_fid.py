@@ -35,7 +35,6 @@ from megavar.evaluation.reference import check_reference, load_reference, save_r
 from megavar.evaluation.results import Result, class_histogram, write_result
 from megavar.evaluation.table import format_table
 from megavar.parallel.environment import Environment, environment
-from megavar.sampling.samples import Samples
 from megavar.storage import remove
 from tools.outcome import outcome
 
@@ -159,9 +158,9 @@ def _images(options: argparse.Namespace) -> ImageSet:
 
 
 def _samples(directory: Path) -> ImageSet:
-    from megavar.assembly import stored_decoder  # imports Megatron-core: not for npz files and folders
+    from megavar.run_samples import stored_samples  # imports Megatron-core: not for npz files and folders
 
-    return Samples.stored(directory, stored_decoder(directory, environment().device))
+    return stored_samples(directory, environment().device)
 
 
 def _join() -> Environment:

@@ -82,6 +82,8 @@ class Backbone(nn.Module, ABC):
         """
         super().__init__()
         self.config, self.kinds, self.experts, self.seed = config, kinds, experts, seed
+        self.unsharded = without_sequence_parallel(config)
+        """For modules outside the blocks: each tensor-parallel rank calls them with all tokens."""
         self.stage = stage or Stage(0, config.num_layers, True, True)
         self.recompute = parallel.recompute
         self.taps = taps
@@ -218,16 +220,14 @@ class Backbone(nn.Module, ABC):
         return tensor_parallel.gather_from_tensor_model_parallel_region(prediction)
 
     def _context(self, sequence: TokenSequence) -> ForwardContext:
-        """The context with rows of padding, in the layout and in all that has a row per token."""
-        padding = -sequence.layout.tokens % self.row_multiple
-        rotary, valid = sequence.rotary, sequence.valid
-        if padding and rotary is not None:
-            cos, sin = (nn.functional.pad(table, (0, 0, 0, padding)) for table in rotary)
-            rotary = cos, sin
-        if padding and valid is not None:
-            valid = nn.functional.pad(valid, (0, padding))
-        layout = replace(sequence.layout, padding=padding)
-        return ForwardContext(layout, rotary=rotary, valid=valid, seed=self.seed, balance=self.balance)
+        """The context of a pass; its sequence layout has rows of padding."""
+        return ForwardContext(
+            replace(sequence.layout, padding=-sequence.layout.tokens % self.row_multiple),
+            rotary=sequence.rotary,
+            valid=sequence.valid,
+            seed=self.seed,
+            balance=self.balance,
+        )
 
     def _embed(self, inputs: Any, layout: SequenceLayout) -> tuple[Tensor, dict[str, Tensor]]:
         """Rows of hidden states and of conditions."""

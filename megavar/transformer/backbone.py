@@ -29,6 +29,7 @@ from megavar.transformer.cache import KeyValueCache
 from megavar.transformer.context import ForwardContext, RoutingRecord
 from megavar.transformer.defaults import usual_initial_value, usual_rule
 from megavar.transformer.interface import Embedded, GeneratorOutput, Head, TokenSequence
+from megavar.transformer.megatron_config import without_sequence_parallel
 from megavar.transformer.sequence import SequenceLayout
 
 EMBEDDING = "embedding"
@@ -139,19 +140,20 @@ class Backbone(nn.Module, ABC):
         """From the last block's hidden states [L, B, C] to the prediction; the last stage calls it.
 
         Args:
-            conditions: [rows, B, C] by name.
+            conditions: [rows, B, C] by name, as they travelled.
         """
 
     def condition_rows(self) -> Mapping[str, int | None]:
         """Rows of each condition, by name; None: one per token, in the tokens' order. Default: no conditions.
 
-        They are complete on every tensor-parallel rank, also under sequence parallelism.
+        Those with a row per token are shared like hidden states under sequence parallelism.
         """
         return {}
 
     def modulating(self, conditions: Mapping[str, Tensor]) -> Tensor | None:
-        """What blocks get as their condition, from [rows, B, C] by name. Default: the first row of the first one, the
-        same for all tokens: [B, C]; all of it, [L + padding, B, C], where it has a row per token.
+        """What blocks get as their condition, from [rows, B, C] by name.
+
+        Default: the first condition, [B, C] (its first row), or this rank's rows [L, B, C] where it has one per token.
         """
         for name, rows in self.condition_rows().items():
             return conditions[name] if rows is None else conditions[name][0]
@@ -189,7 +191,7 @@ class Backbone(nn.Module, ABC):
             return payload.pack({"hidden": hidden, **_prefixed("condition", conditions), **_prefixed("tap", tapped)})
         tokens = context.sequence.tokens
         taps = {name: self._to_tokens(rows, tokens).transpose(0, 1) for name, rows in tapped.items()}
-        prediction = self.predict(self._to_tokens(hidden, tokens), self._without_padding(conditions, tokens), inputs)
+        prediction = self.predict(self._to_tokens(hidden, tokens), self._complete(conditions, tokens), inputs)
         heads = {name: head(*(taps[tap] for tap in self._heads[name].taps)) for name, head in self.heads.items()}
         return GeneratorOutput(prediction, {name: taps[name] for name in self.taps}, heads)
 
@@ -212,7 +214,7 @@ class Backbone(nn.Module, ABC):
         hidden, conditions = self._embed(inputs, context.sequence)
         hidden = self._run_blocks(hidden, conditions, context, {})
         tokens = context.sequence.tokens
-        prediction = self.predict(self._to_tokens(hidden, tokens), self._without_padding(conditions, tokens), inputs)
+        prediction = self.predict(self._to_tokens(hidden, tokens), self._complete(conditions, tokens), inputs)
         return self.gather(prediction)
 
     def gather(self, prediction: Any) -> Any:
@@ -220,14 +222,16 @@ class Backbone(nn.Module, ABC):
         return tensor_parallel.gather_from_tensor_model_parallel_region(prediction)
 
     def _context(self, sequence: TokenSequence) -> ForwardContext:
-        """The context of a pass; its sequence layout has rows of padding."""
-        return ForwardContext(
-            replace(sequence.layout, padding=-sequence.layout.tokens % self.row_multiple),
-            rotary=sequence.rotary,
-            valid=sequence.valid,
-            seed=self.seed,
-            balance=self.balance,
-        )
+        """The context with rows of padding, in the layout and in all that has a row per token."""
+        padding = -sequence.layout.tokens % self.row_multiple
+        rotary, valid = sequence.rotary, sequence.valid
+        if padding and rotary is not None:
+            cos, sin = (nn.functional.pad(table, (0, 0, 0, padding)) for table in rotary)
+            rotary = cos, sin
+        if padding and valid is not None:
+            valid = nn.functional.pad(valid, (0, padding))
+        layout = replace(sequence.layout, padding=padding)
+        return ForwardContext(layout, rotary=rotary, valid=valid, seed=self.seed, balance=self.balance)
 
     def _embed(self, inputs: Any, layout: SequenceLayout) -> tuple[Tensor, dict[str, Tensor]]:
         """Rows of hidden states and of conditions."""
@@ -237,11 +241,8 @@ class Backbone(nn.Module, ABC):
         for name, rows in self.condition_rows().items():
             given = embedded.conditions[name]
             assert given.shape[1] == (layout.tokens if rows is None else rows), f"condition {name!r}: {given.shape}"
-            conditions[name] = self._pad(given.transpose(0, 1)) if rows is None else given.transpose(0, 1)
-        hidden = self._pad(embedded.hidden.transpose(0, 1)).contiguous()
-        if self.config.sequence_parallel:
-            hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden)
-        return hidden, conditions
+            conditions[name] = self._to_rows(given) if rows is None else given.transpose(0, 1)
+        return self._to_rows(embedded.hidden), conditions
 
     def _run_blocks(
         self, hidden: Tensor, conditions: Mapping[str, Tensor], context: ForwardContext, tapped: dict[str, Tensor]
@@ -268,18 +269,22 @@ class Backbone(nn.Module, ABC):
         given = (hidden,) if condition is None else (hidden, condition)
         return tensor_parallel.checkpoint(compute, False, *given)
 
-    def _without_padding(self, conditions: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:
-        """Conditions as the last stage's modules want them: without rows of padding."""
-        per_token = [name for name, rows in self.condition_rows().items() if rows is None]
-        return {name: rows[:tokens] if name in per_token else rows for name, rows in conditions.items()}
+    def _complete(self, conditions: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:
+        """Conditions as the last stage's modules want them: without padding, all rows on every rank."""
+        per_token = {name for name, rows in self.condition_rows().items() if rows is None}
+        return {n: self._to_tokens(rows, tokens) if n in per_token else rows for n, rows in conditions.items()}
 
-    def _pad(self, rows: Tensor) -> Tensor:
-        """[L, B, C] -> [L + padding, B, C]."""
-        padding = -rows.shape[0] % self.row_multiple
-        return nn.functional.pad(rows, (0, 0, 0, 0, 0, padding)) if padding else rows
+    def _to_rows(self, values: Tensor) -> Tensor:
+        """[B, L, C] -> [L + padding, B, C], this rank's share of it under sequence parallelism."""
+        values = values.transpose(0, 1)
+        padding = -values.shape[0] % self.row_multiple
+        values = nn.functional.pad(values, (0, 0, 0, 0, 0, padding)).contiguous()
+        if self.config.sequence_parallel:
+            values = tensor_parallel.scatter_to_sequence_parallel_region(values)
+        return values
 
     def _to_tokens(self, rows: Tensor, tokens: int) -> Tensor:
-        """This rank's rows to all tokens, without padding: [L, B, C] on every rank."""
+        """Undo :meth:`_to_rows` except for the order of dimensions: [L, B, C] on every rank."""
         if self.config.sequence_parallel:
             # Every rank goes on with all tokens and computes the same gradient: keep this rank's rows of it.
             rows = tensor_parallel.gather_from_sequence_parallel_region(rows, tensor_parallel_output_grad=False)
@@ -299,7 +304,7 @@ class Backbone(nn.Module, ABC):
         """What travels: hidden states, conditions, and a slot per tap, which is empty until its block has run."""
         slots = [Slot("hidden", layout.length, sharded=True)]
         for name, rows in self.condition_rows().items():
-            slots.append(Slot(f"condition.{name}", layout.length if rows is None else rows))
+            slots.append(Slot(f"condition.{name}", layout.length if rows is None else rows, sharded=rows is None))
         slots += [Slot(f"tap.{name}", layout.length, sharded=True) for name in self.tapped]
         return Payload(slots, self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1)
 

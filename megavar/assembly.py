@@ -19,7 +19,7 @@ from megavar.errors import CheckpointError, ConfigError, DataError
 from megavar.generators.var import VAR, Stage
 from megavar.parallel.topology import Topology
 from megavar.recipes.base import Recipe
-from megavar.recipes.mepa import MEPA
+from megavar.recipes.next_scale import NextScale
 from megavar.sampling.sampler import TokenDecoder
 from megavar.sampling.samples import Decoder
 from megavar.storage import sha256_of_file, write_json_atomic
@@ -170,7 +170,15 @@ def build_recipe(config: Config, topology: Topology, source: Source, device: tor
     if isinstance(config.recipe, MEPAConfig):
         tokenizer = load_tokenizer(config.tokenizer, config.recipe.tokenizer_weights, device)
         generator = build_generator(config, topology, device=device)
-        return MEPA(config.recipe, generator, tokenizer, config.train.seed)
+        choice = require_generator(config)
+        return NextScale(
+            config.recipe,
+            generator,
+            tokenizer,
+            classes=choice.classes,
+            label_drop=choice.label_drop,
+            seed=config.train.seed,
+        )
     from megavar.recipes.tokenizer import TokenizerTraining
 
     return TokenizerTraining(config.recipe, config.tokenizer, config.train.seed, device)

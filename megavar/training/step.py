@@ -1,20 +1,66 @@
-"""One optimizer step of every active module of a recipe: what the trainer, the benchmark and the tests all run."""
+"""The engines of a recipe, and one optimizer step of them: what the trainer, the benchmark and the tests all run."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megavar.config.deepspeed import complete_deepspeed
+from megavar.config.optimizer import OptimizerConfig
 from megavar.data.batch import Batch
 from megavar.parallel.topology import Topology
 from megavar.recipes.base import Count, Losses, Recipe
 from megavar.training.engine import Divisors, Engine
+from megavar.training.experts import expert_parameters
 from megavar.training.metrics import MetricAccumulator
 from megavar.training.micro_batches import MicroBatches
 
 Rates = Callable[[str, int], tuple[float, float]]
 """(module, step) -> learning rate and weight decay."""
+
+
+def build_engines(
+    recipe: Recipe,
+    *,
+    optimizer: OptimizerConfig,
+    deepspeed: Mapping[str, Any],
+    deepspeed_origin: str,
+    global_batch_size: int,
+    micro_batch_size: int,
+    precision: str,
+    topology: Topology,
+) -> dict[str, Engine]:
+    """An engine around every module of ``recipe``, by name. Collective.
+
+    Args:
+        deepspeed: content of the DeepSpeed JSON, validated.
+        deepspeed_origin: its path, for errors.
+
+    Raises:
+        ConfigError: JSON and configuration contradict each other, or the layout does not work.
+    """
+    engines = {}
+    for name, module in recipe.modules().items():
+        override = optimizer.modules.get(name)
+        clipping = override.gradient_clipping if override is not None else None
+        plan = complete_deepspeed(
+            dict(deepspeed),
+            where=deepspeed_origin,
+            parallel=topology.config,
+            data_parallel_size=topology.data,
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+            precision=precision,
+            gradient_clipping=clipping if clipping is not None else optimizer.gradient_clipping,
+            has_experts=bool(expert_parameters(module)),
+            device_type=next(module.parameters()).device.type,
+        )
+        rule = functools.partial(recipe.rule, name)
+        engines[name] = Engine(name, module, rule=rule, optimizer=optimizer, plan=plan, topology=topology)
+    return engines
 
 
 def train_step(

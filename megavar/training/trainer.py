@@ -11,15 +11,12 @@ from typing import Any
 import torch
 
 from megavar import logs
-from megavar.config.deepspeed import complete_deepspeed
 from megavar.data.batch import Batch
 from megavar.errors import ExitCode, MegavarError, NonFiniteError
 from megavar.parallel import seeds
 from megavar.training import schedules
 from megavar.training.checkpoint import Checkpointer, ModuleState
 from megavar.training.ema import moving_averages
-from megavar.training.engine import Engine
-from megavar.training.experts import expert_parameters
 from megavar.training.metrics import MetricAccumulator
 from megavar.training.monitor import Monitor, Stopwatch
 from megavar.training.parameter_rows import write_rows
@@ -28,7 +25,7 @@ from megavar.training.profiler import Profiler
 from megavar.training.recovery import Recovery, Verdict
 from megavar.training.run import Run, first_error, micro_batch_size, on_first_rank
 from megavar.training.run_directory import provenance
-from megavar.training.step import train_step
+from megavar.training.step import build_engines, train_step
 from megavar.training.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
@@ -50,7 +47,16 @@ class Trainer:
         self.total_steps = schedules.total_steps(train.steps, train.epochs, run.samples, train.global_batch_size)
         self.steps_per_epoch = run.samples / train.global_batch_size
         self.micro_batch_size = micro_batch_size(train, run.topology)
-        self.engines = {name: self._build_engine(name, module) for name, module in run.recipe.modules().items()}
+        self.engines = build_engines(
+            run.recipe,
+            optimizer=run.optimizer,
+            deepspeed=run.deepspeed,
+            deepspeed_origin=run.deepspeed_origin,
+            global_batch_size=train.global_batch_size,
+            micro_batch_size=self.micro_batch_size,
+            precision=train.precision,
+            topology=run.topology,
+        )
         self.averages = moving_averages(self.engines, train.ema)
         self.checkpointer = Checkpointer(
             run.directory.checkpoints, train.checkpoint, self._layout(), provenance(run.config),
@@ -302,31 +308,6 @@ class Trainer:
 
     def _open_data(self) -> None:
         self._batches = iter(self.setup.loader(self.data_step, self.micro_batch_size))
-
-    def _build_engine(self, name: str, module: torch.nn.Module) -> Engine:
-        run = self.setup
-        override = run.optimizer.modules.get(name)
-        clipping = override.gradient_clipping if override is not None else None
-        plan = complete_deepspeed(
-            dict(run.deepspeed),
-            where=run.deepspeed_origin,
-            parallel=run.topology.config,
-            data_parallel_size=run.topology.data,
-            global_batch_size=run.train.global_batch_size,
-            micro_batch_size=self.micro_batch_size,
-            precision=run.train.precision,
-            gradient_clipping=clipping if clipping is not None else run.optimizer.gradient_clipping,
-            has_experts=bool(expert_parameters(module)),
-            device_type=next(module.parameters()).device.type,
-        )
-        return Engine(
-            name,
-            module,
-            rule=functools.partial(run.recipe.rule, name),
-            optimizer=run.optimizer,
-            plan=plan,
-            topology=run.topology,
-        )
 
 
 @contextlib.contextmanager

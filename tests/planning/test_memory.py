@@ -11,12 +11,14 @@ from megavar.config.generators.var import VARConfig
 from megavar.config.optimizer import OptimizerConfig
 from megavar.config.parallel import ParallelConfig
 from megavar.config.train import EmaConfig
+from megavar.parallel.parameter_rule import ParameterRule
 from megavar.planning.activations import MicroBatch, activation_bytes, working_bytes
 from megavar.planning.layout import Layout, Zero
 from megavar.planning.memory import state_bytes
 from megavar.planning.parameters import rank_parameters
 from megavar.planning.tokenizer_cost import LiveBytes
 from tests.distributed.harness import run_ranks
+from tests.loops import run_pass
 from tests.planning.models import CODE_DIMENSION, VOCABULARY, build, forward_loss, inputs, shape_of
 
 SCALES = (1, 2)
@@ -69,13 +71,13 @@ def measure(stage, precision, parallel, experts):
         where="test.json", parallel=parallel, data_parallel_size=place.data, global_batch_size=2 * place.data,
         micro_batch_size=2, precision=precision, gradient_clipping=1.0, has_experts=experts is not None,
     )  # fmt: skip
-    engine = Engine("generator", model, decays=lambda name, parameter: parameter.ndim > 1,
+    engine = Engine("generator", model, rule=lambda name: ParameterRule(decays=not name.endswith("bias")),
                     optimizer=OptimizerConfig(), plan=plan, topology=place)  # fmt: skip
     targets = torch.zeros(2, 5, dtype=torch.long)
 
     def forward_backward():
-        engine.forward_backward(
-            [inputs(model, 2)], lambda call, item: call(item),
+        run_pass(
+            engine, [inputs(model, 2)], lambda call, item: call(item),
             lambda output, item: vocabulary_cross_entropy(output.logits, targets).mean(),
         )  # fmt: skip
 

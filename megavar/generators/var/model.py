@@ -178,6 +178,7 @@ class VAR(nn.Module):
             self.head = Head(config, self.config, vocabulary_size)
         self.routing: list[RoutingRecord] = []
         self.input_tensor: Tensor | None = None
+        self.balance = 1.0
         initialize_parameters(self, self._initial_value, seed)
 
     # -- training ---------------------------------------------------------------------------------------------------
@@ -189,7 +190,7 @@ class VAR(nn.Module):
             :class:`VAROutput` on the last stage. Earlier stages return what the next one receives, one packed tensor
             [rows, B, C] (see :meth:`packed_length`).
         """
-        context = ForwardContext(self.layout, seed=self.seed)
+        context = ForwardContext(self.layout, seed=self.seed, balance=self.balance)
         context.sample_keys = inputs.sample_keys if self.training else None
         context.routing = self.routing if self.training else None
         if self.stage.is_first:
@@ -247,6 +248,10 @@ class VAR(nn.Module):
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Called by Megatron-core's schedules with what the previous stage returned."""
         self.input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+
+    def payload_length(self, inputs: VARInputs) -> int:
+        """See :class:`megavar.parallel.pipeline_stage.PipelineStage`."""
+        return self.packed_length()
 
     def packed_length(self) -> int:
         """Sequence length to announce to Megatron-core's schedules, which divide it under sequence parallelism.

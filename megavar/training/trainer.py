@@ -13,6 +13,7 @@ import torch
 from megavar import logs
 from megavar.data.batch import Batch
 from megavar.errors import ExitCode, MegavarError, NonFiniteError
+from megavar.frozen import Identity
 from megavar.parallel import seeds
 from megavar.training import schedules
 from megavar.training.checkpoint import Checkpointer, ModuleState
@@ -86,7 +87,7 @@ class Trainer:
         """
         code: ExitCode | None = None
         try:
-            on_first_rank(self._open_directory)
+            self.checkpointer.frozen = on_first_rank(self._open_directory)
             if self.directory.done:
                 _log.info("%s is finished already.", self.directory.path)
                 return ExitCode.FINISHED
@@ -108,6 +109,7 @@ class Trainer:
         train, reports = self.setup.train, self.setup.logging
         fresh = self._fresh()
         self._restore(fresh=fresh)
+        on_first_rank(lambda: self.directory.note_weights(self.checkpointer.frozen))
         if fresh:
             on_first_rank(self.directory.note_fresh_start)
         while self.step < self.total_steps:
@@ -262,11 +264,11 @@ class Trainer:
 
     # -- state --------------------------------------------------------------------------------------------------------
 
-    def _open_directory(self) -> None:
+    def _open_directory(self) -> dict[str, Identity]:
         """On rank 0: take the lock, check that the directory is this run's, and record this start."""
         self.directory.acquire()
         plans = {name: engine.plan.json for name, engine in self.engines.items()}
-        self.directory.open(self.setup.config, self._layout(), plans, fresh=self._fresh())
+        return self.directory.open(self.setup.config, self._layout(), plans, fresh=self._fresh())
 
     def _fresh(self) -> bool:
         """Once only. Launchers start the configuration that the run directory keeps, which forgets it then."""

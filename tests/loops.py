@@ -94,8 +94,8 @@ def bare_loop(
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         norm = nn.utils.clip_grad_norm_(trained, optimizer.gradient_clipping)
         adam.step()
-        collected = recipe.collect()
-        values.append({name: float(value) for name, value in named.items()} | collected | {"gradient_norm": float(norm)})
+        metrics = {name: float(value) for name, value in named.items()}
+        values.append(recipe.collect() | metrics | {"gradient_norm": float(norm)})
     return values
 
 

@@ -13,7 +13,7 @@ At step 0 the whole codebook is drawn from the first batch.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -213,4 +213,5 @@ class TokenizerTraining(BaseRecipe):
 
 def _sums(total: Tensor, named: dict[str, Tensor], images: int, statistics: dict[str, Tensor] | None = None) -> Losses:
     """Means over the images of a micro-batch, as sums."""
-    return Losses(total * images, {name: value.detach() * images for name, value in named.items()}, {}, statistics or {})
+    sums = {name: value.detach() * images for name, value in named.items()}
+    return Losses(total * images, sums, statistics=statistics or {})

@@ -252,7 +252,11 @@ class _Scheduled(nn.Module):
             self.config, self.set_input_tensor = module.config, module.set_input_tensor
         else:  # never a part of a pipeline: the smallest configuration will do
             self.config = TransformerConfig(num_layers=1, hidden_size=1, num_attention_heads=1)
-            self.set_input_tensor = lambda tensor: None
+            self.set_input_tensor = _ignore
+
+
+def _ignore(input_tensor: Tensor | list[Tensor]) -> None:
+    pass
 
 
 class _Called(Exception):

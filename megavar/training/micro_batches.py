@@ -1,4 +1,4 @@
-"""The inputs of a step's micro-batches: made one at a time when a pass first needs them, let go after their last use."""
+"""The inputs of a step's micro-batches: made one at a time when a pass first needs them, let go after the last."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -31,7 +31,8 @@ def test_groups_follow_the_rule_and_nothing_else():
     module = Module()
     groups = groups_of(module)
     described = [
-        (group["name"], not group["key"].undecayed, group.get("moe", False), [id(p) for p in group["params"]]) for group in groups
+        (group["name"], not group["key"].undecayed, group.get("moe", False), [id(p) for p in group["params"]])
+        for group in groups
     ]
     assert described == [
         ("decayed", True, False, [id(module.linear.weight)]),

@@ -38,10 +38,10 @@ class Losses:
     """float32 scalar: sum of the losses of the valid items (tokens that count, samples, ...)."""
     named: dict[str, Tensor] = field(default_factory=dict)
     """Metrics by name, without gradient: sums over the valid items; logged as means over them."""
-    means: dict[str, tuple[Tensor, Count]] = field(default_factory=dict)
-    """Metrics by name that are means over something else: its sum over the micro-batch, and how many there are."""
     statistics: dict[str, Tensor] = field(default_factory=dict)
     """Sums over the micro-batch by name, of any shape, without gradient; see :meth:`Recipe.summarize`."""
+    means: dict[str, tuple[Tensor, Count]] = field(default_factory=dict)
+    """Metrics by name that are means over something else: its sum over the micro-batch, and how many there are."""
     per_image: Tensor | None = None
     """float32 scalar that is differentiated, too: a sum over the images of the micro-batch, whose divisor is their
     number. For losses that have one value per image, however many of its tokens count (see ``recipes.terms``)."""

@@ -105,7 +105,7 @@ class NextScale(BaseRecipe):
             for side, loss, hit in zip(self.scales, per_token.detach().split(sizes, 1), hits.split(sizes, 1)):
                 means[f"loss/scale_{side:02d}"] = (loss.sum(), loss.numel())
                 means[f"accuracy/scale_{side:02d}"] = (hit.sum(), hit.numel())
-        losses = Losses(total, {"loss": total.detach(), "accuracy": hits.sum()}, means)
+        losses = Losses(total, {"loss": total.detach(), "accuracy": hits.sum()}, means=means)
         heads: dict[str, Any] = {}
         return add_terms(losses, self.terms, output.taps, heads, inputs.terms, len(inputs.targets))
 

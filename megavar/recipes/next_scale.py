@@ -17,22 +17,20 @@ from torch import Tensor, nn
 
 from megavar.config.recipes.mepa import MEPAConfig
 from megavar.data.batch import Batch
-from megavar.generators.var import VARInputs
+from megavar.generators.base import GeneratorOutput
+from megavar.generators.inputs import ScaleInputs
 from megavar.parallel import seeds
-from megavar.parallel.parameter_rule import ParameterRule
 from megavar.parallel.vocabulary import vocabulary_cross_entropy, vocabulary_hits
 from megavar.recipes.base import BaseRecipe, Losses, Pass, chunks_of
 from megavar.recipes.terms.base import Term, add_terms, prepare_terms
 from megavar.tokenizers.base import Pyramid
-
-_NO_DECAY = ("start_position", "position", "scale", "offset", "log_temperature", "scale_embedding")
 
 
 @dataclass
 class NextScaleInputs:
     """A prepared micro-batch."""
 
-    model: VARInputs
+    model: ScaleInputs
     targets: Tensor
     """int64 [B, L]: the true token at every position."""
     terms: dict[str, Any] = field(default_factory=dict)
@@ -83,7 +81,7 @@ class NextScale(BaseRecipe):
         dropped = seeds.uniform(self.seed, "label_drop", batch.epochs, batch.sample_ids) < self.label_drop
         labels = torch.where(dropped, self.classes, batch.labels)
         keys = seeds.random_bits(self.seed, "drop_path", batch.epochs, batch.sample_ids)
-        inputs = NextScaleInputs(VARInputs(labels, features, keys), ids)
+        inputs = NextScaleInputs(ScaleInputs(labels, features, keys), ids)
         inputs.terms = prepare_terms(self.terms, batch, inputs)
         return inputs
 
@@ -95,19 +93,18 @@ class NextScale(BaseRecipe):
         """Teacher forcing."""
         return [Pass(lambda model, inputs: model(inputs.model), self.loss)]
 
-    def loss(self, output: Any, inputs: NextScaleInputs) -> Losses:
+    def loss(self, output: GeneratorOutput, inputs: NextScaleInputs) -> Losses:
         """Cross entropy in nats (Eq. 5), and that of the terms; loss and accuracy of each scale beside it."""
-        per_token = vocabulary_cross_entropy(output.logits, inputs.targets, self.config.label_smoothing)
+        per_token = vocabulary_cross_entropy(output.prediction, inputs.targets, self.config.label_smoothing)
         total = per_token.sum()
         with torch.no_grad():
-            hits = vocabulary_hits(output.logits, inputs.targets).float()
+            hits = vocabulary_hits(output.prediction, inputs.targets).float()
             sizes, means = [side * side for side in self.scales], {}
             for side, loss, hit in zip(self.scales, per_token.detach().split(sizes, 1), hits.split(sizes, 1)):
                 means[f"loss/scale_{side:02d}"] = (loss.sum(), loss.numel())
                 means[f"accuracy/scale_{side:02d}"] = (hit.sum(), hit.numel())
         losses = Losses(total, {"loss": total.detach(), "accuracy": hits.sum()}, means=means)
-        heads: dict[str, Any] = {}
-        return add_terms(losses, self.terms, output.taps, heads, inputs.terms, len(inputs.targets))
+        return add_terms(losses, self.terms, output, inputs.terms, len(inputs.targets))
 
     def collect(self) -> dict[str, Tensor]:
         """Routing statistics of this rank since the last call; sums, zero for blocks of other stages."""
@@ -130,9 +127,3 @@ class NextScale(BaseRecipe):
         metrics["expert_share/largest_in_a_layer"] = float(by_layer.max())
         metrics["expert_share/smallest_in_a_layer"] = float(by_layer.min())
         return metrics
-
-    def rule(self, module: str, parameter: str) -> ParameterRule:
-        """VAR's rule: no weight decay on vectors, positions, scale embeddings, modulation offsets, temperatures."""
-        last = parameter.rsplit(".", 1)[-1]
-        # By name, not by number of dimensions: stacked experts hold their biases as matrices [experts, width].
-        return ParameterRule(decays=not (last.endswith("bias") or last in _NO_DECAY))

@@ -11,15 +11,18 @@ from megavar.config.generators.var import VARConfig
 from megavar.config.optimizer import ConstantSchedule, OptimizerConfig
 from megavar.config.parallel import ParallelConfig
 from megavar.config.recipes.mepa import MEPAConfig
+from megavar.config.token_space import TokenSpace
 from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
 from megavar.data.batch import Batch
-from megavar.generators.var import VAR, Stage
+from megavar.generators.base import Stage
+from megavar.generators.var import VAR
 from megavar.parallel import seeds, topology
 from megavar.parallel.environment import environment
 from megavar.parallel.logical import initialize_parameters
-from megavar.recipes.base import Recipe
+from megavar.recipes.base import BaseRecipe, Recipe
 from megavar.recipes.next_scale import NextScale
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
+from megavar.training.engine import Engine
 from tests.loops import EngineLoop, bare_loop
 
 STEPS = 10
@@ -52,7 +55,7 @@ class Setup:
     backend: str = "megatron"
     dense: bool = False
     shared: bool = False
-    taps: tuple[int, ...] = ()
+    taps: tuple[str, ...] = ()
     parallel: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -111,9 +114,7 @@ def build(setup: Setup, mesh: topology.Topology, kind: type[NextScale] = NextSca
     chunks = [
         VAR(
             config,
-            scales=SCALES,
-            code_dimension=CODE,
-            vocabulary_size=VOCABULARY,
+            TokenSpace.of_scales(SCALES, VOCABULARY, CODE, image_side=6),
             parallel=mesh.config,
             stage=Stage.split(4, mesh.config, mesh.pipeline_rank, chunk),
             dtype=torch.bfloat16 if setup.precision == "bf16" else torch.float32,
@@ -143,6 +144,16 @@ def zero_section(setup: Setup) -> dict[str, Any]:
     for part in setup.offload:
         zero[f"offload_{part}"] = {"device": "cpu"}
     return zero
+
+
+def engine_of(setup: Setup, module: torch.nn.Module, mesh: topology.Topology) -> Engine:
+    """An engine around a generator without a recipe."""
+
+    class Around(BaseRecipe):
+        def modules(self) -> dict[str, torch.nn.Module]:
+            return {"generator": module}
+
+    return engine_loop(setup, Around(), mesh).engines["generator"]
 
 
 def engine_loop(setup: Setup, recipe: Recipe, mesh: topology.Topology) -> EngineLoop:

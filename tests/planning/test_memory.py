@@ -11,7 +11,6 @@ from megavar.config.generators.var import VARConfig
 from megavar.config.optimizer import OptimizerConfig
 from megavar.config.parallel import ParallelConfig
 from megavar.config.train import EmaConfig
-from megavar.parallel.parameter_rule import ParameterRule
 from megavar.planning.activations import MicroBatch, activation_bytes, working_bytes
 from megavar.planning.layout import Layout, Zero
 from megavar.planning.memory import state_bytes
@@ -19,7 +18,7 @@ from megavar.planning.parameters import rank_parameters
 from megavar.planning.tokenizer_cost import LiveBytes
 from tests.distributed.harness import run_ranks
 from tests.loops import run_pass
-from tests.planning.models import CODE_DIMENSION, VOCABULARY, build, forward_loss, inputs, shape_of
+from tests.planning.models import build, forward_loss, inputs, shape_of, space_of
 
 SCALES = (1, 2)
 BUCKET = 400_000  # elements; the largest parameter fits
@@ -53,7 +52,8 @@ def added_bytes(parameters, before):
 def measure(stage, precision, parallel, experts):
     """Pipeline rank; bytes after a step, with gradients and buckets besides, of the moving average."""
     from megavar.config.deepspeed import complete_deepspeed
-    from megavar.generators.var import VAR, Stage
+    from megavar.generators.base import Stage
+    from megavar.generators.var import VAR
     from megavar.parallel import topology
     from megavar.parallel.environment import environment
     from megavar.parallel.vocabulary import vocabulary_cross_entropy
@@ -62,7 +62,7 @@ def measure(stage, precision, parallel, experts):
 
     place = topology.initialize(parallel, environment())
     before = live_storages([])
-    model = VAR(config_of(experts), scales=SCALES, code_dimension=CODE_DIMENSION, vocabulary_size=VOCABULARY,
+    model = VAR(config_of(experts), space_of(SCALES),
                 parallel=parallel, dtype=TYPES[precision],
                 stage=Stage.split(2, parallel, place.pipeline_rank))  # fmt: skip
     zero = {"stage": stage, "reduce_bucket_size": BUCKET}
@@ -71,14 +71,14 @@ def measure(stage, precision, parallel, experts):
         where="test.json", parallel=parallel, data_parallel_size=place.data, global_batch_size=2 * place.data,
         micro_batch_size=2, precision=precision, gradient_clipping=1.0, has_experts=experts is not None,
     )  # fmt: skip
-    engine = Engine("generator", model, rule=lambda name: ParameterRule(decays=not name.endswith("bias")),
+    engine = Engine("generator", model, rule=model.rule,
                     optimizer=OptimizerConfig(), plan=plan, topology=place)  # fmt: skip
     targets = torch.zeros(2, 5, dtype=torch.long)
 
     def forward_backward():
         run_pass(
             engine, [inputs(model, 2)], lambda call, item: call(item),
-            lambda output, item: vocabulary_cross_entropy(output.logits, targets).mean(),
+            lambda output, item: vocabulary_cross_entropy(output.prediction, targets).mean(),
         )  # fmt: skip
 
     forward_backward()

@@ -69,6 +69,9 @@ def train(config: Config, place: Environment, required_by: tuple[str, ...] = ())
     """
     if config.run.name in required_by:
         raise ConfigError(f"run.requires goes in a circle: {' -> '.join((*required_by, config.run.name))}.")
+    if config.evaluation.after_training:
+        topology.initialize(ParallelConfig(), place)
+        on_first_rank(functools.partial(_check_scoring, config))
     for path in config.run.requires:
         required = load_config(path)
         if place.rank == 0:
@@ -83,6 +86,13 @@ def train(config: Config, place: Environment, required_by: tuple[str, ...] = ())
         topology.initialize(ParallelConfig(), place)
         score(config, place)
     return code
+
+
+def _check_scoring(config: Config) -> None:
+    """What could not be scored in the end is not trained."""
+    from megavar.scoring import check  # scikit-learn and more: on the first rank only
+
+    check(config)
 
 
 def _train_required(config: Config, place: Environment, required_by: tuple[str, ...]) -> ExitCode:

@@ -18,9 +18,9 @@ def changed(section, key, value):
 
 
 def open_directory(path, config=CONFIG, weights=None, complete=lambda tree: tree, **options):
-    directory = RunDirectory(path, weights, complete)
+    directory = RunDirectory(path, weights, complete=complete)
     deepspeed = {"generator": {"zero_optimization": {"stage": 1}}}
-    directory.note_weights(directory.open(config, {"world_size": 2}, deepspeed, **options))
+    directory.note_weights(directory.open(config, {"world_size": 2}, deepspeed, **options), None, begins=False)
     return directory
 
 

@@ -17,7 +17,8 @@ from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.data.source import Source
 from megavar.errors import CheckpointError, ConfigError, DataError
 from megavar.frozen import TOKENIZER, check_same, identify, identities
-from megavar.generators.var import VAR, Stage
+from megavar.generators.base import Stage
+from megavar.generators.var import VAR
 from megavar.parallel.topology import Topology
 from megavar.recipes.base import Recipe
 from megavar.recipes.mepa import MEPA
@@ -131,9 +132,7 @@ def build_generator(
             chunks.append(
                 VAR(
                     generator,
-                    scales=config.tokenizer.scales,
-                    code_dimension=config.tokenizer.code_dimension,
-                    vocabulary_size=config.tokenizer.vocabulary_size,
+                    config.tokenizer.space,
                     parallel=parallel,
                     stage=stage,
                     dtype=dtype or PARAMETER_TYPES[config.train.precision],

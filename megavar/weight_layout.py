@@ -115,7 +115,7 @@ class NamedLayout(ABC):
         self, state: Mapping[str, Tensor], expected: Mapping[str, Shape], passed: Mapping[str, Shape] = {}
     ) -> dict[str, Tensor]:
         """See :meth:`WeightLayout.load`."""
-        over = {part for name in passed for part in self.names(name)}
+        not_taken = {part for name in passed for part in self.names(name)}
         needed: dict[str, Shape] = {}
         for name, shape in expected.items():
             names = self.names(name)
@@ -124,7 +124,10 @@ class NamedLayout(ABC):
                 needed |= {part: tuple(value.shape) for part, value in zip(names, parts, strict=True)}
             else:
                 needed[name] = shape  # no file of this layout has it: let it be missing under our name
-        given = {name: tuple(value.shape) for name, value in state.items() if not self.ignores(name) and name not in over}
+        given = {
+            name: tuple(value.shape) for name, value in state.items()
+            if not self.ignores(name) and name not in not_taken
+        }  # fmt: skip
         problems = differences(needed, given)
         if problems:
             raise CheckpointError(

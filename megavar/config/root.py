@@ -74,6 +74,6 @@ class Config(Section):
     def _one_beginning(self) -> "Config":
         if self.train.initial_weights is not None and self.recipe.initial_weights_path() is not None:
             raise ValueError(
-                "train.initial_weights and recipe.initial_weights both say with which weights the run begins: remove one"
+                "train.initial_weights and recipe.initial_weights both say with which weights the run begins: give one"
             )
         return self

@@ -18,7 +18,7 @@ class EmaConfig(Section):
 
 
 class InitialWeightsConfig(Section):
-    """Weights with which a new run begins. Its optimizer state is fresh; once a checkpoint exists, they are not read."""
+    """Weights with which a new run begins. Its optimizer state is fresh. Not read once there is a checkpoint."""
 
     path: str
     """A megavar run or checkpoint, an export (``.safetensors``), or a file in a public layout of the model."""

@@ -236,7 +236,9 @@ class RunDirectory:
             self._check_weights({INITIAL: identity})
         return identity
 
-    def note_weights(self, identities: Mapping[str, Identity], initial: Identity | None, begins: bool) -> Identity | None:
+    def note_weights(
+        self, identities: Mapping[str, Identity], initial: Identity | None, begins: bool
+    ) -> Identity | None:
         """Remember the frozen networks, once a checkpoint did not speak against them, and the initial weights.
 
         Args:

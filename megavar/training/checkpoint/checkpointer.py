@@ -226,7 +226,7 @@ class Checkpointer:
         return None
 
     def begin(self, name: str, state: ModuleState, initial: InitialWeights) -> None:
-        """Put initial weights into module ``name`` of a new run; see :func:`megavar.training.checkpoint.initial.begin`."""
+        """Put initial weights into module ``name`` of a new run; see ``megavar/training/checkpoint/initial.py``."""
         begin(name, state, initial, self._ranks)
 
     def _candidates(self, fresh: bool) -> list[Path]:

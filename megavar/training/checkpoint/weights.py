@@ -54,7 +54,11 @@ def find_checkpoint(path: Path, verify: bool = True) -> tuple[Path, Manifest]:
 
 
 def module_of(path: Path, manifest: Manifest, module: str | None, ema: bool) -> tuple[str, ModuleEntry]:
-    """A module of a checkpoint by name; None: the first, which is what the run was for."""
+    """A module of a checkpoint by name; None: the first, which is what the run was for.
+
+    Raises:
+        CheckpointError: there is no such module, or no average of it though ``ema``.
+    """
     module = next(iter(manifest.modules)) if module is None else module
     if module not in manifest.modules:
         raise CheckpointError(f"{path} holds no module {module!r}; it holds {', '.join(manifest.modules)}.")
@@ -67,6 +71,7 @@ def module_of(path: Path, manifest: Manifest, module: str | None, ema: bool) -> 
 
 
 def stored_key(stored: Container[str], module: str, name: str, ema: bool) -> str:
+    """Key of a logical tensor, or of its average, among those that are ``stored``."""
     average = key(module, AVERAGE, name)
     return average if ema and average in stored else key(module, WEIGHT, name)  # frozen parameters have no average
 

@@ -1,18 +1,22 @@
 """From a configuration to the objects it describes."""
 
 import functools
+import importlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from megavar.config.choice import Choice
 from megavar.config.generators.var import VARConfig
 from megavar.config.loading import decode
 from megavar.config.parallel import ParallelConfig
 from megavar.config.recipes.mepa import MEPAConfig
 from megavar.config.root import Config
+from megavar.config.token_space import TokenSpace
 from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.data.source import Source
 from megavar.errors import CheckpointError, ConfigError, DataError
@@ -26,7 +30,10 @@ from megavar.sampling.sampler import TokenDecoder
 from megavar.sampling.samples import Decoder
 from megavar.storage import write_json_atomic
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
+from megavar.training.checkpoint.initial import InitialWeights
 from megavar.transformer.moe.backends import check_backend
+from megavar.weight_file import read_weights_file
+from megavar.weight_layout import Shape, WeightLayout
 
 PARAMETER_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DECODER = "decoder.json"
@@ -180,3 +187,30 @@ def check_consistency(config: Config, source: Source) -> None:
                 f"generator.classes={generator.classes}, but the data source {config.data.source.name!r} has "
                 f"{source.num_classes} classes. Set generator.classes={source.num_classes}."
             )
+
+
+def weight_layouts(choice: Choice, space: TokenSpace) -> dict[str, WeightLayout]:
+    """The public weight layouts of the model that ``choice`` configures, by name."""
+    layouts = {}
+    for name, place in type(choice).weight_layouts.items():
+        module, _, attribute = place.partition(":")
+        layouts[name] = getattr(importlib.import_module(module), attribute)(choice, space)
+    return layouts
+
+
+def trained_choice(config: Config) -> Choice:
+    """The section of the recipe's first module: the model that the run is for."""
+    return require_generator(config) if config.recipe.trains == "generator" else config.tokenizer
+
+
+def initial_weights(config: Config) -> InitialWeights | None:
+    """The weights with which the run begins; None: random ones."""
+    given = config.initial_weights
+    if given is None:
+        return None
+    layouts = weight_layouts(trained_choice(config), config.tokenizer.space)
+
+    def read(path: Path, expected: Mapping[str, Shape], fresh: tuple[str, ...]) -> dict[str, Tensor]:
+        return read_weights_file(path, expected, layouts, given.layout, fresh, "The file of initial weights")
+
+    return InitialWeights(Path(given.path), read, given.fresh, ema=given.weights == "ema")

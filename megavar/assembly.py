@@ -40,6 +40,23 @@ DECODER = "decoder.json"
 """Beside the chunks of samples: which tokenizer decodes their tokens."""
 
 
+def resolve(choice: Choice | type[Choice]) -> Any:
+    """The class that an alternative configures. The only place where implementations are imported by name.
+
+    Raises:
+        ConfigError: it cannot be imported.
+    """
+    module, _, name = choice.implementation.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        kind = choice if isinstance(choice, type) else type(choice)
+        raise ConfigError(
+            f"{kind.discriminator}={kind.tag()} names the implementation {choice.implementation!r}, which cannot be "
+            f"imported ({error}). Install what it needs, or correct {kind.__module__}.{kind.__name__}.implementation."
+        ) from error
+
+
 def load_tokenizer(config: TokenizerChoice, weights: str, device: torch.device) -> MultiScaleVQ:
     """A trained tokenizer in float32, frozen.
 
@@ -201,6 +218,14 @@ def weight_layouts(choice: Choice, space: TokenSpace) -> dict[str, WeightLayout]
 def trained_choice(config: Config) -> Choice:
     """The section of the recipe's first module: the model that the run is for."""
     return require_generator(config) if config.recipe.trains == "generator" else config.tokenizer
+
+
+def build_trained(config: Config, device: torch.device) -> nn.Module:
+    """The whole model that the run is for, float32, on one device (``meta`` for its shapes)."""
+    if config.recipe.trains == "generator":
+        return build_generator(config, None, dtype=torch.float32, device=device)
+    with device:
+        return resolve(config.tokenizer)(config.tokenizer)
 
 
 def initial_weights(config: Config) -> InitialWeights | None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Container, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -167,29 +166,3 @@ def fill(target: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name, buffer in persistent_buffers(target).items():
         if name in tensors:
             buffer.copy_(tensors[name])
-
-
-def write_weights(root: Path, module: str, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
-    """Write ``tensors`` as the checkpoint of step 0 of one module, without moments. Single process.
-
-    A run whose ``checkpoints`` directory is ``root`` starts from these weights.
-
-    Args:
-        root: directory of checkpoints; it must hold none.
-        module: name of the module in its recipe.
-        tensors: all its logical tensors, whole.
-        state: what the trainer finds as its own state.
-
-    Raises:
-        CheckpointError: there are checkpoints already.
-    """
-    if store.list_checkpoints(root):
-        raise CheckpointError(f"{root} already holds checkpoints. Name a directory without any.")
-    attempt = store.begin(root, 0)
-    named = {key(module, WEIGHT, name): value.float().contiguous() for name, value in tensors.items()}
-    files = tuple(manifests.describe_file(attempt, name) for name in shards.write_alone(attempt, named))
-    entry = ModuleEntry({name: list(value.shape) for name, value in tensors.items()}, 0, has_moments=False)
-    manifests.write(attempt, Manifest(0, {module: entry}, state, files=files))
-    final = store.commit(attempt)
-    store.point_latest(final)
-    return final

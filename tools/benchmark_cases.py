@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megavar.assembly import PARAMETER_TYPES, build_generator
+from megavar.assembly import PARAMETER_TYPES, build_generator, build_sampler
 from megavar.config.deepspeed import complete_deepspeed, load_deepspeed_json
 from megavar.config.experts.base import ExpertsChoice
 from megavar.config.generators.var import VARConfig
@@ -25,7 +25,7 @@ from megavar.planning.flops import forward_flops, model_flops, sampling_flops
 from megavar.planning.shape import GeneratorShape
 from megavar.planning.tokenizer_cost import autoencoder_cost
 from megavar.recipes.mepa import MEPA, MEPAInputs
-from megavar.sampling.sampler import NextScaleSampler
+from megavar.run_samples import default_conditions
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
 from megavar.training.engine import Engine
 from megavar.training.metrics import MetricAccumulator
@@ -278,9 +278,9 @@ def overhead(bench: Bench) -> Part:
 def sampling(bench: Bench) -> Part:
     """Drawing images scale by scale with the configured guidance, decoder included."""
     model = build_generator(bench.config, None, device=bench.device)
-    assert isinstance(model, VAR)
+    conditions = default_conditions(bench.config)
+    sampler = build_sampler(bench.config, model, bench.tokenizer(), conditions, bench.device)
     settings = bench.config.sampling
-    sampler = NextScaleSampler(model, bench.tokenizer(), settings, bench.device)
     indices = torch.arange(bench.batch)
     decoder = autoencoder_cost(bench.config.tokenizer).decode_flops
     flops = (sampling_flops(bench.shape, settings.guidance > 0) + decoder) * bench.batch

@@ -135,7 +135,8 @@ def build_recipe(config: Config, topology: Topology, source: Source, device: tor
         return MEPA(config.recipe, generator, tokenizer, config.train.seed)
     from megavar.recipes.tokenizer import TokenizerTraining
 
-    return TokenizerTraining(config.recipe, config.tokenizer, config.train.seed, device)
+    fresh = config.initial_weights is None
+    return TokenizerTraining(config.recipe, config.tokenizer, config.train.seed, device, fresh)
 
 
 def check_consistency(config: Config, source: Source) -> None:

@@ -68,21 +68,26 @@ class TokenizerTraining:
     """
 
     def __init__(
-        self, config: TokenizerTrainingConfig, tokenizer: MultiScaleVQConfig, seed: int, device: torch.device
+        self,
+        config: TokenizerTrainingConfig,
+        tokenizer: MultiScaleVQConfig,
+        seed: int,
+        device: torch.device,
+        fresh: bool = True,
     ) -> None:
-        """Build the tokenizer and the losses that the config asks for, on ``device``.
+        """Build the tokenizer, with random weights, and the losses that the config asks for, on ``device``.
+
+        Args:
+            fresh: whether it is trained from these weights. If the trainer gives it others, their codebook is kept.
 
         Raises:
             ConfigError: the discriminator does not fit the images.
-            CheckpointError: initial weights, or weights of the perceptual loss, are missing or wrong.
+            CheckpointError: weights of the perceptual loss are missing or wrong.
         """
         self.config = config
         self.seed = seed
         self.tokenizer = MultiScaleVQ(tokenizer)
-        if config.initial_weights is None:
-            self.tokenizer.initialize(generator(seed, "initial_autoencoder"))
-        else:
-            self.tokenizer.load_reference(config.initial_weights)
+        self.tokenizer.initialize(generator(seed, "initial_autoencoder"))
         self.tokenizer.to(device)
         self.write_rows: Callable[[Tensor, Tensor, Tensor], None] = write_rows
         self.perceptual = None if config.perceptual is None else PerceptualDistance(config.perceptual).to(device)
@@ -91,7 +96,6 @@ class TokenizerTraining:
             self.discriminator = PatchDiscriminator(config.adversarial, tokenizer.image_channels, tokenizer.image_side)
             self.discriminator.initialize(generator(seed, "initial_discriminator"))
             self.discriminator.to(device)
-        fresh = config.initial_weights is None
         self.codebook = CodebookUpkeep(config.codebook, self.tokenizer.quantizer, seed, fresh=fresh)
 
     def modules(self) -> dict[str, nn.Module]:

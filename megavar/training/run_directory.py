@@ -191,18 +191,19 @@ class RunDirectory:
             CheckpointError: there are other weights in the new place.
         """
         known = self.weights | ({} if self.initial is None else {INITIAL: self.initial})
-        name = next((name for name, path in known.items() if path == now), None)
-        if name is None or not isinstance(before, str):
-            return False
-        if fresh:
+        recorded, records = self._recorded_weights(), self._weight_records()
+        for name, path in known.items():
+            if path != now or not isinstance(before, str) or records.get(name, {}).get("path", before) != before:
+                continue
+            if fresh:
+                return True
+            if name not in recorded:  # an older version began the run
+                if not Path(before).exists():
+                    continue
+                recorded[name] = frozen.identify(before)
+            self._check_weights({name: frozen.identify(now)}, recorded)
             return True
-        recorded = self._recorded_weights()
-        if name not in recorded:  # an older version began the run
-            if not Path(before).exists():
-                return False
-            recorded = {name: frozen.identify(before)}
-        self._check_weights({name: frozen.identify(now)}, recorded)
-        return True
+        return False
 
     def _check_weights(self, now: Mapping[str, Identity], before: Mapping[str, Identity] | None = None) -> None:
         before = self._recorded_weights() if before is None else before
@@ -214,27 +215,16 @@ class RunDirectory:
 
     def _recorded_weights(self) -> dict[str, Identity]:
         """What the frozen networks were at the last start; nothing if an older version wrote the directory."""
-        if not self._weights_file.exists():
-            return {}
         try:
-            return frozen.identities(json.loads(self._weights_file.read_text()))
+            return frozen.identities(self._weight_records())
         except (ValueError, AttributeError, TypeError) as error:
             raise CheckpointError(
                 f"{self._weights_file} cannot be read ({error}). Restore it from a backup; removed, the next start "
                 f"takes the weights that it finds for those of the run."
             ) from None
 
-    def identify_initial(self, fresh: bool = False) -> Identity:
-        """What the initial weights are, when they are about to be read.
-
-        Raises:
-            CheckpointError: they are gone, or others than those with which the run began before (unless ``fresh``).
-        """
-        assert self.initial is not None
-        identity = frozen.identify(self.initial)
-        if not fresh:
-            self._check_weights({INITIAL: identity})
-        return identity
+    def _weight_records(self) -> dict[str, dict[str, str]]:
+        return json.loads(self._weights_file.read_text()) if self._weights_file.exists() else {}
 
     def note_weights(
         self, identities: Mapping[str, Identity], initial: Identity | None, begins: bool

@@ -4,10 +4,11 @@ import json
 import shutil
 
 import pytest
+import torch
 import yaml
 
 from megavar.frozen import identify
-from megavar.training.checkpoint import find_checkpoint
+from megavar.training.checkpoint import find_checkpoint, read_weights
 from tests.checkpoint.old_runs import command, unpack
 from tests.distributed.harness import run_ranks
 from tools.convert_checkpoint import main as convert
@@ -95,7 +96,12 @@ def test_parts_may_be_fresh(runs):
 
 
 def test_a_tokenizer_begins_with_its_own_key(runs):
-    given = ("recipe.initial_weights=tokenizer.pth", "recipe.codebook.revive_every=0", "train.steps=1", "optimizer.lr=0")
+    given = ("recipe.initial_weights=tokenizer.pth", "train.steps=1", "optimizer.lr=1e-9")
     assert convert([str(runs / "tokenizer"), str(runs / "tokenizer.pth")]) == 0
     assert train(runs, "new", *given, source="tokenizer") == [0]
+    before, after = (read_weights(runs / name) for name in ("tokenizer", "new"))
+    assert all(torch.allclose(after[name], before[name], atol=1e-6) for name in before if "ema" not in name)
+    (runs / "tokenizer.pth").unlink()
+    (runs / "new" / "DONE").unlink()
+    assert train(runs, "new", *given, source="tokenizer") == [0]  # the codebook is not drawn anew, nor the file read
     assert train(runs, "both", *given, "train.initial_weights.path=tokenizer", source="tokenizer") == [2]

@@ -128,6 +128,13 @@ def test_a_changed_list_of_networks_is_another_configuration(tokenizer):
         tokenizer("a", terms=["a"])
 
 
+def test_weights_do_not_move_into_the_place_of_others(tokenizer, tmp_path):
+    (tmp_path / "b").write_bytes(b"two")
+    tokenizer("a", b"one", terms=["b"])
+    with pytest.raises(CheckpointError, match="'term0' were replaced"):
+        tokenizer("a", terms=["a"])
+
+
 def test_a_fresh_start_takes_other_weights(tokenizer, tmp_path):
     tokenizer("a", b"one")
     tokenizer("b", b"two", fresh=True)

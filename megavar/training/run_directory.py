@@ -226,6 +226,18 @@ class RunDirectory:
     def _weight_records(self) -> dict[str, dict[str, str]]:
         return json.loads(self._weights_file.read_text()) if self._weights_file.exists() else {}
 
+    def identify_initial(self, fresh: bool = False) -> Identity:
+        """What the initial weights are, when they are about to be read.
+
+        Raises:
+            CheckpointError: they are gone, or others than those with which the run began before (unless ``fresh``).
+        """
+        assert self.initial is not None
+        identity = frozen.identify(self.initial)
+        if not fresh:
+            self._check_weights({INITIAL: identity})
+        return identity
+
     def note_weights(
         self, identities: Mapping[str, Identity], initial: Identity | None, begins: bool
     ) -> Identity | None:

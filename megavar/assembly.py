@@ -23,7 +23,7 @@ from megavar.generators.base import Stage
 from megavar.generators.var import VAR
 from megavar.parallel.topology import Topology
 from megavar.recipes.base import Recipe
-from megavar.recipes.mepa import MEPA
+from megavar.recipes.next_scale import NextScale
 from megavar.sampling.sampler import Sampler
 from megavar.tokenizers.base import Tokenizer
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
@@ -132,7 +132,15 @@ def build_recipe(config: Config, topology: Topology, source: Source, device: tor
     if isinstance(config.recipe, MEPAConfig):
         tokenizer = load_tokenizer(config.tokenizer, config.recipe.tokenizer_weights, device)
         generator = build_generator(config, topology, device=device)
-        return MEPA(config.recipe, generator, tokenizer, config.train.seed)
+        choice = require_generator(config)
+        return NextScale(
+            config.recipe,
+            generator,
+            tokenizer,
+            classes=choice.classes,
+            label_drop=choice.label_drop,
+            seed=config.train.seed,
+        )
     from megavar.recipes.tokenizer import TokenizerTraining
 
     fresh = config.initial_weights is None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megavar import logs
-from megavar.assembly import build_recipe, build_sampler
+from megavar.assembly import build_recipe, build_sampler, initial_weights
 from megavar.config.data import ImageFolderSource
 from megavar.config.deepspeed import load_deepspeed_json
 from megavar.config.loading import load_config
@@ -69,6 +69,9 @@ def train(config: Config, place: Environment, required_by: tuple[str, ...] = ())
     """
     if config.run.name in required_by:
         raise ConfigError(f"run.requires goes in a circle: {' -> '.join((*required_by, config.run.name))}.")
+    if config.evaluation.after_training:
+        topology.initialize(ParallelConfig(), place)
+        on_first_rank(functools.partial(_check_scoring, config))
     for path in config.run.requires:
         required = load_config(path)
         if place.rank == 0:
@@ -83,6 +86,13 @@ def train(config: Config, place: Environment, required_by: tuple[str, ...] = ())
         topology.initialize(ParallelConfig(), place)
         score(config, place)
     return code
+
+
+def _check_scoring(config: Config) -> None:
+    """What could not be scored in the end is not trained."""
+    from megavar.scoring import check  # scikit-learn and more: on the first rank only
+
+    check(config)
 
 
 def _train_required(config: Config, place: Environment, required_by: tuple[str, ...]) -> ExitCode:
@@ -152,6 +162,7 @@ def _train_one(config: Config, place: Environment) -> ExitCode:
             samples=len(source),
             loader=loader,
             topology=mesh,
+            initial=initial_weights(config),
             preview=_preview(config, recipe, mesh, place),
             flops_per_image=flops_per_image(config),
             peak_flops=_peak_flops(config),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megavar import logs
-from megavar.assembly import build_recipe, build_sampler
+from megavar.assembly import build_recipe, build_sampler, initial_weights
 from megavar.config.data import ImageFolderSource
 from megavar.config.deepspeed import load_deepspeed_json
 from megavar.config.loading import load_config
@@ -162,6 +162,7 @@ def _train_one(config: Config, place: Environment) -> ExitCode:
             samples=len(source),
             loader=loader,
             topology=mesh,
+            initial=initial_weights(config),
             preview=_preview(config, recipe, mesh, place),
             flops_per_image=flops_per_image(config),
             peak_flops=_peak_flops(config),

@@ -47,6 +47,7 @@ class Trainer:
         train = run.train
         self.total_steps = schedules.total_steps(train.steps, train.epochs, run.samples, train.global_batch_size)
         self.steps_per_epoch = run.samples / train.global_batch_size
+        schedules.check_warmup(run.optimizer.schedule, self.total_steps, self.steps_per_epoch)
         self.micro_batch_size = micro_batch_size(train, run.topology)
         self.engines = build_engines(
             run.recipe,

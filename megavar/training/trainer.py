@@ -173,8 +173,8 @@ class Trainer:
 
     def _train_step(self, micro_batches: list[Batch]) -> bool:
         """Train every active module on one global batch; return whether all updates were applied."""
-        # Our randomness is counter-based. Modules of plugins may draw from the global generator, and the log warns of it
-        # (it depends on the ranks): with this they resume exactly at least, and ranks draw different numbers.
+        # Our randomness is counter-based. A plugin's modules may draw from the global generator, which depends on the
+        # ranks (the log warns of it): with this they resume exactly at least, and ranks draw different numbers.
         torch.manual_seed(int(seeds.random_bits(self.setup.train.seed, "step", self.step, self.topology.data_rank)))
         replaced = [batch.replaced.sum() for batch in micro_batches if batch.replaced is not None]
         if replaced:  # damaged samples whose place others took

@@ -12,6 +12,7 @@ from megavar.config.optimizer import (
     OptimizerOverrides,
     VarCosineSchedule,
 )
+from megavar.errors import ConfigError
 from megavar.training.schedules import (
     check_warmup,
     learning_rate,

@@ -1,34 +1,53 @@
-"""From a configuration to the objects it describes."""
+"""From a configuration to the objects it describes. Knows no generator, tokenizer or recipe by name."""
 
 import functools
+import importlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from megavar.config.generators.var import VARConfig
+from megavar.config.choice import Choice
+from megavar.config.generators.base import GeneratorChoice
 from megavar.config.loading import decode
 from megavar.config.parallel import ParallelConfig
-from megavar.config.recipes.mepa import MEPAConfig
+from megavar.config.recipes.base import GeneratorRecipeChoice
 from megavar.config.root import Config
 from megavar.config.tokenizers.base import TokenizerChoice
+from megavar.data.caches import CachedSamples
 from megavar.data.source import Source
 from megavar.errors import CheckpointError, ConfigError, DataError
-from megavar.generators.var import VAR, Stage
+from megavar.generators.var import Stage
 from megavar.parallel.topology import Topology
 from megavar.recipes.base import Recipe
-from megavar.recipes.mepa import MEPA
 from megavar.sampling.sampler import TokenDecoder
 from megavar.sampling.samples import Decoder
 from megavar.storage import sha256_of_file, write_json_atomic
-from megavar.tokenizers.multiscale_vq import MultiScaleVQ
 from megavar.transformer.moe.backends import check_backend
 
 PARAMETER_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DECODER = "decoder.json"
 """Beside the chunks of samples: which tokenizer decodes their tokens."""
+
+
+def resolve(choice: Choice | type[Choice]) -> Any:
+    """The class that an alternative configures. The only place where implementations are imported by name.
+
+    Raises:
+        ConfigError: it cannot be imported.
+    """
+    module, _, name = choice.implementation.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        kind = choice if isinstance(choice, type) else type(choice)
+        raise ConfigError(
+            f"{kind.discriminator}={kind.tag()} names the implementation {choice.implementation!r}, which cannot be "
+            f"imported ({error}). Install what it needs, or correct {kind.__module__}.{kind.__name__}.implementation."
+        ) from error
 
 
 def identify_weights(path: Path) -> dict[str, str]:
@@ -45,23 +64,23 @@ def identify_weights(path: Path) -> dict[str, str]:
     return {"checkpoint": checkpoint.name, "manifest_sha256": sha256_of_file(checkpoint / "manifest.json")}
 
 
-def load_tokenizer(config: TokenizerChoice, weights: str, device: torch.device) -> MultiScaleVQ:
-    """A trained tokenizer in float32, frozen.
+def load_tokenizer(config: TokenizerChoice, weights: str, device: torch.device) -> Any:
+    """A trained tokenizer in float32, frozen: an ``nn.Module`` with the methods of ``megavar.tokenizers.base``.
 
     Args:
-        weights: directory of a megavar tokenizer run, or a file in VAR's published layout.
+        weights: directory of a megavar tokenizer run, or a file in a published layout of this tokenizer.
 
     Raises:
         CheckpointError: the weights are missing, damaged, or of another tokenizer.
     """
     from megavar.training.checkpoint.weights import load_weights
 
-    tokenizer = MultiScaleVQ(config)
+    tokenizer = resolve(config)(config)
     path = Path(weights)
     if not path.exists():
         raise CheckpointError(
             f"recipe.tokenizer_weights: {weights} does not exist. Train the tokenizer first (list its configuration "
-            f"under run.requires to have it trained automatically), or give a file in VAR's published layout."
+            f"under run.requires to have it trained automatically), or give a file in a published layout."
         )
     if path.is_dir():
         load_weights(tokenizer, path, module="autoencoder")
@@ -116,48 +135,106 @@ def stored_decoder(directory: Path, device: torch.device) -> Decoder:
     return lambda tokens: load()(tokens)
 
 
-def require_generator(config: Config) -> VARConfig:
+def require_generator(config: Config) -> GeneratorChoice:
     """The generator section.
 
     Raises:
         ConfigError: there is none.
     """
     if config.generator is None:
+        known = ", ".join(GeneratorChoice.alternatives())
         raise ConfigError(
-            f"The recipe {config.recipe.name!r} of run {config.run.name} needs a generator. Add a `generator:` "
-            f"section, for example `generator: {{name: var, depth: 16}}`."
+            f"The recipe {config.recipe.name!r} of run {config.run.name} needs a generator. Add a `generator:` section "
+            f"with a name, one of {known}, for example `generator: {{name: var, depth: 16}}`."
         )
     return config.generator
 
 
+def require_generator_recipe(config: Config) -> GeneratorRecipeChoice:
+    """The recipe section of a run that trains a generator.
+
+    Raises:
+        ConfigError: the run trains something else.
+    """
+    if not isinstance(config.recipe, GeneratorRecipeChoice):
+        raise ConfigError(
+            f"Run {config.run.name} trains a {config.recipe.trains} (recipe {config.recipe.name!r}), which draws no "
+            f"images. Give the configuration of a generator."
+        )
+    return config.recipe
+
+
 def build_generator(
-    config: Config, topology: Topology | None, *, dtype: torch.dtype | None = None, device: torch.device | None = None
+    config: Config,
+    topology: Topology | None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    **options: Any,
 ) -> nn.Module:
     """The part of the generator that this rank holds: a stage, or its list of chunks under virtual pipelining.
 
     Args:
         topology: None builds the whole model on this rank.
         dtype: None takes the one of ``train.precision``.
+        options: handed to the generator: ``taps``, ``heads``.
     """
     generator = require_generator(config)
     parallel = topology.config if topology is not None else ParallelConfig()
+    space, depth = config.tokenizer.space, generator.limits(config.tokenizer.space).depth
     chunks = []
     with device or torch.device("cpu"):
         for chunk in range(parallel.virtual_pipeline):
-            stage = Stage.split(generator.depth, parallel, topology.pipeline_rank if topology is not None else 0, chunk)
             chunks.append(
-                VAR(
+                resolve(generator)(
                     generator,
-                    scales=config.tokenizer.scales,
-                    code_dimension=config.tokenizer.code_dimension,
-                    vocabulary_size=config.tokenizer.vocabulary_size,
+                    scales=space.sides,
+                    code_dimension=space.channels,
+                    vocabulary_size=space.vocabulary,
                     parallel=parallel,
-                    stage=stage,
+                    stage=Stage.split(depth, parallel, topology.pipeline_rank if topology is not None else 0, chunk),
                     dtype=dtype or PARAMETER_TYPES[config.train.precision],
                     seed=config.train.seed,
+                    **options,
                 )
             )
     return chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """What a recipe takes its parts from (:meth:`megavar.recipes.base.Recipe.build`)."""
+
+    config: Config
+    source: Source
+    """Of the training data."""
+    device: torch.device
+    topology: Topology
+
+    def tokenizer(self) -> Any:
+        """The frozen tokenizer whose tokens the run's generator learns.
+
+        Raises:
+            ConfigError: the training data are tokens of another tokenizer.
+            CheckpointError: the weights are missing, damaged, or of another tokenizer.
+        """
+        weights = require_generator_recipe(self.config).tokenizer_weights
+        tokenizer = load_tokenizer(self.config.tokenizer, weights, self.device)
+        if isinstance(self.source, CachedSamples):
+            self.source.check_tokenizer(tokenizer)
+        return tokenizer
+
+    def fresh_tokenizer(self) -> Any:
+        """The tokenizer that the run trains, not initialized and on the CPU."""
+        return resolve(self.config.tokenizer)(self.config.tokenizer)
+
+    def generator(self, **options: Any) -> nn.Module:
+        """This rank's part of the generator, initialized; see :func:`build_generator`."""
+        return build_generator(self.config, self.topology, device=self.device, **options)
+
+    def terms(self) -> list[Any]:
+        """The losses that the recipe section adds to the recipe's own: :class:`megavar.recipes.terms.base.Term`."""
+        return [resolve(term).build(term, self) for term in require_generator_recipe(self.config).terms]
 
 
 def build_recipe(config: Config, topology: Topology, source: Source, device: torch.device) -> Recipe:
@@ -167,13 +244,7 @@ def build_recipe(config: Config, topology: Topology, source: Source, device: tor
         ConfigError: sections contradict each other or the data.
     """
     check_consistency(config, source)
-    if isinstance(config.recipe, MEPAConfig):
-        tokenizer = load_tokenizer(config.tokenizer, config.recipe.tokenizer_weights, device)
-        generator = build_generator(config, topology, device=device)
-        return MEPA(config.recipe, generator, tokenizer, config.train.seed)
-    from megavar.recipes.tokenizer import TokenizerTraining
-
-    return TokenizerTraining(config.recipe, config.tokenizer, config.train.seed, device)
+    return resolve(config.recipe).build(Assembly(config, source, device, topology))
 
 
 def check_consistency(config: Config, source: Source) -> None:
@@ -182,19 +253,20 @@ def check_consistency(config: Config, source: Source) -> None:
     Raises:
         ConfigError: the first contradiction, with both places.
     """
-    tokenizer = config.tokenizer
-    if config.data.image_size != tokenizer.image_side:
+    space = config.tokenizer.space
+    if config.data.image_size != space.image_side:
         raise ConfigError(
-            f"data.image_size={config.data.image_size}, but tokenizer.scales end with {tokenizer.scales[-1]} and "
-            f"tokenizer.channel_multipliers downsample by {tokenizer.downsample}: images must be "
-            f"{tokenizer.image_side} pixels. Change data.image_size or tokenizer.scales."
+            f"data.image_size={config.data.image_size}, but the tokenizer {config.tokenizer.name!r} with sides "
+            f"{list(space.sides)} is made for images of {space.image_side} pixels. Change data.image_size, or the "
+            f"sizes in the section tokenizer."
         )
-    if config.recipe.name == "mepa":
+    if config.recipe.trains == "generator":
         generator = require_generator(config)
-        if generator.experts is not None:
-            check_backend(generator.experts, config.parallel)
-        if generator.classes != source.num_classes:
+        experts = generator.limits(space).experts
+        if experts is not None:
+            check_backend(experts, config.parallel)
+        if generator.class_count not in (None, source.num_classes):
             raise ConfigError(
-                f"generator.classes={generator.classes}, but the data source {config.data.source.name!r} has "
+                f"generator.classes={generator.class_count}, but the data source {config.data.source.name!r} has "
                 f"{source.num_classes} classes. Set generator.classes={source.num_classes}."
             )

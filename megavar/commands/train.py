@@ -19,7 +19,6 @@ from megavar.config.loading import load_config
 from megavar.config.parallel import ParallelConfig
 from megavar.config.root import Config
 from megavar.data.build import build_loader, build_source, build_transform
-from megavar.data.caches import CachedSamples
 from megavar.data.loader import Loader
 from megavar.data.pixels import to_float, to_uint8
 from megavar.data.reading import stored_images
@@ -114,15 +113,12 @@ def _train_one(config: Config, place: Environment) -> ExitCode:
     deepspeed = load_deepspeed_json(Path(config.deepspeed))
     check_layout(
         config.parallel,
-        config.generator,
+        config.limits,
         zero_stage=int(deepspeed.get("zero_optimization", {}).get("stage", 0)),
         world_size=place.world_size,
         micro_batches=config.train.global_batch_size // mesh.data // micro_batch_size(config.train, mesh),
-        vocabulary_size=config.tokenizer.vocabulary_size,
     )
     recipe = build_recipe(config, mesh, source, place.device)
-    if isinstance(source, CachedSamples) and isinstance(recipe, MEPA):
-        source.check_tokenizer(recipe.tokenizer)
     on_first_rank(functools.partial(_check_data, directory, source, config))
 
     def loader(start_step: int, size: int) -> Loader:

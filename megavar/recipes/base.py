@@ -6,8 +6,10 @@ A recipe owns modules and turns a batch into named losses. It knows nothing of e
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
+from megavar.config.root import Config
 from megavar.data.batch import Batch
 
 
@@ -27,8 +29,43 @@ class Losses:
     """Sums over the micro-batch by name, of any shape."""
 
 
+class Parts(Protocol):
+    """What a recipe is built from (``megavar.assembly.Assembly``)."""
+
+    @property
+    def config(self) -> Config:
+        """The run's configuration; ``config.recipe`` is the recipe's own section."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where modules live."""
+        ...
+
+    def tokenizer(self) -> Any:
+        """The frozen tokenizer whose tokens a generator learns (``megavar.tokenizers.base``)."""
+        ...
+
+    def fresh_tokenizer(self) -> Any:
+        """The tokenizer that the run trains, not initialized and on the CPU."""
+        ...
+
+    def generator(self, **options: Any) -> nn.Module:
+        """This rank's part of the generator: a stage, or a ``ModuleList`` of its chunks."""
+        ...
+
+    def terms(self) -> list[Any]:
+        """The losses that the recipe section adds to the recipe's own."""
+        ...
+
+
 class Recipe(Protocol):
     """The interface between a paper and the trainer."""
+
+    @classmethod
+    def build(cls, parts: Parts) -> "Recipe":
+        """The recipe that ``parts.config.recipe`` describes, with freshly initialized modules."""
+        ...
 
     def modules(self) -> dict[str, nn.Module]:
         """Trainable modules by name, in the order in which they are stepped."""

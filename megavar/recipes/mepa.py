@@ -20,8 +20,7 @@ from megavar.data.batch import Batch
 from megavar.generators.var import VARInputs, VAROutput
 from megavar.parallel import seeds
 from megavar.parallel.vocabulary import vocabulary_cross_entropy, vocabulary_hits
-from megavar.recipes.base import Losses
-from megavar.tokenizers.multiscale_vq import MultiScaleVQ
+from megavar.recipes.base import Losses, Parts
 
 _NO_DECAY = ("start_position", "position", "scale", "offset", "log_temperature", "scale_embedding")
 
@@ -38,7 +37,7 @@ class MEPAInputs:
 class MEPA:
     """Next-scale cross entropy with balanced experts."""
 
-    def __init__(self, config: MEPAConfig, generator: nn.Module, tokenizer: MultiScaleVQ, seed: int) -> None:
+    def __init__(self, config: MEPAConfig, generator: nn.Module, tokenizer: Any, seed: int) -> None:
         """Train ``generator``, a VAR or a ``ModuleList`` of its chunks, on the tokens of a frozen tokenizer."""
         self.config = config
         self.generator = generator
@@ -48,6 +47,14 @@ class MEPA:
         self.scales = self.chunks[0].scales
         self.classes = self.chunks[0].generator.classes
         self.label_drop = self.chunks[0].generator.label_drop
+
+    @classmethod
+    def build(cls, parts: Parts) -> "MEPA":
+        """See :class:`Recipe`."""
+        config = parts.config
+        assert isinstance(config.recipe, MEPAConfig)
+        tokenizer = parts.tokenizer()
+        return cls(config.recipe, parts.generator(), tokenizer, config.train.seed)
 
     def modules(self) -> dict[str, nn.Module]:
         """The one trained module."""

@@ -30,7 +30,7 @@ from megavar.recipes.adversarial import (
     reconstruction_realism_loss,
     with_gradient,
 )
-from megavar.recipes.base import Losses
+from megavar.recipes.base import Losses, Parts
 from megavar.recipes.codebook import CodebookUpkeep, usage_metrics
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ, Reconstruction
 from megavar.tokenizers.perceptual import PerceptualDistance
@@ -93,6 +93,13 @@ class TokenizerTraining:
             self.discriminator.to(device)
         fresh = config.initial_weights is None
         self.codebook = CodebookUpkeep(config.codebook, self.tokenizer.quantizer, seed, fresh=fresh)
+
+    @classmethod
+    def build(cls, parts: Parts) -> "TokenizerTraining":
+        """See :class:`Recipe`."""
+        config = parts.config
+        assert isinstance(config.recipe, TokenizerTrainingConfig) and isinstance(config.tokenizer, MultiScaleVQConfig)
+        return cls(config.recipe, config.tokenizer, config.train.seed, parts.device)
 
     def modules(self) -> dict[str, nn.Module]:
         """The autoencoder, and the discriminator if there is one."""

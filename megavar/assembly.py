@@ -20,12 +20,13 @@ from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.data.caches import CachedSamples
 from megavar.data.source import Source
 from megavar.errors import CheckpointError, ConfigError, DataError
-from megavar.generators.var import Stage
+from megavar.frozen import TOKENIZER, check_same, identify, identities
+from megavar.generators.base import Stage
 from megavar.parallel.topology import Topology
 from megavar.recipes.base import Recipe
 from megavar.sampling.sampler import TokenDecoder
 from megavar.sampling.samples import Decoder
-from megavar.storage import sha256_of_file, write_json_atomic
+from megavar.storage import write_json_atomic
 from megavar.transformer.moe.backends import check_backend
 
 PARAMETER_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -48,20 +49,6 @@ def resolve(choice: Choice | type[Choice]) -> Any:
             f"{kind.discriminator}={kind.tag()} names the implementation {choice.implementation!r}, which cannot be "
             f"imported ({error}). Install what it needs, or correct {kind.__module__}.{kind.__name__}.implementation."
         ) from error
-
-
-def identify_weights(path: Path) -> dict[str, str]:
-    """What tells the weights in ``path`` (a run, a checkpoint, a published file) from all others, wherever they are.
-
-    Raises:
-        CheckpointError: there are none.
-    """
-    from megavar.training.checkpoint.weights import find_checkpoint
-
-    if Path(path).is_file():
-        return {"file": Path(path).name, "sha256": sha256_of_file(path)}
-    checkpoint, _ = find_checkpoint(path, verify=False)  # loading verifies it
-    return {"checkpoint": checkpoint.name, "manifest_sha256": sha256_of_file(checkpoint / "manifest.json")}
 
 
 def load_tokenizer(config: TokenizerChoice, weights: str, device: torch.device) -> Any:
@@ -94,7 +81,7 @@ def describe_decoder(directory: Path, config: Config, weights: str) -> None:
     described = {
         "tokenizer": config.tokenizer.model_dump(mode="json"),
         "weights": str(Path(weights).resolve()),
-        "identity": identify_weights(Path(weights)),
+        "identity": identify(weights).to_json(),
         "rounding": config.sampling.rounding,
     }
     write_json_atomic(directory / DECODER, described)
@@ -106,8 +93,8 @@ def stored_decoder(directory: Path, device: torch.device) -> Decoder:
     The tokenizer is loaded when the first tokens are decoded: not at all where all images are stored.
 
     Raises:
-        DataError: (then) nothing says which tokenizer it is, or its weights are others now.
-        CheckpointError: (then) its weights are gone.
+        DataError: (then) nothing says which tokenizer it is, or its weights are gone.
+        CheckpointError: (then) its weights are others now.
     """
 
     @functools.cache
@@ -124,12 +111,8 @@ def stored_decoder(directory: Path, device: torch.device) -> Decoder:
                 f"restore them, correct their path in {path}, or sample again."
             )
         tokenizer = load_tokenizer(decode(described["tokenizer"], TokenizerChoice, str(path)), str(weights), device)
-        identity = identify_weights(weights)
-        if identity != described["identity"]:
-            raise DataError(
-                f"The tokens in {directory} were drawn with the tokenizer weights {described['identity']}, but "
-                f"{weights} now holds {identity}: restore them, or sample again."
-            )
+        before = identities({TOKENIZER: described["identity"]})
+        check_same(before, {TOKENIZER: identify(weights)}, directory, "sample again.")
         return TokenDecoder(tokenizer, device, described["rounding"])
 
     return lambda tokens: load()(tokens)
@@ -188,9 +171,7 @@ def build_generator(
             chunks.append(
                 resolve(generator)(
                     generator,
-                    scales=space.sides,
-                    code_dimension=space.channels,
-                    vocabulary_size=space.vocabulary,
+                    space,
                     parallel=parallel,
                     stage=Stage.split(depth, parallel, topology.pipeline_rank if topology is not None else 0, chunk),
                     dtype=dtype or PARAMETER_TYPES[config.train.precision],

@@ -8,10 +8,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megavar.config.experts.base import ExpertsChoice
 from megavar.config.generators.var import SCALES
-from megavar.generators import var
-from megavar.generators.var import VAR, VARInputs
+from megavar.config.token_space import TokenSpace
+from megavar.generators.var import VAR
 from megavar.parallel.vocabulary import vocabulary_cross_entropy
 from megavar.planning.shape import GeneratorShape
+from megavar.transformer import backbone
 
 MEPA = ExpertsChoice.make(number=8, top_k=3, backend="megatron")
 CODE_DIMENSION, VOCABULARY = 32, 4096
@@ -22,10 +23,14 @@ def shape_of(config, resolution=256, scales=None):
     return GeneratorShape(config, scales or SCALES[resolution], CODE_DIMENSION, VOCABULARY)
 
 
+def space_of(scales):
+    return TokenSpace.of_scales(scales, VOCABULARY, CODE_DIMENSION, 16 * scales[-1])
+
+
 def build(config, scales, **options):
     """A VAR whose parameters stay as the allocator gave them: initialization takes minutes for a large one."""
-    with mock.patch.object(var, "initialize_parameters", lambda *arguments: None):
-        return VAR(config, scales=scales, code_dimension=CODE_DIMENSION, vocabulary_size=VOCABULARY, **options)
+    with mock.patch.object(backbone, "initialize_parameters", lambda *arguments: None):
+        return VAR(config, space_of(scales), **options)
 
 
 def without_memory(config, scales):
@@ -51,12 +56,10 @@ class SkipProducts(TorchDispatchMode):
 
 
 def inputs(model, images):
-    tokens = model.layout.tokens - model.scales[0] ** 2
-    labels, keys = torch.arange(images) % model.generator.classes, torch.arange(images)
-    return VARInputs(labels, torch.zeros(images, tokens, CODE_DIMENSION), keys)
+    return model.example(images)
 
 
 def forward_loss(model, images):
     output = model(inputs(model, images))
-    targets = torch.zeros(images, model.layout.tokens, dtype=torch.long)
-    return vocabulary_cross_entropy(output.logits, targets).mean()
+    targets = torch.zeros(images, model.space.length, dtype=torch.long)
+    return vocabulary_cross_entropy(output.prediction, targets).mean()

@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,28 +9,24 @@ from typing import Any
 import torch
 from torch import nn
 
+from megavar.conditions import Conditions
 from megavar.config.choice import Choice
 from megavar.config.generators.base import GeneratorChoice
-from megavar.config.loading import decode
 from megavar.config.parallel import ParallelConfig
-from megavar.config.recipes.base import GeneratorRecipeChoice
+from megavar.config.recipes.base import TOKENIZER_MODULE, GeneratorRecipeChoice
 from megavar.config.root import Config
 from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.data.caches import CachedSamples
 from megavar.data.source import Source
-from megavar.errors import CheckpointError, ConfigError, DataError
-from megavar.frozen import TOKENIZER, check_same, identify, identities
+from megavar.errors import CheckpointError, ConfigError
 from megavar.generators.base import Stage
 from megavar.parallel.topology import Topology
 from megavar.recipes.base import Recipe
-from megavar.sampling.sampler import TokenDecoder
-from megavar.sampling.samples import Decoder
-from megavar.storage import write_json_atomic
+from megavar.sampling.sampler import Sampler
+from megavar.tokenizers.base import Tokenizer
 from megavar.transformer.moe.backends import check_backend
 
 PARAMETER_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-DECODER = "decoder.json"
-"""Beside the chunks of samples: which tokenizer decodes their tokens."""
 
 
 def resolve(choice: Choice | type[Choice]) -> Any:
@@ -70,52 +65,10 @@ def load_tokenizer(config: TokenizerChoice, weights: str, device: torch.device) 
             f"under run.requires to have it trained automatically), or give a file in a published layout."
         )
     if path.is_dir():
-        load_weights(tokenizer, path, module="autoencoder")
+        load_weights(tokenizer, path, module=TOKENIZER_MODULE)
     else:
         tokenizer.load_reference(path)
     return tokenizer.eval().requires_grad_(False).to(device)
-
-
-def describe_decoder(directory: Path, config: Config, weights: str) -> None:
-    """Write down what decodes the tokens of the samples in ``directory``; :func:`stored_decoder` reads it."""
-    described = {
-        "tokenizer": config.tokenizer.model_dump(mode="json"),
-        "weights": str(Path(weights).resolve()),
-        "identity": identify(weights).to_json(),
-        "rounding": config.sampling.rounding,
-    }
-    write_json_atomic(directory / DECODER, described)
-
-
-def stored_decoder(directory: Path, device: torch.device) -> Decoder:
-    """From the tokens of samples that ``megavar sample`` left in ``directory`` to their images.
-
-    The tokenizer is loaded when the first tokens are decoded: not at all where all images are stored.
-
-    Raises:
-        DataError: (then) nothing says which tokenizer it is, or its weights are gone.
-        CheckpointError: (then) its weights are others now.
-    """
-
-    @functools.cache
-    def load() -> TokenDecoder:
-        path = Path(directory) / DECODER
-        try:
-            described: dict[str, Any] = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise DataError(f"{path} cannot be read ({error}), so nothing says what decodes these tokens") from error
-        weights = Path(described["weights"])
-        if not weights.exists():
-            raise DataError(
-                f"The tokens in {directory} are decoded by the tokenizer weights {weights}, which do not exist: "
-                f"restore them, correct their path in {path}, or sample again."
-            )
-        tokenizer = load_tokenizer(decode(described["tokenizer"], TokenizerChoice, str(path)), str(weights), device)
-        before = identities({TOKENIZER: described["identity"]})
-        check_same(before, {TOKENIZER: identify(weights)}, directory, "sample again.")
-        return TokenDecoder(tokenizer, device, described["rounding"])
-
-    return lambda tokens: load()(tokens)
 
 
 def require_generator(config: Config) -> GeneratorChoice:
@@ -182,50 +135,12 @@ def build_generator(
     return chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
 
 
-@dataclass(frozen=True)
-class Assembly:
-    """What a recipe takes its parts from (:meth:`megavar.recipes.base.Recipe.build`)."""
-
-    config: Config
-    source: Source
-    """Of the training data."""
-    device: torch.device
-    topology: Topology
-
-    def tokenizer(self) -> Any:
-        """The frozen tokenizer whose tokens the run's generator learns.
-
-        Raises:
-            ConfigError: the training data are tokens of another tokenizer.
-            CheckpointError: the weights are missing, damaged, or of another tokenizer.
-        """
-        weights = require_generator_recipe(self.config).tokenizer_weights
-        tokenizer = load_tokenizer(self.config.tokenizer, weights, self.device)
-        if isinstance(self.source, CachedSamples):
-            self.source.check_tokenizer(tokenizer)
-        return tokenizer
-
-    def fresh_tokenizer(self) -> Any:
-        """The tokenizer that the run trains, not initialized and on the CPU."""
-        return resolve(self.config.tokenizer)(self.config.tokenizer)
-
-    def generator(self, **options: Any) -> nn.Module:
-        """This rank's part of the generator, initialized; see :func:`build_generator`."""
-        return build_generator(self.config, self.topology, device=self.device, **options)
-
-    def terms(self) -> list[Any]:
-        """The losses that the recipe section adds to the recipe's own: :class:`megavar.recipes.terms.base.Term`."""
-        return [resolve(term).build(term, self) for term in require_generator_recipe(self.config).terms]
-
-
-def build_recipe(config: Config, topology: Topology, source: Source, device: torch.device) -> Recipe:
-    """The recipe with freshly initialized modules on ``device``.
-
-    Raises:
-        ConfigError: sections contradict each other or the data.
-    """
-    check_consistency(config, source)
-    return resolve(config.recipe).build(Assembly(config, source, device, topology))
+def build_sampler(
+    config: Config, generator: nn.Module, tokenizer: Tokenizer, conditions: Conditions, device: torch.device
+) -> Sampler:
+    """What draws the samples of ``config`` from a whole ``generator`` on ``device``."""
+    procedure = resolve(config.sampling)(config.sampling)
+    return Sampler(generator, tokenizer, procedure, conditions, config.sampling, device)
 
 
 def check_consistency(config: Config, source: Source) -> None:
@@ -251,3 +166,52 @@ def check_consistency(config: Config, source: Source) -> None:
                 f"generator.classes={generator.class_count}, but the data source {config.data.source.name!r} has "
                 f"{source.num_classes} classes. Set generator.classes={source.num_classes}."
             )
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """The parts of a run in training; the recipe takes from here what it needs (``megavar.recipes.base.Parts``)."""
+
+    config: Config
+    source: Source
+    """Of the training data."""
+    device: torch.device
+    topology: Topology
+
+    def recipe(self) -> Recipe:
+        """The recipe with freshly initialized modules.
+
+        Raises:
+            ConfigError: sections contradict each other or the data.
+        """
+        check_consistency(self.config, self.source)
+        return resolve(self.config.recipe).build(self)
+
+    def tokenizer(self) -> Any:
+        """The frozen tokenizer whose tokens the run's generator learns.
+
+        Raises:
+            ConfigError: the training data are tokens of another tokenizer.
+            CheckpointError: the weights are missing, damaged, or of another tokenizer.
+        """
+        return self._tokenizer
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        weights = require_generator_recipe(self.config).tokenizer_weights
+        tokenizer = load_tokenizer(self.config.tokenizer, weights, self.device)
+        if isinstance(self.source, CachedSamples):
+            self.source.check_tokenizer(tokenizer)
+        return tokenizer
+
+    def fresh_tokenizer(self) -> Any:
+        """The tokenizer that the run trains, not initialized and on the CPU."""
+        return resolve(self.config.tokenizer)(self.config.tokenizer)
+
+    def generator(self, **options: Any) -> nn.Module:
+        """This rank's part of the generator, initialized; see :func:`build_generator`."""
+        return build_generator(self.config, self.topology, device=self.device, **options)
+
+    def terms(self) -> list[Any]:
+        """The losses that the recipe section adds to the recipe's own: :class:`megavar.recipes.terms.base.Term`."""
+        return [resolve(term).build(term, self) for term in require_generator_recipe(self.config).terms]

@@ -33,7 +33,8 @@ from megavar.config.base import Section
 
 
 def _serialize(value: "Choice", info: SerializationInfo) -> dict[str, Any]:
-    return value.model_dump(mode=info.mode, include=info.include, exclude=info.exclude)
+    selected: dict[str, Any] = {"include": info.include, "exclude": info.exclude}
+    return value.model_dump(mode=info.mode, **selected)
 
 
 class Choice(Section):

@@ -1,6 +1,6 @@
 """How long and how to train."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,7 +14,13 @@ class EmaConfig(Section):
     decay: float = Field(0.9999, ge=0, lt=1)
     """Share of the old average that each step keeps."""
     warmup: bool = True
-    """Lower the decay to (1 + step) / (10 + step) in the first steps, so that the initial weights are forgotten."""
+    """Lower the decay to (1 + t) / (10 + t) in the first steps t after ``start_step``, so that the weights it starts
+    from are forgotten."""
+    start_step: int = Field(0, ge=0)
+    """First step whose weights are averaged; until then the average is the weights themselves (VGT: 10000)."""
+    modules: Annotated[tuple[str, ...], Field(strict=False)] | None = None
+    """Names of the recipe's modules that are averaged; default: all. A discriminator, which is never used after
+    training, need not be."""
 
 
 class RecoveryConfig(Section):

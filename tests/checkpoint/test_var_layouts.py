@@ -6,20 +6,23 @@ layout the continued run is the uninterrupted one, bit for bit.
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 
+from megavar.conditions import ClassConditions
 from megavar.config.checkpoint import CheckpointConfig
 from megavar.config.parallel import ParallelConfig
 from megavar.config.procedures.next_scale import NextScaleSampling
 from megavar.config.train import EmaConfig
 from megavar.parallel import topology
 from megavar.parallel.environment import environment
-from megavar.sampling.sampler import NextScaleSampler
+from megavar.sampling.procedures.next_scale import NextScale
+from megavar.sampling.sampler import Sampler
 from megavar.training.checkpoint import Checkpointer, ModuleState, load_weights
 from megavar.training.ema import MovingAverage
 from tests.checkpoint.conftest import assert_same, read_everything
-from tests.distributed.curves import Setup, bare_curve, build, build_engine, train_step
+from tests.distributed.curves import Setup, bare_curve, build, engine_loop
 from tests.distributed.harness import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -64,7 +67,8 @@ def train(layout, save_to, load_from=None, first=0, last=SAVED, asynchronous=Fal
     if load_from is not None:  # nothing of the initialization may be left
         for parameter in recipe.generator.parameters():
             parameter.data.fill_(7.0)
-    engine = build_engine(layout, recipe, mesh)
+    loop = engine_loop(layout, recipe, mesh)
+    engine = loop.engines["generator"]
     average = MovingAverage(engine, EmaConfig(decay=0.6, warmup=False))
     modules = {"generator": ModuleState(engine.deepspeed, average.tensors)}
     values = []
@@ -73,7 +77,7 @@ def train(layout, save_to, load_from=None, first=0, last=SAVED, asynchronous=Fal
             assert Checkpointer(load_from, CheckpointConfig()).load(modules) == {"step": first}
             checkpointer.save(first, modules, {"step": first})
         for step in range(first, last):
-            result = train_step(layout, recipe, engine, mesh, step)
+            result = loop.step(step)
             average.update(step)
             values.append((result["loss"], float(result["gradient_norm"])))
             if step + 1 in (SAVED, last):
@@ -132,8 +136,11 @@ def sample(root, ema):
     recipe = build(Setup(), mesh)
     load_weights(recipe.generator, root, ema=ema)
     settings = NextScaleSampling(top_k=20, top_p=0.9)
-    sampler = NextScaleSampler(recipe.generator, recipe.tokenizer, settings, torch.device("cpu"))
-    return sampler.draw(torch.arange(24))[2].int()  # pickle knows no uint16 tensors
+    conditions = ClassConditions(recipe.classes)
+    sampler = Sampler(
+        recipe.generator, recipe.tokenizer, NextScale(settings), conditions, settings, torch.device("cpu")
+    )
+    return torch.from_numpy(sampler.draw(torch.arange(24)).arrays["tokens"].astype(np.int64))
 
 
 @pytest.mark.parametrize("ema", [False, True], ids=["weights", "average"])

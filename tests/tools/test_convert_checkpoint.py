@@ -13,7 +13,7 @@ from megavar.parallel.environment import environment
 from megavar.training.checkpoint import Checkpointer, ModuleState, find_checkpoint, load_weights, master, read_weights
 from megavar.training.checkpoint.weights import write_weights
 from tests.checkpoint.conftest import assert_same
-from tests.distributed.curves import Setup, build, build_engine, train_step
+from tests.distributed.curves import Setup, build, engine_loop
 from tests.distributed.harness import run_ranks
 from tools.convert_checkpoint import main
 
@@ -38,8 +38,7 @@ def configuration(experts):
 
 def _save(setup, root):
     mesh = topology.initialize(ParallelConfig(**setup.parallel), environment())
-    recipe = build(setup, mesh)
-    engine = build_engine(setup, recipe, mesh)
+    engine = engine_loop(setup, build(setup, mesh), mesh).engines["generator"]
     average = [tensor.detach() * 2 for tensor in master.master_tensors(engine.deepspeed)]
     modules = {"generator": ModuleState(engine.deepspeed, average)}
     Checkpointer(root / "checkpoints", CheckpointConfig()).save(7, modules, {"step": 7})
@@ -51,20 +50,20 @@ def _continue(setup, root):
     recipe = build(setup, mesh)
     for parameter in recipe.generator.parameters():
         parameter.data.fill_(7.0)
-    engine = build_engine(setup, recipe, mesh)
-    train_step(setup, recipe, engine, mesh, 5)  # leaves moments and step counts that must be forgotten
+    loop = engine_loop(setup, recipe, mesh)
+    engine = loop.engines["generator"]
+    loop.step(5)  # leaves moments and step counts that must be forgotten
     state = Checkpointer(root / "checkpoints", CheckpointConfig()).load({"generator": ModuleState(engine.deepspeed)})
     moments = master.moments(engine.deepspeed)
     assert not any(tensor.any() for tensors in moments.values() for tensor in tensors)
     assert set(master.get_steps(engine.deepspeed)) == {0}
     recipe.collect()
-    return state, train_step(setup, recipe, engine, mesh, 0)["loss"]
+    return state, loop.step(0)["loss"]
 
 
 def _first_loss(setup):
     mesh = topology.initialize(ParallelConfig(**setup.parallel), environment())
-    recipe = build(setup, mesh)
-    return train_step(setup, recipe, build_engine(setup, recipe, mesh), mesh, 0)["loss"]
+    return engine_loop(setup, build(setup, mesh), mesh).step(0)["loss"]
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["dense", "experts"])

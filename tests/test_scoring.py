@@ -1,26 +1,29 @@
-"""From samples over features to the result file by ``megavar evaluate``: the same bytes from any number of ranks, and
-after an interruption anywhere.
+"""From conditions over samples and features to the result file: the same bytes from any number of ranks, and after an
+interruption anywhere; suites with prompts of their own; what cannot be scored is refused before anything is drawn.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from megavar.commands import evaluate
+from megavar import scoring
 from megavar.config.loading import load_config
 from megavar.config.parallel import ParallelConfig
-from megavar.errors import CheckpointError, DataError
-from megavar.evaluation import adm, suites
+from megavar.errors import CheckpointError, ConfigError, DataError
+from megavar.evaluation import adm
 from megavar.evaluation.images import NpzImages, open_images
 from megavar.evaluation.reference import Reference, save_reference
 from megavar.evaluation.statistics import gaussian
+from megavar.evaluation.suites import adm as suite
 from megavar.parallel import topology
 from megavar.parallel.environment import environment
-from megavar.sampling.sampler import NextScaleSampler
-from megavar.sampling.samples import Samples
+from megavar.run_samples import stored_samples
+from megavar.sampling.sampler import Sampler
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
 from tests.distributed.harness import RankFailure, run_ranks
 from tests.evaluation.conftest import SmallInception
@@ -28,7 +31,7 @@ from tools import evaluate_fid
 
 pytestmark = pytest.mark.distributed
 COUNT, CHUNK, KEEP = 23, 3, 5  # eight chunks, the last one short; the images of two of them are kept
-CONFIG = Path(__file__).parents[2] / "configs/quickstart.yaml"
+CONFIG = Path(__file__).parents[1] / "configs/quickstart.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +50,10 @@ def inputs(tmp_path_factory):
 
 
 def overrides(inputs, directory):
-    suite = {"name": "adm", "inception_weights": "w", "reference": str(inputs / "ref.npz")}
+    chosen = {"name": "adm", "inception_weights": "w", "reference": str(inputs / "ref.npz")}
     return [
         f"run.directory={directory}", f"recipe.tokenizer_weights={inputs / 'vae.pth'}", "generator.depth=1",
-        "generator.width=16", "generator.heads=2", "generator.experts=null", f"evaluation.suite={json.dumps(suite)}",
+        "generator.width=16", "generator.heads=2", "generator.experts=null", f"evaluation.suite={json.dumps(chosen)}",
         f"evaluation.samples={COUNT}", f"sampling.chunk_size={CHUNK}", f"sampling.keep_images={KEEP}",
     ]  # fmt: skip
 
@@ -71,7 +74,7 @@ def run(given, interrupt):
                 raise Stopped
             return super().forward(images)
 
-    draw, drawn = NextScaleSampler.draw, []
+    draw, drawn = Sampler.draw, []
 
     def interrupted(self, indices):
         drawn.append(indices)
@@ -79,12 +82,12 @@ def run(given, interrupt):
             raise Stopped
         return draw(self, indices)
 
-    NextScaleSampler.draw = interrupted
-    suites.ADMInception = lambda weights, unofficial: Network()
-    suites.check_weights = lambda weights, unofficial: "5" * 64
+    Sampler.draw = interrupted
+    suite.ADMInception = lambda weights, unofficial: Network()
+    suite.check_weights = lambda weights, unofficial: "5" * 64
     place = environment()
     topology.initialize(ParallelConfig(), place)
-    evaluate.score(load_config(CONFIG, given), place, untrained=True)
+    scoring.score(load_config(CONFIG, given), place, untrained=True)
     return len(drawn), Network.calls
 
 
@@ -114,6 +117,10 @@ def test_result_names_everything_that_decides_the_number(expected, inputs):
     assert result["count"] == COUNT and result["class_histogram"] == {str(c): 3 if c < 3 else 2 for c in range(10)}
     assert result["rounding"] == "round" and result["tf32"] is False and len(result["extractor"]["sha256"]) == 64
     assert result["sampler"]["chunk_size"] == CHUNK and result["sampler"]["seed"] == 0
+    assert result["sampler"]["conditions"] == {"kind": "class", "classes": 10}
+    assert result["order"] == "image i has condition i: class i modulo 10"
+    manifest = json.loads((samples_of(directory) / "manifest.json").read_text())
+    assert manifest["conditions"]["classes"] == 10 and manifest["space"]["sides"] == [1, 2, 4]
     assert result["checkpoint"]["weights"] == "model" and result["checkpoint"]["precision"] == "fp32"
     assert result["checkpoint"]["tokenizer"]["file"] == "vae.pth" and len(result["reference"]["sha256"]) == 64
     assert {"fid@23@small", "sfid@23@small", "is@23@small", "precision@23@small", "recall@23@small"} <= set(
@@ -168,22 +175,84 @@ def test_tools_decode_what_was_not_kept(expected, tmp_path):
 
 
 def test_tokens_are_not_decoded_by_another_tokenizer(expected, inputs, tmp_path):
-    import shutil
-
-    from megavar.assembly import stored_decoder
-
     directory = tmp_path / "samples"
     shutil.copytree(samples_of(expected[0]), directory)
     other = torch.load(inputs / "vae.pth")
     torch.save({name: value + 1 for name, value in other.items()}, tmp_path / "vae.pth")
     described = json.loads((directory / "decoder.json").read_text())
     (directory / "decoder.json").write_text(json.dumps(described | {"weights": str(tmp_path / "vae.pth")}))
-    opened = open_images(
-        directory, lambda path: Samples.stored(path, stored_decoder(path, torch.device("cpu")))
-    )
+    opened = open_images(directory, lambda path: stored_samples(path, torch.device("cpu")))
     assert opened.read(0, CHUNK).shape == (CHUNK, 3, 16, 16)  # these were kept
-    with pytest.raises(CheckpointError, match="weights of .tokenizer. were replaced"):
+    with pytest.raises(CheckpointError, match=r"weights of .tokenizer. were replaced"):
         opened.read(COUNT - 1, COUNT)
     (tmp_path / "vae.pth").unlink()
     with pytest.raises(DataError, match=r"vae\.pth, which do not exist"):
         opened.read(COUNT - 1, COUNT)
+
+
+def geneval_prompts(path, texts):
+    lines = [{"tag": "colors", "include": [], "prompt": text} for text in texts]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return f"evaluation.suite={{name: geneval, prompts: {path}, per_prompt: 4}}"
+
+
+def text_overrides(inputs, directory, suite):
+    given = [value for value in overrides(inputs, directory) if not value.startswith("evaluation.suite=")]
+    text = ["plugins=[tests.text_plugin]", "generator.name=text_var", "sampling={procedure: caption_lengths}"]
+    return [*given[:-2], *text, "sampling.chunk_size=3", suite]
+
+
+def score_text(given):
+    place = environment()
+    topology.initialize(ParallelConfig(), place)
+    return scoring.score(load_config(CONFIG, given), place, untrained=True)
+
+
+def test_prompts_of_a_suite_reach_the_generator_on_any_number_of_ranks(inputs, tmp_path):
+    suite = geneval_prompts(tmp_path / "prompts.jsonl", ["a", "bcd", "ef"])
+    place, found = tmp_path / "run", []
+    for world_size in (1, 2):
+        run_ranks(world_size, score_text, text_overrides(inputs, place, suite))
+        found.append(content(place))
+        directory = samples_of(place)
+        chunks = [dict(np.load(path)) for path in sorted(directory.glob("chunk_*.npz"))]
+        captions = np.concatenate([chunk["captions"] for chunk in chunks]).tolist()
+        assert captions == ["a"] * 4 + ["bcd"] * 4 + ["ef"] * 4
+        tokens = np.concatenate([chunk["tokens"] for chunk in chunks])
+        lengths = np.array([len(caption) for caption in captions])[:, None]
+        assert set((tokens - lengths).flatten().tolist()) == {0, 1, 2} and len(np.unique(tokens, axis=0)) == 12
+        pictures = sorted((directory / "geneval").glob("*/samples/*.png"))
+        images = np.concatenate([chunk["images"] for chunk in chunks])
+        for path, image in zip(pictures, images, strict=True):
+            with Image.open(path) as picture:
+                assert np.array_equal(np.asarray(picture).transpose(2, 0, 1), image)
+        place.rename(tmp_path / f"of {world_size}")
+    assert found[0] == found[1]
+
+
+def test_a_directory_of_samples_belongs_to_one_suite(inputs, tmp_path):
+    for name, texts in (("one", ["a", "b"]), ("two", ["a", "c"])):  # as many images of other prompts
+        suite = geneval_prompts(tmp_path / f"{name}.jsonl", texts)
+        run_ranks(1, score_text, text_overrides(inputs, tmp_path / "run", suite))
+    manifests = [json.loads(path.read_text()) for path in tmp_path.glob("run/generated/*/manifest.json")]
+    assert len(manifests) == 2 and len({manifest["conditions"]["sha256"] for manifest in manifests}) == 2
+    assert [manifest["conditions"]["origin"] for manifest in manifests] == ["geneval"] * 2
+
+
+def test_a_generator_of_classes_is_not_asked_for_prompts(inputs, tmp_path):
+    suite = geneval_prompts(tmp_path / "prompts.jsonl", ["a"])
+    config = load_config(CONFIG, [*overrides(inputs, tmp_path / "run"), suite])
+    for refuse in (scoring.check, lambda config: scoring.score(config, environment())):
+        with pytest.raises(ConfigError, match=r"suite.name=geneval asks for prompts, but generator.name=var draws cla"):
+            refuse(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_missing_is_found_before_training(inputs, tmp_path):
+    with pytest.raises(CheckpointError, match="weights w do not exist"):
+        scoring.check(load_config(CONFIG, overrides(inputs, tmp_path / "run")))
+    tokenizer = CONFIG.with_name("quickstart") / "tokenizer.yaml"
+    with pytest.raises(ConfigError, match="inception_weights is not set"):
+        scoring.check(load_config(tokenizer, ["evaluation.reconstruction.reference=r"]))
+    scoring.check(load_config(CONFIG))
+    scoring.check(load_config(tokenizer))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megavar import logs
-from megavar.assembly import Assembly, build_sampler
+from megavar.assembly import Assembly, build_sampler, initial_weights
 from megavar.config.deepspeed import load_deepspeed_json
 from megavar.config.loading import load_config
 from megavar.config.parallel import ParallelConfig
@@ -157,6 +157,7 @@ def _train_one(config: Config, place: Environment) -> ExitCode:
             samples=len(source),
             loader=loader,
             topology=mesh,
+            initial=initial_weights(config),
             preview=_preview(assembly, recipe),
             flops_per_image=flops_per_image(config),
             peak_flops=_peak_flops(config),

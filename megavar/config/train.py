@@ -23,6 +23,21 @@ class EmaConfig(Section):
     training, need not be."""
 
 
+class InitialWeightsConfig(Section):
+    """Weights with which a new run begins. Its optimizer state is fresh. Not read once there is a checkpoint."""
+
+    path: str
+    """A megavar run or checkpoint, an export (``.safetensors``), or a file in a public layout of the model."""
+    layout: str = "auto"
+    """Of a file: the name of one of the model's public weight layouts (VAR: ``var``), or ``megavar`` for an export;
+    ``auto`` takes the one that fits."""
+    weights: Literal["model", "ema"] = "model"
+    """Of a checkpoint: the weights themselves, or their moving average."""
+    fresh: tuple[str, ...] = ()
+    """Parts that begin with random values although the rest is given: beginnings of tensor names (``head.``,
+    ``embedding.classes``). Every other tensor must be there in the right shape, and nothing else."""
+
+
 class RecoveryConfig(Section):
     """What to do about a loss or gradient that is not finite. All ranks decide alike.
 
@@ -73,6 +88,8 @@ class TrainConfig(Section):
     """Moving average of the weights; none by default, as in VAR."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints."""
+    initial_weights: InitialWeightsConfig | None = None
+    """Weights to begin with instead of random ones."""
     fresh: bool = False
     """Start anew although the run directory holds checkpoints: they are moved away, not deleted. Once: later jobs and
     attempts of a launcher continue the new run."""

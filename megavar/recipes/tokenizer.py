@@ -60,21 +60,26 @@ class TokenizerTraining(BaseRecipe):
     """Trains a :class:`MultiScaleVQ` (attribute ``tokenizer``)."""
 
     def __init__(
-        self, config: TokenizerTrainingConfig, tokenizer: MultiScaleVQConfig, seed: int, device: torch.device
+        self,
+        config: TokenizerTrainingConfig,
+        tokenizer: MultiScaleVQConfig,
+        seed: int,
+        device: torch.device,
+        fresh: bool = True,
     ) -> None:
-        """Build the tokenizer and the losses that the config asks for, on ``device``.
+        """Build the tokenizer, with random weights, and the losses that the config asks for, on ``device``.
+
+        Args:
+            fresh: whether it is trained from these weights. If the trainer gives it others, their codebook is kept.
 
         Raises:
             ConfigError: the discriminator does not fit the images.
-            CheckpointError: initial weights, or weights of the perceptual loss, are missing or wrong.
+            CheckpointError: weights of the perceptual loss are missing or wrong.
         """
         self.config = config
         self.seed = seed
         self.tokenizer = MultiScaleVQ(tokenizer)
-        if config.initial_weights is None:
-            self.tokenizer.initialize(generator(seed, "initial_autoencoder"))
-        else:
-            self.tokenizer.load_reference(config.initial_weights)
+        self.tokenizer.initialize(generator(seed, "initial_autoencoder"))
         self.tokenizer.to(device)
         self.perceptual = None if config.perceptual is None else PerceptualDistance(config.perceptual).to(device)
         self.discriminator: PatchDiscriminator | None = None
@@ -82,7 +87,6 @@ class TokenizerTraining(BaseRecipe):
             self.discriminator = PatchDiscriminator(config.adversarial, tokenizer.image_channels, tokenizer.image_side)
             self.discriminator.initialize(generator(seed, "initial_discriminator"))
             self.discriminator.to(device)
-        fresh = config.initial_weights is None
         self.codebook = CodebookUpkeep(config.codebook, self.tokenizer.quantizer, seed, fresh=fresh)
         self._dimensions = {  # before an engine empties or flattens parameters
             name: {parameter: value.ndim for parameter, value in module.named_parameters()}
@@ -94,7 +98,8 @@ class TokenizerTraining(BaseRecipe):
         """See :meth:`Recipe.build`."""
         config = parts.config
         assert isinstance(config.recipe, TokenizerTrainingConfig) and isinstance(config.tokenizer, MultiScaleVQConfig)
-        return cls(config.recipe, config.tokenizer, config.train.seed, parts.device)
+        fresh = config.initial_weights is None
+        return cls(config.recipe, config.tokenizer, config.train.seed, parts.device, fresh)
 
     def modules(self) -> dict[str, nn.Module]:
         """The autoencoder, and the discriminator if there is one."""

@@ -108,8 +108,11 @@ class Trainer:
     def _loop(self) -> ExitCode:
         train, reports = self.setup.train, self.setup.logging
         fresh = self._fresh()
-        self._restore(fresh=fresh)
-        on_first_rank(lambda: self.directory.note_weights(self.checkpointer.frozen))
+        begins = not self._restore(fresh=fresh)
+        initial = self._take_initial_weights(fresh) if begins else None
+        began_with = on_first_rank(lambda: self.directory.note_weights(self.checkpointer.frozen, initial, begins))
+        if began_with is not None:
+            self.checkpointer.provenance["initial_weights"] = began_with.to_json()
         if fresh:
             on_first_rank(self.directory.note_fresh_start)
         while self.step < self.total_steps:
@@ -307,6 +310,18 @@ class Trainer:
         self.monitor.open(self.step, dict(self.setup.config))
         self._open_data()
         return state is not None
+
+    def _take_initial_weights(self, fresh: bool) -> Identity | None:
+        """Put the weights that the configuration names, if any, into the recipe's first module; say what they are."""
+        initial = self.setup.initial
+        if initial is None:
+            return None
+        with self.watchdog.pause():
+            identity = on_first_rank(lambda: self.directory.identify_initial(fresh))
+            name, state = next(iter(self._module_states().items()))
+            self.checkpointer.begin(name, state, initial)
+        _log.info("Beginning with the weights of %s.", identity)
+        return identity
 
     def _open_data(self) -> None:
         self._batches = iter(self.setup.loader(self.data_step, self.micro_batch_size))

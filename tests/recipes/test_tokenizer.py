@@ -5,11 +5,10 @@ import pytest
 import torch
 
 from megavar.config.recipes.tokenizer import AdversarialConfig, CodebookConfig, TokenizerTrainingConfig
-from megavar.errors import CheckpointError, ConfigError
+from megavar.errors import ConfigError
 from megavar.recipes.adversarial import reconstruction_realism_loss
 from megavar.recipes.base import Losses
 from megavar.recipes.tokenizer import TokenizerTraining
-from megavar.tokenizers.multiscale_vq import MultiScaleVQ
 from tests.recipes.digit_images import TOKENIZER, digit_batch, digit_images
 
 CPU = torch.device("cpu")
@@ -110,16 +109,13 @@ def test_fresh_parameters_depend_on_the_seed_alone():
     assert not torch.equal(first["encoder.conv_in.weight"], other["encoder.conv_in.weight"])
 
 
-def test_initial_weights_and_their_codebook_are_kept(tmp_path):
-    trained = MultiScaleVQ(TOKENIZER)
-    torch.save(trained.reference_state_dict(), tmp_path / "vae.pth")
-    made = recipe(initial_weights=str(tmp_path / "vae.pth"))
-    assert torch.equal(made.tokenizer.encoder.conv_in.weight, trained.encoder.conv_in.weight)
+def test_a_codebook_that_was_given_is_kept():
+    """``tests/checkpoint/test_beginning.py`` gives one to a whole run."""
+    made = TokenizerTraining(TokenizerTrainingConfig(), TOKENIZER, 0, CPU, fresh=False)
+    before = made.tokenizer.quantizer.embedding.weight.clone()
     losses_of(made, "autoencoder", 0)
     made.after_step(0, write_rows)
-    assert torch.equal(made.tokenizer.quantizer.embedding.weight, trained.quantizer.embedding.weight)
-    with pytest.raises(CheckpointError, match=r"absent.pth does not exist"):
-        recipe(initial_weights=str(tmp_path / "absent.pth"))
+    assert torch.equal(made.tokenizer.quantizer.embedding.weight, before)
 
 
 def test_discriminator_starts_at_its_step():

@@ -33,6 +33,7 @@ import yaml
 from megavar import frozen, storage
 from megavar.config.loading import with_defaults
 from megavar.config.root import Config
+from megavar.config.secret import looks_secret
 from megavar.errors import CheckpointError, ConfigError
 from megavar.frozen import Identity
 from megavar.training.checkpoint.lock import RunLock
@@ -123,6 +124,8 @@ class RunDirectory:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "logs").mkdir(exist_ok=True)
+        for folder in (self.path, self.samples, self.checkpoints):
+            storage.remove_leftovers(folder)
         known = self.config.exists()
         if known:
             self.check(config, fresh)
@@ -139,8 +142,7 @@ class RunDirectory:
                 storage.write_text_atomic(self.path / "code.patch", patch)
         storage.write_text_atomic(self.config, yaml.safe_dump(dict(config), sort_keys=False, width=120))
         storage.write_json_atomic(self.path / "deepspeed.json", dict(deepspeed))
-        with (self.path / "attempts.jsonl").open("a") as file:
-            file.write(json.dumps(_provenance() | {"layout": dict(layout)}) + "\n")
+        storage.append_line(self.path / "attempts.jsonl", json.dumps(_provenance() | {"layout": dict(layout)}))
         return identities
 
     def check(self, config: Mapping[str, Any], fresh: bool = False) -> None:
@@ -291,7 +293,7 @@ def _version(package: str) -> str:
 def _provenance() -> dict[str, Any]:
     variables = {
         name: value for name, value in sorted(os.environ.items())
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in _ENVIRONMENT)
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in _ENVIRONMENT) and not looks_secret(name, value)
     }  # fmt: skip
     return {
         "started_at": _now(),

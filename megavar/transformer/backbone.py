@@ -29,6 +29,7 @@ from megavar.transformer.cache import KeyValueCache
 from megavar.transformer.context import ForwardContext, RoutingRecord
 from megavar.transformer.defaults import usual_initial_value, usual_rule
 from megavar.transformer.interface import Embedded, GeneratorOutput, Head, TokenSequence
+from megavar.transformer.megatron_config import without_sequence_parallel
 from megavar.transformer.sequence import SequenceLayout
 
 EMBEDDING = "embedding"
@@ -82,6 +83,8 @@ class Backbone(nn.Module, ABC):
         """
         super().__init__()
         self.config, self.kinds, self.experts, self.seed = config, kinds, experts, seed
+        self.unsharded = without_sequence_parallel(config)
+        """For modules outside the blocks: each tensor-parallel rank calls them with all tokens."""
         self.stage = stage or Stage(0, config.num_layers, True, True)
         self.recompute = parallel.recompute
         self.taps = taps
@@ -141,13 +144,19 @@ class Backbone(nn.Module, ABC):
         """
 
     def condition_rows(self) -> Mapping[str, int | None]:
-        """Rows of each condition, by name; None: one per token, in the tokens' order. Default: no conditions."""
+        """Rows of each condition, by name; None: one per token, in the tokens' order. Default: no conditions.
+
+        Those with a row per token are shared like hidden states under sequence parallelism.
+        """
         return {}
 
     def modulating(self, conditions: Mapping[str, Tensor]) -> Tensor | None:
-        """What blocks get as their condition, from [rows, B, C] by name. Default: the first row of the first one."""
-        for condition in conditions.values():
-            return condition[0]
+        """What blocks get as their condition, from [rows, B, C] by name.
+
+        Default: the first condition, [B, C] (its first row), or this rank's rows [L, B, C] where it has one per token.
+        """
+        for name, rows in self.condition_rows().items():
+            return conditions[name] if rows is None else conditions[name][0]
         return None
 
     def initial_value(self, name: str, value: Tensor, generator: torch.Generator) -> None:

@@ -248,6 +248,8 @@ class Checkpointer:
         if manifest is not None:  # every rank hashes its share of the files
             mine = manifest.files[self._ranks.rank :: self._ranks.size]
             problem = next((text for text in self._ranks.gather(manifests.damage(path, mine)) if text), None)
+        if manifest is not None and problem is None:
+            problem = self._ranks.broadcast(_index_problem(path) if self._ranks.rank == 0 else None)
         if problem is None:
             return manifest
         problems.append(problem)
@@ -280,6 +282,15 @@ class Checkpointer:
         """Refuse to train on with other frozen networks than those of the checkpoint."""
         remedy = "start anew in another run.directory, or here with train.fresh=true."
         check_same(identities(manifest.frozen), self.frozen, path, remedy)
+
+
+def _index_problem(path: Path) -> str | None:
+    """What is wrong with the index of a checkpoint whose files are those of its manifest."""
+    try:
+        shards.index(path)
+    except (CheckpointError, OSError) as error:
+        return str(error)
+    return None
 
 
 def first_difference(stored: dict[str, ModuleEntry], wanted: dict[str, ModuleEntry], limit: int = 3) -> str | None:

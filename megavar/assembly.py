@@ -1,14 +1,12 @@
 """From a configuration to the objects it describes."""
 
-import importlib
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from megavar.conditions import Conditions
-from megavar.config.choice import Choice
+from megavar.config.choice import resolve
 from megavar.config.generators.var import VARConfig
 from megavar.config.parallel import ParallelConfig
 from megavar.config.recipes.mepa import MEPAConfig
@@ -24,26 +22,9 @@ from megavar.recipes.mepa import MEPA
 from megavar.sampling.sampler import Sampler
 from megavar.tokenizers.base import Tokenizer
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
-from megavar.transformer.moe.backends import check_backend
+from megavar.transformer.moe.backends import check_installed
 
 PARAMETER_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def resolve(choice: Choice) -> Any:
-    """The class that ``choice`` configures, which is imported now.
-
-    Raises:
-        ConfigError: its module cannot be imported or has no such class.
-    """
-    module, _, name = choice.implementation.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"{choice.discriminator}={choice.tag()!r} is implemented by {choice.implementation!r}, which cannot be "
-            f"imported ({error}). Correct `implementation` of {type(choice).__module__}.{type(choice).__name__}, or "
-            f"install what the module imports."
-        ) from error
 
 
 def load_tokenizer(config: TokenizerChoice, weights: str, device: torch.device) -> MultiScaleVQ:
@@ -153,7 +134,8 @@ def check_consistency(config: Config, source: Source) -> None:
     if config.recipe.name == "mepa":
         generator = require_generator(config)
         if generator.experts is not None:
-            check_backend(generator.experts, config.parallel)
+            generator.experts.check(config.parallel)
+            check_installed(generator.experts.backend)
         if generator.classes != source.num_classes:
             raise ConfigError(
                 f"generator.classes={generator.classes}, but the data source {config.data.source.name!r} has "

@@ -15,6 +15,7 @@ from megavar.parallel.environment import environment
 from megavar.training.engine import Engine
 from tests.distributed import curves
 from tests.distributed.curves import BATCH, CLIPPING, LEARNING_RATE, WEIGHT_DECAY, Setup
+from tests.loops import run_pass
 
 TOLERANCE = 1e-5
 
@@ -47,13 +48,7 @@ def engine_steps(setup: Setup, case: Case) -> list[dict[str, Any]]:
         case.build(setup, mesh.config, Stage.split(4, mesh.config, mesh.pipeline_rank, chunk))
         for chunk in range(mesh.config.virtual_pipeline)
     ]
-    several = len(chunks) > 1  # parameters are called 0.blocks.1...
-    module = nn.ModuleList(chunks) if several else chunks[0]
-
-    def decays(name: str, parameter: nn.Parameter) -> bool:
-        return chunks[0].rule(name.split(".", 1)[1] if several else name).decays
-
-    engine = curves.engine_of(setup, module, decays, mesh)
+    engine = curves.engine_of(setup, nn.ModuleList(chunks) if len(chunks) > 1 else chunks[0], mesh)
     share, size = BATCH // mesh.data, setup.micro_batch_size or BATCH // mesh.data
     samples = torch.arange(mesh.data_rank * share, (mesh.data_rank + 1) * share)
     return [train_step(engine, case, step, samples.split(size)) for step in range(case.steps)]
@@ -71,7 +66,7 @@ def train_step(engine: Engine, case: Case, step: int, micro_batches: Sequence[Te
         return value
 
     items = [case.item(step, samples) for samples in micro_batches]
-    engine.forward_backward(items, lambda model, item: model(item.model), loss)
+    run_pass(engine, items, lambda model, item: model(item.model), loss)
     norm = engine.step(LEARNING_RATE, WEIGHT_DECAY).gradient_norm
     whole = {name: torch.cat([part[name] for part in taps]) for name in taps[0]} if taps else {}
     return {"loss": losses, "norm": float(norm), "taps": whole, "first": int(micro_batches[0][0])}

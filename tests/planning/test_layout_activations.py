@@ -10,6 +10,7 @@ from megavar.config.parallel import ParallelConfig
 from megavar.planning.activations import MicroBatch, activation_bytes, working_bytes
 from megavar.planning.tokenizer_cost import LiveBytes
 from tests.distributed.harness import run_ranks
+from tests.loops import run_pass
 from tests.planning.models import inputs, shape_of, space_of
 
 SCALES, IMAGES, BUCKET = (1, 2, 4, 6), 4, 1_100_000
@@ -49,13 +50,13 @@ def measure(layout, experts, micro_batches):
         data_parallel_size=place.data, global_batch_size=IMAGES * micro_batches * place.data,
         micro_batch_size=IMAGES, precision="fp32", gradient_clipping=1.0, has_experts=experts is not None,
     )  # fmt: skip
-    engine = Engine("generator", model, decays=lambda name, parameter: parameter.ndim > 1,
+    engine = Engine("generator", model, rule=chunks[0].rule,
                     optimizer=OptimizerConfig(), plan=plan, topology=place)  # fmt: skip
     targets = torch.zeros(IMAGES, chunks[0].space.length, dtype=torch.long)
 
     def forward_backward():
-        engine.forward_backward(
-            [inputs(chunks[0], IMAGES)] * micro_batches, lambda call, item: call(item),
+        run_pass(
+            engine, [inputs(chunks[0], IMAGES)] * micro_batches, lambda call, item: call(item),
             lambda output, item: vocabulary_cross_entropy(output.prediction, targets).mean(),
         )  # fmt: skip
 

@@ -21,9 +21,9 @@ def changed(section, key, value):
 
 
 def open_directory(path, config=CONFIG, weights=None, complete=lambda tree: tree, **options):
-    directory = RunDirectory(path, weights, complete)
+    directory = RunDirectory(path, weights, complete=complete)
     deepspeed = {"generator": {"zero_optimization": {"stage": 1}}}
-    directory.note_weights(directory.open(config, {"world_size": 2}, deepspeed, **options))
+    directory.note_weights(directory.open(config, {"world_size": 2}, deepspeed, **options), None, begins=False)
     return directory
 
 
@@ -178,6 +178,13 @@ def test_frozen_weights_may_move_but_not_change(tokenizer, tmp_path):
 def test_a_changed_list_of_networks_is_another_configuration(tokenizer):
     tokenizer("a", b"one")
     with pytest.raises(ConfigError, match=r"recipe\.terms"):
+        tokenizer("a", terms=["a"])
+
+
+def test_weights_do_not_move_into_the_place_of_others(tokenizer, tmp_path):
+    (tmp_path / "b").write_bytes(b"two")
+    tokenizer("a", b"one", terms=["b"])
+    with pytest.raises(CheckpointError, match="'term0' were replaced"):
         tokenizer("a", terms=["a"])
 
 

@@ -23,6 +23,7 @@ from megavar.errors import CheckpointError
 from megavar.frozen import Identity, check_same, identities
 from megavar.training.checkpoint import fault, shards, store
 from megavar.training.checkpoint import manifest as manifests
+from megavar.training.checkpoint.initial import InitialWeights, begin
 from megavar.training.checkpoint.manifest import DamagedError, Manifest, ModuleEntry
 from megavar.training.checkpoint.ranks import Ranks
 from megavar.training.checkpoint.state import ModuleState, Restorer, describe, stage
@@ -223,6 +224,10 @@ class Checkpointer:
                 f"train.fresh=true, which moves these directories away and deletes nothing."
             )
         return None
+
+    def begin(self, name: str, state: ModuleState, initial: InitialWeights) -> None:
+        """Put initial weights into module ``name`` of a new run; see ``megavar/training/checkpoint/initial.py``."""
+        begin(name, state, initial, self._ranks)
 
     def _candidates(self, fresh: bool) -> list[Path]:
         if fresh:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megavar import frozen
 from megavar.conditions import Conditions
-from megavar.config.choice import Choice
+from megavar.config.choice import Choice, resolve
 from megavar.config.generators.base import GeneratorChoice
 from megavar.config.parallel import ParallelConfig
 from megavar.config.recipes.base import GeneratorRecipeChoice
@@ -28,28 +28,11 @@ from megavar.recipes.base import Recipe
 from megavar.sampling.sampler import Sampler
 from megavar.tokenizers.base import Tokenizer
 from megavar.training.checkpoint.initial import InitialWeights
-from megavar.transformer.moe.backends import check_backend
+from megavar.transformer.moe.backends import check_installed
 from megavar.weight_file import read_weights_file
 from megavar.weight_layout import Shape, WeightLayout
 
 PARAMETER_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def resolve(choice: Choice | type[Choice]) -> Any:
-    """The class that an alternative configures. The only place where implementations are imported by name.
-
-    Raises:
-        ConfigError: it cannot be imported.
-    """
-    module, _, name = choice.implementation.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        kind = choice if isinstance(choice, type) else type(choice)
-        raise ConfigError(
-            f"{kind.discriminator}={kind.tag()} names the implementation {choice.implementation!r}, which cannot be "
-            f"imported ({error}). Install what it needs, or correct {kind.__module__}.{kind.__name__}.implementation."
-        ) from error
 
 
 def load_tokenizer(config: TokenizerChoice, weights: str, device: torch.device) -> Any:
@@ -161,7 +144,8 @@ def check_consistency(config: Config, source: Source) -> None:
         generator = require_generator(config)
         experts = generator.limits(space).experts
         if experts is not None:
-            check_backend(experts, config.parallel)
+            experts.check(config.parallel)
+            check_installed(experts.backend)
         if generator.class_count not in (None, source.num_classes):
             raise ConfigError(
                 f"generator.classes={generator.class_count}, but the data source {config.data.source.name!r} has "

@@ -5,7 +5,7 @@ from pydantic import Field, model_validator
 from megavar.config.base import Section
 from megavar.config.data import DataConfig
 from megavar.config.evaluation import EvaluationConfig
-from megavar.config.generators.base import GeneratorChoice
+from megavar.config.generators.base import GeneratorChoice, Limits
 from megavar.config.logging import LoggingConfig
 from megavar.config.optimizer import OptimizerConfig
 from megavar.config.parallel import ParallelConfig
@@ -65,10 +65,28 @@ class Config(Section):
     are imported before the rest of the file is decoded, so that their alternatives exist."""
 
     @property
+    def limits(self) -> Limits | None:
+        """What restricts the layouts of the generator; None while a tokenizer is trained."""
+        return None if self.generator is None else self.generator.limits(self.tokenizer.space)
+
+    @property
     def initial_weights(self) -> InitialWeightsConfig | None:
         """Weights with which the run begins, whichever key says so; None: random ones."""
         path = self.recipe.initial_weights_path()
         return self.train.initial_weights if path is None else InitialWeightsConfig(path=path)
+
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> "Config":
+        """As far as the file says; where epochs and steps are mixed, the trainer compares them."""
+        schedule, train = self.optimizer.schedule, self.train
+        for unit, length in (("steps", train.steps), ("epochs", train.epochs)):
+            warmup = getattr(schedule, f"warmup_{unit}")
+            if warmup is not None and length is not None and warmup > length:
+                raise ValueError(
+                    f"optimizer.schedule.warmup_{unit}={warmup} is longer than the run of train.{unit}={length}: the "
+                    f"peak learning rate would never be reached. Shorten the warm-up or lengthen the run"
+                )
+        return self
 
     @model_validator(mode="after")
     def _one_beginning(self) -> "Config":

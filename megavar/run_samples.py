@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from megavar.assembly import build_generator, build_sampler, load_tokenizer, require_generator
+from megavar.assembly import build_generator, build_sampler, fill_initial, load_tokenizer, require_generator
 from megavar.chunks import ChunkStore
 from megavar.conditions import ClassConditions, Conditions, SourceCaptions, Unconditional
 from megavar.config.loading import decode, import_plugins
@@ -42,7 +42,8 @@ def open_samples(
 
     Args:
         conditions: what they show; None: what the generator is asked for by default, see :func:`default_conditions`.
-        untrained: take the initial weights instead of the run's latest checkpoint.
+        untrained: take the weights with which the run begins (random ones, or ``train.initial_weights``) instead of its
+            latest checkpoint.
 
     Raises:
         ConfigError: the run trains no generator, or its generator cannot be asked for ``conditions``.
@@ -56,7 +57,9 @@ def open_samples(
     tokenizer = load_tokenizer(config.tokenizer, weights, place.device)
     of_tokenizer = identify(weights)
     model: dict[str, Any] = {"checkpoint": "initial weights", "seed": config.train.seed}
-    if not untrained:
+    if untrained:
+        model |= fill_initial(generator, config)
+    else:
         checkpoint, manifest = find_checkpoint(run_directory, verify=False)  # loading verifies it
         check_same(identities(manifest.frozen), {TOKENIZER: of_tokenizer}, checkpoint, "train a generator with these.")
         load_weights(generator, checkpoint, "generator", ema=sampling.weights == "ema")

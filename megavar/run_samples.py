@@ -130,6 +130,11 @@ def check_conditions(config: Config, conditions: Conditions, asked_by: str) -> N
             f"{asked_by} asks for {asked}, but generator.name={generator.name} draws {drawn}. Choose a suite "
             f"(evaluation.suite.name) that asks for {drawn}, or a generator that draws {asked}."
         )
+    if conditions.classes != generator.class_count:
+        raise ConfigError(
+            f"{asked_by} asks for {conditions.classes} classes, but generator.name={generator.name} has "
+            f"{generator.class_count}. Evaluate a generator of the data's classes."
+        )
     if conditions.count is not None and conditions.count < config.sampling.number:
         raise ConfigError(
             f"sampling.number={config.sampling.number}, but there are conditions for {conditions.count} samples only. "

@@ -253,9 +253,7 @@ class Backbone(nn.Module, ABC):
                 tapped[f"block.{number}"] = hidden
         return hidden
 
-    def _run_block(
-        self, block: nn.Module, hidden: Tensor, condition: Tensor | None, context: ForwardContext
-    ) -> Tensor:
+    def _run_block(self, block: nn.Module, hidden: Tensor, condition: Tensor | None, context: ForwardContext) -> Tensor:
         if self.recompute != "full" or not hidden.requires_grad:
             return block(hidden, condition, context)
         passes = itertools.count()

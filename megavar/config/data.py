@@ -171,9 +171,9 @@ class DataConfig(Section):
     """Height and width in pixels of the images that models see."""
     transform: TransformConfig = NoTransform()
     """Resize, crop and mirror; each is exactly that of a reference implementation."""
-    workers: int = Field(0, ge=0)
+    workers: int = Field(0, ge=0, le=256)
     """Processes per rank that read and decode; 0 reads in the training process (right for small sources)."""
-    prefetch: int = Field(4, ge=1)
+    prefetch: int = Field(4, ge=1, le=1024)
     """Micro-batches that each worker process prepares ahead."""
     damaged_samples: Literal["fail", "skip-and-count"] = "fail"
     """A sample that cannot be read or decoded ends the run, or its place is taken by another sample of the source.

@@ -167,6 +167,9 @@ class CachedSamples:
         content = hashlib.sha256(self.cache.encode()).hexdigest()
         self.fingerprint = f"cache-{split}-{len(self)}-{content[:16]}"
         self._parts: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._verified: set[int] = set()
+        self.vocabulary: int | None = None
+        """Ids are below it, where the tokenizer is known."""
         plan = self.cache.plan
         self._captioned = open_images() if open_images is not None and not self.class_names else None
         if self._captioned is not None and self._captioned.fingerprint != plan.source:
@@ -195,20 +198,46 @@ class CachedSamples:
         if part not in self._parts:
             while len(self._parts) >= MAPPED_PARTS:
                 self._parts.popitem(last=False)
-            mapped = np.memmap(self.folder / part_name(part), dtype=plan.row, mode="r")
-            self._parts[part] = np.asarray(mapped)  # indexing the subclass is slow
+            self._parts[part] = self._map(part)
         self._parts.move_to_end(part)
         stored = self._parts[part][row]
         caption = None if self._captioned is None else self._captioned.read(index).caption
         sample = Sample(key=f"{part_name(part)}[{row}]", label=int(stored["label"]), caption=caption)
         return replace(sample, **{plan.content: stored["views"]})
 
-    def check_tokenizer(self, tokenizer: nn.Module) -> None:
-        """Make sure that the cache was made with ``tokenizer``.
+    def _map(self, part: int) -> np.ndarray:
+        """The rows of a part. Its bytes are compared with their hash when this process maps it for the first time.
+
+        Raises:
+            DataError: they are others, or say what no tokenizer and no source of this cache can have said.
+        """
+        plan, path = self.cache.plan, self.folder / part_name(part)
+        again = "Make it again: `python -m tools.cache_tokens CONFIG --repair` with the run that the cache is for."
+        rows = np.asarray(np.memmap(path, dtype=plan.row, mode="r"))  # indexing the subclass is slow
+        if part in self._verified:
+            return rows
+        if hashlib.sha256(rows.view(np.uint8)).hexdigest() != self.cache.part_sha256[part]:
+            raise DataError(f"The cache part {path} is not as it was written: its hash is another one. {again}")
+        if plan.content == "tokens" and self.vocabulary is not None and rows["views"].max() >= self.vocabulary:
+            raise DataError(
+                f"The cache part {path} holds the token id {rows['views'].max()}, but the tokenizer has only "
+                f"{self.vocabulary}. {again}"
+            )
+        if rows["label"].max() >= max(self.num_classes, 0) or rows["label"].min() < -1:
+            raise DataError(
+                f"The cache part {path} holds labels from {rows['label'].min()} to {rows['label'].max()}, but the "
+                f"cache has {self.num_classes} classes. {again}"
+            )
+        self._verified.add(part)
+        return rows
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Make sure that the cache was made with ``tokenizer``; from now on its ids must be those of its vocabulary.
 
         Raises:
             ConfigError: it was not.
         """
+        self.vocabulary = tokenizer.space.vocabulary
         if weights_sha256(tokenizer) != self.cache.plan.tokenizer_sha256:
             raise ConfigError(
                 f"The cache {self.folder} was made with another tokenizer than the one that this run loads. Make a "

@@ -95,7 +95,7 @@ def test_a_wrong_configuration_ends_with_its_code_at_once(tmp_path):
 def test_a_real_run_dies_in_a_save_is_restarted_and_finishes(tmp_path, monkeypatch):
     """The first attempt dies when its checkpoint is in place but not announced; the second finds that it is enough."""
     monkeypatch.setenv("MEGAVAR_FAULT", "before_latest")
-    arguments = ("train.steps=2", "train.global_batch_size=8", "--processes", "1")
+    arguments = ("train.steps=2", "optimizer.schedule.warmup_steps=1", "train.global_batch_size=8", "--processes", "1")
     result = run_local(tmp_path, *arguments)
     assert result.returncode == ExitCode.FINISHED, result.stdout + result.stderr
     found = doctor.find_attempts(tmp_path / "run")

@@ -14,6 +14,7 @@ from torch import nn
 from megavar.assembly import (
     build_generator,
     build_sampler,
+    fill_initial,
     load_tokenizer,
     require_generator,
     require_generator_recipe,
@@ -51,7 +52,8 @@ def open_samples(
 
     Args:
         conditions: what they show; None: what the generator is asked for by default, see :func:`default_conditions`.
-        untrained: take the initial weights instead of the run's latest checkpoint.
+        untrained: take the weights with which the run begins (random ones, or ``train.initial_weights``) instead of its
+            latest checkpoint.
 
     Raises:
         ConfigError: the run trains no generator, or its generator cannot be asked for ``conditions``.
@@ -86,7 +88,9 @@ def _load(config: Config, device: torch.device, untrained: bool) -> tuple[nn.Mod
     tokenizer, of_tokenizer = load_tokenizer(config.tokenizer, weights, device), identify(weights)
     generator = build_generator(config, None)
     model: dict[str, Any] = {"checkpoint": "initial weights", "seed": config.train.seed}
-    if not untrained:
+    if untrained:
+        model |= fill_initial(generator, config)
+    else:
         checkpoint, manifest = find_checkpoint(Path(config.run.path), verify=False)  # loading verifies it
         check_same(identities(manifest.frozen), {TOKENIZER: of_tokenizer}, checkpoint, "train a generator with these.")
         load_weights(generator, checkpoint, GENERATOR_MODULE, ema=config.sampling.weights == "ema")

@@ -71,8 +71,8 @@ class CacheSource(Section):
     path: str
     """Folder of the cache of the training samples."""
     content: Literal["tokens", "latents"] = "tokens"
-    """``tokens``: ids of the tokenizer's scales. ``latents``: encoder features, for recipes whose scales change in
-    every step (FlexVAR, SAR)."""
+    """``tokens``: the tokenizer's ids. ``latents``: what it encodes to, for recipes whose scales change in every step
+    (FlexVAR, SAR) and for tokenizers without ids."""
     views: int = Field(1, ge=1)
     """Augmented versions of each sample, one of which is chosen in each epoch. The ten-crop transform has 10; for
     transforms with continuous randomness 8 to 16 are reasonable; without randomness there is 1."""

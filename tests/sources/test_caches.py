@@ -147,6 +147,39 @@ def test_latents_in_half_precision_give_the_same_tokens(tmp_path):
     assert (cached == exact).float().mean() > 0.98
 
 
+@pytest.mark.parametrize(("ids", "wide"), [(2**16, False), (2**16 + 1, True), (2**31, True)])
+def test_ids_of_large_vocabularies_are_kept(ids, wide, tmp_path):
+    """A line of 5 tokens, of which the last is the largest id."""
+    config = configure(tmp_path)
+    plan, reader, _ = prepare(config)
+
+    def encode(images):
+        means = (images.mean((1, 2, 3)) * 1000).long().abs()[:, None]
+        return torch.cat([means + torch.arange(4), torch.full_like(means, ids - 1)], dim=1)
+
+    plan = replace(plan, shape=(5,), wide=wide)
+    write_cache(tmp_path, plan, reader, encode)
+    assert ("wide" in json.loads((tmp_path / FILE_NAME).read_text())) == wide
+    source = build_source(config)
+    assert source.read(3).tokens.dtype == (np.int32 if wide else np.uint16)
+    assert (source.read(3).tokens[:, 4] == ids - 1).all()
+    assert verify_cache(tmp_path, reader, encode, rows=20).problems == ()
+    (batch,) = next(iter(build_loader(config, source, seed=1, global_batch_size=4, micro_batch_size=4, stop_step=1)))
+    assert batch.tokens.dtype == torch.int64 and (batch.tokens[:, 4] == ids - 1).all()
+    if not wide:
+        with pytest.raises(ConfigError, match="its token space says ids below 65536"):
+            write_cache(tmp_path / "other", plan, reader, lambda images: encode(images) + 1)
+
+
+def test_latents_may_have_any_shape(tmp_path):
+    """Of a tokenizer without ids: a row of 6 vectors."""
+    config = configure(tmp_path, content="latents")
+    plan, reader, _ = prepare(config)
+    write_cache(tmp_path, replace(plan, shape=(6, 8)), reader, lambda images: images[:, 0, :6, :8])
+    batch = next(iter(build_loader(config, build_source(config), seed=1, global_batch_size=4, micro_batch_size=4)))[0]
+    assert batch.latents.shape == (4, 6, 8)
+
+
 def test_ten_crop_views_are_the_ten_crops(tmp_path):
     config = configure(tmp_path, views=10, transform=TenCropTransform())
     make(config)

@@ -72,7 +72,7 @@ def attention(
 
 
 def feed_forward(experts: ExpertsChoice | None = None, kinds: int = 1, dropout: float = 0.0) -> ModuleSpec:
-    """The dense network with ``dropout`` of its inner channels, or experts (without) for ``kinds`` kinds of segments."""
+    """The dense network with ``dropout`` of its inner channels, or experts (without it) for ``kinds`` of segments."""
     if experts is None:
         return ModuleSpec(module=FeedForward, params={"dropout": dropout})
     return ModuleSpec(module=ExpertFeedForward, params={"experts": experts, "kinds": kinds})

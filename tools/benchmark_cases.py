@@ -33,9 +33,9 @@ from megavar.training.optimizer import build_optimizer, parameter_groups, set_ra
 from megavar.transformer.attention import KERNELS
 from megavar.transformer.block import FeedForward
 from megavar.transformer.context import ForwardContext
-from megavar.transformer.layout import ScaleLayout
 from megavar.transformer.megatron_config import transformer_config
 from megavar.transformer.moe.layer import ExpertFeedForward
+from megavar.transformer.sequence import SequenceLayout
 
 EXPERT_BACKENDS = ("megatron", "grouped", "tutel", "deepspeed")
 LEARNING_RATE, WEIGHT_DECAY = 1e-6, 0.0
@@ -139,7 +139,7 @@ def _decays(recipe: MEPA) -> Callable[[str, nn.Parameter], bool]:
 def attention(bench: Bench) -> Part:
     """Each kernel of scale-causal attention, forward and backward, of one block."""
     shape = bench.shape
-    layout = ScaleLayout(shape.scales)
+    layout = SequenceLayout.of_scales(shape.scales)
     sizes = (bench.batch, shape.heads, shape.tokens, shape.width // shape.heads)
     q, k, v = (bench.random(*sizes) for _ in range(3))
     upstream = torch.randn_like(q)
@@ -170,8 +170,8 @@ def experts(bench: Bench) -> Part:
     wide = bench.generator.model_copy(
         update={"experts": None, "feed_forward_ratio": bench.generator.feed_forward_ratio * settings.top_k}
     )
-    layout = ScaleLayout(shape.scales)
-    context = ForwardContext(layout=layout, scale_index=layout.scale_index(bench.device))
+    layout = SequenceLayout.of_scales(shape.scales)
+    context = ForwardContext(layout)
     hidden = bench.random(shape.tokens, bench.batch, shape.width)
     upstream = torch.randn_like(hidden)
     dense_name = f"dense, {settings.top_k} x as wide"

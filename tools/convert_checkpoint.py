@@ -114,11 +114,11 @@ def _published(checkpoint: Path, module: str, ema: bool, config: Config) -> dict
         load_weights(tokenizer, checkpoint, module, ema)
         return tokenizer.reference_state_dict()
     from megavar.assembly import require_generator
-    from megavar.generators.published import to_published
+    from megavar.generators.var.published import VARLayout
 
     tensors = read_weights(checkpoint, module, ema)
     _compare(checkpoint, {name: tuple(value.shape) for name, value in tensors.items()}, _expected_shapes(config))
-    return to_published(tensors, require_generator(config), config.tokenizer.scales)
+    return VARLayout(require_generator(config), config.tokenizer.space).export(tensors)
 
 
 def _expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
@@ -154,7 +154,7 @@ def import_weights(source: Path, run_directory: Path, module: str | None, config
         CheckpointError: the file does not fit the configuration, or the run has checkpoints already.
     """
     from megavar.assembly import require_generator
-    from megavar.generators.published import from_published
+    from megavar.generators.var.published import VARLayout
 
     if config is None:
         raise ConfigError(f"Which model is {source}? Name the configuration of the new run with --config.")
@@ -165,7 +165,8 @@ def import_weights(source: Path, run_directory: Path, module: str | None, config
         _compare(source, {name: tuple(value.shape) for name, value in tensors.items()}, expected)
     elif source.suffix in (".pth", ".pt"):
         state = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
-        tensors = from_published(state, expected, require_generator(configuration))
+        layout = VARLayout(require_generator(configuration), configuration.tokenizer.space)
+        tensors = layout.load(state, expected)
     else:
         raise ConfigError(f"{source} ends neither in .safetensors (our names) nor in .pth (the authors' names).")
     state = {"step": 0, "data_step": 0, "recovery": {"skipped": 0}}

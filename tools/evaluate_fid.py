@@ -23,12 +23,12 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from megavar.chunks import ChunkStore
 from megavar.config.data import DataConfig
 from megavar.config.loading import apply_override, decode, read_tree
 from megavar.data.build import build_source, build_transform
 from megavar.errors import ConfigError
 from megavar.evaluation import adm
-from megavar.evaluation.chunks import ChunkStore
 from megavar.evaluation.export import export_npz, is_sorted_by_class
 from megavar.evaluation.images import ImageSet, SourceImages, open_images
 from megavar.evaluation.inception import ADMInception
@@ -36,7 +36,7 @@ from megavar.evaluation.reference import check_reference, load_reference, save_r
 from megavar.evaluation.results import Result, class_histogram, write_result
 from megavar.evaluation.table import format_table
 from megavar.parallel.environment import Environment, environment
-from megavar.sampling.samples import Decoder
+from megavar.sampling.samples import Samples
 from tools.outcome import outcome
 
 PUBLISHED_ADM = {"is": 215.837, "fid": 3.9426, "sfid": 6.1404, "precision": 0.8265, "recall": 0.5309}
@@ -155,13 +155,13 @@ def _features_directory(options: argparse.Namespace) -> Path:
 
 
 def _images(options: argparse.Namespace) -> ImageSet:
-    return open_images(options.images, _decoder)
+    return open_images(options.images, _samples)
 
 
-def _decoder(directory: Path) -> Decoder:
+def _samples(directory: Path) -> ImageSet:
     from megavar.assembly import stored_decoder  # imports Megatron-core: not for npz files and folders
 
-    return stored_decoder(directory, environment().device)
+    return Samples.stored(directory, stored_decoder(directory, environment().device))
 
 
 def _join() -> Environment:

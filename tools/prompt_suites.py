@@ -26,7 +26,7 @@ from megavar.evaluation import layouts, shape_eval
 from megavar.evaluation.images import ImageSet, open_images
 from megavar.evaluation.table import format_table
 from megavar.parallel.environment import environment
-from megavar.sampling.samples import Decoder
+from megavar.sampling.samples import Samples
 from megavar.storage import write_text_atomic
 from tools.outcome import outcome
 
@@ -71,13 +71,13 @@ def score(options: argparse.Namespace) -> None:
 
 
 def _images(options: argparse.Namespace) -> ImageSet:
-    return open_images(options.images, _decoder)
+    return open_images(options.images, _samples)
 
 
-def _decoder(directory: Path) -> Decoder:
+def _samples(directory: Path) -> ImageSet:
     from megavar.assembly import stored_decoder  # imports Megatron-core: not for npz files and folders
 
-    return stored_decoder(directory, environment().device)
+    return Samples.stored(directory, stored_decoder(directory, environment().device))
 
 
 def _shape_prompts(options: argparse.Namespace, image_size: int) -> list[shape_eval.Prompt]:

@@ -9,13 +9,13 @@ from typing import Any
 from PIL import Image
 
 from megavar.assembly import build_generator, describe_decoder, identify_weights, load_tokenizer
+from megavar.chunks import ChunkStore
 from megavar.config.loading import load_config
 from megavar.config.parallel import ParallelConfig
 from megavar.config.recipes.mepa import MEPAConfig
 from megavar.config.root import Config
 from megavar.data.pixels import image_grid
 from megavar.errors import ConfigError, ExitCode
-from megavar.evaluation.chunks import ChunkStore
 from megavar.evaluation.results import class_histogram
 from megavar.generators.var import VAR
 from megavar.parallel import topology

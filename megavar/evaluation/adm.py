@@ -20,7 +20,7 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, i
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 from tqdm import tqdm
 
-from megavar.evaluation.chunks import ChunkStore, share
+from megavar.chunks import ChunkStore, share
 from megavar.evaluation.images import ImageSet
 from megavar.evaluation.inception import ADMInception, full_precision
 from megavar.evaluation.reference import POOL_COUNT, Reference

@@ -16,12 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from megavar.chunks import MANIFEST
 from megavar.data.reading import stored_images
 from megavar.data.source import Source
 from megavar.data.transforms import Transform
 from megavar.errors import DataError
-from megavar.evaluation.chunks import MANIFEST
-from megavar.sampling.samples import Decoder, Samples
 from megavar.storage import sha256_of_file
 
 CHUNK_SIZE = 64
@@ -149,17 +148,17 @@ class SourceImages:
         return stored_images(self._source, self._transform, range(first, last))[0]
 
 
-def open_images(path: Path, decoder: Callable[[Path], Decoder] | None = None) -> ImageSet:
+def open_images(path: Path, samples: Callable[[Path], ImageSet]) -> ImageSet:
     """Open ``path``: an npz file, a directory of samples (``megavar sample``), or a folder of PNG files.
 
     Args:
-        decoder: from a directory of samples to what decodes their tokens; without it all images must be stored.
+        samples: opens a directory of samples; whether it decodes the tokens of images that were not kept is its matter.
     """
     path = Path(path)
     if path.is_file():
         return NpzImages(path)
     if (path / MANIFEST).is_file() or next(path.glob("chunk_*.npz"), None) is not None:
-        return Samples.stored(path, decoder(path) if decoder is not None else None)
+        return samples(path)
     return PngFolder(path)
 
 

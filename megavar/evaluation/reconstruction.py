@@ -25,15 +25,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megavar.data.pixels import to_float
+from megavar.chunks import ChunkStore
+from megavar.data.pixels import Rounding, quantize, to_float
 from megavar.data.source import Source
 from megavar.data.transforms import BICUBIC, adm_center_crop, center_crop, decode, resize_shorter_side
 from megavar.errors import CheckpointError, DataError
-from megavar.evaluation.chunks import ChunkStore
 from megavar.evaluation.image_quality import psnr, ssim
 from megavar.evaluation.inception import full_precision
 from megavar.evaluation.reference import Reference
-from megavar.evaluation.rounding import Rounding, quantize
 from megavar.evaluation.statistics import frechet_distance, gaussian
 from megavar.evaluation.table import Metric
 

@@ -11,14 +11,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from megavar.chunks import ChunkStore, share
 from megavar.config.data import DataConfig
 from megavar.config.evaluation import PerceptualWeights, ReconstructionConfig
 from megavar.config.recipes.tokenizer import PerceptualConfig
 from megavar.data.build import build_source
-from megavar.data.pixels import to_float
+from megavar.data.pixels import quantize, to_float
 from megavar.data.shapes_grammar import evaluation_prompts
 from megavar.errors import ConfigError
-from megavar.evaluation.chunks import ChunkStore, share
 from megavar.evaluation.classes import class_extractor, class_reference
 from megavar.evaluation.classifier import load_network
 from megavar.evaluation.digits import digits_extractor
@@ -32,7 +32,6 @@ from megavar.evaluation.reconstruction import (
     reconstruction_metrics,
 )
 from megavar.evaluation.reference import check_reference, load_reference
-from megavar.evaluation.rounding import quantize
 from megavar.evaluation.shape_eval import tokenizer_ceiling
 from megavar.evaluation.suites import Scores
 from megavar.parallel.environment import Environment

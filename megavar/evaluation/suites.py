@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megavar.chunks import ChunkStore
 from megavar.config.data import DataConfig
 from megavar.config.suites.adm import ADMSuite
 from megavar.config.suites.base import SuiteChoice
@@ -20,7 +21,6 @@ from megavar.data.build import build_source
 from megavar.data.shapes_grammar import Prompt, evaluation_prompts
 from megavar.errors import ConfigError
 from megavar.evaluation import adm, classes, digits, layouts, shape_eval
-from megavar.evaluation.chunks import ChunkStore
 from megavar.evaluation.images import ImageSet
 from megavar.evaluation.inception import ADMInception, check_weights
 from megavar.evaluation.reference import check_reference, load_reference

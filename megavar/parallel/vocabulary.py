@@ -1,44 +1,120 @@
-"""Cross entropy and accuracy of logits whose vocabulary is sharded over the tensor-parallel ranks."""
+"""Cross entropy, accuracy and best tokens of logits whose vocabulary is sharded over the tensor-parallel ranks.
+
+Everything works on *rows* [tokens, V] in the order in which the logits lie in memory: a head computes [L, B, V], its
+batch-first view is not contiguous, and any operation that asks for the other order would copy gigabytes of logits.
+"""
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 from torch import Tensor
+
+
+def _rows(logits: Tensor) -> tuple[Tensor, bool]:
+    """Logits [B, L, V] as rows [tokens, V] without copying, and whether the rows are ordered [L, B]."""
+    swapped = logits.transpose(0, 1).is_contiguous() and not logits.is_contiguous()
+    return (logits.transpose(0, 1) if swapped else logits).reshape(-1, logits.shape[-1]), swapped
+
+
+def _flat(values: Tensor, swapped: bool) -> Tensor:
+    """Values [B, L] in the order of the rows."""
+    return (values.t() if swapped else values).reshape(-1)
+
+
+def _batch_first(values: Tensor, shape: torch.Size, swapped: bool) -> Tensor:
+    """The inverse of :func:`_flat`."""
+    return values.view(shape[1], shape[0]).t() if swapped else values.view(shape[0], shape[1])
 
 
 def vocabulary_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Cross entropy per token in nats.
 
+    Beyond ``logits`` one tensor of its size is made in the forward pass (the softmax, or its logarithm) and one in the
+    backward pass (the gradient).
+
     Args:
-        logits: float32 [B, L, V / tensor-parallel size], this rank's part of the vocabulary.
+        logits: float32 [B, L, V / tensor-parallel size], this rank's part of the vocabulary; a view of [L, B, V].
         targets: int64 [B, L].
         label_smoothing: as in :func:`torch.nn.functional.cross_entropy`.
 
     Returns:
         float32 [B, L], the same on every tensor-parallel rank.
     """
-    size = parallel_state.get_tensor_model_parallel_world_size()
-    if size == 1:
-        return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", label_smoothing=label_smoothing)
-    # Megatron-core spreads the smoothing over the V - 1 wrong classes, PyTorch over all V.
-    vocabulary = logits.shape[-1] * size
-    smoothing = label_smoothing * (vocabulary - 1) / vocabulary
-    own = logits.clone(memory_format=torch.contiguous_format)  # the kernel works in place, on flat rows
-    return tensor_parallel.vocab_parallel_cross_entropy(own, targets, smoothing)
+    rows, swapped = _rows(logits)
+    wanted = _flat(targets, swapped)
+    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+        losses = F.cross_entropy(rows, wanted, reduction="none", label_smoothing=label_smoothing)
+    else:
+        losses = _ShardedCrossEntropy.apply(rows, wanted, label_smoothing)
+    return _batch_first(losses, targets.shape, swapped)
+
+
+class _ShardedCrossEntropy(torch.autograd.Function):
+    """Of rows whose columns are spread over the tensor-parallel ranks.
+
+    Megatron-core's works in place on the logits, which then have to be copied for whoever else reads them, and spreads
+    label smoothing over this rank's part of the vocabulary only.
+    """
+
+    @staticmethod
+    def forward(context: Any, rows: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+        """[tokens, V / size], [tokens] -> [tokens]."""
+        group = parallel_state.get_tensor_model_parallel_group()
+        columns = rows.shape[1]
+        vocabulary = columns * parallel_state.get_tensor_model_parallel_world_size()
+        local = targets - parallel_state.get_tensor_model_parallel_rank() * columns
+        own = (local >= 0) & (local < columns)
+        local = local.clamp(0, columns - 1)
+        largest = rows.amax(1)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+        exponentials = (rows - largest[:, None]).exp_()
+        parts = [exponentials.sum(1), torch.where(own, rows.gather(1, local[:, None])[:, 0] - largest, 0.0)]
+        if smoothing:
+            parts.append(rows.sum(1) - columns * largest)
+        sums = torch.stack(parts)
+        dist.all_reduce(sums, group=group)
+        normalizer, wanted = sums[0], sums[1]
+        losses = normalizer.log() - wanted
+        if smoothing:
+            losses = (1 - smoothing) * losses + smoothing * (normalizer.log() - sums[2] / vocabulary)
+        context.save_for_backward(exponentials.div_(normalizer[:, None]), own, local)
+        context.smoothing, context.vocabulary = smoothing, vocabulary
+        return losses
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """Softmax minus the (smoothed) target, times the gradient of each row's loss."""
+        softmax, own, local = context.saved_tensors
+        (gradient,) = gradients
+        result = softmax * gradient[:, None]
+        if context.smoothing:
+            result -= (context.smoothing / context.vocabulary * gradient)[:, None]
+        result.scatter_add_(1, local[:, None], (own * gradient * (context.smoothing - 1.0))[:, None])
+        return result, None, None
 
 
 @torch.no_grad()
+def vocabulary_best(logits: Tensor) -> Tensor:
+    """The most likely tokens, int64 [B, L], the same on every tensor-parallel rank; the lowest of equally likely ones.
+
+    Args:
+        logits: as in :func:`vocabulary_cross_entropy`.
+    """
+    rows, swapped = _rows(logits)
+    best, index = rows.max(-1)
+    if parallel_state.get_tensor_model_parallel_world_size() > 1:
+        group = parallel_state.get_tensor_model_parallel_group()
+        index = index + parallel_state.get_tensor_model_parallel_rank() * rows.shape[-1]
+        overall = best.clone()
+        dist.all_reduce(overall, dist.ReduceOp.MAX, group=group)
+        index = torch.where(best == overall, index, torch.iinfo(torch.int64).max)
+        dist.all_reduce(index, dist.ReduceOp.MIN, group=group)
+    return _batch_first(index, logits.shape, swapped)
+
+
 def vocabulary_hits(logits: Tensor, targets: Tensor) -> Tensor:
     """Whether the most likely token is the target: bool [B, L]; arguments as in :func:`vocabulary_cross_entropy`."""
-    size = parallel_state.get_tensor_model_parallel_world_size()
-    best, index = logits.max(-1)
-    if size == 1:
-        return index == targets
-    group = parallel_state.get_tensor_model_parallel_group()
-    index = index + parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
-    overall = best.clone()
-    dist.all_reduce(overall, dist.ReduceOp.MAX, group=group)
-    candidate = torch.where(best == overall, index, torch.iinfo(torch.int64).max)
-    dist.all_reduce(candidate, dist.ReduceOp.MIN, group=group)
-    return candidate == targets
+    return vocabulary_best(logits) == targets

@@ -11,7 +11,7 @@ from megavar.config.procedures.next_scale import NextScaleSampling
 from megavar.generators.var import VAR
 from megavar.parallel import seeds
 from megavar.sampling.filters import draw, guide, scale_guidance, truncate
-from megavar.transformer.context import KeyValueCache
+from megavar.transformer.cache import KeyValueCache
 
 Noise = Callable[[int, int, int], Tensor | None]
 """(scale, tokens, vocabulary) -> Gumbel noise [B, tokens, V], or None for the most likely token."""
@@ -78,7 +78,8 @@ def decode(
     unconditional = torch.full_like(labels, model.generator.classes)
     doubled = torch.cat([labels, unconditional]) if guided else labels
     counted = torch.arange(doubled.shape[0], device=labels.device) < batch
-    cache, result, features = KeyValueCache(), DecodedScales(), None
+    cache = KeyValueCache(sum(side * side for side in scales))
+    result, features = DecodedScales(), None
     final = scales[-1]
     f_hat: Tensor | None = None
     for k, side in enumerate(scales):

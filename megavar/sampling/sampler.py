@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from megavar.config.procedures.next_scale import NextScaleSampling
+from megavar.data.pixels import Rounding, quantize
 from megavar.errors import CheckpointError
-from megavar.evaluation.rounding import Rounding, quantize
 from megavar.generators.var import VAR
 from megavar.sampling.next_scale import decode, noise_of_samples
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ

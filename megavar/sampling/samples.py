@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from megavar.chunks import ChunkStore, share
 from megavar.errors import DataError
-from megavar.evaluation.chunks import ChunkStore, share
 from megavar.parallel.environment import Environment
 
 Decoder = Callable[[Tensor], Tensor]

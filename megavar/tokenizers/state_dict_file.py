@@ -1,12 +1,13 @@
 """Files that hold a plain state dict: reading them, and saying why one does not fit a model."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megavar import weight_layout
 from megavar.errors import CheckpointError
 
 
@@ -47,25 +48,4 @@ def _load_pickle(path: Path) -> object:
 
 def differences(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
     """What keeps ``given`` from being loaded strictly into a model with the tensors ``expected``, in words."""
-    shapes = [
-        f"{name} is {_shape(given[name])} in the file and {_shape(expected[name])} in the model"
-        for name in expected.keys() & given.keys()
-        if given[name].shape != expected[name].shape
-    ]
-    return [
-        *_some("keys missing from the file", expected.keys() - given.keys()),
-        *_some("keys unknown to the model", given.keys() - expected.keys()),
-        *_some("other shapes", shapes),
-    ]
-
-
-def _some(what: str, names: Iterable[str], shown: int = 4) -> list[str]:
-    names = sorted(names)
-    if not names:
-        return []
-    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return [f"{what}: {', '.join(names[:shown])}{rest}"]
-
-
-def _shape(tensor: Tensor) -> str:
-    return "x".join(str(size) for size in tensor.shape) or "a scalar"
+    return weight_layout.differences(*({name: tuple(v.shape) for name, v in of.items()} for of in (expected, given)))

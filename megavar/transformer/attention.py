@@ -23,39 +23,45 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megavar.transformer.context import ForwardContext
-from megavar.transformer.layout import ScaleLayout
+from megavar.transformer.sequence import SequenceLayout, cached_by_layout
 
-Kernel = Callable[[Tensor, Tensor, Tensor, ScaleLayout, float], Tensor]
-
-
-@functools.lru_cache(maxsize=8)
-def _dense_mask(layout: ScaleLayout, device: torch.device) -> Tensor:
-    scale = layout.scale_index(device)
-    return scale[:, None] >= scale[None, :]
+Kernel = Callable[[Tensor, Tensor, Tensor, SequenceLayout, float], Tensor]
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, layout: ScaleLayout, softmax_scale: float) -> Tensor:
+@cached_by_layout
+def _dense_mask(layout: SequenceLayout, device: torch.device) -> Tensor:
+    row = torch.arange(layout.length, device=device)
+    return layout.visible(row[:, None], row[None, :], layout.segment_index(device))
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, softmax_scale: float) -> Tensor:
     """Scale-causal attention of [B, H, L, D] tensors with a boolean mask."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=_dense_mask(layout, q.device), scale=softmax_scale)
 
 
-def prefix_attention(q: Tensor, k: Tensor, v: Tensor, layout: ScaleLayout, softmax_scale: float) -> Tensor:
+def _prefixes(layout: SequenceLayout) -> list[tuple[int, int, int]]:
+    """(first row, row after the last, number of keys they see) of each segment and of the padding."""
+    padding = [(layout.tokens, layout.length, layout.tokens)] if layout.padding else []
+    return [(start, end, end) for start, end in layout.bounds] + padding
+
+
+def prefix_attention(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, softmax_scale: float) -> Tensor:
     """Scale-causal attention of [B, H, L, D] tensors, one unmasked call per scale."""
     outputs = [
-        F.scaled_dot_product_attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end], scale=softmax_scale)
-        for start, end in layout.bounds
+        F.scaled_dot_product_attention(q[:, :, start:end], k[:, :, :seen], v[:, :, :seen], scale=softmax_scale)
+        for start, end, seen in _prefixes(layout)
     ]
     return torch.cat(outputs, dim=2)
 
 
-@functools.lru_cache(maxsize=8)
-def _flex_block_mask(layout: ScaleLayout, device: torch.device) -> Any:
+@cached_by_layout
+def _flex_block_mask(layout: SequenceLayout, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    scale = layout.scale_index(device)
+    segment = layout.segment_index(device)
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return scale[query] >= scale[key]
+        return layout.visible(query, key, segment)
 
     return create_block_mask(visible, None, None, layout.length, layout.length, device=str(device))
 
@@ -68,7 +74,7 @@ def _flex_function() -> Callable[..., Any]:
     return torch.compile(function, dynamic=False) if torch.cuda.is_available() else function
 
 
-def flex_attention(q: Tensor, k: Tensor, v: Tensor, layout: ScaleLayout, softmax_scale: float) -> Tensor:
+def flex_attention(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, softmax_scale: float) -> Tensor:
     """Scale-causal attention of [B, H, L, D] tensors by FlexAttention."""
     return _flex_function()(q, k, v, block_mask=_flex_block_mask(layout, q.device), scale=softmax_scale)
 
@@ -104,17 +110,17 @@ class ScaleCausalAttention(nn.Module):
         self.softmax_scale = softmax_scale
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: ForwardContext, **unused: Any) -> Tensor:
-        """Attend within ``context.layout``, or to the cache while decoding.
+        """Attend within ``context.sequence``, or to the cache while decoding.
 
         Args:
             query, key, value: [L, B, H, D].
-            context: layout and cache of this pass.
+            context: sequence layout and cache of this pass.
 
         Returns:
             [L, B, H * D].
         """
         if context.cache is not None:
-            tokens = context.layout.tokens  # rows of padding must not be seen by later scales
+            tokens = context.sequence.tokens  # rows of padding must not be seen by later scales
             key, value = context.cache.extend(self.block, key[:tokens], value[:tokens])
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -122,7 +128,7 @@ class ScaleCausalAttention(nn.Module):
             if context.cache is not None:
                 out = F.scaled_dot_product_attention(q, k, v, scale=self.softmax_scale)
             else:
-                out = self.kernel(q, k, v, context.layout, self.softmax_scale)
+                out = self.kernel(q, k, v, context.sequence, self.softmax_scale)
             return out.permute(2, 0, 1, 3).flatten(2)
 
         if self.recompute and torch.is_grad_enabled():

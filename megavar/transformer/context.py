@@ -1,41 +1,39 @@
 """What the blocks of one forward pass share besides hidden states."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from megavar.parallel import seeds
-from megavar.transformer.layout import ScaleLayout
-
-
-@dataclass
-class KeyValueCache:
-    """Keys and values of all positions decoded so far, per block: [L, B, H, D]."""
-
-    entries: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    def extend(self, block: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the new positions of ``block`` and return everything up to now."""
-        if block in self.entries:
-            past_key, past_value = self.entries[block]
-            key, value = torch.cat([past_key, key]), torch.cat([past_value, value])
-        self.entries[block] = (key, value)
-        return key, value
+from megavar.transformer.cache import KeyValueCache
+from megavar.transformer.sequence import SequenceLayout
 
 
 @dataclass
 class ForwardContext:
-    """Passed to every block; attention receives it in the place of Megatron-core's attention mask."""
+    """Passed to every block; attention receives it in the place of Megatron-core's attention mask.
 
-    layout: ScaleLayout
-    scale_index: Tensor
-    """Scale of each row of the full sequence of this pass, int64 [L]."""
-    seed: int = 0
-    sample_keys: Tensor | None = None
-    """int64 [B]: identifies (epoch, sample) for drop path; None disables drop path."""
+    Everything here speaks of complete sequences: L rows with the padding of ``sequence``, on every rank, also where
+    sequence parallelism gives each rank a share of the hidden states.
+    """
+
+    sequence: SequenceLayout
+    """The rows of this pass (while decoding, those that are new)."""
+    rotary: tuple[Tensor, Tensor] | None = None
+    """Cosines and sines by which attention rotates queries and keys, float32 [L, R / 2] or [B, L, R / 2]: one angle for
+    each of the R / 2 pairs of the R rotated channels of a head (see ``transformer/rotary.py``)."""
+    valid: Tensor | None = None
+    """bool [B, L], or with a cache [B, rows in the cache + L]: False marks padding of a sample (text), which its other
+    tokens do not see and which routers do not count."""
     cache: KeyValueCache | None = None
-    """Present while decoding: the pass then holds the rows of one scale only."""
+    """Present while decoding."""
+    seed: int = 0
+    """Of dropout and drop path."""
+    sample_keys: Tensor | None = None
+    """int64 [B]: identifies (epoch, sample) for dropout and drop path; None disables them."""
+    balance: float = 1.0
+    """Multiplies the coefficient of the routers' balance loss in this pass."""
     counted: Tensor | None = None
     """bool [B]: samples that routing statistics count (the conditional half under guidance); None counts all."""
     routing: "list[RoutingRecord] | None" = None
@@ -59,6 +57,6 @@ class RoutingRecord:
 
     block: int
     load: Tensor
-    """float32 [K, M]: tokens of each scale assigned to each expert (this rank's tokens)."""
+    """float32 [K, M]: tokens of each kind of segment assigned to each expert (this rank's tokens)."""
     balance: Tensor
     """float32 scalar: Eq. 10, averaged over this rank's images."""

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from megavar.chunks import ChunkStore
 from megavar.errors import DataError
 from megavar.evaluation import adm
 from megavar.evaluation.adm import Features, adm_metrics, collect_features, extract_features, torch_fidelity_metrics
-from megavar.evaluation.chunks import ChunkStore
 from megavar.evaluation.images import NpzImages
 from megavar.evaluation.reference import Reference, load_reference, save_reference
 from megavar.evaluation.statistics import frechet_distance, gaussian, inception_score, precision_recall

@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from megavar.chunks import ChunkStore
 from megavar.config.data import DataConfig
 from megavar.data.build import build_source, build_transform
 from megavar.errors import DataError
-from megavar.evaluation.chunks import ChunkStore
 from megavar.evaluation.export import export_npz, export_order, is_sorted_by_class
 from megavar.evaluation.images import NpzImages, PngFolder, SourceImages, open_images
 from megavar.sampling.samples import Samples
@@ -38,7 +38,7 @@ def chunks(tmp_path, pictures):
 def test_npz_is_read_in_ranges_from_disk(tmp_path, pictures, save):
     images, labels = pictures
     save(tmp_path / "x.npz", arr_0=images.permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy())
-    opened = open_images(tmp_path / "x.npz")
+    opened = open_images(tmp_path / "x.npz", Samples.stored)
     assert isinstance(opened, NpzImages) and len(opened) == COUNT
     assert isinstance(opened._images, np.memmap) == (save is np.savez)
     assert torch.equal(opened.read(3, 9), images[3:9]) and torch.equal(opened.labels, labels)
@@ -48,24 +48,24 @@ def test_folder_is_ordered_by_number_not_by_file_system(tmp_path, pictures):
     images, _ = pictures
     for index in torch.randperm(COUNT, generator=torch.Generator().manual_seed(1)).tolist():
         Image.fromarray(images[index].permute(1, 2, 0).numpy()).save(tmp_path / f"{index}.png")
-    opened = open_images(tmp_path)
+    opened = open_images(tmp_path, Samples.stored)
     assert isinstance(opened, PngFolder) and torch.equal(opened.read(0, COUNT), images)
     Image.fromarray(np.zeros((6, 4, 3), np.uint8)).save(tmp_path / "1.jpg")
-    assert "1 JPEG" in open_images(tmp_path).notes[0] and len(open_images(tmp_path)) == COUNT
-    assert open_images(tmp_path).identity == opened.identity
+    again = open_images(tmp_path, Samples.stored)
+    assert "1 JPEG" in again.notes[0] and len(again) == COUNT and again.identity == opened.identity
     Image.fromarray(np.zeros((6, 4, 3), np.uint8)).save(tmp_path / "7.png")  # another image under the same name
-    assert open_images(tmp_path).identity != opened.identity
+    assert open_images(tmp_path, Samples.stored).identity != opened.identity
 
 
 def test_chunks_are_read_across_their_boundaries(chunks, pictures):
     images, labels = pictures
-    opened = open_images(chunks)
+    opened = open_images(chunks, Samples.stored)
     assert isinstance(opened, Samples) and len(opened) == COUNT and torch.equal(opened.labels, labels)
     for first, last in ((0, COUNT), (3, 5), (4, 8), (7, 22), (22, 23)):
         assert torch.equal(opened.read(first, last), images[first:last])
     (chunks / "chunk_000002.npz").unlink()
     with pytest.raises(DataError, match=r"1 of 6 chunks are missing.*chunk_000002"):
-        open_images(chunks)
+        open_images(chunks, Samples.stored)
 
 
 def test_data_source_is_an_image_set():
@@ -80,29 +80,29 @@ def test_data_source_is_an_image_set():
 def test_unusable_files_are_refused(tmp_path, pictures):
     images, _ = pictures
     with pytest.raises(DataError, match="no PNG files"):
-        open_images(tmp_path)
+        open_images(tmp_path, Samples.stored)
     with pytest.raises(DataError, match="does not exist"):
-        open_images(tmp_path / "absent")
+        open_images(tmp_path / "absent", Samples.stored)
     np.savez(tmp_path / "channels_first.npz", arr_0=images.numpy())
     with pytest.raises(DataError, match=r"\[N, H, W, 3\]"):
-        open_images(tmp_path / "channels_first.npz")
+        open_images(tmp_path / "channels_first.npz", Samples.stored)
     np.savez(tmp_path / "other.npz", x=images.numpy())
     with pytest.raises(DataError, match="no member arr_0"):
-        open_images(tmp_path / "other.npz")
+        open_images(tmp_path / "other.npz", Samples.stored)
     content = (tmp_path / "channels_first.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(content[: len(content) // 2])
     with pytest.raises(DataError, match=r"cut\.npz"):
-        open_images(tmp_path / "cut.npz")
+        open_images(tmp_path / "cut.npz", Samples.stored)
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "0.png").write_bytes(b"\x89PNG nothing")
     with pytest.raises(DataError, match=r"0\.png cannot be decoded"):
-        open_images(tmp_path / "bad").read(0, 1)
+        open_images(tmp_path / "bad", Samples.stored).read(0, 1)
 
 
 @pytest.mark.parametrize("order", ["interleaved", "shuffled"])
 def test_export_is_byte_for_byte_what_numpy_writes_in_a_stated_order(tmp_path, chunks, pictures, order):
     images, labels = pictures
-    opened = open_images(chunks)
+    opened = open_images(chunks, Samples.stored)
     export_npz(tmp_path / "out.npz", opened, order)
     sequence = export_order(opened, order)
     assert sorted(sequence.tolist()) == list(range(COUNT))
@@ -114,11 +114,11 @@ def test_export_is_byte_for_byte_what_numpy_writes_in_a_stated_order(tmp_path, c
         assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}
     if order == "interleaved":
         assert torch.equal(sequence, torch.arange(COUNT))
-    assert torch.equal(open_images(tmp_path / "out.npz").read(0, COUNT), images[sequence])
+    assert torch.equal(open_images(tmp_path / "out.npz", Samples.stored).read(0, COUNT), images[sequence])
 
 
 def test_export_reads_every_image_once_and_leaves_nothing_else(tmp_path, chunks):
-    opened, read = open_images(chunks), []
+    opened, read = open_images(chunks, Samples.stored), []
     opened._read = lambda chunk, original=opened._read: read.append(chunk) or original(chunk)
     (tmp_path / "out").mkdir()
     export_npz(tmp_path / "out" / "x.npz", opened, "shuffled")
@@ -129,7 +129,7 @@ def test_class_sorted_exports_are_refused(tmp_path, pictures):
     images, labels = pictures
     by_class = torch.argsort(labels, stable=True)
     np.savez(tmp_path / "sorted.npz", arr_0=images[by_class].permute(0, 2, 3, 1), arr_1=labels[by_class])
-    opened = open_images(tmp_path / "sorted.npz")
+    opened = open_images(tmp_path / "sorted.npz", Samples.stored)
     assert is_sorted_by_class(opened.labels)
     for order in ("interleaved", "shuffled"):
         assert not is_sorted_by_class(opened.labels[export_order(opened, order)])

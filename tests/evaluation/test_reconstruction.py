@@ -7,10 +7,10 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torchvision import transforms
 
+from megavar.chunks import ChunkStore
 from megavar.data.photographs import Photographs
-from megavar.data.pixels import to_float
+from megavar.data.pixels import quantize, to_float
 from megavar.errors import CheckpointError, DataError
-from megavar.evaluation.chunks import ChunkStore
 from megavar.evaluation.image_quality import AlexNetDistance, psnr, ssim
 from megavar.evaluation.reconstruction import (
     Instruments,
@@ -21,7 +21,6 @@ from megavar.evaluation.reconstruction import (
     reconstruction_metrics,
 )
 from megavar.evaluation.reference import Reference
-from megavar.evaluation.rounding import quantize
 from megavar.evaluation.statistics import gaussian
 
 SIDE = 32

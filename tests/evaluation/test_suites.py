@@ -7,6 +7,7 @@ import pytest
 import torch
 import torchvision
 
+from megavar.chunks import ChunkStore
 from megavar.config.data import DataConfig, DigitsSource, PhotographsSource
 from megavar.config.evaluation import EvaluationConfig, PerceptualWeights, ReconstructionConfig
 from megavar.config.loading import decode
@@ -20,7 +21,6 @@ from megavar.config.suites.shapes import ShapesSuite
 from megavar.data.build import build_source
 from megavar.errors import CheckpointError, ConfigError, DataError
 from megavar.evaluation import classes, reconstruction_suite, suites
-from megavar.evaluation.chunks import ChunkStore
 from megavar.evaluation.reconstruction_suite import score_tokenizer
 from megavar.evaluation.shape_eval import true_scenes
 from megavar.evaluation.suites import (

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from megavar.config.token_space import TokenSpace
 from megavar.errors import CheckpointError
-from megavar.generators.published import from_published, to_published
+from megavar.generators.var.published import VARLayout
 from megavar.parallel.logical import logical_tensors
 from tests.transformer import tiny
 
@@ -14,7 +15,11 @@ pytestmark = pytest.mark.usefixtures("one_process")
 def model_and_file(**changes):
     model = tiny.model(tiny.config(None, **changes))
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    return model, to_published(tensors, model.generator, model.scales)
+    return model, layout(model).export(tensors)
+
+
+def layout(model):
+    return VARLayout(model.generator, TokenSpace.of_scales(model.scales, tiny.VOCABULARY, tiny.CODE, 48))
 
 
 def shapes(model):
@@ -25,7 +30,7 @@ def shapes(model):
 @pytest.mark.parametrize("qk_l2_norm", [False, True])
 def test_there_and_back(shared, qk_l2_norm):
     model, state = model_and_file(shared_adaptive_norm=shared, qk_l2_norm=qk_l2_norm)
-    back = from_published({name: value.double() for name, value in state.items()}, shapes(model), model.generator)
+    back = layout(model).load({name: value.double() for name, value in state.items()}, shapes(model))
     for name, parameter in model.named_parameters():
         assert back[name].dtype == torch.float32
         assert torch.equal(back.pop(name), parameter), name
@@ -35,7 +40,7 @@ def test_there_and_back(shared, qk_l2_norm):
 def test_experts_cannot_be_published():
     model = tiny.model(tiny.config({}))
     with pytest.raises(CheckpointError, match=r"VAR with experts has no counterpart.*safetensors"):
-        to_published({}, model.generator, model.scales)
+        layout(model).export({})
 
 
 def test_missing_and_unexpected_keys_are_named():
@@ -43,8 +48,10 @@ def test_missing_and_unexpected_keys_are_named():
     del state["blocks.1.attn.proj.weight"]
     state["ema.decay"] = torch.zeros(())
     with pytest.raises(CheckpointError) as error:
-        from_published(state, shapes(model), model.generator)
-    assert "missing ['blocks.1.attn.proj.weight'], unexpected ['ema.decay']" in str(error.value)
+        layout(model).load(state, shapes(model))
+    assert "keys missing from the file: blocks.1.attn.proj.weight; keys unknown to the model: ema.decay" in str(
+        error.value
+    )
     assert "generator.depth" in str(error.value)
 
 
@@ -57,23 +64,23 @@ def test_a_file_of_another_architecture_is_refused(given, configured):
     _, state = model_and_file(**given)
     model, _ = model_and_file(**configured)
     with pytest.raises(CheckpointError, match="not a VAR checkpoint of this configuration"):
-        from_published(state, shapes(model), model.generator)
+        layout(model).load(state, shapes(model))
 
 
 def test_a_dense_file_does_not_fit_a_model_with_experts():
     _, state = model_and_file()
     model = tiny.model(tiny.config({}))
     with pytest.raises(CheckpointError, match=r"generator\.experts \(public VAR checkpoints are dense\)"):
-        from_published(state, shapes(model), model.generator)
+        layout(model).load(state, shapes(model))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"classes": 9}, r"class_emb\.weight has shape \(10, 16\).*\(5, 16\).*generator\.classes"),
-     ({"feed_forward_ratio": 2.0}, r"ffn\.fc1\.weight has shape \(32, 16\).*\(64, 16\)")],
+    [({"classes": 9}, r"class_emb\.weight is 10x16 in the file and 5x16 in the model.*generator\.classes"),
+     ({"feed_forward_ratio": 2.0}, r"ffn\.fc1\.weight is 32x16 in the file and 64x16 in the model")],
 )  # fmt: skip
 def test_tensors_of_another_size_are_named_with_both_shapes(changes, message):
     model, _ = model_and_file()
     _, state = model_and_file(**changes)
     with pytest.raises(CheckpointError, match=message):
-        from_published(state, shapes(model), model.generator)
+        layout(model).load(state, shapes(model))

@@ -10,7 +10,7 @@ from megavar.config.generators.var import SCALES, VARConfig
 from megavar.config.parallel import ParallelConfig
 from megavar.generators.var import VAR, Stage, VAROutput
 from megavar.parallel.logical import logical_tensors, parameter_count
-from megavar.transformer.context import KeyValueCache
+from megavar.transformer.cache import KeyValueCache
 from tests.transformer import tiny
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -55,7 +55,7 @@ def test_decoding_with_cache_gives_the_logits_of_teacher_forcing(experts, shared
     model = tiny.model(tiny.config(experts, shared_adaptive_norm=shared)).eval()
     given, _ = tiny.inputs()
     expected = model(given).logits
-    cache, start = KeyValueCache(), 0
+    cache, start = KeyValueCache(tiny.TOKENS), 0
     for scale, side in enumerate(tiny.SCALES):
         end = start + side * side
         features = None if scale == 0 else given.features[:, start - 1 : end - 1]

@@ -6,9 +6,10 @@ import torch.nn.functional as F
 
 from megavar.config.generators.var import VARConfig
 from megavar.config.procedures.next_scale import NextScaleSampling
+from megavar.config.token_space import TokenSpace
 from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
-from megavar.generators.published import from_published, published_name, to_published
 from megavar.generators.var import VAR, VARInputs
+from megavar.generators.var.published import VARLayout
 from megavar.parallel.logical import logical_tensors
 from megavar.sampling.filters import truncate
 from megavar.sampling.next_scale import decode
@@ -44,8 +45,13 @@ def build(case: Case, kernel: str = "dense") -> VAR:
         taps=taps,
     )
     state = {name: value for name, value in case.under("weights.").items() if not name.startswith("vae.")}
-    load(model, from_published(state, shapes(model), config))
+    load(model, layout(model).load(state, shapes(model)))
     return model
+
+
+def layout(model: VAR) -> VARLayout:
+    space = TokenSpace.of_scales(model.scales, model.vocabulary_size, 0, 0)
+    return VARLayout(model.generator, space)
 
 
 def shapes(model: VAR) -> dict[str, tuple[int, ...]]:
@@ -88,8 +94,7 @@ def test_teacher_forcing_equals_the_reference(case: Case, kernel: str) -> None:
     loss.backward()
     published = {}
     for name, parameter in model.named_parameters():
-        key = published_name(name)
-        assert key is not None
+        (key,) = layout(model).names(name)
         published[key] = parameter
     case.check_gradients(published)
 
@@ -125,7 +130,7 @@ def test_greedy_guided_decoding_equals_the_reference(case: Case) -> None:
 def test_published_layout_round_trips(case: Case) -> None:
     model = build(case)
     ours = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    published = to_published(ours, model.generator, model.scales)
+    published = layout(model).export(ours)
     stored = {name: value for name, value in case.under("weights.").items() if not name.startswith("vae.")}
     assert sorted(published) == sorted(stored)
     for name, value in stored.items():

@@ -11,7 +11,7 @@ from megavar.config.parallel import ParallelConfig
 from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
 from megavar.planning import flops
 from megavar.planning.tokenizer_cost import autoencoder_cost
-from megavar.transformer.context import KeyValueCache
+from megavar.transformer.cache import KeyValueCache
 from tests.planning import models
 from tests.planning.models import CODE_DIMENSION, MEPA, shape_of
 
@@ -67,7 +67,7 @@ def test_agrees_with_the_count_of_the_reference_code():
 def test_sampling(experts):
     config = VARConfig(depth=2, width=64, heads=4, classes=10, experts=experts)
     model = models.build(config, SMALL).eval()
-    cache, images = KeyValueCache(), 2
+    cache, images = KeyValueCache(sum(side * side for side in SMALL)), 2
     counter = FlopCounterMode(display=False)
     with models.SkipProducts(), counter, sdpa_kernel(SDPBackend.MATH):
         for scale, side in enumerate(SMALL):

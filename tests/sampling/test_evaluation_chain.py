@@ -20,6 +20,7 @@ from megavar.evaluation.statistics import gaussian
 from megavar.parallel import topology
 from megavar.parallel.environment import environment
 from megavar.sampling.sampler import NextScaleSampler
+from megavar.sampling.samples import Samples
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
 from tests.distributed.harness import RankFailure, run_ranks
 from tests.evaluation.conftest import SmallInception
@@ -177,7 +178,9 @@ def test_tokens_are_not_decoded_by_another_tokenizer(expected, inputs, tmp_path)
     torch.save({name: value + 1 for name, value in other.items()}, tmp_path / "vae.pth")
     described = json.loads((directory / "decoder.json").read_text())
     (directory / "decoder.json").write_text(json.dumps(described | {"weights": str(tmp_path / "vae.pth")}))
-    opened = open_images(directory, lambda path: stored_decoder(path, torch.device("cpu")))
+    opened = open_images(
+        directory, lambda path: Samples.stored(path, stored_decoder(path, torch.device("cpu")))
+    )
     assert opened.read(0, CHUNK).shape == (CHUNK, 3, 16, 16)  # these were kept
     with pytest.raises(DataError, match="drawn with the tokenizer weights"):
         opened.read(COUNT - 1, COUNT)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from megavar.chunks import ChunkStore
 from megavar.errors import DataError
-from megavar.evaluation.chunks import ChunkStore
 from megavar.evaluation.results import class_histogram
 from megavar.parallel.environment import Environment
 from megavar.sampling.samples import Samples

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from megavar.transformer.attention import KERNELS
-from megavar.transformer.layout import ScaleLayout
+from megavar.transformer.sequence import SequenceLayout
 from tests.distributed.harness import run_ranks
 
 LAYOUTS = [
-    ScaleLayout((1,)),
-    ScaleLayout((2, 3)),
-    ScaleLayout((1, 2, 3, 4)),
-    ScaleLayout((1, 2, 4), padding=3),
-    ScaleLayout((1, 2, 3, 4, 5, 6, 8, 10)),
+    SequenceLayout.of_scales((1,)),
+    SequenceLayout.of_scales((2, 3)),
+    SequenceLayout.of_scales((1, 2, 3, 4)),
+    SequenceLayout((1, 4, 16), padding=3),
+    SequenceLayout.of_scales((1, 2, 3, 4, 5, 6, 8, 10)),
 ]
 
 
@@ -26,11 +26,10 @@ def heads(layout, device="cpu", requires_grad=False):
 
 def by_hand(q, k, v, layout, softmax_scale):
     """One query at a time over the keys it may see."""
-    sizes = [side * side for side in layout.scales] + [layout.padding]
-    scale_of = [segment for segment, size in enumerate(sizes) for _ in range(size)]
+    scale_of = [segment for segment, size in enumerate(layout.sizes) for _ in range(size)] + [99] * layout.padding
     out = torch.empty_like(q)
     for row in range(layout.length):
-        seen = [column for column in range(layout.length) if scale_of[column] <= scale_of[row]]
+        seen = [column for column in range(layout.tokens) if scale_of[column] <= scale_of[row]]
         scores = (q[:, :, row, None] * k[:, :, seen]).sum(-1) * softmax_scale
         weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
         out[:, :, row] = (weights[..., None] * v[:, :, seen]).sum(2)
@@ -94,6 +93,6 @@ def test_flex_and_dense_have_the_same_gradients(layout):
 
 
 def test_padding_completes_the_length():
-    layout = ScaleLayout.padded((1, 2, 3), 4)
+    layout = SequenceLayout.of_scales((1, 2, 3), 4)
     assert (layout.tokens, layout.length, layout.padding) == (14, 16, 2)
-    assert ScaleLayout.padded((1, 2, 3), 7).padding == 0
+    assert SequenceLayout.of_scales((1, 2, 3), 7).padding == 0

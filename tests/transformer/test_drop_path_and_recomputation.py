@@ -5,14 +5,14 @@ import torch
 
 from megavar.config.parallel import ParallelConfig
 from megavar.transformer.context import ForwardContext
-from megavar.transformer.layout import ScaleLayout
+from megavar.transformer.sequence import SequenceLayout
 from tests.transformer import tiny
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def context(keys, seed=0):
-    return ForwardContext(ScaleLayout((1,)), torch.zeros(1, dtype=torch.int64), seed=seed, sample_keys=keys)
+    return ForwardContext(SequenceLayout((1,)), seed=seed, sample_keys=keys)
 
 
 def test_keep_mask_depends_on_seed_sample_block_and_branch_alone():

@@ -14,11 +14,11 @@ from megavar.config.parallel import ParallelConfig
 from megavar.errors import ConfigError
 from megavar.parallel.logical import initialize_parameters, logical_tensors
 from megavar.transformer.context import ForwardContext
-from megavar.transformer.layout import ScaleLayout
 from megavar.transformer.megatron_config import transformer_config
 from megavar.transformer.moe.backends import check_backend, choose_backend
 from megavar.transformer.moe.experts import GroupedExperts
 from megavar.transformer.moe.layer import ExpertFeedForward
+from megavar.transformer.sequence import SequenceLayout
 from tests.transformer import tiny
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -41,8 +41,7 @@ def layer(backend, number=4, top_k=2, router="scale_token", dtype=torch.float32)
 
 
 def context():
-    layout = ScaleLayout(tiny.SCALES)
-    return ForwardContext(layout, layout.scale_index())
+    return ForwardContext(SequenceLayout.of_scales(tiny.SCALES))
 
 
 def hidden(dtype=torch.float32):
@@ -52,7 +51,7 @@ def hidden(dtype=torch.float32):
 
 def by_loop(values, x, number, top_k, router):
     """Eq. 6 to 9: every token through each of its experts, one after the other."""
-    scale = ScaleLayout(tiny.SCALES).scale_index()
+    scale = SequenceLayout.of_scales(tiny.SCALES).kind_index()
     outputs = []
     for row in range(x.shape[0]):
         for sample in range(x.shape[1]):

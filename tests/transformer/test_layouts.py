@@ -15,7 +15,7 @@ from megavar.parallel.environment import environment
 from megavar.parallel.logical import logical_tensors
 from megavar.parallel.vocabulary import vocabulary_cross_entropy
 from megavar.training.gradients import register_sequence_parallel_hooks
-from megavar.transformer.context import KeyValueCache
+from megavar.transformer.cache import KeyValueCache
 from tests.distributed.harness import run_ranks
 from tests.transformer import layouts, tiny
 
@@ -38,7 +38,7 @@ def sum_gradients(model):
 
 def decoded(model, given):
     """Logits of cached decoding along the true features, [B, L, V]."""
-    cache, start, logits = KeyValueCache(), 0, []
+    cache, start, logits = KeyValueCache(tiny.TOKENS), 0, []
     for scale, side in enumerate(tiny.SCALES):
         end = start + side * side
         features = None if scale == 0 else given.features[:, start - 1 : end - 1]

@@ -7,14 +7,14 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megavar.config.experts.base import ExpertsChoice
 from megavar.config.parallel import ParallelConfig
 from megavar.transformer.context import ForwardContext
-from megavar.transformer.layout import ScaleLayout
 from megavar.transformer.megatron_config import transformer_config
 from megavar.transformer.moe.router import ScaleAwareRouter
 from megavar.transformer.moe.routing import top_k_gates
+from megavar.transformer.sequence import SequenceLayout
 from tests.transformer import tiny
 
 pytestmark = pytest.mark.usefixtures("one_process")
-LAYOUT = ScaleLayout(tiny.SCALES)
+LAYOUT = SequenceLayout.of_scales(tiny.SCALES)
 EXPERTS, TOP_K, COEFFICIENT = 4, 2, 0.05
 
 
@@ -34,8 +34,8 @@ def router(padding=0, **changes):
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.normal_(std=0.5, generator=generator)
-    layout = ScaleLayout(tiny.SCALES, padding)
-    made.context = ForwardContext(layout, layout.scale_index(), routing=[])
+    layout = SequenceLayout(LAYOUT.sizes, padding=padding)
+    made.context = ForwardContext(layout, routing=[])
     return made
 
 
@@ -45,7 +45,7 @@ def hidden(batch=3, rows=tiny.TOKENS):
 
 def scores_by_formula(made, x):
     """Eq. 8 and 9 with parameters of the router, differentiable: [L, B, M]."""
-    index = made.context.scale_index.clamp(max=len(tiny.SCALES) - 1)
+    index = made.context.sequence.kind_index().clamp(min=0)
     tokens = x
     if made.experts.router == "scale":
         tokens = made.scale_embedding[index][:, None].repeat(1, x.shape[1], 1)

@@ -1,5 +1,6 @@
 """VAR's next-scale transformer."""
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -20,6 +21,7 @@ class VARConfig(GeneratorChoice):
     """VAR's next-scale transformer, dense or with experts."""
 
     implementation: ClassVar[str] = "megavar.generators.var:VAR"
+    weight_layouts: ClassVar[Mapping[str, str]] = {"var": "megavar.generators.var.published:VARLayout"}
 
     name: Literal["var"] = "var"
     depth: int = Field(16, ge=1)

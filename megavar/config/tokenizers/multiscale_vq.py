@@ -1,5 +1,6 @@
 """VAR's tokenizer."""
 
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -15,6 +16,9 @@ class MultiScaleVQConfig(TokenizerChoice):
     """
 
     implementation: ClassVar[str] = "megavar.tokenizers.multiscale_vq:MultiScaleVQ"
+    weight_layouts: ClassVar[Mapping[str, str]] = {
+        "var": "megavar.tokenizers.multiscale_vq.published:MultiScaleVQLayout"
+    }
 
     name: Literal["multiscale_vq"] = "multiscale_vq"
     scales: Annotated[tuple[PositiveInt, ...], Field(min_length=1, strict=False)] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)

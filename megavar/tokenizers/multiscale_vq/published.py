@@ -1,19 +1,46 @@
 """VAR's published tokenizer checkpoints (``vae_ch160v4096z32.pth``): reading and writing them.
 
-Such a file is a plain state dict. Our modules carry its key names, so nothing is renamed. One tensor may differ in
-shape: ``quantize.ema_vocab_hit_SV`` [K, V] counts code usage per scale, and one tokenizer serves several lists of
-scales (256 and 512 pixels); like the reference, a file with another K is accepted and the model keeps its own counts.
+Such a file is a plain state dict. Our modules carry its key names, so nothing is renamed.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from megavar.errors import CheckpointError
-from megavar.tokenizers.state_dict_file import differences, read_state_dict
+from megavar.tokenizers.state_dict_file import read_state_dict
+from megavar.weight_layout import NamedLayout, Shape
 
-USAGE_KEY = "quantize.ema_vocab_hit_SV"
+_USAGE = "quantize.ema_vocab_hit_SV"
+
+
+class MultiScaleVQLayout(NamedLayout):
+    """Our names and shapes are the authors'.
+
+    One tensor may differ in shape: ``quantize.ema_vocab_hit_SV`` [K, V] counts code usage per scale, and one tokenizer
+    serves several lists of scales (256 and 512 pixels). Like the reference, a file with another K is accepted:
+    :meth:`load` then leaves the tensor out, and the model keeps its own counts.
+    """
+
+    belongs_to = "the tokenizer checkpoint"
+    remedy = (
+        "Give the checkpoint of a tokenizer with this configuration, or set the tokenizer keys of the config "
+        "(base_channels, channel_multipliers, code_dimension, vocabulary_size, refinement, ...) to those the file was "
+        "trained with."
+    )
+
+    def names(self, name: str) -> tuple[str, ...]:
+        """The same name."""
+        return (name,)
+
+    def load(self, state: Mapping[str, Tensor], expected: Mapping[str, Shape]) -> dict[str, Tensor]:
+        """See :meth:`megavar.weight_layout.WeightLayout.load`."""
+        usage, own = state.get(_USAGE), expected.get(_USAGE)
+        if usage is not None and own is not None and usage.shape[0] != own[0] and tuple(usage.shape[1:]) == own[1:]:
+            state, expected = ({k: v for k, v in of.items() if k != _USAGE} for of in (state, expected))
+        return super().load(state, expected)
 
 
 def export(model: nn.Module) -> dict[str, Tensor]:
@@ -31,16 +58,9 @@ def load(model: nn.Module, path: str | Path) -> None:
         CheckpointError: the file is missing, is not a state dict, or belongs to a model of another configuration; the
             model is then unchanged.
     """
-    tensors = read_state_dict(path, "Tokenizer checkpoint")
-    expected = model.state_dict()
-    usage, own_usage = tensors.get(USAGE_KEY), expected[USAGE_KEY]
-    if usage is not None and usage.shape != own_usage.shape and usage.shape[1:] == own_usage.shape[1:]:
-        tensors[USAGE_KEY] = own_usage
-    problems = differences(expected, tensors)
-    if problems:
-        raise CheckpointError(
-            f"{path} does not belong to this tokenizer: {'; '.join(problems)}. Give the checkpoint of a tokenizer with "
-            "this configuration, or set the tokenizer keys of the config (base_channels, channel_multipliers, "
-            "code_dimension, vocabulary_size, refinement, ...) to those the file was trained with."
-        )
-    model.load_state_dict(tensors, strict=True)
+    own, state = model.state_dict(), read_state_dict(path, "Tokenizer checkpoint")
+    try:
+        tensors = MultiScaleVQLayout(None, None).load(state, {name: tuple(value.shape) for name, value in own.items()})
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    model.load_state_dict(own | tensors, strict=True)

@@ -62,21 +62,22 @@ class ScaleAwareRouter(nn.Module):
         """
         assert self.context is not None
         length, _batch, _ = hidden.shape
-        scale = self._local_scale_index(length)
+        scale = self._local_kinds(length, hidden.device)
         scores = self._scores(hidden, scale)
         gates, assignment = top_k_gates(scores, self.experts.top_k)
-        valid = (scale < self.scales).to(scores.dtype)
+        valid = (scale >= 0).to(scores.dtype)
         loss = self._balance(scores, assignment, valid)
         if self.context.routing is not None:
             self._record(assignment, scale, loss)
-        if torch.is_grad_enabled() and self.experts.balance_coefficient > 0:
-            gates = MoEAuxLossAutoScaler.apply(gates, self.experts.balance_coefficient * loss)
+        coefficient = self.experts.balance_coefficient * self.context.balance
+        if torch.is_grad_enabled() and coefficient > 0:
+            gates = MoEAuxLossAutoScaler.apply(gates, coefficient * loss)
         return gates.flatten(0, 1).to(hidden.dtype), assignment.flatten(0, 1)
 
-    def _local_scale_index(self, length: int) -> Tensor:
-        """Scale of each of this rank's rows, int64 [L]."""
+    def _local_kinds(self, length: int, device: torch.device) -> Tensor:
+        """Kind of the segment of each of this rank's rows, int64 [L]; negative for padding."""
         assert self.context is not None
-        index = self.context.scale_index
+        index = self.context.sequence.kind_index(device)
         if self.tokens_sharded and self.tensor_size > 1:
             from megatron.core import parallel_state
 
@@ -88,7 +89,7 @@ class ScaleAwareRouter(nn.Module):
         """Eq. 8 or Eq. 9 in float32: [L, B, M]."""
         embedding = None
         if self.scale_embedding is not None:
-            embedding = self.scale_embedding.float()[scale.clamp(max=self.scales - 1)].unsqueeze(1)
+            embedding = self.scale_embedding.float()[scale.clamp(min=0)].unsqueeze(1)
         if self.experts.router == "scale":
             assert embedding is not None
             tokens = embedding.expand(-1, hidden.shape[1], -1)
@@ -118,5 +119,5 @@ class ScaleAwareRouter(nn.Module):
         assert self.context is not None and self.context.routing is not None
         counted = assignment if self.context.counted is None else assignment[:, self.context.counted]
         load = torch.zeros(self.scales + 1, self.experts.number, device=scale.device)
-        load.index_add_(0, scale, counted.sum(1, dtype=torch.float32))
+        load.index_add_(0, scale.remainder(self.scales + 1), counted.sum(1, dtype=torch.float32))  # padding: last
         self.context.routing.append(RoutingRecord(self.block, load[: self.scales], loss.detach()))

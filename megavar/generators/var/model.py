@@ -17,9 +17,10 @@ from megavar.config.parallel import ParallelConfig
 from megavar.parallel.logical import initialize_parameters
 from megavar.transformer.adaptive_norm import LinearFloat32, Modulation, normalize
 from megavar.transformer.block import Block
-from megavar.transformer.context import ForwardContext, KeyValueCache, RoutingRecord
-from megavar.transformer.layout import ScaleLayout
+from megavar.transformer.cache import KeyValueCache
+from megavar.transformer.context import ForwardContext, RoutingRecord
 from megavar.transformer.megatron_config import transformer_config
+from megavar.transformer.sequence import SequenceLayout
 
 
 @dataclass
@@ -162,7 +163,7 @@ class VAR(nn.Module):
         self.stage = stage or Stage(0, config.depth, True, True)
         self.config = transformer_config(config, parallel, dtype)
         rows = parallel.tensor if self.config.sequence_parallel or config.experts is not None else 1
-        self.layout = ScaleLayout.padded(scales, rows)
+        self.layout = SequenceLayout.of_scales(scales, rows)
         self.row_multiple = rows
         if self.stage.is_first:
             self.embedding = Embedding(config, scales, code_dimension, dtype)
@@ -188,11 +189,12 @@ class VAR(nn.Module):
             :class:`VAROutput` on the last stage. Earlier stages return what the next one receives, one packed tensor
             [rows, B, C] (see :meth:`packed_length`).
         """
-        context = self._context(self.layout, self.layout.scale_index(inputs.labels.device))
+        context = ForwardContext(self.layout, seed=self.seed)
         context.sample_keys = inputs.sample_keys if self.training else None
         context.routing = self.routing if self.training else None
         if self.stage.is_first:
-            hidden, condition = self.embedding(inputs.labels, inputs.features, self._true_scales(context), 0)
+            scale_index = self._true_scales(self.layout, inputs.labels.device)
+            hidden, condition = self.embedding(inputs.labels, inputs.features, scale_index, 0)
             hidden = self._to_rows(hidden)
             conditions = self._conditions(condition)
             tapped: dict[int, Tensor] = {}
@@ -222,11 +224,8 @@ class VAR(nn.Module):
             rows = torch.cat([rows, self.shared_modulation(condition).transpose(0, 1)])
         return rows
 
-    def _context(self, layout: ScaleLayout, scale_index: Tensor) -> ForwardContext:
-        return ForwardContext(layout=layout, scale_index=scale_index, seed=self.seed)
-
-    def _true_scales(self, context: ForwardContext) -> Tensor:
-        return context.scale_index[: context.layout.tokens]
+    def _true_scales(self, layout: SequenceLayout, device: torch.device) -> Tensor:
+        return layout.kind_index(device)[: layout.tokens]
 
     def _to_rows(self, hidden: Tensor) -> Tensor:
         """[B, L, C] -> [L + padding, B, C], this rank's part of it under sequence parallelism."""
@@ -285,21 +284,18 @@ class VAR(nn.Module):
             labels: [B].
             scale: index k of the scale.
             features: float32 [B, s_k^2, D] accumulated map resized to the scale; None for the first.
-            cache: grows by the tokens of this scale.
+            cache: receives the tokens of this scale; its capacity is L.
             counted: bool [B], samples that routing statistics count.
 
         Returns:
             float32 [B, s_k^2, V], complete on every tensor-parallel rank.
         """
         assert self.stage.is_first and self.stage.is_last, "decoding needs all blocks on one rank"
-        side = self.scales[scale]
-        layout = ScaleLayout.padded((side,), self.row_multiple)
-        index = torch.where(layout.scale_index(labels.device) == 0, scale, len(self.scales))
-        context = self._context(layout, index)
-        context.cache, context.counted = cache, counted
-        context.routing = self.routing if counted is not None else None
+        layout = SequenceLayout.of_scales((self.scales[scale],), self.row_multiple, kinds=(scale,))
+        routing = self.routing if counted is not None else None
+        context = ForwardContext(layout, cache=cache, seed=self.seed, counted=counted, routing=routing)
         start = sum(previous**2 for previous in self.scales[:scale])
-        hidden, condition = self.embedding(labels, features, self._true_scales(context), start)
+        hidden, condition = self.embedding(labels, features, self._true_scales(layout, labels.device), start)
         conditions = self._conditions(condition)
         hidden = self._run_blocks(self._to_rows(hidden), conditions, context, {})
         logits = self.head(self._to_tokens(hidden, layout.tokens), conditions[0])

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from megavar.chunks import ChunkStore, share
 from megavar.errors import DataError
-from megavar.evaluation.chunks import ChunkStore, share
 from megavar.parallel.environment import environment
 from tests.distributed.harness import run_ranks
 

@@ -1,0 +1,147 @@
+"""What the rows of a sequence are and which of them see which.
+
+A sequence is a list of *segments* (VAR: the token maps of the scales; a raster model: one segment), perhaps followed by
+rows of padding. The *rule* says which tokens a token sees:
+
+==================  ==================================================================================
+``block_causal``    all tokens of its own and of all earlier segments (VAR section 3.2)
+``block_diagonal``  all tokens of its own segment
+``causal``          itself and all earlier tokens, whatever their segment
+``full``            every token
+==================  ==================================================================================
+
+No token sees a row of padding; a row of padding sees every token, and nobody reads what it computes.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+Rule = Literal["block_causal", "block_diagonal", "causal", "full"]
+PADDING = -1
+"""Kind of a row of padding."""
+
+T = TypeVar("T")
+
+
+def cached_by_layout(build: Callable[["SequenceLayout", torch.device], T]) -> Callable[..., T]:
+    """Keep what ``build`` makes of the last few layouts; a model with a new list of scales in every step forgets.
+
+    Nothing is kept where tensors are not ordinary ones (FakeTensorMode, tracing): they would outlive their mode.
+    """
+    kept = functools.lru_cache(maxsize=8)(build)
+
+    @functools.wraps(build)
+    def cached(layout: "SequenceLayout", device: torch.device | None = None) -> T:
+        device = torch.get_default_device() if device is None else torch.device(device)
+        if torch.compiler.is_compiling() or torch.utils._python_dispatch._len_torch_dispatch_stack():
+            return build(layout, device)
+        with torch.inference_mode(False):  # kept tensors must be good for training, too
+            return kept(layout, device)
+
+    return cached
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """Segments, their visibility, and rows of padding at the end; hashable."""
+
+    sizes: tuple[int, ...]
+    """Tokens of each segment."""
+    kinds: tuple[int, ...] | None = None
+    """What each segment is, in the vocabulary of routers and routing statistics (VAR: the scale's index; FlexVAR: its
+    side). None numbers them from 0."""
+    rule: Rule = "block_causal"
+    padding: int = 0
+    """Rows that make the length divisible by the number of tensor-parallel ranks."""
+
+    def __post_init__(self) -> None:
+        if self.kinds is None:
+            object.__setattr__(self, "kinds", tuple(range(len(self.sizes))))
+        assert self.kinds is not None and len(self.kinds) == len(self.sizes), f"{self.kinds} name {self.sizes}"
+        assert min(self.kinds, default=0) >= 0 and min(self.sizes, default=1) > 0
+
+    @staticmethod
+    def padded(
+        sizes: tuple[int, ...], multiple: int = 1, *, kinds: tuple[int, ...] | None = None, rule: Rule = "block_causal"
+    ) -> "SequenceLayout":
+        """The layout whose length is the next multiple of ``multiple``."""
+        return SequenceLayout(sizes, kinds, rule, -sum(sizes) % multiple)
+
+    @staticmethod
+    def of_scales(
+        sides: tuple[int, ...],
+        multiple: int = 1,
+        *,
+        kinds: tuple[int, ...] | None = None,
+        rule: Rule = "block_causal",
+    ) -> "SequenceLayout":
+        """Square token maps of these side lengths, one after the other, padded to a multiple of ``multiple`` rows."""
+        return SequenceLayout.padded(tuple(side * side for side in sides), multiple, kinds=kinds, rule=rule)
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens without padding, L."""
+        return sum(self.sizes)
+
+    @cached_property
+    def length(self) -> int:
+        """Rows of the sequence, padding included."""
+        return self.tokens + self.padding
+
+    @cached_property
+    def bounds(self) -> tuple[tuple[int, int], ...]:
+        """(first row, row after the last) of each segment."""
+        bounds, start = [], 0
+        for size in self.sizes:
+            bounds.append((start, start + size))
+            start += size
+        return tuple(bounds)
+
+    def segment_index(self, device: torch.device | None = None) -> Tensor:
+        """Number of the segment of each row, int64 [length]; rows of padding count as one more segment."""
+        return _segment_index(self, device)
+
+    def kind_index(self, device: torch.device | None = None) -> Tensor:
+        """Kind of each row's segment, int64 [length]; :data:`PADDING` for rows of padding."""
+        return _kind_index(self, device)
+
+    def visible(self, query: Any, key: Any, segment: Tensor) -> Any:
+        """Whether row ``query`` sees row ``key`` (int64 tensors that broadcast), bool.
+
+        Args:
+            segment: :meth:`segment_index` on their device.
+        """
+        if self.rule == "full":
+            seen = query >= 0
+        elif self.rule == "causal":
+            seen = query >= key
+        elif self.rule == "block_causal":
+            seen = segment[query] >= segment[key]
+        else:
+            seen = segment[query] == segment[key]
+        if not self.padding:
+            return seen
+        return (seen | (query >= self.tokens)) & (key < self.tokens)
+
+
+def _rows(layout: SequenceLayout, values: tuple[int, ...], padding: int, device: torch.device) -> Tensor:
+    """``values`` repeated by the segments' sizes; fills on the device, so that the host waits for nothing."""
+    counted = [*zip(layout.sizes, values, strict=True), (layout.padding, padding)]
+    return torch.cat([torch.full((size,), value, dtype=torch.int64, device=device) for size, value in counted])
+
+
+@cached_by_layout
+def _segment_index(layout: SequenceLayout, device: torch.device) -> Tensor:
+    return _rows(layout, tuple(range(len(layout.sizes))), len(layout.sizes), device)
+
+
+@cached_by_layout
+def _kind_index(layout: SequenceLayout, device: torch.device) -> Tensor:
+    assert layout.kinds is not None
+    return _rows(layout, layout.kinds, PADDING, device)

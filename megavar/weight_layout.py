@@ -1,0 +1,160 @@
+"""Weight layouts: how a public checkpoint names, orders and shapes the tensors of one of our models.
+
+A run, a checkpoint of ours and a ``.safetensors`` export speak of *logical tensors* (``parallel/logical.py``): our
+names, full shapes, whatever the parallel layout. Public checkpoints speak other dialects. One class translates one
+dialect, both ways, and the choice that it belongs to names it::
+
+    class VARConfig(GeneratorChoice):
+        weight_layouts = {"var": "megavar.generators.var.published:VARLayout"}
+
+From then on ``tools/convert_checkpoint.py`` exports to it and imports from it, a run can start from such a file
+(``train.initial_weights``), and a frozen network can be read from one.
+
+Most dialects are ours under other names, with some tensors in another form: subclass :class:`NamedLayout` and write a
+table of names and, for those tensors, how to take ours apart and put it together again.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from megavar.errors import CheckpointError
+
+Shape = tuple[int, ...]
+
+
+class WeightLayout(Protocol):
+    """One public dialect of one model. Strict both ways: nothing is dropped, invented or reshaped to fit by chance."""
+
+    def __init__(self, choice: Any, space: Any) -> None:
+        """``choice``: the model's section of the configuration; ``space``: the tokenizer's ``TokenSpace``."""
+        ...
+
+    def export(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All logical tensors of a model as the public state dict, complete enough for the authors' own loader.
+
+        Raises:
+            CheckpointError: the dialect cannot express the configured model.
+        """
+        ...
+
+    def load(self, state: Mapping[str, Tensor], expected: Mapping[str, Shape]) -> dict[str, Tensor]:
+        """A public state dict as logical tensors, floating-point ones in float32.
+
+        Args:
+            state: content of the file.
+            expected: shape of every logical tensor (and persistent buffer) of the configured model by name.
+
+        Returns:
+            A tensor of the expected shape for every expected name. A layout may leave out a name only where it says
+            so in its docstring; the model then keeps its own value.
+
+        Raises:
+            CheckpointError: names or shapes do not fit the configured model; the message lists them.
+        """
+        ...
+
+
+class NamedLayout(ABC):
+    """A dialect in which each of our tensors is one public tensor, or several, perhaps in another form.
+
+    A subclass says :attr:`belongs_to` and :attr:`remedy` for messages and implements :meth:`names`; where forms
+    differ also :meth:`split` and :meth:`join`, each other's inverse. Tensors that the authors store and we compute
+    are :meth:`ignores` and :meth:`computed`.
+    """
+
+    belongs_to: ClassVar[str]
+    """What a file of this layout is, with an article: "a VAR checkpoint"."""
+    remedy: ClassVar[str]
+    """A sentence: which keys of the configuration decide names and shapes."""
+
+    def __init__(self, choice: Any, space: Any) -> None:
+        self.choice, self.space = choice, space
+
+    @abstractmethod
+    def names(self, name: str) -> tuple[str, ...]:
+        """The public tensors that hold our tensor ``name``; empty where the dialect has none."""
+
+    def split(self, name: str, value: Tensor) -> Sequence[Tensor]:
+        """Our tensor as the public tensors :meth:`names` lists. Also called with meta tensors, for their shapes."""
+        return [value]
+
+    def join(self, name: str, parts: Sequence[Tensor]) -> Tensor:
+        """Undo :meth:`split`."""
+        (value,) = parts
+        return value
+
+    def ignores(self, published: str) -> bool:
+        """Whether a public tensor carries nothing that our model needs."""
+        return False
+
+    def computed(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The ignored tensors, for a file that the authors' strict loader accepts; ``state`` is the rest of it."""
+        return {}
+
+    def export(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See :meth:`WeightLayout.export`."""
+        result: dict[str, Tensor] = {}
+        for name, value in tensors.items():
+            names = self.names(name)
+            if not names:
+                raise CheckpointError(
+                    f"{name} has no counterpart in {self.belongs_to}. Export our own names instead "
+                    f"(tools/convert_checkpoint.py to a .safetensors file)."
+                )
+            result.update(zip(names, self.split(name, value), strict=True))
+        return result | self.computed(result)
+
+    def load(self, state: Mapping[str, Tensor], expected: Mapping[str, Shape]) -> dict[str, Tensor]:
+        """See :meth:`WeightLayout.load`."""
+        needed: dict[str, Shape] = {}
+        for name, shape in expected.items():
+            names = self.names(name)
+            if names:
+                parts = self.split(name, torch.empty(shape, device="meta"))
+                needed |= {part: tuple(value.shape) for part, value in zip(names, parts, strict=True)}
+            else:
+                needed[name] = shape  # no file of this layout has it: let it be missing under our name
+        given = {name: tuple(value.shape) for name, value in state.items() if not self.ignores(name)}
+        problems = differences(needed, given)
+        if problems:
+            raise CheckpointError(
+                f"The file is not {self.belongs_to} of this configuration: {'; '.join(problems)}. {self.remedy}"
+            )
+        result = {name: self.join(name, [_plain(state[part]) for part in self.names(name)]) for name in expected}
+        for name, value in result.items():
+            assert tuple(value.shape) == tuple(expected[name]), f"{type(self).__name__}.join({name!r})"
+        return {name: value.contiguous() for name, value in result.items()}
+
+
+def _plain(value: Tensor) -> Tensor:
+    return value.detach().float() if value.is_floating_point() else value.detach()
+
+
+def differences(expected: Mapping[str, Shape], given: Mapping[str, Shape]) -> list[str]:
+    """What keeps the tensors ``given`` (shapes by name) from being loaded as the ``expected`` ones, in words."""
+    shapes = [
+        f"{name} is {_in_words(given[name])} in the file and {_in_words(expected[name])} in the model"
+        for name in expected.keys() & given.keys()
+        if tuple(given[name]) != tuple(expected[name])
+    ]
+    return [
+        *_some("keys missing from the file", expected.keys() - given.keys()),
+        *_some("keys unknown to the model", given.keys() - expected.keys()),
+        *_some("other shapes", shapes),
+    ]
+
+
+def _some(what: str, names: Iterable[str], shown: int = 4) -> list[str]:
+    names = sorted(names)
+    if not names:
+        return []
+    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return [f"{what}: {', '.join(names[:shown])}{rest}"]
+
+
+def _in_words(shape: Shape) -> str:
+    return "x".join(str(size) for size in shape) or "a scalar"

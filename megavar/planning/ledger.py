@@ -53,14 +53,16 @@ class Ledger(LiveBytes):
     """
 
     def __init__(self, existing: Iterable[Tensor] = (), images: int = 0) -> None:
-        """``images``: matrix products with so many rows meet an image once and are counted apart (``once``)."""
+        """``images``: matrix products with so many rows multiply weights that meet an image once."""
         super().__init__(existing)
         self.images = images
         self.account = ""
         self.forward: dict[str, float] = defaultdict(float)
         """Operations outside the backward pass."""
         self.once: dict[str, float] = defaultdict(float)
-        """Those of them whose weights meet an image once."""
+        """Those of them that are matrix products of one row per image."""
+        self.products: dict[str, float] = defaultdict(float)
+        """Those of them that are other matrix products of rows and weights."""
         self.needed: dict[str, float] = defaultdict(float)
         """Operations that the mathematics needs, and whatever recomputation repeats of them."""
         self.done: dict[str, float] = defaultdict(float)
@@ -89,8 +91,9 @@ class Ledger(LiveBytes):
         if packet in flop_registry:
             flops = flop_registry[packet](*arguments, **(options or {}), out_val=result)
             self.count(flops * (0.8 if packet.__name__ in _FUSED_BACKWARD else 1.0), flops)
-            if not self._is_backward and self.images and _rows(function, arguments) == self.images:
-                self.once[self.account] += flops
+            if not self._is_backward and packet.__name__ in ("mm", "addmm"):
+                rows = arguments[1 if packet.__name__ == "addmm" else 0].shape[0]
+                (self.once if rows == self.images else self.products)[self.account] += flops
         return result
 
     @contextmanager
@@ -116,14 +119,6 @@ class Ledger(LiveBytes):
 
         with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
             yield
-
-
-def _rows(function: Any, arguments: Any) -> int | None:
-    """Rows of the first factor of a matrix product."""
-    name = function._overloadpacket.__name__
-    if name not in ("mm", "addmm"):
-        return None
-    return arguments[1 if name == "addmm" else 0].shape[0]
 
 
 def saved_bytes(work: Callable[[], Any], ignored: list[Tensor]) -> int:

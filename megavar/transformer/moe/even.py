@@ -27,7 +27,8 @@ class EvenMixture(nn.Module):
         rows = round(tokens.shape[0] * self.copies)
         source = torch.arange(rows, device=tokens.device) % tokens.shape[0]
         computed = self.experts(tokens[source], gates.flatten()[:rows])
-        return torch.zeros_like(tokens).index_add(0, source, computed).view(hidden.shape), None
+        combined = torch.zeros_like(tokens).scatter_add(0, source[:, None].expand_as(computed), computed)
+        return combined.view(hidden.shape), None
 
 
 class EvenExperts(nn.Module):

@@ -17,6 +17,7 @@ from megavar.config.experts.base import ExpertsChoice
 from megavar.config.parallel import ParallelConfig
 from megavar.transformer.context import ForwardContext
 from megavar.transformer.moe.backends import check_backend, choose_backend
+from megavar.transformer.moe.even import EvenMixture
 from megavar.transformer.moe.experts import GroupedExperts
 from megavar.transformer.moe.router import ScaleAwareRouter
 
@@ -78,6 +79,11 @@ class ExpertFeedForward(nn.Module):
             config.sequence_parallel = True
         router = functools.partial(ScaleAwareRouter, experts=experts, block=block, scales=scales)
         self.moe: Any = _build_mixture(choose_backend(experts.backend, config), config, router, block)
+        self._even = functools.partial(EvenMixture, config=config, copies=experts.top_k)
+
+    def spread_evenly(self) -> None:
+        """Give all experts equal loads whatever the router says, to measure what the layer costs (see ``even.py``)."""
+        self.moe = self._even(self.moe.router)
 
     def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
         """[L, B, C] -> [L, B, C]."""

@@ -18,9 +18,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -40,6 +38,7 @@ from megavar.data.caching import (
 )
 from megavar.errors import ConfigError, ExitCode
 from megavar.parallel.environment import Environment, environment
+from megavar.tokenizers.base import Tokenizer
 from tools.outcome import outcome
 
 
@@ -117,23 +116,11 @@ def _run(options: argparse.Namespace, place: Environment) -> int:
     return _write(folder, plan, reader, encode, config.data.workers, place)
 
 
-class Tokenizer(Protocol):
-    """What is needed of a tokenizer."""
-
-    def encode(self, images: Tensor) -> list[Tensor]:
-        """Token ids of every scale."""
-        ...
-
-    def encode_features(self, images: Tensor) -> Tensor:
-        """Encoder features."""
-        ...
-
-
 def encoder(tokenizer: Tokenizer, content: Content) -> Callable[[Tensor], Tensor]:
     """What turns images into the content of a cache."""
     if content == "latents":
-        return tokenizer.encode_features
-    return lambda images: torch.cat([ids.flatten(1) for ids in tokenizer.encode(images)], dim=1)
+        return tokenizer.encode
+    return lambda images: tokenizer.tokens(tokenizer.encode(images))
 
 
 def _shape_of_view(reader: ViewReader, encode: Callable[[Tensor], Tensor], place: Environment) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ from megavar.evaluation.table import format_table, thresholds_missed
 from megavar.parallel import topology
 from megavar.parallel.environment import Environment, environment
 from megavar.sampling.samples import Samples
-from megavar.tokenizers.multiscale_vq import MultiScaleVQ
+from megavar.tokenizers.base import Tokenizer
 from megavar.training.checkpoint.weights import find_checkpoint
 
 ORDER = "index i has class i modulo the number of classes"
@@ -110,8 +110,8 @@ def _with_sampling(config: Config) -> Config:
 
 
 @torch.no_grad()
-def _reconstruct(tokenizer: MultiScaleVQ, images: Tensor) -> Tensor:
-    return tokenizer.decode(tokenizer.encode(images))
+def _reconstruct(tokenizer: Tokenizer, images: Tensor) -> Tensor:
+    return tokenizer.decode(tokenizer.tokens(tokenizer.encode(images)))
 
 
 def _score_tokenizer(config: Config, place: Environment) -> dict[str, float]:

@@ -95,10 +95,10 @@ def autoencoder_cost(config: TokenizerChoice) -> TokenizerCost:
         parameters: list[Tensor] = list(tokenizer.parameters())
 
         def encode() -> None:
-            tokenizer.quantizer.teacher_forcing_input(tokenizer.encode(images))
+            tokenizer.at(tokenizer.encode(images))
 
         def reconstruct() -> Tensor:
-            return tokenizer.decoder(tokenizer.post_quant_conv(tokenizer.encode_features(images)))
+            return tokenizer.decoder(tokenizer.post_quant_conv(tokenizer.quant_conv(tokenizer.encoder(images))))
 
         encode_flops, encode_bytes = _count(encode, parameters)
         decode_flops, _ = _count(lambda: tokenizer.decode_features(latent), parameters)

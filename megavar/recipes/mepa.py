@@ -57,16 +57,14 @@ class MEPA:
     def prepare(self, batch: Batch, step: int) -> MEPAInputs:
         """Images (or cached tokens or latents) to tokens, teacher-forcing features and labels."""
         if batch.tokens is not None:
-            ids = list(batch.tokens.split([side * side for side in self.scales], dim=1))
-        elif batch.latents is not None:
-            ids = self.tokenizer.quantizer.quantize(batch.latents)
+            ids, features = batch.tokens, self.tokenizer.inputs(batch.tokens)
         else:
-            ids = self.tokenizer.encode(batch.require_images())
-        features = self.tokenizer.quantizer.teacher_forcing_input(ids)
+            latents = batch.latents if batch.latents is not None else self.tokenizer.encode(batch.require_images())
+            ids, features = self.tokenizer.at(latents)
         dropped = seeds.uniform(self.seed, "label_drop", batch.epochs, batch.sample_ids) < self.label_drop
         labels = torch.where(dropped, self.classes, batch.labels)
         keys = seeds.random_bits(self.seed, "drop_path", batch.epochs, batch.sample_ids)
-        return MEPAInputs(VARInputs(labels, features, keys), torch.cat(ids, dim=1))
+        return MEPAInputs(VARInputs(labels, features, keys), ids)
 
     def forward(self, name: str, model: nn.Module, inputs: MEPAInputs) -> VAROutput | Tensor:
         """Teacher forcing."""

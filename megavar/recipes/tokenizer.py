@@ -217,7 +217,7 @@ class TokenizerTraining:
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """Images through the tokenizer and back, for previews: float32 [B, C, H, W] in [-1, 1]."""
-        return self.tokenizer.decode(self.tokenizer.encode(images))
+        return self.tokenizer.decode(self.tokenizer.tokens(self.tokenizer.encode(images)))
 
     def state(self) -> dict[str, Any]:
         """Nothing beside the modules (with their buffers) needs to be saved."""

@@ -27,8 +27,7 @@ class TokenDecoder:
         Raises:
             CheckpointError: an image is not finite, which bytes would hide.
         """
-        ids = tokens.to(self.device).split([side * side for side in self.tokenizer.scales], dim=1)
-        images = self.tokenizer.decode(ids)
+        images = self.tokenizer.decode(tokens.to(self.device))
         if not bool(images.isfinite().all()):
             raise CheckpointError(
                 "The tokenizer decodes tokens to values that are not finite. Its weights are damaged or belong to "
@@ -48,7 +47,7 @@ class NextScaleSampler:
         self.settings = settings
         self.device = device
         self.decoder = TokenDecoder(tokenizer, device, settings.rounding)
-        self.stored_type: type[np.generic] = np.uint16 if tokenizer.vocabulary_size <= 2**16 else np.int32
+        self.stored_type: type[np.generic] = np.uint16 if tokenizer.config.vocabulary_size <= 2**16 else np.int32
 
     @torch.no_grad()
     def draw(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:

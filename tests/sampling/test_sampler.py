@@ -48,7 +48,7 @@ def test_images_are_those_that_decoding_accumulated(sampler, config):
     decoded = decode(sampler.generator, sampler.tokenizer.quantizer, labels, config.sampling, noise)
     assert torch.equal(torch.cat(decoded.ids, 1), tokens)
     exact = sampler.tokenizer.decode_features(decoded.feature_maps[-1])
-    assert torch.equal(sampler.tokenizer.decode(decoded.ids), exact)
+    assert torch.equal(sampler.tokenizer.decode(torch.cat(decoded.ids, 1)), exact)
     assert torch.equal(images, exact.mul(127.5).add(127.5).round().to(torch.uint8))
 
 

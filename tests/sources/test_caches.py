@@ -41,10 +41,10 @@ TOKENIZER = MultiScaleVQ(
 
 
 def tokens_of(images):
-    return torch.cat(TOKENIZER.encode(images), dim=1)
+    return TOKENIZER.tokens(TOKENIZER.encode(images))
 
 
-ENCODERS = {"tokens": (tokens_of, (21,)), "latents": (TOKENIZER.encode_features, (8, 4, 4))}
+ENCODERS = {"tokens": (tokens_of, (21,)), "latents": (TOKENIZER.encode, (8, 4, 4))}
 
 
 def configure(path, views=3, content="tokens", transform=None):
@@ -140,7 +140,7 @@ def test_latents_in_half_precision_give_the_same_tokens(tmp_path):
     make(config)
     source = CachedSamples("train", tmp_path)
     latents = torch.from_numpy(np.stack([source.read(index).latents[0] for index in range(50)]))
-    cached = torch.cat(TOKENIZER.quantizer.quantize(latents.float()), dim=1)
+    cached = TOKENIZER.tokens(latents.float())
     exact = online(configure(tmp_path), torch.zeros(50, dtype=torch.int64), torch.arange(50))
     assert cached.shape == exact.shape == (50, 21)
     assert (cached == exact).float().mean() > 0.98
@@ -238,7 +238,7 @@ def test_verification_encodes_rows_again(made):
     torch.manual_seed(1)
     for parameter in other.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    wrong = {"tokens": lambda images: torch.cat(other.encode(images), dim=1), "latents": other.encode_features}
+    wrong = {"tokens": lambda images: other.tokens(other.encode(images)), "latents": other.encode}
     report = verify_cache(folder_of(made), reader, wrong[made.source.content], rows=20)
     assert report.agreement < 0.9
     assert "expected" in report.problems[0]

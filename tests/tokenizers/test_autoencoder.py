@@ -4,8 +4,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from megavar.config.token_space import TokenSpace
 from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
 from megavar.errors import CheckpointError
+from megavar.tokenizers.base import Pyramid
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
 
 TINY = MultiScaleVQConfig(scales=(1, 2, 4), vocabulary_size=16, code_dimension=8, base_channels=8, norm_groups=4,
@@ -32,46 +34,63 @@ def test_published_model_has_the_published_number_of_parameters():
 
 def test_shapes_and_ranges(tiny):
     x = images()
-    ids = tiny.encode(x)
-    assert [tuple(t.shape) for t in ids] == [(2, 1), (2, 4), (2, 16)]
-    assert all(t.dtype == torch.int64 and t.min() >= 0 and t.max() < 16 for t in ids)
-    assert tiny.encode_features(x).shape == (2, 8, 4, 4)
-    for count in (1, 2, 3):  # the first scales alone can be decoded
-        decoded = tiny.decode(ids[:count])
+    assert tiny.encode(x).shape == (2, 8, 4, 4)
+    ids = tiny.tokens(tiny.encode(x))
+    assert ids.shape == (2, 21) and ids.dtype == torch.int64 and ids.min() >= 0 and ids.max() < 16
+    for count in (1, 5, 21):  # the first scales alone can be decoded
+        decoded = tiny.decode(ids[:, :count])
         assert decoded.shape == x.shape
         assert decoded.abs().max() <= 1
     output = tiny(x)
     assert output.images.shape == x.shape
     assert output.last_features.shape == (2, 8, 16, 16)
     assert not output.last_features.requires_grad
-    assert (tiny.scales, tiny.vocabulary_size, tiny.code_dimension) == ((1, 2, 4), 16, 8)
+    assert tiny.space == TokenSpace("scales", (1, 2, 4), 21, 16, 8, 16, 3)
+    with pytest.raises(ValueError, match="4 tokens are not those of the first of the scales"):
+        tiny.decode(ids[:, :4])
+
+
+def test_it_is_a_pyramid(tiny):
+    """Growing scale by scale gives the inputs of teacher forcing and the map that is decoded."""
+    assert isinstance(tiny, Pyramid)
+    latents = tiny.encode(images())
+    ids, inputs = tiny.at(latents)
+    assert torch.equal(ids, tiny.tokens(latents)) and torch.equal(inputs, tiny.inputs(ids))
+    assert inputs.shape == (2, 20, 8) and torch.equal(tiny.embed(ids), tiny.quantizer.embedding.weight[ids])
+    state, grown = None, []
+    for k, scale_ids in enumerate(tiny.quantizer.split(ids)):
+        state, following = tiny.grow(state, scale_ids, k)
+        grown.append(following)
+    assert grown.pop() is None
+    assert torch.equal(torch.cat(grown, 1), inputs)
+    assert torch.equal(tiny.decode_features(state), tiny.decode(ids))
 
 
 def test_training_pass_reconstructs_what_encode_and_decode_do(tiny):
     x = images()
-    assert torch.allclose(tiny(x).images.clamp(-1, 1), tiny.decode(tiny.encode(x)), atol=1e-5)
+    assert torch.allclose(tiny(x).images.clamp(-1, 1), tiny.decode(tiny.tokens(tiny.encode(x))), atol=1e-5)
 
 
 def test_one_channel_images():
     model = MultiScaleVQ(TINY.model_copy(update={"image_channels": 1}))
     x = images(channels=1)
-    assert model.decode(model.encode(x)).shape == x.shape
+    assert model.decode(model.tokens(model.encode(x))).shape == x.shape
 
 
 def test_other_image_size_with_other_scales(tiny):
     x = torch.cat([images(), images()], dim=3)  # 16 x 32
     scales = [(1, 2), (2, 4), (4, 8)]
-    ids = tiny.encode(x, scales)
-    assert [t.shape[1] for t in ids] == [2, 8, 32]
+    ids = tiny.tokens(tiny.encode(x), scales)
+    assert [t.shape[1] for t in tiny.quantizer.split(ids, scales)] == [2, 8, 32]
     assert tiny.decode(ids, scales).shape == x.shape
 
 
 def test_tokens_do_not_change_under_autocast(tiny):
     x = images(batch=8)
-    expected = tiny.encode(x)
+    expected = tiny.tokens(tiny.encode(x))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert all(torch.equal(a, b) for a, b in zip(tiny.encode(x), expected))
-        assert tiny.encode_features(x).dtype == torch.float32
+        assert torch.equal(tiny.tokens(tiny.encode(x)), expected)
+        assert tiny.encode(x).dtype == torch.float32
         assert tiny(x).quantized.features.dtype == torch.float32
 
 
@@ -104,7 +123,7 @@ def test_reference_layout_round_trip(tiny, tmp_path, suffix):
     loaded = other.reference_state_dict()
     assert exported.keys() == loaded.keys()
     assert all(torch.equal(exported[name], loaded[name]) for name in exported)
-    assert all(torch.equal(a, b) for a, b in zip(tiny.encode(images()), other.encode(images())))
+    assert torch.equal(tiny.tokens(tiny.encode(images())), other.tokens(other.encode(images())))
 
 
 def test_exported_tensors_are_copies(tiny):

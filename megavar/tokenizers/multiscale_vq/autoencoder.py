@@ -1,6 +1,6 @@
 """VAR's multi-scale VQ autoencoder: image <-> token maps.
 
-Images are float32 [B, 3, H, W] in [-1, 1]; token maps are a list over scales of int64 [B, s*s], row-major.
+Images are float32 [B, 3, H, W] in [-1, 1]; tokens are int64 [B, L], the row-major maps one after the other.
 Sources: VAR (arXiv:2404.02905) section 3.2; FoundationVision/VAR models/vqvae.py and models/basic_vae.py.
 Attribute names are the published checkpoints' key names.
 """
@@ -14,10 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from megavar.config.token_space import TokenSpace
 from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
 from megavar.tokenizers.multiscale_vq import published
 from megavar.tokenizers.multiscale_vq.layers import AttentionBlock, Downsample, ResidualBlock, Upsample
-from megavar.tokenizers.multiscale_vq.quantizer import MultiScaleQuantizer, QuantizerOutput, Scale
+from megavar.tokenizers.multiscale_vq.quantizer import MultiScaleQuantizer, QuantizerOutput, Scale, height_width
 
 
 class Level(nn.Module):
@@ -165,14 +166,14 @@ class MultiScaleVQ(nn.Module):
         return self.quantize
 
     @property
+    def space(self) -> TokenSpace:
+        """Its tokens, as all others see them."""
+        return self.config.space
+
+    @property
     def scales(self) -> tuple[int, ...]:
         """Side lengths of the token maps, coarse to fine."""
         return self.config.scales
-
-    @property
-    def vocabulary_size(self) -> int:
-        """Number of codes."""
-        return self.config.vocabulary_size
 
     @property
     def code_dimension(self) -> int:
@@ -209,7 +210,8 @@ class MultiScaleVQ(nn.Module):
         last_features = self.decoder.last_features(self.post_quant_conv(quantized.features.to(self.dtype)))
         return Reconstruction(self.decoder.conv_out(last_features), quantized, last_features.detach())
 
-    def encode_features(self, images: Tensor) -> Tensor:
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
         """Features before quantization: float [B, 3, H, W] in [-1, 1] -> float32 [B, code_dimension, h, w].
 
         Not under autocast, whatever the caller does: a rounded feature picks another token.
@@ -218,24 +220,52 @@ class MultiScaleVQ(nn.Module):
             return self.quant_conv(self.encoder(images.to(self.dtype))).float()
 
     @torch.no_grad()
-    def encode(self, images: Tensor, scales: Sequence[Scale] | None = None) -> list[Tensor]:
-        """Token maps of images: float [B, 3, H, W] in [-1, 1] -> int64 [B, s_k * s_k] per scale.
+    def tokens(self, latents: Tensor, sides: Sequence[Scale] | None = None) -> Tensor:
+        """Tokens of features [B, code_dimension, h, w]: int64 [B, L].
 
-        ``scales`` replaces the configured list for images of another size; the last one is the feature map's size.
+        ``sides`` replaces the configured scales for images of another size; the last one is the feature map's size.
         """
-        return self.quantize.quantize(self.encode_features(images), scales)
+        return torch.cat(self.quantize.quantize(latents, sides), dim=1)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Code vectors: int64 [...] -> float32 [..., code_dimension]."""
+        return self.quantize.embed(ids)
+
+    @torch.no_grad()
+    def at(self, latents: Tensor, sides: Sequence[Scale] | None = None) -> tuple[Tensor, Tensor]:
+        """Tokens and the inputs of a generator that predicts them; see :class:`megavar.tokenizers.base.Pyramid`."""
+        ids = self.tokens(latents, sides)
+        return ids, self.inputs(ids, sides)
+
+    @torch.no_grad()
+    def inputs(self, ids: Tensor, sides: Sequence[Scale] | None = None) -> Tensor:
+        """For every scale but the first the map accumulated so far, resized to it: float32 [B, L - L_0, C]."""
+        return self.quantize.teacher_forcing_input(self.quantize.split(ids, sides), sides)
+
+    @torch.no_grad()
+    def grow(
+        self, state: Tensor | None, ids: Tensor, k: int, sides: Sequence[Scale] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Add the tokens of scale k to the accumulated map [B, C, h, w]; also the inputs of the next scale."""
+        scales = sides or self.scales
+        shapes = [height_width(scale) for scale in scales]
+        codes = self.embed(ids).transpose(1, 2).unflatten(-1, shapes[k])
+        if state is None:
+            state = codes.new_zeros(len(ids), self.code_dimension, *shapes[-1])
+        state, following = self.quantize.next_input(k, state, codes, scales)
+        return state, None if k + 1 == len(shapes) else following.flatten(2).transpose(1, 2)
 
     def decode_features(self, f_hat: Tensor) -> Tensor:
         """Images of an accumulated map: [B, C, h, w] -> float32 [B, 3, H, W] clamped to [-1, 1]."""
         return self.decoder(self.post_quant_conv(f_hat.to(self.dtype))).float().clamp(-1, 1)
 
     @torch.no_grad()
-    def decode(self, ids: Sequence[Tensor], scales: Sequence[Scale] | None = None) -> Tensor:
-        """Images of token maps: int64 [B, s_k * s_k] per scale -> float32 [B, 3, H, W] clamped to [-1, 1].
+    def decode(self, tokens: Tensor, sides: Sequence[Scale] | None = None) -> Tensor:
+        """Images of tokens: int64 [B, L] -> float32 [B, 3, H, W] clamped to [-1, 1].
 
-        The first few token maps alone give what these scales alone reconstruct.
+        The tokens of the first few scales alone give what these scales alone reconstruct.
         """
-        return self.decode_features(self.quantize.accumulate(ids, scales)[-1])
+        return self.decode_features(self.quantize.accumulate(self.quantize.split(tokens, sides), sides)[-1])
 
     def reference_state_dict(self) -> dict[str, Tensor]:
         """The state dict in the published key layout, on CPU, float32; see :mod:`.published`."""

@@ -175,7 +175,7 @@ class MultiScaleQuantizer(nn.Module):
 
     def steps(self, features: Tensor, scales: Sequence[Scale] | None = None) -> Iterator[ScaleStep]:
         """Quantize scale by scale. Gradients reach the codes and phi, not ``features`` (float32 [B, C, H, W])."""
-        shapes = [_height_width(scale) for scale in scales or self.scales]
+        shapes = [height_width(scale) for scale in scales or self.scales]
         if tuple(features.shape[-2:]) != shapes[-1]:
             raise ValueError(
                 f"the feature map is {features.shape[-2]}x{features.shape[-1]} but the last scale is "
@@ -214,6 +214,22 @@ class MultiScaleQuantizer(nn.Module):
             features = (step.accumulated.detach() - f.detach()) + f
             return QuantizerOutput(features, loss / len(ids), ids, torch.cat(targets, dim=1), torch.stack(usage))
 
+    def split(self, ids: Tensor, scales: Sequence[Scale] | None = None) -> list[Tensor]:
+        """Tokens [B, L] of all scales, or of the first few, as one map [B, h_k * w_k] per scale.
+
+        Raises:
+            ValueError: L is the length of no number of scales.
+        """
+        maps, start = [], 0
+        for height, width in map(height_width, scales or self.scales):
+            if start == ids.shape[1]:
+                break
+            maps.append(ids[:, start : start + height * width])
+            start += height * width
+        if start != ids.shape[1]:
+            raise ValueError(f"{ids.shape[1]} tokens are not those of the first of the scales {scales or self.scales}")
+        return maps
+
     @torch.no_grad()
     def quantize(self, features: Tensor, scales: Sequence[Scale] | None = None) -> list[Tensor]:
         """Token maps of a feature map [B, C, H, W]: int64 [B, h_k * w_k] per scale, row-major."""
@@ -225,7 +241,7 @@ class MultiScaleQuantizer(nn.Module):
 
         Fewer token maps than scales give as many results: what the first scales alone reconstruct.
         """
-        shapes = [_height_width(scale) for scale in scales or self.scales]
+        shapes = [height_width(scale) for scale in scales or self.scales]
         f_hat = self.embedding.weight.new_zeros(len(ids[0]), self.code_dimension, *shapes[-1], dtype=torch.float32)
         maps = []
         for k, (tokens, shape) in enumerate(zip(ids, shapes)):
@@ -239,7 +255,7 @@ class MultiScaleQuantizer(nn.Module):
         For every scale but the first, the map accumulated so far, area-resized to that scale; row-major, in order. The
         first scale is predicted from the condition alone. (The reference's ``idxBl_to_var_input``.)
         """
-        shapes = [_height_width(scale) for scale in scales or self.scales]
+        shapes = [height_width(scale) for scale in scales or self.scales]
         maps = self.accumulate(ids[: len(shapes) - 1], scales) if len(shapes) > 1 else []
         inputs = [
             F.interpolate(f_hat, size=shape, mode="area").flatten(2).transpose(1, 2)
@@ -265,7 +281,7 @@ class MultiScaleQuantizer(nn.Module):
         Returns:
             the new f_hat [B, C, H, W], and f_hat area-resized to scale k + 1 (f_hat itself after the last scale).
         """
-        shapes = [_height_width(scale) for scale in scales or self.scales]
+        shapes = [height_width(scale) for scale in scales or self.scales]
         f_hat = self._add(k, f_hat, codes, len(shapes))
         return f_hat, f_hat if k == len(shapes) - 1 else F.interpolate(f_hat, size=shapes[k + 1], mode="area")
 
@@ -284,5 +300,6 @@ class MultiScaleQuantizer(nn.Module):
         return vectors.transpose(1, 2).reshape(len(vectors), -1, *shape)
 
 
-def _height_width(scale: Scale) -> tuple[int, int]:
+def height_width(scale: Scale) -> tuple[int, int]:
+    """Height and width of a token map."""
     return (scale, scale) if isinstance(scale, int) else (int(scale[0]), int(scale[1]))

@@ -51,9 +51,14 @@ class _Attention(torch.autograd.Function):
     """Keeps what fused kernels keep: queries, keys, values, result and a log-sum-exp per row."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ledger: Ledger, needed: float, done: float) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, in_order: bool, ledger: Ledger, needed: float, done: float
+    ) -> Tensor:
         batch, heads, length, _ = q.shape
-        out = q.new_empty(batch, heads, length, v.shape[-1])
+        if in_order:  # one call writes rows where the projection reads them; several are joined and copied there
+            out = q.new_empty(length, batch, heads, v.shape[-1]).permute(1, 2, 0, 3)
+        else:
+            out = q.new_empty(batch, heads, length, v.shape[-1])
         ctx.save_for_backward(q, k, v, out, q.new_empty(batch, heads, length, dtype=torch.float32))
         ctx.ledger, ctx.needed, ctx.done = ledger, needed, done
         ledger.count(needed, done)
@@ -63,7 +68,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
         q, k, v, _, _ = ctx.saved_tensors
         ctx.ledger.count(2 * ctx.needed, 2.5 * ctx.done)  # fused kernels compute the scores once more: five products
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None, None, None
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None, None, None, None
 
 
 def attention_kernel(name: str, ledger: Callable[[], Ledger]) -> Callable[..., Tensor]:
@@ -73,6 +78,6 @@ def attention_kernel(name: str, ledger: Callable[[], Ledger]) -> Callable[..., T
         """[B, H, L, D], keys and values perhaps with fewer heads -> [B, H, L, D]."""
         pair = 2.0 * q.shape[0] * q.shape[1] * (q.shape[3] + v.shape[3])  # operations per pair, all heads
         needed, done = (pair * attention_pairs(layout, kernel) for kernel in ("visible", name))
-        return _Attention.apply(q, k, v, ledger(), needed, done)  # type: ignore[no-any-return]
+        return _Attention.apply(q, k, v, name == "dense", ledger(), needed, done)  # type: ignore[no-any-return]
 
     return attend

@@ -38,7 +38,9 @@ class Part:
     model_flops: float = 0.0
     """One image forward and backward, as the mathematics needs it: visible pairs only, nothing computed twice."""
     hardware_flops: float = 0.0
-    """The same as the kernels do it: masked pairs too, and whatever is computed again in the backward pass."""
+    """The same as the kernels do it: masked pairs too, and scores that attention computes again."""
+    repeated_flops: float = 0.0
+    """One image: what recomputation adds to the backward pass."""
     saved: Line = Line()
     """What autograd keeps from the forward to the backward pass, apart from ``routed``."""
     routed: Line = Line()
@@ -105,8 +107,13 @@ class Cost:
 
     @property
     def hardware_flops(self) -> float:
-        """One image forward and backward, as the kernels do it."""
-        return sum(part.hardware_flops for part in self.parts)
+        """One image forward and backward, as the kernels do it, recomputation included."""
+        return sum(part.hardware_flops + part.repeated_flops for part in self.parts)
+
+    @property
+    def repetition(self) -> float:
+        """Operations with recomputation over those without."""
+        return self.hardware_flops / sum(part.hardware_flops for part in self.parts)
 
     def stage(self, parallel: ParallelConfig, rank: int) -> tuple[Part, ...]:
         """Parts that pipeline rank ``rank`` holds, all its chunks together."""

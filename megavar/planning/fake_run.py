@@ -75,6 +75,7 @@ class Laboratory:
         self.ledger = Ledger()
         """Of the pass that runs."""
         self._observed: dict[tuple[str, int], tuple[Observation, ...]] = {}
+        self._counted: dict[tuple[str, int, bool, bool], tuple[int, int]] = {}
         self._stand_in_for_kernels()
 
     def _stand_in_for_kernels(self) -> None:
@@ -105,13 +106,15 @@ class Laboratory:
 
     def _block(self, request: Request, number: int) -> Part:
         observed, plain = self._observe(request, number), self._observe(request.with_recompute("none"), number)
-        replicated, experts = _parameters(_build(request, number, 1, first=False, last=False))
+        replicated, experts = self._parameters(request, number, first=False, last=False)
+        once = _per_image(plain, "done", _BLOCK, _EXPERTS)
         return Part(
             replicated=replicated,
             experts=experts,
             forward_flops=_per_image(plain, "forward", _BLOCK, _EXPERTS),
             model_flops=_per_image(plain, "needed", _BLOCK, _EXPERTS),
-            hardware_flops=_per_image(observed, "done", _BLOCK, _EXPERTS),
+            hardware_flops=once,
+            repeated_flops=_per_image(observed, "done", _BLOCK, _EXPERTS) - once,
             saved=_line(observed, lambda seen: seen.ledger.saved[_BLOCK]),
             routed=_line(observed, lambda seen: seen.ledger.saved[_EXPERTS]),
             peak=_line(observed, lambda seen: seen.peak(_BLOCK, _EXPERTS, _EMBEDDING)),
@@ -120,8 +123,8 @@ class Laboratory:
     def _end(self, request: Request, number: int, account: str) -> Part:
         """Embedding or head: what a stage with it has beyond the same stage without it."""
         observed = self._observe(request, number)
-        block = _parameters(_build(request, number, 1, first=False, last=False))
-        end = _parameters(_build(request, number, 1, first=account == _EMBEDDING, last=account == _HEAD))
+        block = self._parameters(request, number, first=False, last=False)
+        end = self._parameters(request, number, first=account == _EMBEDDING, last=account == _HEAD)
         return Part(
             replicated=end[0] - block[0],
             experts=end[1] - block[1],
@@ -148,6 +151,13 @@ class Laboratory:
         if key not in self._observed:
             self._observed[key] = tuple(self._run(request, number, images) for images in IMAGES)
         return self._observed[key]
+
+    def _parameters(self, request: Request, number: int, *, first: bool, last: bool) -> tuple[int, int]:
+        """Scalars of a stage with block ``number``, outside and inside of experts."""
+        key = (request.with_recompute("none").key, number, first, last)
+        if key not in self._counted:
+            self._counted[key] = _count(_build(request, number, 1, first=first, last=last))
+        return self._counted[key]
 
     def _run(self, request: Request, number: int, images: int) -> Observation:
         model = _build(request, number, 1, first=True, last=True)
@@ -213,7 +223,7 @@ def _example(model: Any, images: int) -> Any:
     return VARInputs(labels, torch.zeros(images, tokens, 32), keys)
 
 
-def _parameters(model: nn.Module) -> tuple[int, int]:
+def _count(model: nn.Module) -> tuple[int, int]:
     """Scalars outside and inside of experts."""
     from megavar.parallel.logical import logical_tensors
 

@@ -119,6 +119,7 @@ class Ledger(LiveBytes):
 
         with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
             yield
+        kept.clear()  # the hooks may live as long as the graph
 
 
 def saved_bytes(work: Callable[[], Any], ignored: list[Tensor]) -> int:

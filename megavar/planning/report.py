@@ -34,7 +34,7 @@ def _head(plan: Plan) -> list[str]:
         describe(plan.prediction.layout.parallel, plan.gpus).splitlines()[0],
         f"utilization while blocks compute: {workload.utilization:.0%} ({source})",
     ]
-    if plan.assumed_utilization and workload.generator is not None and workload.generator.experts is not None:
+    if plan.assumed_utilization and workload.limits is not None and workload.limits.experts is not None:
         lines[-1] += f"; {EXPERTS_UTILIZATION:g} of a dense model's"
     return lines + [f"note: {note}" for note in plan.notes]
 

@@ -1,20 +1,37 @@
 """What is trained, apart from how it is spread: predicts the costs of any layout of it."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from megavar.config.generators.var import VARConfig
-from megavar.planning.flops import model_flops, sampling_flops
+from megavar.config.generators.base import GeneratorChoice, Limits
+from megavar.config.parallel import ParallelConfig
+from megavar.config.token_space import TokenSpace
+from megavar.planning.cost import Cost, RankParameters
 from megavar.planning.hardware import FRAGMENTATION, RESERVED
 from megavar.planning.layout import Layout
+from megavar.planning.measure import Precision, Request, measure
 from megavar.planning.memory import FLOAT32, SEARCH_BYTES, Memory, bucket_bytes, rank_memory, state_bytes
-from megavar.planning.parameters import ParameterCount, RankParameters, count_parameters, rank_parameters
-from megavar.planning.shape import GeneratorShape
 from megavar.planning.timing import Machine, StepTime, data_seconds, optimizer_seconds, step_time
 from megavar.planning.tokenizer_cost import TokenizerCost
 
 HEADROOM = 0.95
 """Share of the device's memory that a layout may fill."""
+Progress = Callable[[int, int], None]
+"""Called with the number of measurements done and of all."""
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Scalars of a whole model."""
+
+    total: int
+    activated: int
+    """Those that take part in computing one token: of the experts only ``top_k`` (MEPA's "activated" parameters)."""
+    per_token: int
+    """Weights that are multiplied with every token: attention, activated feed-forward networks, router, head."""
+    per_image: int
+    """Weights that are multiplied once per image: modulation networks."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +68,8 @@ class Workload(ABC):
 
     @property
     @abstractmethod
-    def generator(self) -> VARConfig | None:
+    def limits(self) -> Limits | None:
         """What the rules of layouts ask about; None for a tokenizer."""
-
-    @property
-    def vocabulary(self) -> int | None:
-        """Codes that the generator's head predicts."""
-        return None
 
     @property
     @abstractmethod
@@ -73,6 +85,9 @@ class Workload(ABC):
     def predict(self, layout: Layout) -> Prediction:
         """Costs of a layout that the rules allow."""
 
+    def prepare(self, layouts: Iterable[Layout], progress: Progress) -> None:
+        """Measure what predictions of ``layouts`` need, all at once."""
+
     @property
     def peak(self) -> float:
         """Operations per second of a GPU in the run's precision."""
@@ -81,47 +96,60 @@ class Workload(ABC):
 
 @dataclass(frozen=True)
 class GeneratorWorkload(Workload):
-    """A next-scale generator on the tokens of a frozen tokenizer."""
+    """A generator on the tokens of a frozen tokenizer."""
 
-    shape: GeneratorShape
-    kernel: str
-    """Attention kernel."""
+    choice: GeneratorChoice
+    space: TokenSpace
     tokenizer: TokenizerCost | None
     """None where tokens are cached."""
 
     @property
-    def generator(self) -> VARConfig:
-        """The generator."""
-        return self.shape.generator
-
-    @property
-    def vocabulary(self) -> int:
-        """Codes that the generator's head predicts."""
-        return self.shape.vocabulary
+    def limits(self) -> Limits:
+        """Of the generator."""
+        return self.choice.limits(self.space)
 
     @property
     def parameters(self) -> ParameterCount:
         """Of the generator."""
-        return count_parameters(self.shape)
+        return count_parameters(self.limits, self.cost(ParallelConfig()))
 
     @property
     def train_flops(self) -> float:
         """Of the generator; the frozen tokenizer is not counted."""
-        return model_flops(self.shape)
+        return self.cost(ParallelConfig()).model_flops
 
     def sample_flops(self, guidance: bool) -> float:
-        """Per drawn image, without the tokenizer's decoder."""
-        return sampling_flops(self.shape, guidance)
+        """Per drawn image, without the tokenizer's decoder; guidance doubles it.
+
+        Scale after scale with cached keys and values: every scale computes the modulation again.
+        """
+        cost = self.cost(ParallelConfig())
+        steps = len(self.space.sides)
+        return (cost.forward_flops + (steps - 1) * 2 * cost.weights_per_image) * (2 if guidance else 1)
+
+    def _request(self, parallel: ParallelConfig) -> Request:
+        precision: Precision = "bf16" if self.element == 2 else "fp32"
+        is_sharded = parallel.sequence and parallel.tensor > 1
+        return Request(self.choice, self.space, parallel.tensor, is_sharded, parallel.recompute, precision)
+
+    def cost(self, parallel: ParallelConfig) -> Cost:
+        """Of one rank."""
+        return measure([self._request(parallel)])[0]
+
+    def prepare(self, layouts: Iterable[Layout], progress: Progress) -> None:
+        """Measure the ranks of all layouts and of the undivided model."""
+        parallels = [ParallelConfig(), *(layout.parallel for layout in layouts)]
+        measure([self._request(parallel) for parallel in parallels], progress)
 
     def predict(self, layout: Layout) -> Prediction:
         """Costs of a layout: memory of the fuller one of the first and the last pipeline stage."""
+        cost = self.cost(layout.parallel)
         memories = {
             stage: rank_memory(
-                self.shape,
+                cost,
                 layout,
                 pipeline_rank=stage,
                 element=self.element,
-                kernel=self.kernel,
                 ema=self.ema,
                 tokenizer=self.tokenizer,
                 image_bytes=self.image_bytes,
@@ -130,27 +158,34 @@ class GeneratorWorkload(Workload):
         }
         fullest = max(memories, key=lambda stage: memories[stage].total)
         time = step_time(
-            self.shape,
+            cost,
             layout,
             self.machine,
+            model_flops=self.train_flops,
             utilization=self.utilization,
             element=self.element,
-            kernel=self.kernel,
             tokenizer=self.tokenizer,
         )
-        held = rank_parameters(self.shape, layout.parallel, fullest)
-        host = state_bytes(held, layout, self.element, ema=self.ema).host
+        host = state_bytes(cost.parameters(layout.parallel, fullest), layout, self.element, ema=self.ema).host
         return Prediction(layout, memories[fullest], fullest, time, host)
 
 
+def count_parameters(limits: Limits, cost: Cost) -> ParameterCount:
+    """Scalars of a generator, from the costs of a rank that holds all of it."""
+    held = cost.parameters(ParallelConfig(), 0)
+    unused = 0 if limits.experts is None else 1 - limits.experts.top_k / limits.experts.number
+    activated = held.total - round(held.experts * unused)
+    return ParameterCount(held.total, activated, cost.weights_per_token, cost.weights_per_image)
+
+
 @dataclass(frozen=True)
-class AutoencoderWorkload(Workload):
+class TokenizerWorkload(Workload):
     """A tokenizer in training: its autoencoder, without discriminator and perceptual network."""
 
     cost: TokenizerCost
 
     @property
-    def generator(self) -> None:
+    def limits(self) -> None:
         """None."""
         return None
 
@@ -193,4 +228,3 @@ class AutoencoderWorkload(Workload):
             optimizer=optimizer_seconds(held, layout, self.machine),
         )
         return Prediction(layout, memory, 0, time, state.host)
-

@@ -1,37 +1,34 @@
-"""Real generators whose costs are measured, without the time their initialization and products would take."""
+"""Real generators that measured costs are held against, without the time their initialization and products would take."""
 
 from unittest import mock
 
 import torch
-from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megavar.config.experts.base import ExpertsChoice
 from megavar.config.generators.var import SCALES
-from megavar.generators import var
-from megavar.generators.var import VAR, VARInputs
+from megavar.config.token_space import TokenSpace
+from megavar.generators.var import VAR, VARInputs, model
 from megavar.parallel.vocabulary import vocabulary_cross_entropy
-from megavar.planning.shape import GeneratorShape
+from megavar.planning.measure import Request, measure
 
 MEPA = ExpertsChoice.make(number=8, top_k=3, backend="megatron")
 CODE_DIMENSION, VOCABULARY = 32, 4096
 aten = torch.ops.aten
 
 
-def shape_of(config, resolution=256, scales=None):
-    return GeneratorShape(config, scales or SCALES[resolution], CODE_DIMENSION, VOCABULARY)
+def space_of(scales=SCALES[256]):
+    return TokenSpace.of_scales(scales, VOCABULARY, CODE_DIMENSION, 16 * scales[-1])
+
+
+def cost_of(config, scales=SCALES[256], **options):
+    return measure([Request(config, space_of(scales), **options)])[0]
 
 
 def build(config, scales, **options):
     """A VAR whose parameters stay as the allocator gave them: initialization takes minutes for a large one."""
-    with mock.patch.object(var, "initialize_parameters", lambda *arguments: None):
+    with mock.patch.object(model, "initialize_parameters", lambda *arguments: None):
         return VAR(config, scales=scales, code_dimension=CODE_DIMENSION, vocabulary_size=VOCABULARY, **options)
-
-
-def without_memory(config, scales):
-    """A VAR of any size whose tensors have shapes but no memory."""
-    with FakeTensorMode():
-        return build(config, scales)
 
 
 class SkipProducts(TorchDispatchMode):
@@ -50,13 +47,13 @@ class SkipProducts(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
-def inputs(model, images):
-    tokens = model.layout.tokens - model.scales[0] ** 2
-    labels, keys = torch.arange(images) % model.generator.classes, torch.arange(images)
+def inputs(generator, images):
+    tokens = sum(side * side for side in generator.scales[1:])
+    labels, keys = torch.arange(images) % generator.generator.classes, torch.arange(images)
     return VARInputs(labels, torch.zeros(images, tokens, CODE_DIMENSION), keys)
 
 
-def forward_loss(model, images):
-    output = model(inputs(model, images))
-    targets = torch.zeros(images, model.layout.tokens, dtype=torch.long)
+def forward_loss(generator, images):
+    output = generator(inputs(generator, images))
+    targets = torch.zeros(output.logits.shape[:2], dtype=torch.long)
     return vocabulary_cross_entropy(output.logits, targets).mean()

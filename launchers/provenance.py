@@ -130,7 +130,7 @@ def write_config(run_directory: Path, config: Config) -> None:
         ConfigError: the directory belongs to a run with another configuration.
     """
     if (run_directory / "config.yaml").exists():
-        RunDirectory(run_directory).check(config.model_dump(mode="json"))
+        RunDirectory.of(config, run_directory).check(config.model_dump(mode="json"))
     write_text_atomic(run_directory / "config.yaml", dump(config))
 
 

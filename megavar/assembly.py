@@ -16,33 +16,21 @@ from megavar.config.root import Config
 from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.data.source import Source
 from megavar.errors import CheckpointError, ConfigError, DataError
-from megavar.generators.var import VAR, Stage
+from megavar.frozen import TOKENIZER, check_same, identify, identities
+from megavar.generators.base import Stage
+from megavar.generators.var import VAR
 from megavar.parallel.topology import Topology
 from megavar.recipes.base import Recipe
 from megavar.recipes.mepa import MEPA
 from megavar.sampling.sampler import TokenDecoder
 from megavar.sampling.samples import Decoder
-from megavar.storage import sha256_of_file, write_json_atomic
+from megavar.storage import write_json_atomic
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
 from megavar.transformer.moe.backends import check_backend
 
 PARAMETER_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DECODER = "decoder.json"
 """Beside the chunks of samples: which tokenizer decodes their tokens."""
-
-
-def identify_weights(path: Path) -> dict[str, str]:
-    """What tells the weights in ``path`` (a run, a checkpoint, a published file) from all others, wherever they are.
-
-    Raises:
-        CheckpointError: there are none.
-    """
-    from megavar.training.checkpoint.weights import find_checkpoint
-
-    if Path(path).is_file():
-        return {"file": Path(path).name, "sha256": sha256_of_file(path)}
-    checkpoint, _ = find_checkpoint(path, verify=False)  # loading verifies it
-    return {"checkpoint": checkpoint.name, "manifest_sha256": sha256_of_file(checkpoint / "manifest.json")}
 
 
 def load_tokenizer(config: TokenizerChoice, weights: str, device: torch.device) -> MultiScaleVQ:
@@ -75,7 +63,7 @@ def describe_decoder(directory: Path, config: Config, weights: str) -> None:
     described = {
         "tokenizer": config.tokenizer.model_dump(mode="json"),
         "weights": str(Path(weights).resolve()),
-        "identity": identify_weights(Path(weights)),
+        "identity": identify(weights).to_json(),
         "rounding": config.sampling.rounding,
     }
     write_json_atomic(directory / DECODER, described)
@@ -87,8 +75,8 @@ def stored_decoder(directory: Path, device: torch.device) -> Decoder:
     The tokenizer is loaded when the first tokens are decoded: not at all where all images are stored.
 
     Raises:
-        DataError: (then) nothing says which tokenizer it is, or its weights are others now.
-        CheckpointError: (then) its weights are gone.
+        DataError: (then) nothing says which tokenizer it is, or its weights are gone.
+        CheckpointError: (then) its weights are others now.
     """
 
     @functools.cache
@@ -105,12 +93,8 @@ def stored_decoder(directory: Path, device: torch.device) -> Decoder:
                 f"restore them, correct their path in {path}, or sample again."
             )
         tokenizer = load_tokenizer(decode(described["tokenizer"], TokenizerChoice, str(path)), str(weights), device)
-        identity = identify_weights(weights)
-        if identity != described["identity"]:
-            raise DataError(
-                f"The tokens in {directory} were drawn with the tokenizer weights {described['identity']}, but "
-                f"{weights} now holds {identity}: restore them, or sample again."
-            )
+        before = identities({TOKENIZER: described["identity"]})
+        check_same(before, {TOKENIZER: identify(weights)}, directory, "sample again.")
         return TokenDecoder(tokenizer, device, described["rounding"])
 
     return lambda tokens: load()(tokens)
@@ -148,9 +132,7 @@ def build_generator(
             chunks.append(
                 VAR(
                     generator,
-                    scales=config.tokenizer.scales,
-                    code_dimension=config.tokenizer.code_dimension,
-                    vocabulary_size=config.tokenizer.vocabulary_size,
+                    config.tokenizer.space,
                     parallel=parallel,
                     stage=stage,
                     dtype=dtype or PARAMETER_TYPES[config.train.precision],
@@ -198,3 +180,10 @@ def check_consistency(config: Config, source: Source) -> None:
                 f"generator.classes={generator.classes}, but the data source {config.data.source.name!r} has "
                 f"{source.num_classes} classes. Set generator.classes={source.num_classes}."
             )
+
+
+def resolve(choice: Any) -> Any:
+    import importlib
+
+    module, _, name = choice.implementation.partition(":")
+    return getattr(importlib.import_module(module), name)

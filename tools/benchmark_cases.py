@@ -33,7 +33,6 @@ from megavar.training.optimizer import build_optimizer, parameter_groups, set_ra
 from megavar.transformer.attention import KERNELS
 from megavar.transformer.block import FeedForward
 from megavar.transformer.context import ForwardContext
-from megavar.transformer.megatron_config import transformer_config
 from megavar.transformer.moe.layer import ExpertFeedForward
 from megavar.transformer.sequence import SequenceLayout
 
@@ -180,12 +179,10 @@ def experts(bench: Bench) -> Part:
     def layer_of(backend: str | None) -> nn.Module:
         with bench.device:
             if backend is None:
-                return FeedForward(transformer_config(wide, ParallelConfig(), bench.dtype))
+                return FeedForward(VAR.layers(wide, ParallelConfig(), bench.dtype))
             chosen = settings.model_copy(update={"backend": backend})
             config = bench.generator.model_copy(update={"experts": chosen})
-            return ExpertFeedForward(
-                transformer_config(config, ParallelConfig(), bench.dtype), chosen, 0, len(shape.scales)
-            )
+            return ExpertFeedForward(VAR.layers(config, ParallelConfig(), bench.dtype), chosen, 0, len(shape.scales))
 
     for name, backend in {dense_name: None, **{backend: backend for backend in EXPERT_BACKENDS}}.items():
         try:
@@ -251,7 +248,7 @@ def overhead(bench: Bench) -> Part:
     model = bare.generator
 
     def bare_step() -> None:
-        logits = model(inputs.model).logits
+        logits = model(inputs.model).prediction
         nn.functional.cross_entropy(logits.flatten(0, 1), inputs.targets.flatten()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), clipping)
         optimizer.step()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megavar.assembly import identify_weights, load_tokenizer
+from megavar.assembly import load_tokenizer
 from megavar.commands.sample import GRID_IMAGES, describe, open_samples, write_grid
 from megavar.config.loading import load_config
 from megavar.config.parallel import ParallelConfig
@@ -24,6 +24,7 @@ from megavar.evaluation.reconstruction_suite import score_tokenizer
 from megavar.evaluation.results import Result, class_histogram, write_result
 from megavar.evaluation.suites import Scores
 from megavar.evaluation.table import format_table, thresholds_missed
+from megavar.frozen import identify
 from megavar.parallel import topology
 from megavar.parallel.environment import Environment, environment
 from megavar.sampling.samples import Samples
@@ -119,7 +120,7 @@ def _score_tokenizer(config: Config, place: Environment) -> dict[str, float]:
     directory = Path(config.run.path)
     checkpoint, _ = find_checkpoint(directory, verify=False)  # loading verifies it
     tokenizer = load_tokenizer(config.tokenizer, str(checkpoint), place.device)
-    identity: dict[str, Any] = identify_weights(checkpoint)
+    identity: dict[str, Any] = identify(checkpoint).to_json()
     scores = score_tokenizer(
         config.evaluation.reconstruction,
         config.data,

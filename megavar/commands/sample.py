@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from megavar.assembly import build_generator, describe_decoder, identify_weights, load_tokenizer
+from megavar.assembly import build_generator, describe_decoder, load_tokenizer
 from megavar.chunks import ChunkStore
 from megavar.config.loading import load_config
 from megavar.config.parallel import ParallelConfig
@@ -17,6 +17,7 @@ from megavar.config.root import Config
 from megavar.data.pixels import image_grid
 from megavar.errors import ConfigError, ExitCode
 from megavar.evaluation.results import class_histogram
+from megavar.frozen import TOKENIZER, check_same, identify, identities
 from megavar.generators.var import VAR
 from megavar.parallel import topology
 from megavar.parallel.environment import Environment, environment, limit_threads
@@ -66,17 +67,19 @@ def open_samples(config: Config, place: Environment, *, untrained: bool = False)
     generator = build_generator(config, None)
     assert isinstance(generator, VAR)
     tokenizer = load_tokenizer(config.tokenizer, config.recipe.tokenizer_weights, place.device)
+    of_tokenizer = identify(config.recipe.tokenizer_weights)
     model: dict[str, Any] = {"checkpoint": "initial weights", "seed": config.train.seed}
     if not untrained:
-        checkpoint, _ = find_checkpoint(run_directory, verify=False)  # loading verifies it
+        checkpoint, manifest = find_checkpoint(run_directory, verify=False)  # loading verifies it
+        check_same(identities(manifest.frozen), {TOKENIZER: of_tokenizer}, checkpoint, "train a generator with these.")
         load_weights(generator, checkpoint, "generator", ema=sampling.weights == "ema")
-        model = identify_weights(checkpoint)
+        model = identify(checkpoint).to_json()
     assert config.generator is not None
     model |= {
         "weights": sampling.weights,
         "precision": config.train.precision,
         "generator": config.generator.model_dump(mode="json"),
-        "tokenizer": identify_weights(Path(config.recipe.tokenizer_weights)),
+        "tokenizer": of_tokenizer.to_json(),
     }
     settings = sampling.model_dump(mode="json", exclude={"keep_images"})  # which changes no image
     digest = hashlib.sha256(json.dumps([settings, model], sort_keys=True).encode()).hexdigest()[:8]

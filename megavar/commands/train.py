@@ -99,7 +99,7 @@ def _train_required(config: Config, place: Environment, required_by: tuple[str, 
 def _train_one(config: Config, place: Environment) -> ExitCode:
     limit_threads(config.train.cpu_threads)
     mesh = topology.initialize(config.parallel, place)
-    directory = RunDirectory(config.run.path)
+    directory = RunDirectory.of(config)
     resolved = json.loads(config.model_dump_json())
     if directory.done and not config.train.fresh:
         on_first_rank(lambda: directory.check(resolved))

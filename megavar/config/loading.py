@@ -140,6 +140,16 @@ def decode(tree: Mapping[str, Any], model: type[Model], origin: str) -> Model:
         raise ConfigError(f"{origin} holds a value that configurations cannot have: {error}") from None
 
 
+def with_defaults(tree: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """The plain values of a stored configuration, with the keys that it lacks because an older version wrote it.
+
+    Raises:
+        ConfigError: this version does not know a key or a value of it.
+    """
+    import_plugins(tree, origin)
+    return json.loads(decode(tree, Config, origin).model_dump_json())
+
+
 def dump(config: BaseModel) -> str:
     """The configuration as YAML with every key present; loading it gives the same configuration."""
     return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, width=120)

@@ -165,7 +165,7 @@ class Laboratory:
         parameters = list(model.parameters())
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)  # not this pass has to make room for gradients
-        inputs = _example(model, images)
+        inputs = model.example(images)
         existing = [*parameters, *(parameter.grad for parameter in parameters), *_tensors(inputs)]
         self.ledger = Ledger(existing, images)  # type: ignore[arg-type]
         observation = Observation(self.ledger, images)
@@ -202,25 +202,14 @@ def _kinds(choice: GeneratorChoice, space: TokenSpace) -> tuple[list[int], tuple
     return [max(n for n in range(depth) if kind_of_block[n] == kind) for kind in range(len(kinds))], kind_of_block
 
 
-def _build(request: Request, number: int, blocks: int, *, first: bool, last: bool) -> nn.Module:
+def _build(request: Request, number: int, blocks: int, *, first: bool, last: bool) -> Any:
     """A stage with ``blocks`` blocks from ``number`` on."""
-    from megavar.generators.var import VAR, Stage
+    from megavar.assembly import resolve
+    from megavar.generators.base import Stage
 
     parallel = ParallelConfig(tensor=request.tensor, sequence=request.sequence, recompute=request.recompute)
-    space: Any = request.space
-    choice: Any = request.choice
-    return VAR(
-        choice, scales=space.sides, code_dimension=space.channels, vocabulary_size=space.vocabulary,
-        parallel=parallel, stage=Stage(number, blocks, first, last), dtype=TYPES[request.precision],
-    ).train()  # fmt: skip
-
-
-def _example(model: Any, images: int) -> Any:
-    from megavar.generators.var import VARInputs
-
-    tokens = sum(side * side for side in model.scales) - model.scales[0] ** 2
-    labels, keys = torch.arange(images) % model.generator.classes, torch.arange(images)
-    return VARInputs(labels, torch.zeros(images, tokens, 32), keys)
+    stage, dtype = Stage(number, blocks, first, last), TYPES[request.precision]
+    return resolve(request.choice)(request.choice, request.space, parallel=parallel, stage=stage, dtype=dtype).train()
 
 
 def _count(model: nn.Module) -> tuple[int, int]:
@@ -244,29 +233,25 @@ def _follow(model: Any, observation: Observation) -> None:
     """Tell the ledger which part is at work."""
     from megavar.transformer.moe.even import EvenExperts
 
-    (block,) = model.blocks.values()
-    ledger = observation.ledger
+    ledger, run_block = observation.ledger, model.run_block
     ledger.enter(_EMBEDDING)
 
-    def before_block(module: nn.Module, arguments: Any) -> Any:
-        hidden, *others = arguments
+    def follow_block(block: nn.Module, hidden: Tensor, *others: Any) -> Tensor:
         hidden = hidden.clone()  # what the embedding gives may be a view of more; another block's output is not
         ledger.enter(_BLOCK)
         hidden.register_hook(lambda gradient: ledger.enter(_EMBEDDING))
-        return (hidden, *others)
-
-    def after_block(module: nn.Module, arguments: Any, output: Tensor) -> None:
+        output: Tensor = run_block(block, hidden, *others)
         ledger.enter(_HEAD)
         observation.hidden = _bytes(output)
         output.register_hook(lambda gradient: ledger.enter(_BLOCK))
+        return output
 
     def before_experts(module: nn.Module, arguments: Any) -> None:
         ledger.enter(_EXPERTS)
         observation.exchanged = _bytes(arguments[0])
 
-    block.register_forward_pre_hook(before_block)
-    block.register_forward_hook(after_block)
-    for module in block.modules():
+    model.run_block = follow_block
+    for module in model.modules():
         if isinstance(module, EvenExperts):
             module.register_forward_pre_hook(before_experts)
             module.register_forward_hook(lambda *arguments: ledger.enter(_BLOCK))
@@ -276,7 +261,7 @@ def _loss(output: Any, space: TokenSpace) -> Tensor:
     """Cross entropy where tokens are ids; a generator of vectors returns its loss itself."""
     from megavar.parallel.vocabulary import vocabulary_cross_entropy
 
-    prediction: Tensor = output.logits
+    prediction: Tensor = output.prediction
     if space.vocabulary is None:
         return prediction.float().sum()
     targets = torch.zeros(prediction.shape[:-1], dtype=torch.long)
@@ -288,7 +273,7 @@ def _packed(request: Request, images: int) -> int:
     model = _build(request, 0, 1, first=True, last=False)
     _spread_experts(model)
     with torch.no_grad():
-        return _bytes(model(_example(model, images)))
+        return _bytes(model(model.example(images)))
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -17,20 +17,19 @@ from torch import Tensor, nn
 
 from megavar.config.recipes.mepa import MEPAConfig
 from megavar.data.batch import Batch
-from megavar.generators.var import VARInputs, VAROutput
+from megavar.generators.base import GeneratorOutput
+from megavar.generators.inputs import ScaleInputs
 from megavar.parallel import seeds
 from megavar.parallel.vocabulary import vocabulary_cross_entropy, vocabulary_hits
 from megavar.recipes.base import Losses
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
-
-_NO_DECAY = ("start_position", "position", "scale", "offset", "log_temperature", "scale_embedding")
 
 
 @dataclass
 class MEPAInputs:
     """A prepared micro-batch."""
 
-    model: VARInputs
+    model: ScaleInputs
     targets: Tensor
     """int64 [B, L]: the true token at every position."""
 
@@ -45,9 +44,9 @@ class MEPA:
         self.chunks: list[Any] = list(generator) if isinstance(generator, nn.ModuleList) else [generator]
         self.tokenizer = tokenizer.eval().requires_grad_(False)
         self.seed = seed
-        self.scales = self.chunks[0].scales
-        self.classes = self.chunks[0].generator.classes
-        self.label_drop = self.chunks[0].generator.label_drop
+        self.scales = self.chunks[0].space.sides
+        self.classes = self.chunks[0].choice.classes
+        self.label_drop = self.chunks[0].choice.label_drop
 
     def modules(self) -> dict[str, nn.Module]:
         """The one trained module."""
@@ -64,18 +63,18 @@ class MEPA:
         dropped = seeds.uniform(self.seed, "label_drop", batch.epochs, batch.sample_ids) < self.label_drop
         labels = torch.where(dropped, self.classes, batch.labels)
         keys = seeds.random_bits(self.seed, "drop_path", batch.epochs, batch.sample_ids)
-        return MEPAInputs(VARInputs(labels, features, keys), ids)
+        return MEPAInputs(ScaleInputs(labels, features, keys), ids)
 
-    def forward(self, name: str, model: nn.Module, inputs: MEPAInputs) -> VAROutput | Tensor:
+    def forward(self, name: str, model: nn.Module, inputs: MEPAInputs) -> GeneratorOutput | Tensor:
         """Teacher forcing."""
         return model(inputs.model)
 
-    def loss(self, name: str, output: VAROutput, inputs: MEPAInputs, step: int) -> Losses:
+    def loss(self, name: str, output: GeneratorOutput, inputs: MEPAInputs, step: int) -> Losses:
         """Cross entropy in nats, averaged over all tokens (Eq. 5); loss and accuracy of each scale beside it."""
-        per_token = vocabulary_cross_entropy(output.logits, inputs.targets, self.config.label_smoothing)
+        per_token = vocabulary_cross_entropy(output.prediction, inputs.targets, self.config.label_smoothing)
         total = per_token.mean()
         with torch.no_grad():
-            hits = vocabulary_hits(output.logits, inputs.targets).float()
+            hits = vocabulary_hits(output.prediction, inputs.targets).float()
             named = {"loss": total.detach(), "accuracy": hits.mean()}
             sizes = [side * side for side in self.scales]
             for side, loss, hit in zip(self.scales, per_token.detach().split(sizes, 1), hits.split(sizes, 1)):
@@ -109,10 +108,11 @@ class MEPA:
         return True
 
     def decays(self, name: str, parameter_name: str, parameter: nn.Parameter) -> bool:
-        """VAR's rule: no weight decay on vectors, positions, scale embeddings, modulation offsets, temperatures."""
-        last = parameter_name.rsplit(".", 1)[-1]
-        # By name, not by number of dimensions: stacked experts hold their biases as matrices [experts, width].
-        return not (last.endswith("bias") or last in _NO_DECAY)
+        """The generator's rule, which knows logical names."""
+        chunk, inner = self.chunks[0], parameter_name
+        if isinstance(self.generator, nn.ModuleList):
+            inner = parameter_name.split(".", 1)[1]
+        return chunk.rule(inner).decays
 
     def after_step(self, step: int) -> None:
         """Nothing to do."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megavar.config.procedures.next_scale import NextScaleSampling
+from megavar.generators.inputs import ScaleInputs
 from megavar.generators.var import VAR
 from megavar.parallel import seeds
 from megavar.sampling.filters import draw, guide, scale_guidance, truncate
@@ -73,9 +74,9 @@ def decode(
         settings: guidance and truncation.
         noise: see :data:`Noise`; None decodes greedily.
     """
-    batch, scales = labels.shape[0], model.scales
+    batch, scales = labels.shape[0], model.space.sides
     guided = settings.guidance > 0
-    unconditional = torch.full_like(labels, model.generator.classes)
+    unconditional = torch.full_like(labels, model.choice.classes)
     doubled = torch.cat([labels, unconditional]) if guided else labels
     counted = torch.arange(doubled.shape[0], device=labels.device) < batch
     cache = KeyValueCache(sum(side * side for side in scales))
@@ -84,7 +85,7 @@ def decode(
     f_hat: Tensor | None = None
     for k, side in enumerate(scales):
         repeated = features if features is None or not guided else features.repeat(2, 1, 1)
-        logits = model.decode(doubled, k, repeated, cache, counted)
+        logits = model.step(ScaleInputs(doubled, repeated, scale=k), cache, counted)
         if guided:
             conditional, free = logits.chunk(2)
             logits = guide(conditional, free, scale_guidance(settings.guidance, k, len(scales)))

@@ -55,7 +55,7 @@ class NextScaleSampler:
         training = self.generator.training
         self.generator.eval()
         indices = indices.to(self.device)
-        labels = indices % self.generator.generator.classes
+        labels = indices % self.generator.choice.classes
         noise = noise_of_samples(self.settings.seed, indices)
         decoded = decode(self.generator, self.tokenizer.quantizer, labels, self.settings, noise)
         self.generator.train(training)

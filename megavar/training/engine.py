@@ -109,7 +109,9 @@ class Engine:
             return forward(model.call, item), lambda output: (_poisoned_if_not_finite(loss(output, item)), {})
 
         first = self.chunks[0]
-        length = first.packed_length() if self.topology.config.pipeline > 1 else 1  # type: ignore[operator]
+        length = 1
+        if self.topology.config.pipeline > 1:  # what the recipe would call the module with decides
+            length = forward(first.payload_length, inputs[0])  # type: ignore[arg-type]
         single = len(self._scheduled) == 1
         get_forward_backward_func()(
             forward_step_func=forward_step,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,8 @@ from megavar.errors import ConfigError, MegavarError
 from megavar.parallel.topology import Topology
 from megavar.recipes.base import Recipe
 from megavar.training.run_directory import RunDirectory
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,14 +91,16 @@ def first_error(error: MegavarError | None) -> MegavarError | None:
     return shared[0]
 
 
-def on_first_rank(action: Callable[[], Any]) -> None:
-    """Run ``action`` on rank 0 and wait for it everywhere. What it raises for people is raised on every rank."""
-    outcome: list[Any] = [None]
+def on_first_rank(action: Callable[[], T]) -> T:
+    """Run ``action`` on rank 0; what it returns, or raises for people, is returned or raised on every rank."""
+    outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            action()
+            outcome = [None, action()]
         except (MegavarError, OSError) as error:
-            outcome = [error]
+            outcome = [error, None]
     dist.broadcast_object_list(outcome, src=0)
-    if outcome[0] is not None:
-        raise outcome[0]
+    raised, value = outcome
+    if raised is not None:
+        raise raised
+    return value

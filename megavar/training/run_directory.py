@@ -1,6 +1,8 @@
 """The run directory: everything a run was made of and everything it produced, in one place.
 
 ``config.yaml``      the resolved configuration
+``data.json``        the data: samples and fingerprint
+``weights.json``     the frozen networks that the run uses: path and hash of each
 ``deepspeed.json``   what DeepSpeed was given, per module
 ``code.patch``       uncommitted changes of the checkout at the first start
 ``attempts.jsonl``   one line per start: time, commit, versions, hosts, layout, environment
@@ -22,20 +24,23 @@ import platform
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megavar import storage
-from megavar.errors import ConfigError
+from megavar import frozen, storage
+from megavar.config.loading import with_defaults
+from megavar.config.root import Config
+from megavar.errors import CheckpointError, ConfigError
+from megavar.frozen import Identity
 from megavar.training.checkpoint.lock import RunLock
 
 _log = logging.getLogger(__name__)
 
 # What may differ when a run continues: it does not change what is trained. Prefixes of dotted keys. Data may move: that
-# they are the same is checked by their fingerprint.
+# they are the same is checked by their fingerprint. Frozen weights may move, too: see RunDirectory.check.
 CHANGEABLE = (
     "run.", "logging.", "sampling.", "evaluation.", "parallel.", "deepspeed", "data.workers", "data.prefetch",
     "data.damaged_samples", "data.source.path", "data.source.test_path", "data.source.url", "data.source.images.path",
@@ -50,9 +55,28 @@ _PACKAGES = ("torch", "torchvision", "megatron-core", "deepspeed", "numpy", "web
 class RunDirectory:
     """Paths and marks of a run. Methods that write are for rank 0."""
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(
+        self,
+        path: Path | str,
+        weights: Mapping[str, str] | None = None,
+        complete: Callable[[dict[str, Any]], Mapping[str, Any]] = lambda tree: tree,
+    ) -> None:
+        """Name a run's directory; nothing is read or written yet.
+
+        Args:
+            weights: path of every frozen network that the run uses, by name.
+            complete: gives a stored configuration the keys that it lacks because an older version wrote it.
+        """
         self.path = Path(path)
+        self.weights = dict(weights or {})
+        self._complete = complete
         self._lock: RunLock | None = None
+
+    @classmethod
+    def of(cls, config: Config, path: Path | None = None) -> "RunDirectory":
+        """The directory of the run that ``config`` describes; ``path`` where it has been resolved."""
+        path = path or Path(config.run.path)
+        return cls(path, config.recipe.frozen_weights(), lambda tree: with_defaults(tree, str(path / "config.yaml")))
 
     @property
     def config(self) -> Path:
@@ -81,8 +105,8 @@ class RunDirectory:
 
     def open(
         self, config: Mapping[str, Any], layout: Mapping[str, Any], deepspeed: Mapping[str, Any], fresh: bool = False
-    ) -> None:
-        """Create the directory, or check that it belongs to this configuration, and record this start.
+    ) -> dict[str, Identity]:
+        """Create the directory, or check that it belongs to this run, and record this start.
 
         Args:
             config: the resolved configuration as plain values.
@@ -90,15 +114,24 @@ class RunDirectory:
             deepspeed: DeepSpeed's JSON by module.
             fresh: start the run anew although it is finished.
 
+        Returns:
+            What the frozen networks are, by name, for :meth:`note_weights`; nothing for a finished run.
+
         Raises:
             ConfigError: the directory belongs to another run.
+            CheckpointError: frozen weights are gone, or others than those that the run began with.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "logs").mkdir(exist_ok=True)
-        if self.config.exists():
-            self.check(config)
+        known = self.config.exists()
+        if known:
+            self.check(config, fresh)
             if self.done and not fresh:
-                return
+                return {}
+        identities = {name: frozen.identify(path) for name, path in self.weights.items()}
+        if not fresh:
+            self._check_weights(identities)
+        if known:
             (self.path / "DONE").unlink(missing_ok=True)
         else:
             patch = _git("diff", "HEAD", "--binary")
@@ -108,19 +141,29 @@ class RunDirectory:
         storage.write_json_atomic(self.path / "deepspeed.json", dict(deepspeed))
         with (self.path / "attempts.jsonl").open("a") as file:
             file.write(json.dumps(_provenance() | {"layout": dict(layout)}) + "\n")
+        return identities
 
-    def check(self, config: Mapping[str, Any]) -> None:
+    def check(self, config: Mapping[str, Any], fresh: bool = False) -> None:
         """Compare with the configuration that the directory was created with.
+
+        A key that the stored configuration lacks counts as its default. The path of frozen weights may differ if the
+        weights are the same.
+
+        Args:
+            config: the resolved configuration as plain values.
+            fresh: the run starts anew, so its frozen weights may be others.
 
         Raises:
             ConfigError: a key differs that decides what is trained.
+            CheckpointError: a path differs, and it holds other weights.
         """
-        stored = _flatten(yaml.safe_load(self.config.read_text()))
+        stored = _flatten(self._complete(yaml.safe_load(self.config.read_text())))
         given = _flatten(json.loads(json.dumps(config)))
         differing = sorted(
             key for key in stored.keys() | given.keys()
             if stored.get(key) != given.get(key) and not f"{key}.".startswith(CHANGEABLE)
         )  # fmt: skip
+        differing = [key for key in differing if not self._has_moved(stored.get(key), given.get(key), fresh)]
         if differing:
             key = differing[0]
             more = f" (and {len(differing) - 1} more keys)" if len(differing) > 1 else ""
@@ -129,6 +172,50 @@ class RunDirectory:
                 f"{given.get(key)!r} here{more}. Use another directory (run.directory=... or run.name=...), or restore "
                 f"the value to continue that run."
             )
+
+    def _has_moved(self, before: Any, now: Any, fresh: bool) -> bool:
+        """Whether these values of a key are two places of the same frozen weights.
+
+        Raises:
+            CheckpointError: there are other weights in the new place.
+        """
+        name = next((name for name, path in self.weights.items() if path == now), None)
+        if name is None or not isinstance(before, str):
+            return False
+        if fresh:
+            return True
+        recorded = self._recorded_weights()
+        if name not in recorded:  # an older version began the run
+            if not Path(before).exists():
+                return False
+            recorded = {name: frozen.identify(before)}
+        self._check_weights({name: frozen.identify(now)}, recorded)
+        return True
+
+    def _check_weights(self, now: Mapping[str, Identity], before: Mapping[str, Identity] | None = None) -> None:
+        before = self._recorded_weights() if before is None else before
+        frozen.check_same(before, now, self.path, "start anew in another run.directory, or here with train.fresh=true.")
+
+    @property
+    def _weights_file(self) -> Path:
+        return self.path / "weights.json"
+
+    def _recorded_weights(self) -> dict[str, Identity]:
+        """What the frozen networks were at the last start; nothing if an older version wrote the directory."""
+        if not self._weights_file.exists():
+            return {}
+        try:
+            return frozen.identities(json.loads(self._weights_file.read_text()))
+        except (ValueError, AttributeError, TypeError) as error:
+            raise CheckpointError(
+                f"{self._weights_file} cannot be read ({error}). Restore it from a backup; removed, the next start "
+                f"takes the weights that it finds for those of the run."
+            ) from None
+
+    def note_weights(self, identities: Mapping[str, Identity]) -> None:
+        """Remember the frozen networks, once a checkpoint did not speak against them."""
+        record = {name: {"path": self.weights[name]} | identity.to_json() for name, identity in identities.items()}
+        storage.write_json_atomic(self._weights_file, record)
 
     def note_fresh_start(self) -> None:
         """``train.fresh`` is done: whoever starts the kept configuration from now on continues the run."""
@@ -171,6 +258,9 @@ def provenance(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key. A list of sections is counted through, a list of values is one value."""
+    if isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
+        tree = dict(enumerate(tree))
     if isinstance(tree, dict) and tree:
         return {name: leaf for key, value in tree.items() for name, leaf in _flatten(value, f"{prefix}{key}.").items()}
     return {prefix.rstrip("."): tree}

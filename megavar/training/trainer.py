@@ -15,6 +15,7 @@ from megavar import logs
 from megavar.config.deepspeed import complete_deepspeed
 from megavar.data.batch import Batch
 from megavar.errors import ExitCode, MegavarError, NonFiniteError
+from megavar.frozen import Identity
 from megavar.parallel import seeds
 from megavar.training import schedules
 from megavar.training.checkpoint import Checkpointer, ModuleState
@@ -84,7 +85,7 @@ class Trainer:
         """
         code: ExitCode | None = None
         try:
-            on_first_rank(self._open_directory)
+            self.checkpointer.frozen = on_first_rank(self._open_directory)
             if self.directory.done:
                 _log.info("%s is finished already.", self.directory.path)
                 return ExitCode.FINISHED
@@ -106,6 +107,7 @@ class Trainer:
         train, reports = self.setup.train, self.setup.logging
         fresh = self._fresh()
         self._restore(fresh=fresh)
+        on_first_rank(lambda: self.directory.note_weights(self.checkpointer.frozen))
         if fresh:
             on_first_rank(self.directory.note_fresh_start)
         while self.step < self.total_steps:
@@ -277,11 +279,11 @@ class Trainer:
 
     # -- state --------------------------------------------------------------------------------------------------------
 
-    def _open_directory(self) -> None:
+    def _open_directory(self) -> dict[str, Identity]:
         """On rank 0: take the lock, check that the directory is this run's, and record this start."""
         self.directory.acquire()
         plans = {name: engine.plan.json for name, engine in self.engines.items()}
-        self.directory.open(self.setup.config, self._layout(), plans, fresh=self._fresh())
+        return self.directory.open(self.setup.config, self._layout(), plans, fresh=self._fresh())
 
     def _fresh(self) -> bool:
         """Once only. Launchers start the configuration that the run directory keeps, which forgets it then."""

@@ -3,9 +3,6 @@
 Hidden states are Megatron's [L, B, C] (sequence first, so that sequence parallelism shards L).
 """
 
-import itertools
-
-from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -42,7 +39,6 @@ class Block(nn.Module):
         self.config = config
         self.number = number
         self.drop_path_rate = generator.drop_path_rate * number / max(generator.depth - 1, 1)
-        self.recompute = recompute == "full"
         self.modulation = ModulationOffset(config) if generator.shared_adaptive_norm else Modulation(config, 6)
         self.attention = build_self_attention(
             config,
@@ -68,16 +64,6 @@ class Block(nn.Module):
         Returns:
             [L, B, C].
         """
-        if not (self.recompute and hidden.requires_grad):
-            return self._compute(hidden, condition, context)
-        passes = itertools.count()
-
-        def compute(hidden: Tensor, condition: Tensor) -> Tensor:
-            return self._compute(hidden, condition, context if next(passes) == 0 else context.silent())
-
-        return tensor_parallel.checkpoint(compute, False, hidden, condition)
-
-    def _compute(self, hidden: Tensor, condition: Tensor, context: ForwardContext) -> Tensor:
         modulation = for_sharded_tokens(self.modulation(condition), self.config)
         gate_1, gate_2, scale_1, scale_2, shift_1, shift_2 = modulation.unbind(1)  # VAR's order, not DiT's
         attended, bias = self.attention(normalize(hidden) * (1 + scale_1) + shift_1, context)

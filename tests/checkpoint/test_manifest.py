@@ -3,7 +3,9 @@ import json
 
 import pytest
 
+from megavar.errors import CheckpointError
 from megavar.training.checkpoint import manifest as manifests
+from megavar.training.checkpoint import store
 from megavar.training.checkpoint.manifest import DamagedError, Manifest, ModuleEntry
 
 
@@ -14,7 +16,8 @@ def directory(tmp_path):
     (tmp_path / "b").write_bytes(b"")
     files = tuple(manifests.describe_file(tmp_path, name) for name in ("a", "b"))
     modules = {"generator": ModuleEntry({"head.weight": [3, 4]}, 7, {"head.weight": 6}, ["seen"], True)}
-    manifests.write(tmp_path, Manifest(7, modules, {"epoch": 1, "list": (1, 2)}, {"world_size": 2}, {}, files))
+    state, weights = {"epoch": 1, "list": (1, 2)}, {"tokenizer": {"file": "vae.pth", "sha256": "12"}}
+    manifests.write(tmp_path, Manifest(7, modules, state, {"world_size": 2}, {}, files, weights))
     return tmp_path
 
 
@@ -24,6 +27,7 @@ def test_round_trip(directory):
     assert manifest.state == {"epoch": 1, "list": [1, 2]}
     assert manifest.modules["generator"] == ModuleEntry({"head.weight": [3, 4]}, 7, {"head.weight": 6}, ["seen"], True)
     assert [entry.name for entry in manifest.files] == ["a", "b"]
+    assert manifest.frozen == {"tokenizer": {"file": "vae.pth", "sha256": "12"}}
     assert manifests.damage(directory, manifest.files) is None
 
 
@@ -89,3 +93,26 @@ def test_identity_depends_on_names_and_shapes_only():
     assert one.identity == ModuleEntry({"b": [3], "a": [1, 2]}, 9, buffers=["x"]).identity
     assert one.identity != ModuleEntry({"a": [2, 1], "b": [3]}, 5).identity
     assert one.identity != ModuleEntry({"a": [1, 2], "c": [3]}, 5).identity
+
+
+def _as_format(directory, number):
+    """Rewrite the manifest as another version would have written it."""
+    path = directory / "manifest.json"
+    content = json.loads(path.read_text())
+    del content["checksum"]
+    content["format"] = number
+    if number == 1:
+        del content["frozen"]
+    path.write_text(json.dumps({"checksum": manifests._checksum(content), **content}))
+
+
+def test_an_older_format_is_read(directory):
+    _as_format(directory, 1)
+    assert manifests.read(directory).frozen == {}
+
+
+def test_a_newer_format_is_not_taken_for_damage(directory):
+    _as_format(directory, manifests.FORMAT + 1)
+    with pytest.raises(CheckpointError, match="written by a newer megavar"):
+        manifests.read(directory)
+    assert store.readable(directory) is None  # so it neither counts towards keep_last nor is deleted

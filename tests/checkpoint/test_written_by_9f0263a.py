@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from megavar.__main__ import main
+from megavar.frozen import identify
 from megavar.training.checkpoint import find_checkpoint, read_weights
 from tests.distributed.harness import run_ranks
 
@@ -66,7 +67,10 @@ def test_a_run_goes_on_as_it_would_have_done(name, ranks, runs):
     assert sorted(actual) == [4, 5, 6]
     for step, values in actual.items():
         assert values == pytest.approx(expected[step], rel=TOLERANCE), step
-    assert find_checkpoint(run)[1].step == 6
+    manifest = find_checkpoint(run)[1]
+    assert manifest.step == 6
+    tokenizer = identify(runs / "tokenizer").to_json()
+    assert manifest.frozen == ({"tokenizer": tokenizer} if name == "generator" else {})
 
 
 @pytest.mark.distributed
@@ -77,3 +81,17 @@ def test_samples_are_drawn(runs):
     assert len(chunks) == 2
     tokens = np.concatenate([np.load(chunk)["tokens"] for chunk in chunks])
     assert tokens.shape == (20, 21) and tokens.max() < 32 and len(np.unique(tokens)) > 4
+
+
+@pytest.mark.distributed
+def test_a_replaced_tokenizer_is_refused_by_all_ranks(runs):
+    """The generator's run is resumed, which writes down its tokenizer; then the tokenizer is trained on."""
+    assert run_ranks(1, command, runs, "train", "generator/config.yaml") == [0]
+    (runs / "generator" / "DONE").unlink()
+    assert run_ranks(1, command, runs, "train", "tokenizer/config.yaml") == [0]
+    assert run_ranks(2, command, runs, "train", "generator/config.yaml") == [2, 2]
+    assert run_ranks(2, command, runs, "sample", "generator/config.yaml", "sampling.number=4") == [2, 2]
+    record = runs / "generator" / "weights.json"
+    record.unlink()  # the checkpoint knows it, too
+    assert run_ranks(2, command, runs, "train", "generator/config.yaml") == [2, 2]
+    assert not record.exists()

@@ -12,9 +12,11 @@ from megavar.config.generators.var import VARConfig
 from megavar.config.optimizer import ConstantSchedule, OptimizerConfig
 from megavar.config.parallel import ParallelConfig
 from megavar.config.recipes.mepa import MEPAConfig
+from megavar.config.token_space import TokenSpace
 from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
 from megavar.data.batch import Batch
-from megavar.generators.var import VAR, Stage
+from megavar.generators.base import Stage
+from megavar.generators.var import VAR
 from megavar.parallel import seeds, topology
 from megavar.parallel.environment import environment
 from megavar.parallel.logical import initialize_parameters
@@ -22,6 +24,7 @@ from megavar.recipes.mepa import MEPA
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
 from megavar.training.engine import Engine
 from megavar.training.metrics import MetricAccumulator
+from megavar.training.optimizer import DecayRule
 
 STEPS = 10
 BATCH = 8
@@ -53,7 +56,7 @@ class Setup:
     backend: str = "megatron"
     dense: bool = False
     shared: bool = False
-    taps: tuple[int, ...] = ()
+    taps: tuple[str, ...] = ()
     parallel: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -110,9 +113,7 @@ def build(setup: Setup, mesh: topology.Topology) -> MEPA:
     chunks = [
         VAR(
             generator_config(setup),
-            scales=SCALES,
-            code_dimension=CODE,
-            vocabulary_size=VOCABULARY,
+            TokenSpace.of_scales(SCALES, VOCABULARY, CODE, image_side=6),
             parallel=mesh.config,
             stage=Stage.split(4, mesh.config, mesh.pipeline_rank, chunk),
             dtype=torch.bfloat16 if setup.precision == "bf16" else torch.float32,
@@ -126,6 +127,10 @@ def build(setup: Setup, mesh: topology.Topology) -> MEPA:
 
 
 def build_engine(setup: Setup, recipe: MEPA, mesh: topology.Topology) -> Engine:
+    return engine_of(setup, recipe.generator, lambda name, value: recipe.decays("generator", name, value), mesh)
+
+
+def engine_of(setup: Setup, module: torch.nn.Module, decays: DecayRule, mesh: topology.Topology) -> Engine:
     zero: dict[str, Any] = {"stage": setup.stage}
     if setup.stage == 3:
         zero["stage3_param_persistence_threshold"] = 0  # the default keeps all of a model this small on every rank
@@ -145,8 +150,8 @@ def build_engine(setup: Setup, recipe: MEPA, mesh: topology.Topology) -> Engine:
     )
     return Engine(
         "generator",
-        recipe.generator,
-        decays=lambda name, parameter: recipe.decays("generator", name, parameter),
+        module,
+        decays=decays,
         optimizer=OptimizerConfig(lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, schedule=ConstantSchedule()),
         plan=plan,
         topology=mesh,

@@ -46,7 +46,7 @@ LAYOUTS = [
     Setup(2, 0, micro_batch_size=2, parallel={"pipeline": 2}),
     Setup(2, 1, micro_batch_size=2, parallel={"pipeline": 2, "virtual_pipeline": 2}),
     Setup(4, 1, micro_batch_size=2, parallel={"pipeline": 2, "virtual_pipeline": 2}),
-    Setup(2, 1, micro_batch_size=2, taps=(1, 2), parallel={"pipeline": 2}),
+    Setup(2, 1, micro_batch_size=2, taps=("embedding", "block.1", "block.2"), parallel={"pipeline": 2}),
     Setup(1, 1, micro_batch_size=2),
     Setup(2, 2, micro_batch_size=1),
     Setup(2, 3, micro_batch_size=1),

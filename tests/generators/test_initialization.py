@@ -8,7 +8,9 @@ import torch
 from megavar.config.experts.base import ExpertsChoice
 from megavar.config.generators.var import VARConfig
 from megavar.config.parallel import ParallelConfig
-from megavar.generators.var import VAR, Stage
+from megavar.config.token_space import TokenSpace
+from megavar.generators.base import Stage
+from megavar.generators.var import VAR
 from megavar.parallel import topology
 from megavar.parallel.environment import environment
 from megavar.parallel.logical import logical_tensors
@@ -20,10 +22,7 @@ SHARED = tiny.config(None, depth=2, shared_adaptive_norm=True)
 
 
 def build(config, parallel=None, stage=None, seed=5):
-    return VAR(
-        config, scales=tiny.SCALES, code_dimension=tiny.CODE, vocabulary_size=tiny.VOCABULARY, parallel=parallel,
-        stage=stage, seed=seed,
-    )  # fmt: skip
+    return VAR(config, tiny.SPACE, parallel=parallel, stage=stage, seed=seed)
 
 
 def initial_parts(config, parallel):
@@ -88,7 +87,7 @@ def test_distributions_are_the_references(shared):
         depth=depth, width=width, heads=2, classes=200, shared_adaptive_norm=shared,
         experts=ExpertsChoice.make(number=2, top_k=1 + 1), initial_gamma=0.01, initial_adaptive=0.4, initial_head=0.03,
     )  # fmt: skip
-    model = VAR(config, scales=(1, 2, 8), code_dimension=32, vocabulary_size=300)
+    model = VAR(config, TokenSpace.of_scales((1, 2, 8), 300, 32, 64))
     std = math.sqrt(1 / width / 3)
     expected = {
         "embedding.classes.weight": std,

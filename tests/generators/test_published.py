@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from megavar.config.token_space import TokenSpace
 from megavar.errors import CheckpointError
 from megavar.generators.var.published import VARLayout
 from megavar.parallel.logical import logical_tensors
@@ -19,7 +18,7 @@ def model_and_file(**changes):
 
 
 def layout(model):
-    return VARLayout(model.generator, TokenSpace.of_scales(model.scales, tiny.VOCABULARY, tiny.CODE, 48))
+    return VARLayout(model.choice, model.space)
 
 
 def shapes(model):

@@ -1,6 +1,8 @@
-"""VAR as a whole: sizes, decoding, stages, initialization."""
+"""VAR as a whole: sizes, names and initial values, decoding, stages."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,10 @@ import torch
 from megavar.config.experts.base import ExpertsChoice
 from megavar.config.generators.var import SCALES, VARConfig
 from megavar.config.parallel import ParallelConfig
-from megavar.generators.var import VAR, Stage, VAROutput
+from megavar.config.token_space import TokenSpace
+from megavar.generators.base import GeneratorOutput, Stage
+from megavar.generators.inputs import ScaleInputs
+from megavar.generators.var import VAR
 from megavar.parallel.logical import logical_tensors, parameter_count
 from megavar.transformer.cache import KeyValueCache
 from tests.transformer import tiny
@@ -20,7 +25,35 @@ GENERATORS = {"dense": None, "scale_token": {}, "scale": {"router": "scale"}}
 def on_meta(config, resolution=256):
     with torch.device("meta"):
         assert torch.empty(1).is_meta, "would allocate the whole model"
-        return VAR(config, scales=SCALES[resolution], code_dimension=32, vocabulary_size=4096)
+        return VAR(config, TokenSpace.of_scales(SCALES[resolution], 4096, 32, resolution))
+
+
+# Written by commit 9f0263a from these configurations: shape, first values and norm of every logical tensor.
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "var.json").read_text())
+MODELS = {
+    "dense": {},
+    "shared_norm": {"shared_adaptive_norm": True},
+    "no_qk_norm": {"qk_l2_norm": False},
+    "scale_token": {"experts": {"number": 3, "top_k": 2, "scale_embedding_in_router": True, "backend": "megatron"}},
+    "scale": {"experts": {"number": 3, "top_k": 2, "router": "scale", "backend": "grouped"}},
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_names_and_initial_values_of_logical_tensors_do_not_change(name):
+    options = dict(MODELS[name])
+    if "experts" in options:
+        options["experts"] = ExpertsChoice.make(**options["experts"])
+    config = VARConfig(depth=2, width=16, heads=2, classes=4, **options)
+    model = VAR(config, TokenSpace.of_scales((1, 2, 3), 12, 5, image_side=48), seed=7)
+    parameters = dict(model.named_parameters())
+    found = {tensor.name: tensor for tensor in logical_tensors(model)}
+    assert found.keys() == GOLDEN[name].keys()
+    for key, golden in GOLDEN[name].items():
+        value = found[key].local(parameters[found[key].parameter]).detach().double()
+        assert list(found[key].shape) == golden["shape"], key
+        assert value.flatten()[:3].tolist() == pytest.approx(golden["start"], rel=1e-6, abs=1e-9), key
+        assert value.norm().item() == pytest.approx(golden["norm"], rel=1e-6), key
 
 
 # notes/peers.md 1a: counted on the reference's class.
@@ -54,12 +87,12 @@ def test_mepa_sizes(depth, activated, total, backend):
 def test_decoding_with_cache_gives_the_logits_of_teacher_forcing(experts, shared):
     model = tiny.model(tiny.config(experts, shared_adaptive_norm=shared)).eval()
     given, _ = tiny.inputs()
-    expected = model(given).logits
+    expected = model(given).prediction
     cache, start = KeyValueCache(tiny.TOKENS), 0
     for scale, side in enumerate(tiny.SCALES):
         end = start + side * side
         features = None if scale == 0 else given.features[:, start - 1 : end - 1]
-        logits = model.decode(given.labels, scale, features, cache)
+        logits = model.step(ScaleInputs(given.labels, features, scale=scale), cache)
         torch.testing.assert_close(logits, expected[:, start:end], rtol=1e-5, atol=1e-5)
         start = end
 
@@ -69,14 +102,14 @@ def test_a_scale_depends_on_no_later_scale_and_within_itself_on_every_token():
     given, _ = tiny.inputs(1)
     given.features.requires_grad_()
     first, end = 1, 5  # the second scale
-    gradient = torch.autograd.grad(model(given).logits[:, first].square().sum(), given.features)[0]
+    gradient = torch.autograd.grad(model(given).prediction[:, first].square().sum(), given.features)[0]
     used = gradient[0].abs().amax(-1) > 1e-6
     assert used.tolist() == [True] * (end - 1) + [False] * (tiny.TOKENS - end)
 
 
 @pytest.mark.parametrize("experts", GENERATORS.values(), ids=GENERATORS.keys())
 @pytest.mark.parametrize("shared", [False, True], ids=["own_norm", "shared_norm"])
-@pytest.mark.parametrize("taps", [(), (1,), (0, 2)], ids=str)
+@pytest.mark.parametrize("taps", [(), ("block.1",), ("embedding", "block.0", "block.2")], ids=str)
 def test_stages_one_after_the_other_are_the_whole_model(experts, shared, taps):
     config = tiny.config(experts, depth=4, shared_adaptive_norm=shared)
     whole = tiny.model(config, taps=taps)
@@ -88,14 +121,14 @@ def test_stages_one_after_the_other_are_the_whole_model(experts, shared, taps):
     names = [tensor.name for stage in (first, second) for tensor in logical_tensors(stage)]
     assert sorted(names) == sorted(tensor.name for tensor in logical_tensors(whole))
     packed = first(given)
-    assert packed.shape == (first.packed_length(), 3, tiny.WIDTH)  # what the schedules reserve
+    assert packed.shape == (first.payload_length(given), 3, tiny.WIDTH)  # what the schedules reserve
     second.set_input_tensor([packed])
     output = second(given)
-    assert isinstance(output, VAROutput)
-    torch.testing.assert_close(output.logits, expected.logits, rtol=1e-5, atol=1e-5)
+    assert isinstance(output, GeneratorOutput)
+    torch.testing.assert_close(output.prediction, expected.prediction, rtol=1e-5, atol=1e-5)
     assert output.taps.keys() == expected.taps.keys() == set(taps)
-    for block, tapped in expected.taps.items():
-        torch.testing.assert_close(output.taps[block], tapped, rtol=1e-5, atol=1e-5)
+    for name, tapped in expected.taps.items():
+        torch.testing.assert_close(output.taps[name], tapped, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from megavar.config.generators.var import VARConfig
 from megavar.config.procedures.next_scale import NextScaleSampling
 from megavar.config.token_space import TokenSpace
 from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
-from megavar.generators.var import VAR, VARInputs
+from megavar.generators.inputs import ScaleInputs
+from megavar.generators.var import VAR
 from megavar.generators.var.published import VARLayout
 from megavar.parallel.logical import logical_tensors
 from megavar.sampling.filters import truncate
@@ -36,12 +37,10 @@ def build(case: Case, kernel: str = "dense") -> VAR:
         label_drop=0.0,
         attention_kernel=kernel,
     )
-    taps = tuple(range(given["depth"]))
+    taps = tuple(f"block.{number}" for number in range(given["depth"]))
     model = VAR(
         config,
-        scales=tuple(given["patch_nums"]),
-        code_dimension=given["Cvae"],
-        vocabulary_size=given["vocab_size"],
+        TokenSpace.of_scales(tuple(given["patch_nums"]), given["vocab_size"], given["Cvae"], image_side=16),
         taps=taps,
     )
     state = {name: value for name, value in case.under("weights.").items() if not name.startswith("vae.")}
@@ -50,8 +49,7 @@ def build(case: Case, kernel: str = "dense") -> VAR:
 
 
 def layout(model: VAR) -> VARLayout:
-    space = TokenSpace.of_scales(model.scales, model.vocabulary_size, 0, 0)
-    return VARLayout(model.generator, space)
+    return VARLayout(model.choice, model.space)
 
 
 def shapes(model: VAR) -> dict[str, tuple[int, ...]]:
@@ -72,9 +70,9 @@ def quantizer_of(case: Case) -> MultiScaleQuantizer:
     return quantizer
 
 
-def inputs_of(case: Case) -> tuple[VARInputs, torch.Tensor]:
+def inputs_of(case: Case) -> tuple[ScaleInputs, torch.Tensor]:
     targets = torch.cat(case.series("input.gt_idx"), dim=1)
-    return VARInputs(case["input.label_B"], case["output.var_input"]), targets
+    return ScaleInputs(case["input.label_B"], case["output.var_input"]), targets
 
 
 @pytest.mark.parametrize("kernel", ["dense", "prefix"])
@@ -83,13 +81,13 @@ def test_teacher_forcing_equals_the_reference(case: Case, kernel: str) -> None:
     model = build(case, kernel)
     inputs, targets = inputs_of(case)
     output = model(inputs)
-    case.check("output.logits", output.logits)
+    case.check("output.logits", output.prediction)
     case.check_series("output.hidden", [output.taps[number] for number in model.taps])
-    per_token = F.cross_entropy(output.logits.transpose(1, 2), targets, reduction="none")
+    per_token = F.cross_entropy(output.prediction.transpose(1, 2), targets, reduction="none")
     case.check("output.ce_per_token", per_token)
     loss = per_token.mean()
     case.check("output.loss", loss)
-    smoothed = F.cross_entropy(output.logits.transpose(1, 2), targets, label_smoothing=0.1)
+    smoothed = F.cross_entropy(output.prediction.transpose(1, 2), targets, label_smoothing=0.1)
     case.check("output.loss_label_smooth", smoothed)
     loss.backward()
     published = {}
@@ -111,7 +109,7 @@ def test_unconditional_logits_equal_the_reference(case: Case) -> None:
     inputs, _ = inputs_of(case)
     inputs.labels = torch.full_like(inputs.labels, case.config["num_classes"])
     with torch.no_grad():
-        case.check("output.logits_uncond", model(inputs).logits)
+        case.check("output.logits_uncond", model(inputs).prediction)
 
 
 @pytest.mark.parametrize("case", MODELS, ids=str)

@@ -8,9 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megavar.config.experts.base import ExpertsChoice
 from megavar.config.generators.var import SCALES
 from megavar.config.token_space import TokenSpace
-from megavar.generators.var import VAR, VARInputs, model
+from megavar.generators.var import VAR
 from megavar.parallel.vocabulary import vocabulary_cross_entropy
 from megavar.planning.measure import Request, measure
+from megavar.transformer import backbone
 
 MEPA = ExpertsChoice.make(number=8, top_k=3, backend="megatron")
 CODE_DIMENSION, VOCABULARY = 32, 4096
@@ -27,8 +28,8 @@ def cost_of(config, scales=SCALES[256], **options):
 
 def build(config, scales, **options):
     """A VAR whose parameters stay as the allocator gave them: initialization takes minutes for a large one."""
-    with mock.patch.object(model, "initialize_parameters", lambda *arguments: None):
-        return VAR(config, scales=scales, code_dimension=CODE_DIMENSION, vocabulary_size=VOCABULARY, **options)
+    with mock.patch.object(backbone, "initialize_parameters", lambda *arguments: None):
+        return VAR(config, space_of(scales), **options)
 
 
 class SkipProducts(TorchDispatchMode):
@@ -47,13 +48,7 @@ class SkipProducts(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
-def inputs(generator, images):
-    tokens = sum(side * side for side in generator.scales[1:])
-    labels, keys = torch.arange(images) % generator.generator.classes, torch.arange(images)
-    return VARInputs(labels, torch.zeros(images, tokens, CODE_DIMENSION), keys)
-
-
 def forward_loss(generator, images):
-    output = generator(inputs(generator, images))
-    targets = torch.zeros(output.logits.shape[:2], dtype=torch.long)
-    return vocabulary_cross_entropy(output.logits, targets).mean()
+    output = generator(generator.example(images))
+    targets = torch.zeros(images, generator.space.length, dtype=torch.long)
+    return vocabulary_cross_entropy(output.prediction, targets).mean()

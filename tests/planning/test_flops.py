@@ -9,6 +9,7 @@ from megavar.config.experts.base import ExpertsChoice
 from megavar.config.generators.var import SCALES, VARConfig
 from megavar.config.parallel import ParallelConfig
 from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
+from megavar.generators.inputs import ScaleInputs
 from megavar.planning import flops
 from megavar.planning.tokenizer_cost import autoencoder_cost
 from megavar.transformer.cache import KeyValueCache
@@ -72,7 +73,7 @@ def test_sampling(experts):
     with models.SkipProducts(), counter, sdpa_kernel(SDPBackend.MATH):
         for scale, side in enumerate(SMALL):
             features = torch.zeros(images, side * side, CODE_DIMENSION) if scale else None
-            model.decode(torch.zeros(images, dtype=torch.long), scale, features, cache)
+            model.step(ScaleInputs(torch.zeros(images, dtype=torch.long), features, scale=scale), cache)
     shape = shape_of(config, scales=SMALL)
     assert counter.get_total_flops() / images == flops.sampling_flops(shape, guidance=False)
     assert flops.sampling_flops(shape, guidance=True) == 2 * flops.sampling_flops(shape, guidance=False)

@@ -13,7 +13,7 @@ from megavar.planning.measure import Request
 from megavar.planning.measure import measure as measure_costs
 from megavar.planning.memory import activation_bytes
 from tests.distributed.harness import run_ranks
-from tests.planning.models import CODE_DIMENSION, VOCABULARY, inputs, space_of
+from tests.planning.models import space_of
 
 SCALES, IMAGES, BUCKET = (1, 2, 4, 6), 4, 1_100_000
 EXPERTS = ExpertsChoice.make(number=4, top_k=2, backend="megatron")
@@ -31,7 +31,8 @@ def config_of(experts):
 def measure(layout, experts, micro_batches):
     """Pipeline rank and bytes at the fullest moment beyond weights, gradients, buckets and optimizer."""
     from megavar.config.deepspeed import complete_deepspeed
-    from megavar.generators.var import VAR, Stage
+    from megavar.generators.base import Stage
+    from megavar.generators.var import VAR
     from megavar.parallel import topology
     from megavar.parallel.environment import environment
     from megavar.parallel.vocabulary import vocabulary_cross_entropy
@@ -41,7 +42,7 @@ def measure(layout, experts, micro_batches):
     parallel = ParallelConfig(**layout)
     place = topology.initialize(parallel, environment())
     chunks = [
-        VAR(config_of(experts), scales=SCALES, code_dimension=CODE_DIMENSION, vocabulary_size=VOCABULARY,
+        VAR(config_of(experts), space_of(SCALES),
             parallel=parallel, stage=Stage.split(4, parallel, place.pipeline_rank, chunk))
         for chunk in range(parallel.virtual_pipeline)
     ]  # fmt: skip
@@ -53,12 +54,12 @@ def measure(layout, experts, micro_batches):
     )  # fmt: skip
     engine = Engine("generator", model, decays=lambda name, parameter: parameter.ndim > 1,
                     optimizer=OptimizerConfig(), plan=plan, topology=place)  # fmt: skip
-    targets = torch.zeros(IMAGES, chunks[0].layout.tokens, dtype=torch.long)
+    targets = torch.zeros(IMAGES, chunks[0].space.length, dtype=torch.long)
 
     def forward_backward():
         engine.forward_backward(
-            [inputs(chunks[0], IMAGES)] * micro_batches, lambda call, item: call(item),
-            lambda output, item: vocabulary_cross_entropy(output.logits, targets).mean(),
+            [chunks[0].example(IMAGES)] * micro_batches, lambda call, item: call(item),
+            lambda output, item: vocabulary_cross_entropy(output.prediction, targets).mean(),
         )  # fmt: skip
 
     forward_backward()  # leaves gradients and buckets

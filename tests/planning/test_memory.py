@@ -17,7 +17,7 @@ from megavar.planning.measure import Request
 from megavar.planning.measure import measure as measure_costs
 from megavar.planning.memory import activation_bytes, state_bytes
 from tests.distributed.harness import run_ranks
-from tests.planning.models import CODE_DIMENSION, VOCABULARY, build, forward_loss, inputs, space_of
+from tests.planning.models import build, forward_loss, space_of
 
 SCALES = (1, 2)
 BUCKET = 400_000  # elements; the largest parameter fits
@@ -51,7 +51,8 @@ def added_bytes(parameters, before):
 def measure(stage, precision, parallel, experts):
     """Pipeline rank; bytes after a step, with gradients and buckets besides, of the moving average."""
     from megavar.config.deepspeed import complete_deepspeed
-    from megavar.generators.var import VAR, Stage
+    from megavar.generators.base import Stage
+    from megavar.generators.var import VAR
     from megavar.parallel import topology
     from megavar.parallel.environment import environment
     from megavar.parallel.vocabulary import vocabulary_cross_entropy
@@ -60,7 +61,7 @@ def measure(stage, precision, parallel, experts):
 
     place = topology.initialize(parallel, environment())
     before = live_storages([])
-    model = VAR(config_of(experts), scales=SCALES, code_dimension=CODE_DIMENSION, vocabulary_size=VOCABULARY,
+    model = VAR(config_of(experts), space_of(SCALES),
                 parallel=parallel, dtype=TYPES[precision],
                 stage=Stage.split(2, parallel, place.pipeline_rank))  # fmt: skip
     zero = {"stage": stage, "reduce_bucket_size": BUCKET}
@@ -75,8 +76,8 @@ def measure(stage, precision, parallel, experts):
 
     def forward_backward():
         engine.forward_backward(
-            [inputs(model, 2)], lambda call, item: call(item),
-            lambda output, item: vocabulary_cross_entropy(output.logits, targets).mean(),
+            [model.example(2)], lambda call, item: call(item),
+            lambda output, item: vocabulary_cross_entropy(output.prediction, targets).mean(),
         )  # fmt: skip
 
     forward_backward()

@@ -6,7 +6,7 @@ from megavar.config.generators.var import VARConfig
 from megavar.config.parallel import ParallelConfig
 from megavar.planning.measure import Request, measure
 from tests.distributed.harness import run_ranks
-from tests.planning.models import CODE_DIMENSION, MEPA, VOCABULARY, space_of
+from tests.planning.models import MEPA, space_of
 
 LAYOUTS = [
     ({"tensor": 2}, None, False), ({"tensor": 2, "sequence": True}, None, True),
@@ -21,7 +21,8 @@ def config_of(experts, shared):
 
 def held():
     """Per layout: pipeline rank, scalars outside and inside experts."""
-    from megavar.generators.var import VAR, Stage
+    from megavar.generators.base import Stage
+    from megavar.generators.var import VAR
     from megavar.parallel.environment import environment
     from megavar.parallel.topology import initialize
 
@@ -32,7 +33,7 @@ def held():
         sizes = {True: 0, False: 0}
         for chunk in range(parallel.virtual_pipeline):
             stage = Stage.split(config.depth, parallel, place.pipeline_rank, chunk)
-            model = VAR(config, scales=(1, 2), code_dimension=CODE_DIMENSION, vocabulary_size=VOCABULARY,
+            model = VAR(config, space_of((1, 2)),
                         parallel=parallel, stage=stage)  # fmt: skip
             for name, parameter in model.named_parameters():
                 sizes[".experts." in name] += parameter.numel()

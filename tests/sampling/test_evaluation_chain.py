@@ -12,7 +12,7 @@ import torch
 from megavar.commands import evaluate
 from megavar.config.loading import load_config
 from megavar.config.parallel import ParallelConfig
-from megavar.errors import DataError
+from megavar.errors import CheckpointError, DataError
 from megavar.evaluation import adm, suites
 from megavar.evaluation.images import NpzImages, open_images
 from megavar.evaluation.reference import Reference, save_reference
@@ -182,7 +182,7 @@ def test_tokens_are_not_decoded_by_another_tokenizer(expected, inputs, tmp_path)
         directory, lambda path: Samples.stored(path, stored_decoder(path, torch.device("cpu")))
     )
     assert opened.read(0, CHUNK).shape == (CHUNK, 3, 16, 16)  # these were kept
-    with pytest.raises(DataError, match="drawn with the tokenizer weights"):
+    with pytest.raises(CheckpointError, match="weights of .tokenizer. were replaced"):
         opened.read(COUNT - 1, COUNT)
     (tmp_path / "vae.pth").unlink()
     with pytest.raises(DataError, match=r"vae\.pth, which do not exist"):

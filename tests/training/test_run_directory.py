@@ -1,9 +1,10 @@
+import hashlib
 import json
 
 import pytest
 import yaml
 
-from megavar.errors import ClusterError, ConfigError
+from megavar.errors import CheckpointError, ClusterError, ConfigError
 from megavar.training.run_directory import RunDirectory
 
 CONFIG = {
@@ -16,9 +17,10 @@ def changed(section, key, value):
     return CONFIG | {section: CONFIG[section] | {key: value}}
 
 
-def open_directory(path, config=CONFIG, **options):
-    directory = RunDirectory(path)
-    directory.open(config, {"world_size": 2}, {"generator": {"zero_optimization": {"stage": 1}}}, **options)
+def open_directory(path, config=CONFIG, weights=None, complete=lambda tree: tree, **options):
+    directory = RunDirectory(path, weights, complete)
+    deepspeed = {"generator": {"zero_optimization": {"stage": 1}}}
+    directory.note_weights(directory.open(config, {"world_size": 2}, deepspeed, **options))
     return directory
 
 
@@ -82,3 +84,83 @@ def test_one_process_at_a_time(tmp_path):
     first.release()
     second.acquire()
     second.release()
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    """A function that opens ``run`` with the tokenizer weights in ``name``, after perhaps writing them."""
+
+    def use(name, content=None, terms=(), **options):
+        path = tmp_path / name
+        if content is not None:
+            path.write_bytes(content)
+        recipe = {"name": "x", "tokenizer_weights": str(path), "terms": [{"weights": str(tmp_path / t)} for t in terms]}
+        weights = {"tokenizer": str(path)} | {f"term{n}": str(tmp_path / t) for n, t in enumerate(terms)}
+        return open_directory(tmp_path / "run", CONFIG | {"recipe": recipe}, weights, **options)
+
+    return use
+
+
+def hash_of(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def test_frozen_weights_may_move_but_not_change(tokenizer, tmp_path):
+    tokenizer("a", b"one", terms=["a"])
+    (tmp_path / "a").rename(tmp_path / "b")
+    directory = tokenizer("b", terms=["b"])
+    record = json.loads((tmp_path / "run" / "weights.json").read_text())
+    assert record["tokenizer"] == {"path": str(tmp_path / "b"), "file": "b", "sha256": hash_of(b"one")}
+    assert yaml.safe_load(directory.config.read_text())["recipe"]["terms"][0]["weights"] == str(tmp_path / "b")
+    before = {path: path.read_bytes() for path in (directory.config, tmp_path / "run" / "weights.json")}
+    for name in ("b", "c"):  # replaced in place, and another file under another path
+        with pytest.raises(CheckpointError, match="were replaced") as caught:
+            tokenizer(name, b"two", terms=["b"])
+        assert hash_of(b"one") in str(caught.value) and hash_of(b"two") in str(caught.value)
+        assert "train.fresh=true" in str(caught.value)
+        assert {path: path.read_bytes() for path in before} == before
+    tokenizer("b", b"one", terms=["b"])
+
+
+def test_a_changed_list_of_networks_is_another_configuration(tokenizer):
+    tokenizer("a", b"one")
+    with pytest.raises(ConfigError, match=r"recipe\.terms"):
+        tokenizer("a", terms=["a"])
+
+
+def test_a_fresh_start_takes_other_weights(tokenizer, tmp_path):
+    tokenizer("a", b"one")
+    tokenizer("b", b"two", fresh=True)
+    assert json.loads((tmp_path / "run" / "weights.json").read_text())["tokenizer"]["sha256"] == hash_of(b"two")
+    with pytest.raises(CheckpointError, match="were replaced"):
+        tokenizer("a")
+
+
+def test_a_run_of_an_older_version_learns_what_its_weights_are(tokenizer, tmp_path):
+    tokenizer("a", b"one")
+    (tmp_path / "run" / "weights.json").unlink()  # as if begun before weights were remembered
+    with pytest.raises(CheckpointError, match="were replaced"):
+        tokenizer("b", b"two")
+    tokenizer("b", b"one")  # compared with what lies where the run says
+    (tmp_path / "run" / "weights.json").unlink()
+    (tmp_path / "b").unlink()
+    with pytest.raises(ConfigError, match=r"recipe\.tokenizer_weights is"):  # nothing to compare with
+        tokenizer("a")
+
+
+def test_a_damaged_record_of_weights_is_named(tokenizer, tmp_path):
+    tokenizer("a", b"one")
+    (tmp_path / "run" / "weights.json").write_text('{"tokenizer": {"path": "a"}}')
+    with pytest.raises(CheckpointError, match=r"weights\.json cannot be read"):
+        tokenizer("a")
+
+
+def test_a_key_that_the_stored_configuration_lacks_counts_as_its_default(tmp_path):
+    def complete(tree):
+        return {"deep": {"new": 1}} | tree
+
+    open_directory(tmp_path, complete=complete)
+    with pytest.raises(ConfigError, match=r"deep\.new is 1 there and 2 here"):
+        open_directory(tmp_path, CONFIG | {"deep": {"new": 2}}, complete=complete)
+    directory = open_directory(tmp_path, CONFIG | {"deep": {"new": 1}}, complete=complete)
+    assert yaml.safe_load(directory.config.read_text())["deep"] == {"new": 1}

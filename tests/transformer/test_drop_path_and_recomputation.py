@@ -42,18 +42,18 @@ def test_a_sample_drops_the_same_branches_in_any_batch():
     model = tiny.model(tiny.config({}, drop_path=0.6))
     given, _ = tiny.inputs(6)
     given.sample_keys = torch.arange(6) * 13
-    together = model(given).logits
+    together = model(given).prediction
     order = torch.tensor([4, 1, 5])
     # Kernels round differently in batches of another size (by 1.3e-6 on an AMD EPYC); other branches differ by 0.1.
-    torch.testing.assert_close(model(tiny.rows(given, order)).logits, together[order], rtol=1e-5, atol=5e-6)
+    torch.testing.assert_close(model(tiny.rows(given, order)).prediction, together[order], rtol=1e-5, atol=5e-6)
     given.sample_keys = torch.arange(6) * 13 + 1
-    assert not torch.allclose(model(given).logits, together, atol=1e-3)
+    assert not torch.allclose(model(given).prediction, together, atol=1e-3)
     given.sample_keys = None
-    kept = model(given).logits
+    kept = model(given).prediction
     assert not torch.allclose(kept, together, atol=1e-3)
     model.eval()
     given.sample_keys = torch.arange(6) * 13
-    torch.testing.assert_close(model(given).logits, kept)
+    torch.testing.assert_close(model(given).prediction, kept)
 
 
 def test_rate_rises_linearly_from_zero():

@@ -12,9 +12,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megavar.config.experts.base import ExpertsChoice
 from megavar.config.parallel import ParallelConfig
 from megavar.errors import ConfigError
+from megavar.generators.var import VAR
 from megavar.parallel.logical import initialize_parameters, logical_tensors
 from megavar.transformer.context import ForwardContext
-from megavar.transformer.megatron_config import transformer_config
 from megavar.transformer.moe.backends import check_backend, choose_backend
 from megavar.transformer.moe.experts import GroupedExperts
 from megavar.transformer.moe.layer import ExpertFeedForward
@@ -30,7 +30,7 @@ BACKENDS = ["megatron", "grouped", TUTEL, "deepspeed"]
 
 def megatron_config(backend, number=4, top_k=2, dtype=torch.float32) -> TransformerConfig:
     experts = {"number": number, "top_k": top_k, "backend": backend, "balance_coefficient": 0.0}
-    return transformer_config(tiny.config(experts), ParallelConfig(), dtype)
+    return VAR.layers(tiny.config(experts), ParallelConfig(), dtype)
 
 
 def layer(backend, number=4, top_k=2, router="scale_token", dtype=torch.float32):
@@ -172,7 +172,7 @@ def test_grouped_experts_without_tokens_still_have_gradients():
 
 def test_auto_is_grouped_on_cuda_where_sizes_allow_and_megatron_elsewhere(monkeypatch):
     fits = megatron_config("auto")
-    odd = transformer_config(tiny.config({}, width=12), ParallelConfig(), torch.bfloat16)
+    odd = VAR.layers(tiny.config({}, width=12), ParallelConfig(), torch.bfloat16)
     assert choose_backend("tutel", odd) == "tutel"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert choose_backend("auto", fits) == "grouped"

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megavar.config.parallel import ParallelConfig
+from megavar.generators.inputs import ScaleInputs
 from megavar.parallel import topology
 from megavar.parallel.environment import environment
 from megavar.parallel.logical import logical_tensors
@@ -42,7 +43,7 @@ def decoded(model, given):
     for scale, side in enumerate(tiny.SCALES):
         end = start + side * side
         features = None if scale == 0 else given.features[:, start - 1 : end - 1]
-        logits.append(model.decode(given.labels, scale, features, cache))
+        logits.append(model.step(ScaleInputs(given.labels, features, scale=scale), cache))
         start = end
     return torch.cat(logits, 1)
 
@@ -56,7 +57,7 @@ def run_case(place, parallel, experts):
     given, targets = tiny.inputs(BATCH)
     own = torch.arange(BATCH).chunk(place.data)[place.data_rank]
     given, targets = tiny.rows(given, own), targets[own]
-    loss = vocabulary_cross_entropy(model(given).logits, targets).sum() / (BATCH * tiny.TOKENS)
+    loss = vocabulary_cross_entropy(model(given).prediction, targets).sum() / (BATCH * tiny.TOKENS)
     loss.backward()
     sum_gradients(model)
     return {

@@ -6,8 +6,8 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from megavar.config.experts.base import ExpertsChoice
 from megavar.config.parallel import ParallelConfig
+from megavar.generators.var import VAR
 from megavar.transformer.context import ForwardContext
-from megavar.transformer.megatron_config import transformer_config
 from megavar.transformer.moe.router import ScaleAwareRouter
 from megavar.transformer.moe.routing import top_k_gates
 from megavar.transformer.sequence import SequenceLayout
@@ -28,7 +28,7 @@ def balance_gradient_scale():
 
 def router(padding=0, **changes):
     experts = ExpertsChoice.make(number=EXPERTS, top_k=TOP_K, balance_coefficient=COEFFICIENT, **changes)
-    config = transformer_config(tiny.config(experts), ParallelConfig(), torch.float32)
+    config = VAR.layers(tiny.config(experts), ParallelConfig(), torch.float32)
     made = ScaleAwareRouter(config=config, pg_collection=None, experts=experts, block=1, scales=len(tiny.SCALES))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -177,11 +177,11 @@ def test_a_sample_is_routed_the_same_alone_and_in_a_batch(variant):
     for block in model.blocks.values():
         block.feed_forward.moe.router.register_forward_hook(lambda module, args, result: seen.append(result[1]))
     given, _ = tiny.inputs(4)
-    together = model(given).logits
+    together = model(given).prediction
     assignments = [assignment.unflatten(0, (-1, 4)) for assignment in seen]
     for sample in range(4):
         seen.clear()
-        alone = model(tiny.rows(given, [sample])).logits
+        alone = model(tiny.rows(given, [sample])).prediction
         torch.testing.assert_close(alone[0], together[sample], rtol=1e-5, atol=1e-5)
         for own, batched in zip(seen, assignments):
             assert torch.equal(own, batched[:, sample])

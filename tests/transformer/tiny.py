@@ -7,13 +7,16 @@ import torch.nn.functional as F
 
 from megavar.config.experts.base import ExpertsChoice
 from megavar.config.generators.var import VARConfig
-from megavar.config.parallel import ParallelConfig
-from megavar.generators.var import VAR, Stage, VARInputs
+from megavar.config.token_space import TokenSpace
+from megavar.generators.base import Stage
+from megavar.generators.inputs import ScaleInputs
+from megavar.generators.var import VAR
 from megavar.parallel.logical import initialize_parameters, logical_tensors
 
 SCALES = (1, 2, 3)
 TOKENS = sum(side * side for side in SCALES)
 CODE, VOCABULARY, CLASSES, WIDTH = 5, 12, 4, 16
+SPACE = TokenSpace.of_scales(SCALES, VOCABULARY, CODE, image_side=48)
 
 
 def config(experts=None, **changes):
@@ -28,16 +31,8 @@ def _visible_values(name, value, generator):
     value.normal_(std=0.4, generator=generator)
 
 
-def model(generator, parallel=None, *, stage: Stage | None = None, taps=()):
-    var = VAR(
-        generator,
-        scales=SCALES,
-        code_dimension=CODE,
-        vocabulary_size=VOCABULARY,
-        parallel=parallel or ParallelConfig(),
-        stage=stage,
-        taps=taps,
-    )
+def model(generator, parallel=None, *, stage: Stage | None = None, taps=(), heads=None):
+    var = VAR(generator, SPACE, parallel=parallel, stage=stage, taps=taps, heads=heads)
     initialize_parameters(var, _visible_values, seed=1)
     return var
 
@@ -48,17 +43,17 @@ def inputs(batch=3, seed=0):
     labels = torch.randint(0, CLASSES + 1, (batch,), generator=generator)
     features = torch.randn(batch, TOKENS - 1, CODE, generator=generator)
     targets = torch.randint(0, VOCABULARY, (batch, TOKENS), generator=generator)
-    return VARInputs(labels, features), targets
+    return ScaleInputs(labels, features), targets
 
 
 def rows(given, index):
     """Some samples of a batch."""
     keys = None if given.sample_keys is None else given.sample_keys[index]
-    return VARInputs(given.labels[index], given.features[index], keys)
+    return ScaleInputs(given.labels[index], given.features[index], keys)
 
 
 def loss(output, targets):
-    return F.cross_entropy(output.logits.flatten(0, 1), targets.flatten())
+    return F.cross_entropy(output.prediction.flatten(0, 1), targets.flatten())
 
 
 def gradients(module):

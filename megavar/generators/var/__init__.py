@@ -1,5 +1,5 @@
 """VAR (Tian et al. 2024), dense or with MEPA's experts."""
 
-from megavar.generators.var.model import VAR, Stage, VARInputs, VAROutput
+from megavar.generators.var.model import VAR
 
-__all__ = ["VAR", "Stage", "VARInputs", "VAROutput"]
+__all__ = ["VAR"]

@@ -39,7 +39,8 @@ class MultiScaleVQLayout(NamedLayout):
         """See :meth:`megavar.weight_layout.WeightLayout.load`."""
         usage, own = state.get(_USAGE), expected.get(_USAGE)
         if usage is not None and own is not None and usage.shape[0] != own[0] and tuple(usage.shape[1:]) == own[1:]:
-            state, expected = ({k: v for k, v in of.items() if k != _USAGE} for of in (state, expected))
+            state = {name: value for name, value in state.items() if name != _USAGE}
+            expected = {name: shape for name, shape in expected.items() if name != _USAGE}
         return super().load(state, expected)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 import megavar
 from megavar.config.checkpoint import CheckpointConfig
 from megavar.errors import CheckpointError
+from megavar.frozen import Identity, check_same, identities
 from megavar.training.checkpoint import fault, shards, store
 from megavar.training.checkpoint import manifest as manifests
 from megavar.training.checkpoint.manifest import DamagedError, Manifest, ModuleEntry
@@ -54,6 +55,8 @@ class Checkpointer:
             "megavar": megavar.__version__,
             **(provenance or {}),
         }
+        self.frozen: dict[str, Identity] = {}
+        """The frozen networks of the run, by name: written into every manifest, compared with the one loaded."""
         self.last_save_seconds: float | None = None
         """Wall time of the last committed save, for comparison with the lead time of a preemption signal."""
         self.last_stall_seconds: float | None = None
@@ -87,7 +90,8 @@ class Checkpointer:
         for name, module in modules.items():
             tensors |= stage(name, module)
         provenance = {**self.provenance, "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        manifest = Manifest(step, entries, state, self.layout, provenance)
+        records = {name: identity.to_json() for name, identity in self.frozen.items()}
+        manifest = Manifest(step, entries, state, self.layout, provenance, frozen=records)
         if not self.config.asynchronous:
             self._write(manifest, tensors, began)
             self.last_stall_seconds = time.monotonic() - began
@@ -185,7 +189,8 @@ class Checkpointer:
             The ``state`` given to :meth:`save`, or None for a new run.
 
         Raises:
-            CheckpointError: there are checkpoints but none is whole, or the newest whole one is of another model.
+            CheckpointError: there are checkpoints but none is whole, or the newest whole one is of another model or
+                version, or was made with other frozen networks.
             CheckpointAccessError: the newest whole one could not be read by every rank.
         """
         self.wait()
@@ -229,13 +234,17 @@ class Checkpointer:
 
     def _verify(self, path: Path, problems: list[str]) -> Manifest | None:
         """The manifest of ``path`` if all its files are whole; else None, with the reason added to ``problems``."""
-        manifest, problem = None, None
+        manifest, problem, newer = None, None, None
         if self._ranks.rank == 0:
             try:
                 manifest = manifests.read(path)
             except (DamagedError, OSError) as error:
                 problem = str(error)
-        manifest, problem = self._ranks.broadcast((manifest, problem))
+            except CheckpointError as error:
+                newer = error
+        manifest, problem, newer = self._ranks.broadcast((manifest, problem, newer))
+        if newer is not None:
+            raise newer
         if manifest is not None:  # every rank hashes its share of the files
             mine = manifest.files[self._ranks.rank :: self._ranks.size]
             problem = next((text for text in self._ranks.gather(manifests.damage(path, mine)) if text), None)
@@ -255,6 +264,7 @@ class Checkpointer:
                 f"(it is in the run directory, config.yaml), use another run directory, or start anew here with "
                 f"train.fresh=true, which moves the old checkpoints away."
             )
+        self._check_frozen(path, manifest)
         restorers, error = [], None
         try:
             for name, module in modules.items():
@@ -265,6 +275,11 @@ class Checkpointer:
         self._ranks.agree(error, f"Reading {path}")
         for restorer in restorers:
             restorer.finish()
+
+    def _check_frozen(self, path: Path, manifest: Manifest) -> None:
+        """Refuse to train on with other frozen networks than those of the checkpoint."""
+        remedy = "start anew in another run.directory, or here with train.fresh=true."
+        check_same(identities(manifest.frozen), self.frozen, path, remedy)
 
 
 def first_difference(stored: dict[str, ModuleEntry], wanted: dict[str, ModuleEntry], limit: int = 3) -> str | None:

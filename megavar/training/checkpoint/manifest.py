@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megavar import storage
+from megavar.errors import CheckpointError
 
 T = TypeVar("T")
 
 FILE_NAME = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+"""What is written. 1: until commit 9f0263a; 2: with ``frozen``. All formats up to this one are read."""
 READ_AGAIN_SECONDS = (1.0, 5.0)
 """A network file system that fails to read is asked once more after each of these pauses before its word counts."""
 
@@ -75,6 +77,8 @@ class Manifest:
     provenance: dict[str, Any] = field(default_factory=dict)
     """Library versions, git revision, hash of the resolved configuration, time."""
     files: tuple[FileEntry, ...] = ()
+    frozen: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Identity of every frozen network of the run by name, as :class:`megavar.frozen.Identity` writes it."""
     format: int = FORMAT
 
 
@@ -97,6 +101,7 @@ def read(directory: Path) -> Manifest:
 
     Raises:
         DamagedError: the manifest or a listed file is missing or wrong.
+        CheckpointError: a newer version wrote it. Nothing is wrong with it, so an older one must not take its place.
     """
     path = directory / FILE_NAME
     try:
@@ -108,8 +113,14 @@ def read(directory: Path) -> Manifest:
         raise DamagedError(f"{path} is not a manifest ({error})") from None
     if _checksum(content) != checksum:
         raise DamagedError(f"{path} does not match its own checksum")
-    if content["format"] != FORMAT:
-        raise DamagedError(f"{path} has format {content['format']}, this version of megavar reads format {FORMAT}")
+    if content["format"] > FORMAT:
+        by = content.get("provenance", {})
+        raise CheckpointError(
+            f"{path} was written by a newer megavar (version {by.get('megavar', 'unknown')}, commit "
+            f"{by.get('commit') or 'unknown'}): it has format {content['format']}, this version reads formats 1 to "
+            f"{FORMAT}. Use that version, or continue the run in a copy of its directory without this checkpoint."
+        )
+    content["format"] = FORMAT
     for module in content["modules"].values():
         module.pop("identity")
     content["modules"] = {name: ModuleEntry(**module) for name, module in content["modules"].items()}

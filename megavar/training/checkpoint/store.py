@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 from megavar import storage
+from megavar.errors import CheckpointError
 from megavar.training.checkpoint import manifest as manifests
 from megavar.training.checkpoint.manifest import DamagedError, Manifest
 
@@ -141,10 +142,10 @@ def move_away(root: Path) -> Path | None:
 
 
 def readable(path: Path) -> Manifest | None:
-    """The manifest of ``path`` if it and all file sizes are right, else None."""
+    """The manifest of ``path`` if it and all file sizes are right and this version can read it, else None."""
     try:
         return manifests.read(path)
-    except DamagedError:
+    except (DamagedError, CheckpointError):
         return None
 
 

@@ -1,0 +1,103 @@
+"""Weights that are used and not trained (a tokenizer, teachers, perceptual networks): which they are.
+
+A path says where weights are, not what they are. What a run computes depends on the bytes, so a run remembers the
+:class:`Identity` of every frozen network, writes it into each checkpoint, and refuses to go on with other bytes under
+the same path; the same bytes under another path are welcome. A recipe's section of the configuration lists the paths
+(``RecipeChoice.frozen_weights``), by a name that says what each is: ``tokenizer``, ``vgg16``, ``guidance.teacher``.
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megavar.errors import CheckpointError
+from megavar.storage import sha256_of_file
+
+TOKENIZER = "tokenizer"
+"""Name of the tokenizer whose tokens a generator learns, in every recipe that has one."""
+_HASH_KEYS = {"file": "sha256", "checkpoint": "manifest_sha256"}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What tells weights from all others."""
+
+    kind: Literal["file", "checkpoint"]
+    name: str
+    """Of the file or of the checkpoint's directory: for people, it does not distinguish."""
+    sha256: str
+    """Of the file, or of the checkpoint's manifest, which holds the hashes of its files."""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({'SHA-256' if self.kind == 'file' else 'SHA-256 of its manifest'} {self.sha256})"
+
+    def same(self, other: "Identity") -> bool:
+        """Whether both are the same bytes, under whatever name."""
+        return (self.kind, self.sha256) == (other.kind, other.sha256)
+
+    def to_json(self) -> dict[str, str]:
+        """As it stands in manifests, results and descriptions of samples."""
+        return {self.kind: self.name, _HASH_KEYS[self.kind]: self.sha256}
+
+    @staticmethod
+    def from_json(record: Mapping[str, str]) -> "Identity":
+        """The inverse of :meth:`to_json`; other keys are ignored.
+
+        Raises:
+            ValueError: the record is not one of an identity.
+        """
+        for kind, hash_key in _HASH_KEYS.items():
+            if kind in record and hash_key in record:
+                return Identity(kind, record[kind], record[hash_key])  # type: ignore[arg-type]
+        raise ValueError(f"{dict(record)} does not identify weights")
+
+
+def identify(path: Path | str) -> Identity:
+    """The identity of the weights in ``path``: a file, a checkpoint, or a run (its newest checkpoint).
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    from megavar.training.checkpoint.weights import find_checkpoint
+
+    path = Path(path)
+    if path.is_file():
+        return Identity("file", path.name, _sha256(path))
+    checkpoint, _ = find_checkpoint(path, verify=False)  # loading verifies it
+    return Identity("checkpoint", checkpoint.name, _sha256(checkpoint / "manifest.json"))
+
+
+def _sha256(path: Path) -> str:
+    status = path.stat()
+    return _sha256_of(str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@functools.lru_cache(maxsize=256)
+def _sha256_of(path: str, size: int, modified: int, inode: int) -> str:
+    """Networks may be gigabytes and are asked for several times in one process; a changed file is hashed again."""
+    return sha256_of_file(Path(path))
+
+
+def identities(records: Mapping[str, Mapping[str, str]]) -> dict[str, Identity]:
+    """Identities by name from what a manifest (``Manifest.frozen``) or a description says."""
+    return {name: Identity.from_json(record) for name, record in records.items()}
+
+
+def check_same(before: Mapping[str, Identity], now: Mapping[str, Identity], where: Path, remedy: str) -> None:
+    """Compare the networks that were used with those that are about to be used; names in one of them only are fine.
+
+    Args:
+        where: the run, checkpoint or directory that was made with ``before``.
+        remedy: what to do, beside restoring the weights: a sentence.
+
+    Raises:
+        CheckpointError: weights were replaced; names the first, both identities, and the remedy.
+    """
+    for name in sorted(before.keys() & now.keys()):
+        if not before[name].same(now[name]):
+            raise CheckpointError(
+                f"The weights of {name!r} were replaced: {where} was made with {before[name]}, the configured path now "
+                f"holds {now[name]}. Restore the former (they may lie anywhere: correct the path), or {remedy}"
+            )

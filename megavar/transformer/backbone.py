@@ -1,0 +1,352 @@
+"""What all generators share: a stack of blocks under every parallel layout.
+
+A :class:`Backbone` is one pipeline stage of a model, the whole of it where there is one stage. It knows how hidden
+states travel between stages, how tensor-parallel ranks share them, which outputs a loss on the last stage wants to see,
+what routers recorded, how blocks are recomputed, and how every parameter gets the same initial value in every layout.
+It does not know what a token is: a generator (``generators/base.py``) says that in a few methods.
+
+Shapes: B samples of a micro-batch, L tokens, C width. At the door tensors are batch first, [B, L, C]. Inside, hidden
+states are *rows* [L + padding, B, C] as Megatron-core wants them, and a share of the rows under sequence parallelism.
+"""
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megavar.config.experts.base import ExpertsChoice
+from megavar.config.parallel import ParallelConfig
+from megavar.parallel.logical import initialize_parameters
+from megavar.parallel.parameter_rule import ParameterRule
+from megavar.parallel.payload import Payload, Slot
+from megavar.transformer.cache import KeyValueCache
+from megavar.transformer.context import ForwardContext, RoutingRecord
+from megavar.transformer.defaults import usual_initial_value, usual_rule
+from megavar.transformer.interface import Embedded, GeneratorOutput, Head, TokenSequence
+from megavar.transformer.sequence import SequenceLayout
+
+EMBEDDING = "embedding"
+"""Name of the tap before the first block; the output of block i is ``block.i``."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The part of the model that a rank holds: a range of blocks, perhaps with the first or the last modules."""
+
+    first_block: int
+    blocks: int
+    is_first: bool
+    is_last: bool
+
+    @staticmethod
+    def split(depth: int, parallel: ParallelConfig, pipeline_rank: int, chunk: int = 0) -> "Stage":
+        """Stage of a pipeline rank; with virtual pipelining ``chunk`` counts its model chunks."""
+        chunks = parallel.pipeline * parallel.virtual_pipeline
+        position = chunk * parallel.pipeline + pipeline_rank
+        blocks = depth // chunks
+        return Stage(position * blocks, blocks, position == 0, position == chunks - 1)
+
+
+class Backbone(nn.Module, ABC):
+    """One pipeline stage of a model. See the module, and :class:`megavar.generators.base.Generator` to write one."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        kinds: int,
+        experts: ExpertsChoice | None,
+        parallel: ParallelConfig,
+        stage: Stage | None,
+        seed: int,
+        taps: tuple[str, ...],
+        heads: Mapping[str, Head],
+    ) -> None:
+        """Build this stage's modules and give them their initial values.
+
+        Args:
+            config: of Megatron-core's layers.
+            kinds: number of kinds of segments that routing statistics tell apart.
+            experts: mixture of experts of the blocks, for the statistics' size.
+            parallel: layout; its process groups must exist.
+            stage: part of the model to hold; None means all of it.
+            seed: of initial values, dropout and drop path.
+            taps: names of the outputs that are returned beside the prediction.
+            heads: networks on the last stage by name; their taps need not be among ``taps``.
+        """
+        super().__init__()
+        self.config, self.kinds, self.experts, self.seed = config, kinds, experts, seed
+        self.stage = stage or Stage(0, config.num_layers, True, True)
+        self.recompute = parallel.recompute
+        self.taps = taps
+        self.tapped = tuple(dict.fromkeys([*taps, *(tap for head in heads.values() for tap in head.taps)]))
+        self._check_taps()
+        self._heads = dict(heads)
+        # Experts and sequence parallelism share rows evenly between the tensor-parallel ranks.
+        shared = config.sequence_parallel or config.num_moe_experts is not None
+        self.row_multiple = config.tensor_model_parallel_size if shared else 1
+        self.balance = 1.0
+        """Weight of the routers' balance loss in the pass that runs now; set by the engine."""
+        self.routing: list[RoutingRecord] = []
+        self.input_tensor: Tensor | None = None
+        if self.stage.is_first:
+            self.build_first()
+        first, after = self.stage.first_block, self.stage.first_block + self.stage.blocks
+        self.blocks = nn.ModuleDict({str(number): self.block(number) for number in range(first, after)})
+        if self.stage.is_last:
+            self.build_last()
+            built = {name: head.build(config.hidden_size).to(config.params_dtype) for name, head in heads.items()}
+            self.heads = nn.ModuleDict(built)
+        initialize_parameters(self, self._initial_value, seed)
+
+    def _check_taps(self) -> None:
+        known = [EMBEDDING, *(f"block.{number}" for number in range(self.config.num_layers))]
+        unknown = [tap for tap in self.tapped if tap not in known]
+        assert not unknown, f"no output is called {', '.join(unknown)}; known: {EMBEDDING}, block.0 to {known[-1]}"
+
+    # -- what a generator says ------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def build_first(self) -> None:
+        """Assign the modules of the first stage to ``self``."""
+
+    @abstractmethod
+    def block(self, number: int) -> nn.Module:
+        """Block ``number`` of the model, from 0: called with (rows [L, B, C], condition, :class:`ForwardContext`)."""
+
+    @abstractmethod
+    def build_last(self) -> None:
+        """Assign the modules of the last stage to ``self``."""
+
+    @abstractmethod
+    def sequence(self, inputs: Any) -> TokenSequence:
+        """The tokens of these inputs. Every stage calls it: it must not need parameters."""
+
+    @abstractmethod
+    def embed(self, inputs: Any) -> Embedded:
+        """Hidden states and conditions; the first stage calls it."""
+
+    @abstractmethod
+    def predict(self, hidden: Tensor, conditions: Mapping[str, Tensor], inputs: Any) -> Any:
+        """From the last block's hidden states [L, B, C] to the prediction; the last stage calls it.
+
+        Args:
+            conditions: [rows, B, C] by name, as they travelled.
+        """
+
+    def condition_rows(self) -> Mapping[str, int | None]:
+        """Rows of each condition, by name; None: one per token, in the tokens' order. Default: no conditions."""
+        return {}
+
+    def modulating(self, conditions: Mapping[str, Tensor]) -> Tensor | None:
+        """What blocks get as their condition, from [rows, B, C] by name. Default: the first row of the first one."""
+        for condition in conditions.values():
+            return condition[0]
+        return None
+
+    def initial_value(self, name: str, value: Tensor, generator: torch.Generator) -> None:
+        """Fill the full float32 tensor ``value`` of the logical tensor ``name``, drawing from ``generator``."""
+        usual_initial_value(name, value, generator)
+
+    def own_rule(self, name: str) -> ParameterRule:
+        """How the logical tensor ``name`` is trained; names of heads never come here."""
+        return usual_rule(name)
+
+    # -- one pass ---------------------------------------------------------------------------------------------------
+
+    def forward(self, inputs: Any) -> GeneratorOutput | Tensor:
+        """Run this stage.
+
+        Returns:
+            The last stage returns a :class:`GeneratorOutput`; earlier ones return what the next one receives, one
+            packed tensor [rows, B, C] (see :meth:`payload_length`).
+        """
+        sequence = self.sequence(inputs)
+        context = self._context(sequence)
+        context.sample_keys = sequence.sample_keys if self.training else None
+        context.routing = self.routing if self.training else None
+        payload = self._payload(context.sequence)
+        if self.stage.is_first:
+            hidden, conditions = self._embed(inputs, context.sequence)
+            tapped = {EMBEDDING: hidden} if EMBEDDING in self.tapped else {}
+        else:
+            hidden, conditions, tapped = self._receive(payload)
+        hidden = self._run_blocks(hidden, conditions, context, tapped)
+        if not self.stage.is_last:
+            return payload.pack({"hidden": hidden, **_prefixed("condition", conditions), **_prefixed("tap", tapped)})
+        tokens = context.sequence.tokens
+        taps = {name: self._to_tokens(rows, tokens).transpose(0, 1) for name, rows in tapped.items()}
+        prediction = self.predict(self._to_tokens(hidden, tokens), self._complete(conditions, tokens), inputs)
+        heads = {name: head(*(taps[tap] for tap in self._heads[name].taps)) for name, head in self.heads.items()}
+        return GeneratorOutput(prediction, {name: taps[name] for name in self.taps}, heads)
+
+    @torch.no_grad()
+    def step(self, inputs: Any, cache: KeyValueCache, counted: Tensor | None = None) -> Any:
+        """One step of decoding: the prediction for the tokens of ``inputs``, which follow those in ``cache``.
+
+        Args:
+            inputs: describe the new tokens only, and where they stand.
+            cache: receives their keys and values.
+            counted: bool [B], samples that routing statistics count; None records nothing.
+
+        Returns:
+            The prediction, complete on every tensor-parallel rank.
+        """
+        assert self.stage.is_first and self.stage.is_last, "decoding needs all blocks on one rank"
+        context = self._context(self.sequence(inputs))
+        context.cache, context.counted = cache, counted
+        context.routing = self.routing if counted is not None else None
+        hidden, conditions = self._embed(inputs, context.sequence)
+        hidden = self._run_blocks(hidden, conditions, context, {})
+        tokens = context.sequence.tokens
+        prediction = self.predict(self._to_tokens(hidden, tokens), self._complete(conditions, tokens), inputs)
+        return self.gather(prediction)
+
+    def gather(self, prediction: Any) -> Any:
+        """The complete prediction from a tensor-parallel rank's part. Default: the last dimension is shared."""
+        return tensor_parallel.gather_from_tensor_model_parallel_region(prediction)
+
+    def _context(self, sequence: TokenSequence) -> ForwardContext:
+        """The context with rows of padding, in the layout and in all that has a row per token."""
+        padding = -sequence.layout.tokens % self.row_multiple
+        rotary, valid = sequence.rotary, sequence.valid
+        if padding and rotary is not None:
+            cos, sin = (nn.functional.pad(table, (0, 0, 0, padding)) for table in rotary)
+            rotary = cos, sin
+        if padding and valid is not None:
+            valid = nn.functional.pad(valid, (0, padding))
+        layout = replace(sequence.layout, padding=padding)
+        return ForwardContext(layout, rotary=rotary, valid=valid, seed=self.seed, balance=self.balance)
+
+    def _embed(self, inputs: Any, layout: SequenceLayout) -> tuple[Tensor, dict[str, Tensor]]:
+        """Rows of hidden states and of conditions."""
+        embedded = self.embed(inputs)
+        assert embedded.hidden.shape[1] == layout.tokens, f"{embedded.hidden.shape} for {layout}"
+        conditions = {}
+        for name, rows in self.condition_rows().items():
+            given = embedded.conditions[name]
+            assert given.shape[1] == (layout.tokens if rows is None else rows), f"condition {name!r}: {given.shape}"
+            conditions[name] = self._to_rows(given) if rows is None else given.transpose(0, 1)
+        return self._to_rows(embedded.hidden), conditions
+
+    def _run_blocks(
+        self, hidden: Tensor, conditions: Mapping[str, Tensor], context: ForwardContext, tapped: dict[str, Tensor]
+    ) -> Tensor:
+        """All blocks of this stage; what is tapped goes into ``tapped``."""
+        condition = self.modulating(conditions)
+        for number, block in self.blocks.items():
+            hidden = self.run_block(block, hidden, condition, context)
+            if f"block.{number}" in self.tapped:
+                tapped[f"block.{number}"] = hidden
+        return hidden
+
+    def run_block(
+        self, block: nn.Module, hidden: Tensor, condition: Tensor | None, context: ForwardContext
+    ) -> Tensor:
+        """One block, which the backward pass computes again where the layout says so."""
+        if self.recompute != "full" or not hidden.requires_grad:
+            return block(hidden, condition, context)
+        passes = itertools.count()
+
+        def compute(hidden: Tensor, *condition: Tensor) -> Tensor:
+            recorded = context if next(passes) == 0 else context.silent()
+            return block(hidden, condition[0] if condition else None, recorded)
+
+        given = (hidden,) if condition is None else (hidden, condition)
+        return tensor_parallel.checkpoint(compute, False, *given)
+
+    def _complete(self, conditions: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:
+        """Conditions as the last stage's modules want them: without padding, all rows on every rank."""
+        per_token = {name for name, rows in self.condition_rows().items() if rows is None}
+        return {n: self._to_tokens(rows, tokens) if n in per_token else rows for n, rows in conditions.items()}
+
+    def _to_rows(self, values: Tensor) -> Tensor:
+        """[B, L, C] -> [L + padding, B, C], this rank's share of it under sequence parallelism."""
+        values = values.transpose(0, 1)
+        padding = -values.shape[0] % self.row_multiple
+        values = nn.functional.pad(values, (0, 0, 0, 0, 0, padding)).contiguous()
+        if self.config.sequence_parallel:
+            values = tensor_parallel.scatter_to_sequence_parallel_region(values)
+        return values
+
+    def _to_tokens(self, rows: Tensor, tokens: int) -> Tensor:
+        """Undo :meth:`_to_rows` except for the order of dimensions: [L, B, C] on every rank."""
+        if self.config.sequence_parallel:
+            # Every rank goes on with all tokens and computes the same gradient: keep this rank's rows of it.
+            rows = tensor_parallel.gather_from_sequence_parallel_region(rows, tensor_parallel_output_grad=False)
+        return rows[:tokens]
+
+    # -- pipeline ---------------------------------------------------------------------------------------------------
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Called by Megatron-core's schedules with what the previous stage returned."""
+        self.input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+
+    def payload_length(self, inputs: Any) -> int:
+        """Sequence length to announce to Megatron-core's schedules for these inputs."""
+        return self._payload(self._context(self.sequence(inputs)).sequence).length
+
+    def _payload(self, layout: SequenceLayout) -> Payload:
+        """What travels: hidden states, conditions, and a slot per tap, which is empty until its block has run."""
+        slots = [Slot("hidden", layout.length, sharded=True)]
+        for name, rows in self.condition_rows().items():
+            slots.append(Slot(f"condition.{name}", layout.length if rows is None else rows, sharded=rows is None))
+        slots += [Slot(f"tap.{name}", layout.length, sharded=True) for name in self.tapped]
+        return Payload(slots, self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1)
+
+    def _receive(self, payload: Payload) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """Hidden states, conditions and taps from the previous stage."""
+        assert self.input_tensor is not None, "a later stage runs only inside Megatron-core's schedules"
+        received, self.input_tensor = payload.unpack(self.input_tensor), None
+        conditions = {name: received[f"condition.{name}"] for name in self.condition_rows()}
+        return received["hidden"], conditions, {name: received[f"tap.{name}"] for name in self.tapped}
+
+    # -- statistics, parameters -------------------------------------------------------------------------------------
+
+    def collect_routing(self) -> dict[str, Tensor]:
+        """Routing since the last call, and forget it.
+
+        Returns:
+            ``load`` [blocks of the whole model, kinds, experts] tokens per expert seen by this rank; ``balance``
+            [blocks] sum of the balance losses and ``passes`` [blocks] number of terms. Empty for a dense model.
+        """
+        if self.experts is None:
+            return {}
+        depth, device = self.config.num_layers, next(self.parameters()).device
+        load = torch.zeros(depth, self.kinds, self.experts.number, device=device)
+        balance, passes = torch.zeros(depth, device=device), torch.zeros(depth, device=device)
+        for record in self.routing:
+            load[record.block] += record.load
+            balance[record.block] += record.balance
+            passes[record.block] += 1
+        self.routing.clear()
+        return {"load": load, "balance": balance, "passes": passes}
+
+    def rule(self, name: str) -> ParameterRule:
+        """How the logical tensor ``name`` is trained, on whatever stage it lies."""
+        head, inner = self._head_of(name)
+        return self.own_rule(name) if head is None else head.rule(inner)
+
+    def _initial_value(self, name: str, value: Tensor, generator: torch.Generator) -> None:
+        head, inner = self._head_of(name)
+        if head is None:
+            self.initial_value(name, value, generator)
+        else:
+            head.initial_value(inner, value, generator)
+
+    def _head_of(self, name: str) -> tuple[Head | None, str]:
+        """The head that a logical tensor belongs to, and the tensor's name in it."""
+        if not name.startswith("heads."):
+            return None, name
+        _, head, inner = name.split(".", 2)
+        return self._heads[head], inner
+
+
+def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}.{name}": value for name, value in tensors.items()}

@@ -29,8 +29,9 @@ from megavar.generators.var import VAR
 from megavar.parallel import topology
 from megavar.parallel.environment import Environment, environment, limit_threads
 from megavar.parallel.rules import check_layout
-from megavar.planning.flops import flops_per_image
+from megavar.planning.efficiency import flops_per_image
 from megavar.planning.hardware import peak_of_device
+from megavar.planning.measure import UnmeasurableError
 from megavar.recipes.base import Recipe
 from megavar.recipes.mepa import MEPA
 from megavar.recipes.tokenizer import TokenizerTraining
@@ -153,7 +154,7 @@ def _train_one(config: Config, place: Environment) -> ExitCode:
             loader=loader,
             topology=mesh,
             preview=_preview(config, recipe, mesh, place),
-            flops_per_image=flops_per_image(config),
+            flops_per_image=_flops_per_image(config, place),
             peak_flops=_peak_flops(config),
         )
     )
@@ -177,6 +178,17 @@ def _check_data(directory: RunDirectory, source: Source, config: Config) -> None
             )
         return
     write_json_atomic(path, described)
+
+
+def _flops_per_image(config: Config, place: Environment) -> float | None:
+    """What utilization is measured in, on the rank that logs it; None where it cannot be known, which is said once."""
+    if place.rank != 0 or _peak_flops(config) is None:
+        return None
+    try:
+        return flops_per_image(config)
+    except UnmeasurableError as error:
+        print(f"The log will not show utilization. {error}", flush=True)
+        return None
 
 
 def _peak_flops(config: Config) -> float | None:

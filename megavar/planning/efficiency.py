@@ -1,7 +1,9 @@
-"""What utilization in a run's log is measured in."""
+"""Sizes of a run that others ask for: what utilization in its log is measured in, and how much is trained."""
 
+from megavar.config.parallel import ParallelConfig
 from megavar.config.root import Config
 from megavar.planning.measure import Request, measure
+from megavar.planning.timing import step_flops
 from megavar.planning.tokenizer_cost import tokenizer_cost
 
 
@@ -17,4 +19,17 @@ def flops_per_image(config: Config) -> float:
     if config.generator is None:
         cost = tokenizer_cost(config.tokenizer)
         return 3 * (cost.encode_flops + cost.decode_flops)
-    return measure([Request(config.generator, config.tokenizer.space)])[0].model_flops
+    (cost,) = measure([Request(config.generator, config.tokenizer.space)])
+    return step_flops(cost, config.recipe.passes_of_step)
+
+
+def trained_parameters(config: Config) -> int:
+    """Scalars of the generator, or of the tokenizer that is trained.
+
+    Raises:
+        UnmeasurableError: the generator cannot be run without values.
+    """
+    if config.generator is None:
+        return tokenizer_cost(config.tokenizer).parameters
+    (cost,) = measure([Request(config.generator, config.tokenizer.space)])
+    return cost.parameters(ParallelConfig(), 0).total

@@ -7,7 +7,6 @@ from typing import Any
 
 from megavar.config.data import CacheSource
 from megavar.config.deepspeed import complete_deepspeed, load_deepspeed_json
-from megavar.config.recipes.tokenizer import TokenizerTrainingConfig
 from megavar.config.root import Config
 from megavar.errors import ConfigError
 from megavar.parallel.rules import check_layout
@@ -104,8 +103,7 @@ def plan(
         )
     workload = _workload(config, Machine(accelerator(gpu), min(gpus_per_node, gpus)), mfu)
     layout, notes = configured_layout(config, gpus)
-    if isinstance(config.recipe, TokenizerTrainingConfig) and (config.recipe.perceptual or config.recipe.adversarial):
-        notes += ("the discriminator and the perceptual network are not counted",)
+    notes += tuple(f"{network} is not counted" for network in config.recipe.uncounted)
     count = _length(config) if images is None else images
     if config.train.steps is None and count is None:
         raise ConfigError(
@@ -139,7 +137,17 @@ def _workload(config: Config, machine: Machine, mfu: float | None) -> Workload:
     has_experts = config.generator.limits(space).experts is not None
     assumed = machine.gpu.utilization * (EXPERTS_UTILIZATION if has_experts else 1.0)
     tokenizer = None if reads_tokens(config) else tokenizer_cost(config.tokenizer)
-    return GeneratorWorkload(machine, mfu or assumed, element, ema, image_bytes, config.generator, space, tokenizer)
+    return GeneratorWorkload(
+        machine,
+        mfu or assumed,
+        element,
+        ema,
+        image_bytes,
+        config.generator,
+        space,
+        tokenizer,
+        passes=config.recipe.passes_of_step,
+    )
 
 
 def configured_layout(config: Config, world_size: int) -> tuple[Layout, tuple[str, ...]]:
@@ -161,17 +169,16 @@ def configured_layout(config: Config, world_size: int) -> tuple[Layout, tuple[st
         micro_batch_size=size,
         precision=config.train.precision,
         gradient_clipping=config.optimizer.gradient_clipping,
-        has_experts=config.generator is not None and config.generator.experts is not None,
+        has_experts=config.limits is not None and config.limits.experts is not None,
         device_type="cuda",
     )
     layout = Layout(parallel, Zero.of(content, completed.stage), world_size, config.train.global_batch_size, size)
     check_layout(
         parallel,
-        config.generator,
+        config.limits,
         zero_stage=layout.zero.stage,
         world_size=world_size,
         micro_batches=layout.micro_batches,
-        vocabulary_size=config.tokenizer.vocabulary_size,
     )
     return layout, completed.notes
 

@@ -62,12 +62,25 @@ class Machine:
         return min(self.gpu.link, self.gpu.network * members) * LINK_EFFICIENCY
 
 
+def step_flops(cost: Cost, passes: tuple[int, int], repetition: float = 1.0) -> float:
+    """Model FLOPs of an image in all passes of a step.
+
+    Args:
+        cost: of the undivided generator.
+        passes: with a loss, and forward only.
+        repetition: factor by which recomputation prolongs the former.
+    """
+    trained, rolled_out = passes
+    return trained * cost.model_flops * repetition + rolled_out * cost.forward_flops
+
+
 def step_time(
     cost: Cost,
     layout: Layout,
     machine: Machine,
     *,
-    model_flops: float,
+    whole: Cost,
+    passes: tuple[int, int],
     utilization: float,
     element: int,
     tokenizer: TokenizerCost | None,
@@ -76,7 +89,8 @@ def step_time(
 
     Args:
         cost: of the generator under the layout's tensor-parallel size and recomputation.
-        model_flops: of one image forward and backward through the whole model.
+        whole: of the undivided generator.
+        passes: of a step over the generator, with a loss and forward only.
         utilization: model FLOPs over peak while blocks compute, without communication and encoding.
         element: bytes of a weight.
         tokenizer: of the frozen tokenizer; None where tokens are cached.
@@ -85,42 +99,43 @@ def step_time(
     share = layout.micro_batch * layout.micro_batches
     peak = gpu.bf16 if element == 2 else gpu.fp32
     # Utilization counts model FLOPs; what is computed twice takes its time besides.
-    one_image = model_flops * cost.repetition / (parallel.tensor * parallel.pipeline) / (peak * utilization)
+    one_image = step_flops(whole, passes, cost.repetition) / (parallel.tensor * parallel.pipeline) / (peak * utilization)
     blocks = len(cost.kind_of_block) / parallel.pipeline
     launches = blocks * KERNELS_PER_BLOCK * LAUNCH_SECONDS
     compute = layout.micro_batches * max(layout.micro_batch * one_image, launches)
     encode = 0.0 if tokenizer is None else share * tokenizer.encode_flops / (gpu.tf32 * TOKENIZER_UTILIZATION)
     stages, chunks = parallel.pipeline, parallel.virtual_pipeline
     held = cost.parameters(parallel, 0)
+    exchanges = _exchanges(cost, layout, passes)
     return StepTime(
         compute=compute,
         encode=encode,
         bubble=compute * (stages - 1) / (layout.micro_batches * chunks),
-        tensor=_tensor_seconds(cost, layout, machine),
-        expert=_expert_seconds(cost, layout, machine),
-        pipeline=_pipeline_seconds(cost, layout, machine),
+        tensor=_tensor_seconds(cost, layout, machine) * exchanges,
+        expert=_expert_seconds(cost, layout, machine) * exchanges,
+        pipeline=_pipeline_seconds(cost, layout, machine) * (passes[0] + passes[1] / 2),
         data=data_seconds(held, layout, machine, element),
         optimizer=optimizer_seconds(held, layout, machine),
     )
 
 
-def _passes_of_blocks(cost: Cost, layout: Layout) -> float:
+def _exchanges(cost: Cost, layout: Layout, passes: tuple[int, int]) -> float:
     """How often a rank's blocks exchange activations in a step: twice forward, twice backward, and when repeated."""
-    passes = 6 if layout.parallel.recompute == "full" else 4
-    return layout.micro_batches * len(cost.kind_of_block) / layout.parallel.pipeline * passes
+    trained, rolled_out = passes
+    each = (6 if layout.parallel.recompute == "full" else 4) * trained + 2 * rolled_out
+    return layout.micro_batches * len(cost.kind_of_block) / layout.parallel.pipeline * each
 
 
 def _tensor_seconds(cost: Cost, layout: Layout, machine: Machine) -> float:
-    """Two all-reduces a block forward and two backward (or as many pairs of gather and scatter)."""
+    """One all-reduce (or pair of gather and scatter) of hidden states."""
     tensor = layout.parallel.tensor
     if tensor == 1:
         return 0.0
-    traffic = 2 * (tensor - 1) / tensor * cost.hidden.at(layout.micro_batch)
-    return _passes_of_blocks(cost, layout) * traffic / machine.rate(tensor, 1)
+    return 2 * (tensor - 1) / tensor * cost.hidden.at(layout.micro_batch) / machine.rate(tensor, 1)
 
 
 def _expert_seconds(cost: Cost, layout: Layout, machine: Machine) -> float:
-    """Tokens to their experts and back, forward and backward."""
+    """Tokens on their way to experts, or back."""
     parallel = layout.parallel
     if parallel.expert == 1:
         return 0.0
@@ -129,10 +144,11 @@ def _expert_seconds(cost: Cost, layout: Layout, machine: Machine) -> float:
         traffic = cost.exchanged.at(layout.micro_batch) * imbalance(parallel) * away
     else:
         traffic = cost.hidden.at(layout.micro_batch) / parallel.tensor * (parallel.expert - 1)
-    return _passes_of_blocks(cost, layout) * traffic / machine.rate(parallel.expert, 1)
+    return traffic / machine.rate(parallel.expert, 1)
 
 
 def _pipeline_seconds(cost: Cost, layout: Layout, machine: Machine) -> float:
+    """Transfers between stages of a pass forward and backward over all micro-batches."""
     parallel = layout.parallel
     if parallel.pipeline == 1:
         return 0.0

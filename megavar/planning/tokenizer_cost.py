@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.planning.ledger import Ledger, saved_bytes
@@ -27,6 +28,16 @@ class TokenizerCost:
     """Peak of the memory that encoding takes without gradient."""
     training_bytes: float
     """What autograd keeps of a training forward pass."""
+
+
+class _KnownShapes(TorchDispatchMode):
+    """Gives results whose shapes fake tensors take for unknown the shapes that they have."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        if function is torch.ops.aten.bincount.default:  # of ids, over as many bins as there are ids
+            ids, _, bins = (*arguments, *(None, 0)[len(arguments) - 1 :])
+            return ids.new_zeros((options or {}).get("minlength", bins))
+        return function(*arguments, **(options or {}))
 
 
 def _count(work: Callable[[], Any], parameters: list[Tensor]) -> tuple[float, float]:
@@ -55,6 +66,7 @@ def tokenizer_cost(config: TokenizerChoice) -> TokenizerCost:
         tokens = encode()
         encode_flops, encode_bytes = _count(encode, parameters)
         decode_flops, _ = _count(lambda: tokenizer.decode(tokens), parameters)
-        training_bytes = saved_bytes(lambda: tokenizer.train()(images), [*parameters, images])
+        with _KnownShapes():
+            training_bytes = saved_bytes(lambda: tokenizer.train()(images), [*parameters, images])
     count = sum(parameter.numel() for parameter in parameters)
     return TokenizerCost(count, encode_flops, decode_flops, encode_bytes, training_bytes)

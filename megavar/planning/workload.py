@@ -12,7 +12,7 @@ from megavar.planning.hardware import FRAGMENTATION, RESERVED
 from megavar.planning.layout import Layout
 from megavar.planning.measure import Precision, Request, measure
 from megavar.planning.memory import FLOAT32, SEARCH_BYTES, Memory, bucket_bytes, rank_memory, state_bytes
-from megavar.planning.timing import Machine, StepTime, data_seconds, optimizer_seconds, step_time
+from megavar.planning.timing import Machine, StepTime, data_seconds, optimizer_seconds, step_flops, step_time
 from megavar.planning.tokenizer_cost import TokenizerCost
 
 HEADROOM = 0.95
@@ -102,6 +102,8 @@ class GeneratorWorkload(Workload):
     space: TokenSpace
     tokenizer: TokenizerCost | None
     """None where tokens are cached."""
+    passes: tuple[int, int] = (1, 0)
+    """Of a step over the generator: with a loss, and forward only."""
 
     @property
     def limits(self) -> Limits:
@@ -116,7 +118,7 @@ class GeneratorWorkload(Workload):
     @property
     def train_flops(self) -> float:
         """Of the generator; the frozen tokenizer is not counted."""
-        return self.cost(ParallelConfig()).model_flops
+        return step_flops(self.cost(ParallelConfig()), self.passes)
 
     def sample_flops(self, guidance: bool) -> float:
         """Per drawn image, without the tokenizer's decoder; guidance doubles it.
@@ -161,7 +163,8 @@ class GeneratorWorkload(Workload):
             cost,
             layout,
             self.machine,
-            model_flops=self.train_flops,
+            whole=self.cost(ParallelConfig()),
+            passes=self.passes,
             utilization=self.utilization,
             element=self.element,
             tokenizer=self.tokenizer,

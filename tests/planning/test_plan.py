@@ -12,9 +12,9 @@ from megavar.config.loading import load_config
 from megavar.config.parallel import ParallelConfig
 from megavar.errors import ConfigError, ExitCode
 from megavar.planning import flops_per_image, format_plan, peak_of_device
-from megavar.planning.activations import chunks_in_flight
 from megavar.planning.hardware import GIB, accelerator
 from megavar.planning.layout import Zero
+from megavar.planning.memory import chunks_in_flight
 from megavar.planning.plan import configured_layout, plan
 from megavar.planning.report import yaml_lines
 from megavar.planning.search import complexity

@@ -1,36 +1,49 @@
 """From a configuration to the objects it describes."""
 
-import functools
-import json
+import importlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from megavar.conditions import Conditions
+from megavar.config.choice import Choice
 from megavar.config.generators.var import VARConfig
-from megavar.config.loading import decode
 from megavar.config.parallel import ParallelConfig
 from megavar.config.recipes.mepa import MEPAConfig
 from megavar.config.root import Config
 from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.data.source import Source
-from megavar.errors import CheckpointError, ConfigError, DataError
-from megavar.frozen import TOKENIZER, check_same, identify, identities
+from megavar.errors import CheckpointError, ConfigError
 from megavar.generators.base import Stage
 from megavar.generators.var import VAR
 from megavar.parallel.topology import Topology
 from megavar.recipes.base import Recipe
 from megavar.recipes.mepa import MEPA
-from megavar.sampling.sampler import TokenDecoder
-from megavar.sampling.samples import Decoder
-from megavar.storage import write_json_atomic
+from megavar.sampling.sampler import Sampler
+from megavar.tokenizers.base import Tokenizer
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
 from megavar.transformer.moe.backends import check_backend
 
 PARAMETER_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-DECODER = "decoder.json"
-"""Beside the chunks of samples: which tokenizer decodes their tokens."""
+
+
+def resolve(choice: Choice) -> Any:
+    """The class that ``choice`` configures, which is imported now.
+
+    Raises:
+        ConfigError: its module cannot be imported or has no such class.
+    """
+    module, _, name = choice.implementation.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"{choice.discriminator}={choice.tag()!r} is implemented by {choice.implementation!r}, which cannot be "
+            f"imported ({error}). Correct `implementation` of {type(choice).__module__}.{type(choice).__name__}, or "
+            f"install what the module imports."
+        ) from error
 
 
 def load_tokenizer(config: TokenizerChoice, weights: str, device: torch.device) -> MultiScaleVQ:
@@ -56,48 +69,6 @@ def load_tokenizer(config: TokenizerChoice, weights: str, device: torch.device) 
     else:
         tokenizer.load_reference(path)
     return tokenizer.eval().requires_grad_(False).to(device)
-
-
-def describe_decoder(directory: Path, config: Config, weights: str) -> None:
-    """Write down what decodes the tokens of the samples in ``directory``; :func:`stored_decoder` reads it."""
-    described = {
-        "tokenizer": config.tokenizer.model_dump(mode="json"),
-        "weights": str(Path(weights).resolve()),
-        "identity": identify(weights).to_json(),
-        "rounding": config.sampling.rounding,
-    }
-    write_json_atomic(directory / DECODER, described)
-
-
-def stored_decoder(directory: Path, device: torch.device) -> Decoder:
-    """From the tokens of samples that ``megavar sample`` left in ``directory`` to their images.
-
-    The tokenizer is loaded when the first tokens are decoded: not at all where all images are stored.
-
-    Raises:
-        DataError: (then) nothing says which tokenizer it is, or its weights are gone.
-        CheckpointError: (then) its weights are others now.
-    """
-
-    @functools.cache
-    def load() -> TokenDecoder:
-        path = Path(directory) / DECODER
-        try:
-            described: dict[str, Any] = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise DataError(f"{path} cannot be read ({error}), so nothing says what decodes these tokens") from error
-        weights = Path(described["weights"])
-        if not weights.exists():
-            raise DataError(
-                f"The tokens in {directory} are decoded by the tokenizer weights {weights}, which do not exist: "
-                f"restore them, correct their path in {path}, or sample again."
-            )
-        tokenizer = load_tokenizer(decode(described["tokenizer"], TokenizerChoice, str(path)), str(weights), device)
-        before = identities({TOKENIZER: described["identity"]})
-        check_same(before, {TOKENIZER: identify(weights)}, directory, "sample again.")
-        return TokenDecoder(tokenizer, device, described["rounding"])
-
-    return lambda tokens: load()(tokens)
 
 
 def require_generator(config: Config) -> VARConfig:
@@ -140,6 +111,14 @@ def build_generator(
                 )
             )
     return chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
+
+
+def build_sampler(
+    config: Config, generator: nn.Module, tokenizer: Tokenizer, conditions: Conditions, device: torch.device
+) -> Sampler:
+    """What draws the samples of ``config`` from a whole ``generator`` on ``device``."""
+    procedure = resolve(config.sampling)(config.sampling)
+    return Sampler(generator, tokenizer, procedure, conditions, config.sampling, device)
 
 
 def build_recipe(config: Config, topology: Topology, source: Source, device: torch.device) -> Recipe:

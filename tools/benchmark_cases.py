@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megavar.assembly import PARAMETER_TYPES, build_generator
+from megavar.assembly import PARAMETER_TYPES, build_generator, build_sampler
 from megavar.config.deepspeed import complete_deepspeed, load_deepspeed_json
 from megavar.config.experts.base import ExpertsChoice
 from megavar.config.generators.var import VARConfig
@@ -25,14 +25,14 @@ from megavar.planning.flops import forward_flops, model_flops, sampling_flops
 from megavar.planning.shape import GeneratorShape
 from megavar.planning.tokenizer_cost import autoencoder_cost
 from megavar.recipes.mepa import MEPA, MEPAInputs
-from megavar.sampling.sampler import NextScaleSampler
+from megavar.run_samples import default_conditions
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
 from megavar.training.engine import Engine
 from megavar.training.metrics import MetricAccumulator
 from megavar.training.optimizer import build_optimizer, parameter_groups, set_rates
-from megavar.transformer.attention import KERNELS
-from megavar.transformer.block import FeedForward
 from megavar.transformer.context import ForwardContext
+from megavar.transformer.feed_forward import FeedForward
+from megavar.transformer.kernels import KERNELS, Visibility
 from megavar.transformer.moe.layer import ExpertFeedForward
 from megavar.transformer.sequence import SequenceLayout
 
@@ -138,7 +138,7 @@ def _decays(recipe: MEPA) -> Callable[[str, nn.Parameter], bool]:
 def attention(bench: Bench) -> Part:
     """Each kernel of scale-causal attention, forward and backward, of one block."""
     shape = bench.shape
-    layout = SequenceLayout.of_scales(shape.scales)
+    seen = Visibility(SequenceLayout.of_scales(shape.scales))
     sizes = (bench.batch, shape.heads, shape.tokens, shape.width // shape.heads)
     q, k, v = (bench.random(*sizes) for _ in range(3))
     upstream = torch.randn_like(q)
@@ -146,13 +146,13 @@ def attention(bench: Bench) -> Part:
     part = Part("attention of one block, forward and backward", images=bench.batch, baseline="dense")
 
     def both(kernel: str) -> None:
-        KERNELS[kernel](q, k, v, layout, 0.125).backward(upstream)
+        KERNELS[kernel].function(q, k, v, seen, 0.125).backward(upstream)
 
     def forward(kernel: str) -> None:
         with torch.no_grad():
-            KERNELS[kernel](q, k, v, layout, 0.125)
+            KERNELS[kernel].function(q, k, v, seen, 0.125)
 
-    for kernel in KERNELS:
+    for kernel in (name for name, kernel in KERNELS.items() if kernel.serves(seen)):
         if kernel == "flex" and bench.device.type == "cpu":
             part.skipped[kernel] = "PyTorch has no CPU backward for FlexAttention"
             continue
@@ -182,7 +182,9 @@ def experts(bench: Bench) -> Part:
                 return FeedForward(VAR.layers(wide, ParallelConfig(), bench.dtype))
             chosen = settings.model_copy(update={"backend": backend})
             config = bench.generator.model_copy(update={"experts": chosen})
-            return ExpertFeedForward(VAR.layers(config, ParallelConfig(), bench.dtype), chosen, 0, len(shape.scales))
+            return ExpertFeedForward(
+                VAR.layers(config, ParallelConfig(), bench.dtype), 0, experts=chosen, kinds=len(shape.scales)
+            )
 
     for name, backend in {dense_name: None, **{backend: backend for backend in EXPERT_BACKENDS}}.items():
         try:
@@ -278,9 +280,9 @@ def overhead(bench: Bench) -> Part:
 def sampling(bench: Bench) -> Part:
     """Drawing images scale by scale with the configured guidance, decoder included."""
     model = build_generator(bench.config, None, device=bench.device)
-    assert isinstance(model, VAR)
+    conditions = default_conditions(bench.config)
+    sampler = build_sampler(bench.config, model, bench.tokenizer(), conditions, bench.device)
     settings = bench.config.sampling
-    sampler = NextScaleSampler(model, bench.tokenizer(), settings, bench.device)
     indices = torch.arange(bench.batch)
     decoder = autoencoder_cost(bench.config.tokenizer).decode_flops
     flops = (sampling_flops(bench.shape, settings.guidance > 0) + decoder) * bench.batch

@@ -36,7 +36,6 @@ from megavar.evaluation.reference import check_reference, load_reference, save_r
 from megavar.evaluation.results import Result, class_histogram, write_result
 from megavar.evaluation.table import format_table
 from megavar.parallel.environment import Environment, environment
-from megavar.sampling.samples import Samples
 from tools.outcome import outcome
 
 PUBLISHED_ADM = {"is": 215.837, "fid": 3.9426, "sfid": 6.1404, "precision": 0.8265, "recall": 0.5309}
@@ -159,9 +158,9 @@ def _images(options: argparse.Namespace) -> ImageSet:
 
 
 def _samples(directory: Path) -> ImageSet:
-    from megavar.assembly import stored_decoder  # imports Megatron-core: not for npz files and folders
+    from megavar.run_samples import stored_samples  # imports Megatron-core: not for npz files and folders
 
-    return Samples.stored(directory, stored_decoder(directory, environment().device))
+    return stored_samples(directory, environment().device)
 
 
 def _join() -> Environment:

@@ -26,7 +26,6 @@ from megavar.evaluation import layouts, shape_eval
 from megavar.evaluation.images import ImageSet, open_images
 from megavar.evaluation.table import format_table
 from megavar.parallel.environment import environment
-from megavar.sampling.samples import Samples
 from megavar.storage import write_text_atomic
 from tools.outcome import outcome
 
@@ -75,9 +74,9 @@ def _images(options: argparse.Namespace) -> ImageSet:
 
 
 def _samples(directory: Path) -> ImageSet:
-    from megavar.assembly import stored_decoder  # imports Megatron-core: not for npz files and folders
+    from megavar.run_samples import stored_samples  # imports Megatron-core: not for npz files and folders
 
-    return Samples.stored(directory, stored_decoder(directory, environment().device))
+    return stored_samples(directory, environment().device)
 
 
 def _shape_prompts(options: argparse.Namespace, image_size: int) -> list[shape_eval.Prompt]:

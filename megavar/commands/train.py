@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megavar import logs
-from megavar.assembly import build_recipe
+from megavar.assembly import build_recipe, build_sampler
 from megavar.config.data import ImageFolderSource
 from megavar.config.deepspeed import load_deepspeed_json
 from megavar.config.loading import load_config
@@ -35,7 +35,7 @@ from megavar.planning.measure import UnmeasurableError
 from megavar.recipes.base import Recipe
 from megavar.recipes.mepa import MEPA
 from megavar.recipes.tokenizer import TokenizerTraining
-from megavar.sampling.sampler import NextScaleSampler
+from megavar.run_samples import default_conditions
 from megavar.storage import write_json_atomic
 from megavar.training.run import Run, micro_batch_size, on_first_rank
 from megavar.training.run_directory import RunDirectory
@@ -79,7 +79,7 @@ def train(config: Config, place: Environment, required_by: tuple[str, ...] = ())
             return code
     code = _train_one(config, place)
     if code == ExitCode.FINISHED and config.evaluation.after_training:
-        from megavar.commands.evaluate import score  # scikit-learn and more: not at the start of every rank
+        from megavar.scoring import score  # scikit-learn and more: not at the start of every rank
 
         topology.initialize(ParallelConfig(), place)
         score(config, place)
@@ -203,9 +203,8 @@ def _preview(
 ) -> Callable[[int], Tensor | None] | None:
     """What to look at while the run goes on: samples of a generator, or originals above their reconstructions."""
     if isinstance(recipe, MEPA) and isinstance(recipe.generator, VAR) and mesh.config.pipeline == 1:
-        settings = config.sampling.model_copy(update={"weights": "model"})
-        sampler = NextScaleSampler(recipe.generator, recipe.tokenizer, settings, place.device)
-        return lambda step: sampler.draw(torch.arange(PREVIEW_IMAGES))[0]
+        sampler = build_sampler(config, recipe.generator, recipe.tokenizer, default_conditions(config), place.device)
+        return lambda step: sampler.draw(torch.arange(PREVIEW_IMAGES)).images
     if isinstance(recipe, TokenizerTraining):
         has_test = not isinstance(config.data.source, ImageFolderSource) or config.data.source.test_path is not None
         source = build_source(config.data, "test" if has_test else "train")

@@ -31,3 +31,10 @@ class TokenSpace:
         """Square maps of ids."""
         length = sum(side * side for side in sides)
         return TokenSpace("scales", sides, length, vocabulary, channels, image_side, image_channels)
+
+    @property
+    def stored_type(self) -> Literal["uint16", "int32", "float32"]:
+        """NumPy's name of the type that holds these tokens exactly: that of chunks of samples."""
+        if self.vocabulary is None:
+            return "float32"
+        return "uint16" if self.vocabulary <= 2**16 else "int32"

@@ -166,7 +166,8 @@ def trained_extractor(
 
 def train_network(recipe: Recipe, images: Tensor, labels: Tensor, *, seed: int = 0) -> ClassifierNetwork:
     """Train a classifier on (uint8 [N, 3, S, S], int64 [N]) with random shifts; one thread, so the same bytes again."""
-    with _one_thread(), torch.random.fork_rng(devices=[]):
+    # enable_grad: whoever scores images does so without gradients, and may be the first to need the network.
+    with _one_thread(), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = ClassifierNetwork(recipe).train()
         optimizer = torch.optim.AdamW(network.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay)

@@ -19,6 +19,7 @@ from megavar.data.build import build_source
 from megavar.data.pixels import quantize, to_float
 from megavar.data.shapes_grammar import evaluation_prompts
 from megavar.errors import ConfigError
+from megavar.evaluation.base import Scores
 from megavar.evaluation.classes import class_extractor, class_reference
 from megavar.evaluation.classifier import load_network
 from megavar.evaluation.digits import digits_extractor
@@ -33,7 +34,6 @@ from megavar.evaluation.reconstruction import (
 )
 from megavar.evaluation.reference import check_reference, load_reference
 from megavar.evaluation.shape_eval import tokenizer_ceiling
-from megavar.evaluation.suites import Scores
 from megavar.parallel.environment import Environment
 from megavar.storage import sha256_of_file
 from megavar.tokenizers.perceptual import PerceptualDistance
@@ -63,7 +63,7 @@ def score_tokenizer(
         ConfigError, CheckpointError, DataError: before anything is measured, if settings contradict each other or files
             are missing.
     """
-    _check(config, data)
+    check_reconstruction(config, data)
     instruments, network, extractor = _instruments(config, data, place.device)
     source = build_source(data, "test")
     count = min(config.images or len(source), len(source))
@@ -109,7 +109,13 @@ def score_tokenizer(
     return Scores(metrics, METRICS if config.protocol == "standard" else (), extractor, compared, notes)
 
 
-def _check(config: ReconstructionConfig, data: DataConfig) -> None:
+def check_reconstruction(config: ReconstructionConfig, data: DataConfig) -> None:
+    """Refuse settings that contradict each other and references that are not there, before anything is measured.
+
+    Raises:
+        ConfigError: names the keys.
+        DataError: the reference is missing or of another kind.
+    """
     if config.reference is not None:
         if config.inception_weights is None:
             raise ConfigError(

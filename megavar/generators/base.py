@@ -38,7 +38,9 @@ from megavar.config.generators.base import GeneratorChoice
 from megavar.config.parallel import ParallelConfig
 from megavar.config.token_space import TokenSpace
 from megavar.transformer.backbone import Backbone, Stage
+from megavar.transformer.block import Block
 from megavar.transformer.interface import Embedded, GeneratorOutput, Head, TokenSequence
+from megavar.transformer.spec import BlockSpec
 
 __all__ = ["Embedded", "Generator", "GeneratorOutput", "Head", "Stage", "TokenSequence"]
 
@@ -93,6 +95,15 @@ class Generator(Backbone):
     def kinds_of(cls, space: TokenSpace) -> int:
         """Number of kinds of segments that routers and their statistics tell apart (VAR: the scales)."""
         return 1
+
+    @abstractmethod
+    def spec(self, number: int) -> BlockSpec:
+        """What block ``number`` (from 0) is made of: one of the functions of :mod:`megavar.transformer.spec`, or an own
+        :class:`BlockSpec`."""
+
+    def block(self, number: int) -> Block:
+        """Block ``number`` of the model, from 0."""
+        return Block(self.config, self.spec(number), number, self.config.num_layers, recompute=self.recompute)
 
     @abstractmethod
     def example(self, images: int) -> Any:

@@ -31,6 +31,19 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
+def _mix_number(x: int) -> int:
+    """:func:`_mix` of one number."""
+    unsigned = (1 << 64) - 1
+    x = (x + _GOLDEN) & unsigned
+    x = ((x ^ (x >> 30)) * _MIX_1) & unsigned
+    x = ((x ^ (x >> 27)) * _MIX_2) & unsigned
+    return _signed(x ^ (x >> 31))
+
+
+def _mixed(x: int | Tensor) -> int | Tensor:
+    return _mix(x) if isinstance(x, Tensor) else _mix_number(x)
+
+
 def _stream_key(seed: int, stream: str) -> int:
     return _signed(int.from_bytes(hashlib.sha256(f"{seed}/{stream}".encode()).digest()[:8], "little"))
 
@@ -43,11 +56,14 @@ def random_bits(seed: int, stream: str, *keys: int | Tensor) -> Tensor:
         stream: what the numbers are for, for example ``"label_drop"``.
         keys: integers or int64 tensors, broadcast against each other; the result has their common shape and device.
     """
-    device = next((key.device for key in keys if isinstance(key, Tensor)), torch.device("cpu"))
-    state = torch.tensor(_stream_key(seed, stream), dtype=torch.int64, device=device)
+    # Numbers are mixed on the host: a tensor of one number would make the host wait for its copy to the device.
+    device = next((key.device for key in keys if isinstance(key, Tensor)), None)
+    state: int | Tensor = _stream_key(seed, stream)
     for key in keys:
-        state = _mix(state ^ _mix(torch.as_tensor(key, dtype=torch.int64, device=device)))
-    return _mix(state)
+        key = key.to(device, torch.int64) if isinstance(key, Tensor) else _signed(key)
+        state = _mixed(state ^ _mixed(key))
+    state = _mixed(state)
+    return state if isinstance(state, Tensor) else torch.tensor(state, dtype=torch.int64)
 
 
 def uniform(seed: int, stream: str, *keys: int | Tensor) -> Tensor:
@@ -59,6 +75,21 @@ def gumbel(seed: int, stream: str, *keys: int | Tensor) -> Tensor:
     """Standard Gumbel float32 noise, one per key; see :func:`random_bits`."""
     u = uniform(seed, stream, *keys) + 2.0**-54  # never 0
     return (-torch.log(-torch.log(u))).to(torch.float32)
+
+
+def lanes(bits: Tensor, first: int, count: int) -> Tensor:
+    """Many 16-bit numbers from each 64 random bits: the splitmix64 sequence that starts there, four numbers a step.
+
+    Args:
+        bits: int64 [...], as :func:`random_bits` gives them.
+        first, count: which numbers of the sequence; any range gives the numbers that the whole sequence has there.
+
+    Returns:
+        int16 [..., count], uniform over all of its values.
+    """
+    skipped = first % 4
+    steps = torch.arange(first // 4, -(-(first + count) // 4), device=bits.device)
+    return _mix(bits[..., None] + steps * _signed(_GOLDEN)).view(torch.int16)[..., skipped : skipped + count]
 
 
 def generator(seed: int, stream: str, *keys: int) -> torch.Generator:

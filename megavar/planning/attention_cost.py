@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megavar.planning.ledger import Ledger
+from megavar.transformer.kernels import Visibility
 from megavar.transformer.sequence import SequenceLayout
 
 FLEX_TILE = 128
@@ -31,13 +32,13 @@ def seen_rows(layout: SequenceLayout) -> list[tuple[int, int]]:
 def attention_pairs(layout: SequenceLayout, kernel: str) -> int:
     """Pairs (query, key) of a sequence that an attention kernel computes.
 
-    ``dense`` computes all; ``flex`` (and ``auto``, which means it on GPUs) whole tiles with at least one visible pair;
-    the others, and ``visible``, which is the mathematics, the visible ones.
+    ``dense`` computes all; ``flex`` whole tiles with at least one visible pair; the others, and ``visible``, which is
+    the mathematics, the visible ones.
     """
     if kernel == "dense":
         return layout.length**2
     seen = seen_rows(layout)
-    if kernel not in ("flex", "auto"):
+    if kernel != "flex":
         return sum(end - start for start, end in seen)
     tiles = 0
     for row in range(0, len(seen), FLEX_TILE):
@@ -72,12 +73,13 @@ class _Attention(torch.autograd.Function):
 
 
 def attention_kernel(name: str, ledger: Callable[[], Ledger]) -> Callable[..., Tensor]:
-    """What stands for the kernel ``name``; ``ledger`` gives the one that is kept at the time of a call."""
+    """What stands for the kernel ``name`` of ``transformer/kernels.py``; ``ledger`` gives the one that is kept at the time of a call."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, softmax_scale: float, **unused: Any) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Tensor:
         """[B, H, L, D], keys and values perhaps with fewer heads -> [B, H, L, D]."""
         pair = 2.0 * q.shape[0] * q.shape[1] * (q.shape[3] + v.shape[3])  # operations per pair, all heads
-        needed, done = (pair * attention_pairs(layout, kernel) for kernel in ("visible", name))
-        return _Attention.apply(q, k, v, name == "dense", ledger(), needed, done)  # type: ignore[no-any-return]
+        needed, done = (pair * attention_pairs(visibility.layout, kernel) for kernel in ("visible", name))
+        in_order = name in ("dense", "causal")
+        return _Attention.apply(q, k, v, in_order, ledger(), needed, done)  # type: ignore[no-any-return]
 
     return attend

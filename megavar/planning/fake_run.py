@@ -11,7 +11,7 @@ import pickle
 import sys
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -79,10 +79,14 @@ class Laboratory:
         self._stand_in_for_kernels()
 
     def _stand_in_for_kernels(self) -> None:
+        """Kernels that only cost, chosen as on a GPU. This process computes nothing else."""
         from megavar.planning.attention_cost import attention_kernel
-        from megavar.transformer import attention
+        from megavar.transformer import attention, kernels
 
-        attention.choose_kernel = lambda name: attention_kernel(name, lambda: self.ledger)
+        on_gpu = torch.device("cuda")
+        attention.choose_kernel = lambda name, visible, device: kernels.choose_kernel(name, visible, on_gpu)
+        for name, kernel in kernels.KERNELS.items():
+            kernels.KERNELS[name] = replace(kernel, function=attention_kernel(name, lambda: self.ledger))
 
     def measure(self, request: Request) -> Cost:
         """Costs of one rank."""

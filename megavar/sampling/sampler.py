@@ -1,33 +1,37 @@
-"""The sampler of next-scale generators: from sample indices to tokens and images."""
+"""From sample indices to tokens and images, for any generator, tokenizer and procedure."""
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from megavar.config.procedures.next_scale import NextScaleSampling
+from megavar.conditions import Conditions
+from megavar.config.procedures.base import SamplingChoice
 from megavar.data.pixels import Rounding, quantize
 from megavar.errors import CheckpointError
-from megavar.generators.var import VAR
-from megavar.sampling.next_scale import decode, noise_of_samples
-from megavar.tokenizers.multiscale_vq import MultiScaleVQ
+from megavar.sampling.base import Procedure
+from megavar.sampling.noise import Noise
+from megavar.tokenizers.base import Tokenizer
 
 
 class TokenDecoder:
-    """Images of the tokens of a multi-scale tokenizer, all scales one after the other."""
+    """Images of stored tokens."""
 
-    def __init__(self, tokenizer: MultiScaleVQ, device: torch.device, rounding: Rounding = "round") -> None:
+    def __init__(self, tokenizer: Tokenizer, device: torch.device, rounding: Rounding = "round") -> None:
         self.tokenizer = tokenizer
         self.device = device
         self.rounding: Rounding = rounding
 
     @torch.no_grad()
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """int64 [B, L] to uint8 [B, 3, H, W] on the CPU.
+    def __call__(self, tokens: np.ndarray) -> Tensor:
+        """Tokens [B, L] (or vectors [B, L, C]) as a chunk holds them to uint8 [B, 3, H, W] on the CPU.
 
         Raises:
             CheckpointError: an image is not finite, which bytes would hide.
         """
-        images = self.tokenizer.decode(tokens.to(self.device))
+        wide = tokens.astype(np.int64 if tokens.dtype.kind in "iu" else np.float32)
+        images = self.tokenizer.decode(torch.from_numpy(wide).to(self.device))
         if not bool(images.isfinite().all()):
             raise CheckpointError(
                 "The tokenizer decodes tokens to values that are not finite. Its weights are damaged or belong to "
@@ -36,29 +40,47 @@ class TokenDecoder:
         return quantize(images, self.rounding).cpu()
 
 
-class NextScaleSampler:
-    """Samples of a next-scale generator; sample i has label i modulo the number of classes and noise of its own."""
+@dataclass(frozen=True)
+class Drawn:
+    """B samples."""
+
+    images: Tensor
+    """uint8 [B, 3, H, W] on the CPU, decoded from ``arrays["tokens"]``."""
+    arrays: dict[str, np.ndarray]
+    """What a chunk stores: ``tokens`` in the type that their space asks for, and the conditions (``labels`` or
+    ``captions``)."""
+
+
+class Sampler:
+    """Samples of a generator: sample i is a function of (weights, settings, its condition, i)."""
 
     def __init__(
-        self, generator: VAR, tokenizer: MultiScaleVQ, settings: NextScaleSampling, device: torch.device
+        self,
+        generator: nn.Module,
+        tokenizer: Tokenizer,
+        procedure: Procedure,
+        conditions: Conditions,
+        settings: SamplingChoice,
+        device: torch.device,
     ) -> None:
+        """Draw with ``procedure``; of ``settings``, only seed and rounding matter here."""
         self.generator = generator
         self.tokenizer = tokenizer
-        self.settings = settings
+        self.procedure = procedure
+        self.conditions = conditions
+        self.seed = settings.seed
         self.device = device
         self.decoder = TokenDecoder(tokenizer, device, settings.rounding)
-        self.stored_type: type[np.generic] = np.uint16 if tokenizer.config.vocabulary_size <= 2**16 else np.int32
 
     @torch.no_grad()
-    def draw(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images, labels and tokens of samples ``indices``; see :class:`Sampler`."""
+    def draw(self, indices: Tensor) -> Drawn:
+        """Samples ``indices`` (int64 [B])."""
         training = self.generator.training
         self.generator.eval()
         indices = indices.to(self.device)
-        labels = indices % self.generator.choice.classes
-        noise = noise_of_samples(self.settings.seed, indices)
-        decoded = decode(self.generator, self.tokenizer.quantizer, labels, self.settings, noise)
+        condition = self.conditions.at(indices)
+        drawn = self.procedure.draw(self.generator, self.tokenizer, condition, Noise(self.seed, indices))
         self.generator.train(training)
-        tokens = torch.cat(decoded.ids, dim=1)
-        # From the tokens rather than from the maps that decoding accumulated: stored tokens give the same bits later.
-        return self.decoder(tokens), labels.cpu(), tokens.cpu()
+        tokens = drawn.cpu().numpy().astype(self.tokenizer.space.stored_type)
+        # From what is stored, not from what decoding accumulated: chunks give the same bits later.
+        return Drawn(self.decoder(tokens), {"tokens": tokens, **condition.arrays()})

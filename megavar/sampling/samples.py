@@ -1,13 +1,13 @@
 """A set of samples on disk: drawn chunk by chunk when they are first asked for, read or decoded again afterwards.
 
-A chunk holds tokens and labels always, images only where they are kept. Chunks are never merged or split, because
+A chunk holds tokens and conditions always, images only where they are kept. Chunks are never merged or split, because
 kernels may round differently in batches of another size: decoded again, a chunk's images are the drawn ones.
 """
 
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,27 +18,11 @@ from tqdm import tqdm
 from megavar.chunks import ChunkStore, share
 from megavar.errors import DataError
 from megavar.parallel.environment import Environment
+from megavar.sampling.sampler import Sampler
 
-Decoder = Callable[[Tensor], Tensor]
-"""Tokens [B, L] as a sampler gave them to images, uint8 [B, 3, H, W] on the CPU: the sampler's own, bit for bit, where
+Decoder = Callable[[np.ndarray], Tensor]
+"""Tokens [B, L] as a chunk holds them to images, uint8 [B, 3, H, W] on the CPU: the sampler's own, bit for bit, where
 the batch, the device and the library versions are the same."""
-
-
-class Sampler(Protocol):
-    """What storing and scoring need of any generator. Sample i is a function of (weights, settings, i) alone."""
-
-    stored_type: type[np.generic]
-    """Type in which tokens are stored, for example ``np.uint16``; it must hold them exactly, or the images must be
-    decoded from what it holds."""
-
-    def draw(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Samples ``indices`` (int64 [B]).
-
-        Returns:
-            images uint8 [B, 3, H, W], labels int64 [B] (-1 without classes), tokens int64 [B, L] (or latents of a
-            floating type); all on the CPU.
-        """
-        ...
 
 
 class Samples:
@@ -89,9 +73,10 @@ class Samples:
 
     @functools.cached_property
     def labels(self) -> Tensor | None:
-        """Classes int64 [N] of all samples, which must have been drawn; None if the generator knows no classes."""
-        labels = torch.cat([torch.from_numpy(arrays["labels"]) for arrays in self.store.read_all(["labels"])])
-        return labels if bool((labels >= 0).any()) else None
+        """Classes int64 [N] of all samples, which must have been drawn; None if they were not asked for by class."""
+        if "labels" not in self.store.names(0):
+            return None
+        return torch.cat([torch.from_numpy(arrays["labels"]) for arrays in self.store.read_all(["labels"])])
 
     def __len__(self) -> int:
         return self.store.count
@@ -136,17 +121,16 @@ class Samples:
                 f"{self.store.path(chunk)} holds no images, only {', '.join(sorted(self.store.names(chunk)))}, and "
                 f"nothing here decodes them: sample with sampling.keep_images={self.store.count}"
             )
-        tokens = arrays["tokens"]
-        return self._decode(torch.from_numpy(tokens.astype(np.int64) if tokens.dtype.kind in "iu" else tokens))
+        return self._decode(arrays["tokens"])
 
     def _draw(self, chunk: int) -> Tensor:
         if self._sampler is None:
             raise DataError(f"{self.store.path(chunk)} is missing: finish sampling first")
         first, last = self.store.range(chunk)
-        images, labels, tokens = self._sampler.draw(torch.arange(first, last))
-        arrays = {"labels": labels.numpy(), "tokens": tokens.numpy().astype(self._sampler.stored_type)}
-        self.store.write(chunk, arrays | ({"images": images.numpy()} if self._kept(chunk) else {}))
-        return images
+        drawn = self._sampler.draw(torch.arange(first, last))
+        kept = {"images": drawn.images.numpy()} if self._kept(chunk) else {}
+        self.store.write(chunk, drawn.arrays | kept)
+        return drawn.images
 
     def _kept(self, chunk: int) -> bool:
         return self.store.range(chunk)[0] < self._keep_images

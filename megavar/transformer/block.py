@@ -1,76 +1,65 @@
-"""The transformer block: Megatron-core attention and feed-forward network under VAR's adaptive norm.
+"""The transformer block: what its spec names, around residual connections.
 
 Hidden states are Megatron's [L, B, C] (sequence first, so that sequence parallelism shards L).
 """
 
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from typing import Any
+
+from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megavar.config.generators.var import VARConfig
-from megavar.transformer.adaptive_norm import Modulation, ModulationOffset, for_sharded_tokens, normalize
-from megavar.transformer.attention import build_self_attention
+from megavar.transformer.attention import AttentionCore
 from megavar.transformer.context import ForwardContext
-from megavar.transformer.moe.layer import ExpertFeedForward
-
-
-class FeedForward(nn.Module):
-    """Megatron-core's MLP with its output bias added: C -> 4C -> C, GELU (tanh)."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-        self.mlp = MLP(config, submodules, ffn_hidden_size=config.ffn_hidden_size)
-
-    def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
-        """[L, B, C] -> [L, B, C]."""
-        output, bias = self.mlp(hidden)
-        return output + bias
+from megavar.transformer.modulation import Modulated
+from megavar.transformer.spec import BlockSpec
 
 
 class Block(nn.Module):
-    """x += gate_1 attention(norm(x) (1 + scale_1) + shift_1), then the same around the feed-forward network."""
+    """x += residual(gate attention(norm(x) (1 + scale) + shift)), then the same around the feed-forward network."""
 
     def __init__(
-        self, config: TransformerConfig, generator: VARConfig, number: int, scales: int, *, recompute: str
+        self, config: TransformerConfig, spec: BlockSpec, number: int, depth: int, *, recompute: str = "none"
     ) -> None:
-        super().__init__()
-        self.config = config
-        self.number = number
-        self.drop_path_rate = generator.drop_path_rate * number / max(generator.depth - 1, 1)
-        self.modulation = ModulationOffset(config) if generator.shared_adaptive_norm else Modulation(config, 6)
-        self.attention = build_self_attention(
-            config,
-            number,
-            kernel=generator.attention_kernel,
-            qk_l2_norm=generator.qk_l2_norm,
-            recompute=recompute == "selective",
-        )
-        self.feed_forward: nn.Module
-        if generator.experts is None:
-            self.feed_forward = FeedForward(config)
-        else:
-            self.feed_forward = ExpertFeedForward(config, generator.experts, number, scales)
+        """Build block ``number`` (from 0) of ``depth``.
 
-    def forward(self, hidden: Tensor, condition: Tensor, context: ForwardContext) -> Tensor:
+        Args:
+            recompute: ``selective`` computes attention cores again in the backward pass (``full`` is the backbone's).
+        """
+        super().__init__()
+        norm = {"hidden_size": config.hidden_size, "config": config, "eps": config.layernorm_epsilon}
+        self.modulation = None if spec.modulation is None else build_module(spec.modulation, config=config)
+        self.attention_norm = build_module(spec.norm, **norm)
+        self.attention = build_module(spec.attention, config=config, layer_number=number + 1)
+        self.feed_forward_norm = build_module(spec.norm, **norm)
+        self.feed_forward = build_module(spec.feed_forward, config=config, number=number)
+        self.residual = build_module(spec.residual, config=config, number=number, depth=depth)
+        for module in self.attention.modules():
+            if isinstance(module, AttentionCore):
+                module.recompute = recompute == "selective"
+
+    def forward(self, hidden: Tensor, condition: Tensor | None, context: ForwardContext) -> Tensor:
         """One block.
 
         Args:
             hidden: [L, B, C] (under sequence parallelism L / tensor-parallel size rows).
-            condition: [B, C], or [B, 6, C] where all blocks share one modulation network.
+            condition: what the modulation of the spec takes; None without modulation.
             context: see :class:`ForwardContext`.
 
         Returns:
             [L, B, C].
         """
-        modulation = for_sharded_tokens(self.modulation(condition), self.config)
-        gate_1, gate_2, scale_1, scale_2, shift_1, shift_2 = modulation.unbind(1)  # VAR's order, not DiT's
-        attended, bias = self.attention(normalize(hidden) * (1 + scale_1) + shift_1, context)
-        hidden = hidden + self._drop((attended + bias) * gate_1, "drop_path/attention", context)
-        transformed = self.feed_forward(normalize(hidden) * (1 + scale_2) + shift_2, context)
-        return hidden + self._drop(transformed * gate_2, "drop_path/feed_forward", context)
+        modulated = {} if self.modulation is None else self.modulation(condition)
+        for half, norm, body in (
+            ("attention", self.attention_norm, self.attention),
+            ("feed_forward", self.feed_forward_norm, self.feed_forward),
+        ):
+            branch = _modulated(norm(hidden), body, modulated.get(half), context)
+            hidden = hidden + self.residual(branch, half, context)
+        return hidden
 
-    def _drop(self, branch: Tensor, stream: str, context: ForwardContext) -> Tensor:
-        keep = context.keep_mask(stream, self.number, self.drop_path_rate)
-        return branch if keep is None else branch * keep.to(branch.dtype)[:, None]
+
+def _modulated(normed: Tensor, body: Any, by: Modulated | None, context: ForwardContext) -> Tensor:
+    if by is None:
+        return body(normed, context)
+    return by.gate * body(normed * (1 + by.scale) + by.shift, context)

@@ -1,12 +1,15 @@
 """What the blocks of one forward pass share besides hidden states."""
 
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from megavar.parallel import seeds
 from megavar.transformer.cache import KeyValueCache
+from megavar.transformer.kernels import Visibility
 from megavar.transformer.sequence import SequenceLayout
 
 
@@ -24,8 +27,8 @@ class ForwardContext:
     """Cosines and sines by which attention rotates queries and keys, float32 [L, R / 2] or [B, L, R / 2]: one angle for
     each of the R / 2 pairs of the R rotated channels of a head (see ``transformer/rotary.py``)."""
     valid: Tensor | None = None
-    """bool [B, L], or with a cache [B, rows in the cache + L]: False marks padding of a sample (text), which its other
-    tokens do not see and which routers do not count."""
+    """bool [B, L], or while decoding [B, rows in the cache + L]: False marks padding of a sample (text),
+    which its other tokens do not see and which routers do not count."""
     cache: KeyValueCache | None = None
     """Present while decoding."""
     seed: int = 0
@@ -41,7 +44,23 @@ class ForwardContext:
 
     def silent(self) -> "ForwardContext":
         """The same context for a recomputation, which must not be recorded twice."""
-        return replace(self, routing=None)
+        other = copy(self)  # shares the masks that were made
+        other.routing = None
+        return other
+
+    @cached_property
+    def visibility(self) -> Visibility:
+        """Which rows see which; made once and used by all blocks."""
+        return Visibility(self.sequence, self.valid)
+
+    def first_row(self, rows: int) -> int:
+        """Number of the first of this rank's ``rows`` rows of the sequence."""
+        if rows == self.sequence.length:
+            return 0
+        from megatron.core import parallel_state
+
+        assert rows * parallel_state.get_tensor_model_parallel_world_size() == self.sequence.length
+        return rows * parallel_state.get_tensor_model_parallel_rank()
 
     def keep_mask(self, stream: str, block: int, rate: float) -> Tensor | None:
         """Drop-path multipliers [B] (0 or 1/keep), a function of (seed, sample, block); None means keep all."""

@@ -17,7 +17,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -111,23 +111,23 @@ class SequenceLayout:
         """Kind of each row's segment, int64 [length]; :data:`PADDING` for rows of padding."""
         return _kind_index(self, device)
 
-    def visible(self, query: Any, key: Any, segment: Tensor) -> Any:
-        """Whether row ``query`` sees row ``key`` (int64 tensors that broadcast), bool.
+    def levels(self, device: torch.device | None = None) -> Tensor:
+        """Who sees whom: int64 [3, length], row q sees row k if ``levels[1, q] <= levels[0, k] <= levels[2, q]``.
 
-        Args:
-            segment: :meth:`segment_index` on their device.
+        One form for all rules and one tensor, so that a compiled kernel depends on neither rule nor layout.
         """
-        if self.rule == "full":
-            seen = query >= 0
-        elif self.rule == "causal":
-            seen = query >= key
-        elif self.rule == "block_causal":
-            seen = segment[query] >= segment[key]
-        else:
-            seen = segment[query] == segment[key]
-        if not self.padding:
-            return seen
-        return (seen | (query >= self.tokens)) & (key < self.tokens)
+        return _levels(self, device)
+
+    @cached_property
+    def unmasked(self) -> bool:
+        """Whether every row sees every token."""
+        return self.rule == "full" or self.tokens == 1 or (self.rule != "causal" and len(self.sizes) == 1)
+
+
+def visible(levels: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Whether rows ``query`` see rows ``key`` (int64, broadcast), bool; see :meth:`SequenceLayout.levels`."""
+    level = levels[0, key]
+    return (levels[1, query] <= level) & (level <= levels[2, query])
 
 
 def _rows(layout: SequenceLayout, values: tuple[int, ...], padding: int, device: torch.device) -> Tensor:
@@ -145,3 +145,24 @@ def _segment_index(layout: SequenceLayout, device: torch.device) -> Tensor:
 def _kind_index(layout: SequenceLayout, device: torch.device) -> Tensor:
     assert layout.kinds is not None
     return _rows(layout, layout.kinds, PADDING, device)
+
+
+@cached_by_layout
+def _levels(layout: SequenceLayout, device: torch.device) -> Tensor:
+    segment = layout.segment_index(device)
+    row = torch.arange(layout.length, device=device)
+    zero = torch.zeros_like(row)
+    if layout.rule == "full":
+        level, low, high = zero, zero, zero
+    elif layout.rule == "causal":
+        level, low, high = row, zero, row
+    elif layout.rule == "block_causal":
+        level, low, high = segment, zero, segment
+    else:
+        level, low, high = segment, segment, segment
+    if layout.padding:
+        padding = row >= layout.tokens
+        unseen = layout.length + 1
+        level, low = level.masked_fill(padding, unseen), low.masked_fill(padding, 0)
+        high = high.masked_fill(padding, unseen - 1)
+    return torch.stack([level, low, high])

@@ -6,16 +6,19 @@ layout the continued run is the uninterrupted one, bit for bit.
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 
+from megavar.conditions import ClassConditions
 from megavar.config.checkpoint import CheckpointConfig
 from megavar.config.parallel import ParallelConfig
 from megavar.config.procedures.next_scale import NextScaleSampling
 from megavar.config.train import EmaConfig
 from megavar.parallel import topology
 from megavar.parallel.environment import environment
-from megavar.sampling.sampler import NextScaleSampler
+from megavar.sampling.procedures.next_scale import NextScale
+from megavar.sampling.sampler import Sampler
 from megavar.training.checkpoint import Checkpointer, ModuleState, load_weights
 from megavar.training.ema import MovingAverage
 from tests.checkpoint.conftest import assert_same, read_everything
@@ -132,8 +135,11 @@ def sample(root, ema):
     recipe = build(Setup(), mesh)
     load_weights(recipe.generator, root, ema=ema)
     settings = NextScaleSampling(top_k=20, top_p=0.9)
-    sampler = NextScaleSampler(recipe.generator, recipe.tokenizer, settings, torch.device("cpu"))
-    return sampler.draw(torch.arange(24))[2].int()  # pickle knows no uint16 tensors
+    conditions = ClassConditions(recipe.classes)
+    sampler = Sampler(
+        recipe.generator, recipe.tokenizer, NextScale(settings), conditions, settings, torch.device("cpu")
+    )
+    return torch.from_numpy(sampler.draw(torch.arange(24)).arrays["tokens"].astype(np.int64))
 
 
 @pytest.mark.parametrize("ema", [False, True], ids=["weights", "average"])

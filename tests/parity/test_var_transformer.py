@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megavar.conditions import Condition
 from megavar.config.generators.var import VARConfig
 from megavar.config.procedures.next_scale import NextScaleSampling
 from megavar.config.token_space import TokenSpace
@@ -13,8 +14,8 @@ from megavar.generators.var import VAR
 from megavar.generators.var.published import VARLayout
 from megavar.parallel.logical import logical_tensors
 from megavar.sampling.filters import truncate
-from megavar.sampling.next_scale import decode
-from megavar.tokenizers.multiscale_vq import MultiScaleQuantizer
+from megavar.sampling.procedures.next_scale import NextScale
+from megavar.tokenizers.multiscale_vq import MultiScaleVQ
 from tests.parity.cases import Case, cases
 from tests.parity.test_var_vqvae import quantizer_options
 
@@ -62,12 +63,14 @@ def load(model: VAR, tensors: dict[str, torch.Tensor]) -> None:
             parameter.copy_(tensors[name])
 
 
-def quantizer_of(case: Case) -> MultiScaleQuantizer:
+def tokenizer_of(case: Case) -> MultiScaleVQ:
+    """The case's quantizer in a tokenizer whose other parts are small and unused."""
     given = case.config
     reference = given | given["quant"] | {"v_patch_nums": given["patch_nums"], "beta": 0.25}
-    quantizer = MultiScaleQuantizer(MultiScaleVQConfig(**quantizer_options(reference)))
-    quantizer.load_state_dict(case.under("weights.vae.quantize."))
-    return quantizer
+    small = {"base_channels": 8, "norm_groups": 8, "channel_multipliers": (1,)}
+    tokenizer = MultiScaleVQ(MultiScaleVQConfig(**quantizer_options(reference) | small))
+    tokenizer.quantize.load_state_dict(case.under("weights.vae.quantize."))
+    return tokenizer
 
 
 def inputs_of(case: Case) -> tuple[ScaleInputs, torch.Tensor]:
@@ -99,7 +102,7 @@ def test_teacher_forcing_equals_the_reference(case: Case, kernel: str) -> None:
 
 @pytest.mark.parametrize("case", MODELS, ids=str)
 def test_teacher_forcing_input_equals_the_reference(case: Case) -> None:
-    features = quantizer_of(case).teacher_forcing_input(case.series("input.gt_idx"))
+    features = tokenizer_of(case).quantize.teacher_forcing_input(case.series("input.gt_idx"))
     case.check("output.var_input", features)
 
 
@@ -115,13 +118,12 @@ def test_unconditional_logits_equal_the_reference(case: Case) -> None:
 @pytest.mark.parametrize("case", MODELS, ids=str)
 def test_greedy_guided_decoding_equals_the_reference(case: Case) -> None:
     settings = NextScaleSampling(guidance=case.config["cfg"], top_k=case.config["top_k"], top_p=case.config["top_p"])
-    decoded = decode(
-        build(case).eval(), quantizer_of(case), case["input.label_B"], settings, noise=None, keep_logits=True
-    )
-    case.check_series("output.infer.idx", decoded.ids)
-    case.check_series("output.infer.logits_cfg", decoded.logits)
-    case.check_series("output.infer.f_hat", decoded.feature_maps)
-    case.check("output.infer.f_hat_final", decoded.feature_maps[-1])
+    condition = Condition(case["input.label_B"], classes=case.config["num_classes"])
+    steps = list(NextScale(settings).steps(build(case).eval(), tokenizer_of(case), condition, noise=None))
+    case.check_series("output.infer.idx", [step.ids for step in steps])
+    case.check_series("output.infer.logits_cfg", [step.logits for step in steps])
+    case.check_series("output.infer.f_hat", [step.state for step in steps])
+    case.check("output.infer.f_hat_final", steps[-1].state)
 
 
 @pytest.mark.parametrize("case", MODELS, ids=str)

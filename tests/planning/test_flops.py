@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.flop_counter import FlopCounterMode
 
 from megavar.config.experts.base import ExpertsChoice
@@ -18,6 +17,7 @@ from megavar.planning.timing import Machine
 from megavar.planning.tokenizer_cost import tokenizer_cost
 from megavar.planning.workload import GeneratorWorkload
 from megavar.transformer.cache import KeyValueCache
+from megavar.transformer.kernels import Visibility
 from megavar.transformer.sequence import SequenceLayout
 from tests.planning import models
 from tests.planning.models import CODE_DIMENSION, MEPA, space_of
@@ -89,14 +89,11 @@ def test_sampling(single_process, costs, options):
 @pytest.mark.parametrize("rule", ["block_causal", "block_diagonal", "causal", "full"])
 def test_pairs_of_masks(rule):
     layout = SequenceLayout.of_scales(SCALES[256], rule=rule)
-    segment, row = layout.segment_index(), torch.arange(layout.tokens)
-    seen = layout.visible(row[:, None], row[None, :], segment).expand(layout.tokens, layout.tokens)
-    assert attention_pairs(layout, "visible") == int(seen.sum())
+    visibility = Visibility(layout)
+    assert attention_pairs(layout, "visible") == int(visibility.mask(torch.device("cpu")).sum())
     assert attention_pairs(layout, "dense") == layout.tokens**2
-    mask = create_block_mask(
-        lambda b, h, q, k: layout.visible(q, k, segment), None, None, layout.tokens, layout.tokens, "cpu"
-    )
-    assert attention_pairs(layout, "flex") == int(mask.to_dense().sum()) * FLEX_TILE**2
+    tiles = visibility.block_mask(torch.device("cpu")).to_dense()
+    assert attention_pairs(layout, "flex") == int(tiles.sum()) * FLEX_TILE**2
 
 
 def test_tokenizer_costs_are_those_of_the_published_one():

@@ -1,65 +1,93 @@
-"""The sampler of next-scale generators: a sample is a function of its index; its tokens give its image again."""
-
-from pathlib import Path
+"""The sampler: a sample is a function of its index; its stored tokens give its image again, for any token space."""
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from megavar.assembly import build_generator
-from megavar.config.loading import load_config
+from megavar.conditions import ClassConditions, PromptConditions
+from megavar.config.procedures.next_scale import NextScaleSampling
+from megavar.config.token_space import TokenSpace
 from megavar.errors import CheckpointError
-from megavar.sampling.next_scale import decode, noise_of_samples
-from megavar.sampling.sampler import NextScaleSampler, TokenDecoder
-from megavar.tokenizers.multiscale_vq import MultiScaleVQ
+from megavar.sampling.noise import pick
+from megavar.sampling.sampler import Sampler, TokenDecoder
 
 CPU = torch.device("cpu")
+IDS = TokenSpace("line", (), 6, 50, 3, 4)
+SPACES = {
+    "uint16": IDS,
+    "int32": TokenSpace("line", (), 6, 100_000, 3, 4),
+    "float32": TokenSpace("latent", (2,), 4, None, 3, 4),
+}
 
 
-@pytest.fixture(scope="module")
-def config():
-    given = ["generator.depth=1", "generator.width=16", "generator.heads=2", "sampling.guidance=1.5"]
-    return load_config(Path(__file__).parents[2] / "configs/quickstart.yaml", given)
+class Tokenizer:
+    """Images whose pixels are the sum of an image's tokens."""
+
+    def __init__(self, space):
+        self.space = space
+
+    def decode(self, tokens):
+        total = tokens.double().flatten(1).sum(1)
+        return total.sin().float()[:, None, None, None].expand(-1, 3, 4, 4)
 
 
-@pytest.fixture
-def sampler(config, one_process):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        tokenizer = MultiScaleVQ(config.tokenizer).eval()
-    return NextScaleSampler(build_generator(config, None).train(), tokenizer, config.sampling, CPU)
+class Procedure:
+    """Tokens of noise and condition, at random."""
+
+    def draw(self, generator, tokenizer, condition, noise):
+        assert not generator.training and not torch.is_grad_enabled()
+        uniform = noise.uniform(torch.arange(tokenizer.space.length))
+        if tokenizer.space.vocabulary is None:
+            return uniform[..., None].float() * generator.weight[0] + condition.labels[:, None, None]
+        return pick(torch.zeros(*uniform.shape, tokenizer.space.vocabulary), uniform)
 
 
-def test_a_sample_is_a_function_of_its_index(sampler):
-    images, labels, tokens = sampler.draw(torch.arange(20))
-    assert images.shape == (20, 3, 16, 16) and images.dtype == torch.uint8 and sampler.generator.training
-    assert tokens.shape == (20, 21) and tokens.dtype == torch.int64 and labels.tolist() == [*range(10)] * 2
-    assert len(tokens.unique(dim=0)) == 20 and sampler.stored_type is np.uint16
+def sampler(space, conditions=ClassConditions(10), **settings):  # noqa: B008
+    generator = nn.Linear(3, 1)
+    return Sampler(generator, Tokenizer(space), Procedure(), conditions, NextScaleSampling(**settings), CPU)
+
+
+@pytest.mark.parametrize("stored", SPACES)
+def test_a_sample_is_a_function_of_its_index_in_any_space(stored):
+    space = SPACES[stored]
+    drawing = sampler(space)
+    drawn = drawing.draw(torch.arange(20))
+    tokens = drawn.arrays["tokens"]
+    assert drawing.generator.training and drawn.images.shape == (20, 3, 4, 4) and drawn.images.dtype == torch.uint8
+    assert tokens.dtype == stored and tokens.shape == (20, space.length, *([] if space.vocabulary else [3]))
+    assert drawn.arrays["labels"].tolist() == [*range(10)] * 2 and len(np.unique(tokens, axis=0)) == 20
+    if stored == "int32":
+        assert tokens.max() > 2**16
     mixed = torch.tensor([17, 3, 8])
-    for whole, part in zip((images, labels, tokens), sampler.draw(mixed)):
-        assert torch.equal(whole[mixed], part)  # in other company, which one thread computes alike
+    again = drawing.draw(mixed)
+    assert torch.equal(again.images, drawn.images[mixed])
+    assert all(np.array_equal(again.arrays[name], array[mixed]) for name, array in drawn.arrays.items())
 
 
-def test_images_are_those_that_decoding_accumulated(sampler, config):
-    indices = torch.arange(6)
-    images, labels, tokens = sampler.draw(indices)
-    sampler.generator.eval()
-    noise = noise_of_samples(config.sampling.seed, indices)
-    decoded = decode(sampler.generator, sampler.tokenizer.quantizer, labels, config.sampling, noise)
-    assert torch.equal(torch.cat(decoded.ids, 1), tokens)
-    exact = sampler.tokenizer.decode_features(decoded.feature_maps[-1])
-    assert torch.equal(sampler.tokenizer.decode(torch.cat(decoded.ids, 1)), exact)
-    assert torch.equal(images, exact.mul(127.5).add(127.5).round().to(torch.uint8))
+@pytest.mark.parametrize("stored", SPACES)
+def test_images_come_from_what_is_stored(stored):
+    drawing = sampler(SPACES[stored])
+    drawn = drawing.draw(torch.arange(6))
+    assert torch.equal(drawing.decoder(drawn.arrays["tokens"]), drawn.images)
 
 
-def test_rounding_is_a_setting(sampler):
-    tokens = sampler.draw(torch.arange(6))[2]
-    rounded, cut = (TokenDecoder(sampler.tokenizer, CPU, rule)(tokens).int() for rule in ("round", "truncate"))
+def test_prompts_reach_the_chunk():
+    drawn = sampler(IDS, PromptConditions("suite", ("a", "b"), 2)).draw(torch.arange(4))
+    assert drawn.arrays["captions"].tolist() == ["a", "a", "b", "b"] and "labels" not in drawn.arrays
+
+
+def test_the_seed_decides_the_noise():
+    one, two = (sampler(IDS, seed=seed).draw(torch.arange(20)).arrays["tokens"] for seed in (0, 1))
+    assert (one != two).mean() > 0.9
+
+
+def test_rounding_is_a_setting():
+    tokens = np.arange(400).reshape(-1, 1)
+    rounded, cut = (TokenDecoder(Tokenizer(IDS), CPU, rule)(tokens).int() for rule in ("round", "truncate"))
     assert set((rounded - cut).unique().tolist()) == {0, 1} and 0.4 < (rounded - cut).float().mean() < 0.6
 
 
-def test_values_that_are_not_finite_do_not_become_black_images(sampler):
-    with torch.no_grad():
-        sampler.tokenizer.post_quant_conv.bias.fill_(torch.nan)
+def test_values_that_are_not_finite_do_not_become_black_images():
     with pytest.raises(CheckpointError, match="not finite"):
-        sampler.draw(torch.arange(2))
+        TokenDecoder(Tokenizer(IDS), CPU)(np.array([[np.inf]], np.float32))

@@ -8,6 +8,7 @@ from megavar.chunks import ChunkStore
 from megavar.errors import DataError
 from megavar.evaluation.results import class_histogram
 from megavar.parallel.environment import Environment
+from megavar.sampling.sampler import Drawn
 from megavar.sampling.samples import Samples
 
 COUNT, SIZE, CLASSES = 23, 4, 10
@@ -15,13 +16,12 @@ ONE = Environment(0, 1, 0, "single")
 
 
 def decode(tokens):
-    return (tokens[:, :3, None, None] * torch.arange(1, 5).view(2, 2) % 256).to(torch.uint8)
+    wide = torch.from_numpy(tokens.astype(np.int64))
+    return (wide[:, :3, None, None] * torch.arange(1, 5).view(2, 2) % 256).to(torch.uint8)
 
 
 class Counting:
     """A sampler that remembers what it drew, and may be interrupted before a chunk."""
-
-    stored_type = np.uint16
 
     def __init__(self, interrupted_at=None, classes=True):
         self.drawn, self.interrupted_at, self.classes = [], interrupted_at, classes
@@ -30,9 +30,9 @@ class Counting:
         if self.interrupted_at in indices.tolist():
             raise KeyboardInterrupt
         self.drawn += indices.tolist()
-        tokens = (indices[:, None] * 7919 + torch.arange(6) ** 3) % 2**16
-        labels = indices % CLASSES if self.classes else torch.full_like(indices, -1)
-        return decode(tokens), labels, tokens
+        tokens = ((indices[:, None] * 7919 + torch.arange(6) ** 3) % 2**16).numpy().astype(np.uint16)
+        condition = {"labels": (indices % CLASSES).numpy()} if self.classes else {}
+        return Drawn(decode(tokens), {"tokens": tokens, **condition})
 
 
 def samples(directory, *, keep=0, **given):
@@ -45,7 +45,7 @@ def content(directory):
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
 
-EXPECTED = Counting().draw(torch.arange(COUNT))[0]
+EXPECTED = Counting().draw(torch.arange(COUNT)).images
 
 
 @pytest.mark.parametrize("keep", [0, 5, COUNT])

@@ -58,7 +58,7 @@ def test_a_sample_drops_the_same_branches_in_any_batch():
 
 def test_rate_rises_linearly_from_zero():
     model = tiny.model(tiny.config(None, depth=5, drop_path=0.2))
-    rates = [block.drop_path_rate for block in model.blocks.values()]
+    rates = [block.residual.rate for block in model.blocks.values()]
     assert rates == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2])
     assert tiny.config(None, depth=24, drop_path=None).drop_path_rate == pytest.approx(0.1)
 

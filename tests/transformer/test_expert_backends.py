@@ -35,7 +35,7 @@ def megatron_config(backend, number=4, top_k=2, dtype=torch.float32) -> Transfor
 
 def layer(backend, number=4, top_k=2, router="scale_token", dtype=torch.float32):
     experts = ExpertsChoice.make(number=number, top_k=top_k, backend=backend, router=router, balance_coefficient=0.0)
-    made = ExpertFeedForward(megatron_config(backend, number, top_k, dtype), experts, 0, len(tiny.SCALES))
+    made = ExpertFeedForward(megatron_config(backend, number, top_k, dtype), 0, experts=experts, kinds=len(tiny.SCALES))
     initialize_parameters(made, lambda name, value, generator: value.normal_(std=0.3, generator=generator), seed=2)
     return made
 

@@ -1,7 +1,7 @@
 """The kind of all generators, and what layout rules need to know of one."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from megavar.config.choice import Choice
 from megavar.config.experts.base import ExpertsChoice
@@ -41,3 +41,8 @@ class GeneratorChoice(Choice):
     def class_count(self) -> int | None:
         """Number of classes that can be asked for; None where conditions are something else (text)."""
         return None
+
+    @property
+    def condition(self) -> Literal["class", "text", "none"]:
+        """What images are asked for by; suites that ask for something else are refused."""
+        return "none" if self.class_count is None else "class"

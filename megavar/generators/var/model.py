@@ -19,10 +19,12 @@ from megavar.config.token_space import TokenSpace
 from megavar.generators.base import Embedded, Generator, TokenSequence
 from megavar.generators.inputs import ScaleInputs
 from megavar.parallel.parameter_rule import ParameterRule
-from megavar.transformer.adaptive_norm import LinearFloat32, Modulation, normalize
-from megavar.transformer.block import Block
+from megavar.transformer.linear import LinearFloat32
 from megavar.transformer.megatron_config import transformer_config
+from megavar.transformer.modulation import ModulationNetwork
+from megavar.transformer.norms import normalize
 from megavar.transformer.sequence import SequenceLayout
+from megavar.transformer.spec import BlockSpec, var_block
 
 _NOT_DECAYED = ("start_position", "position", "scale", "offset", "log_temperature", "scale_embedding")
 
@@ -68,7 +70,7 @@ class Head(nn.Module):
 
     def __init__(self, config: TransformerConfig, vocabulary: int) -> None:
         super().__init__()
-        self.modulation = Modulation(config, 2, float32=True)
+        self.modulation = ModulationNetwork(config, 2, float32=True)
         self.projection = LinearFloat32(
             config.hidden_size,
             vocabulary,
@@ -118,11 +120,18 @@ class VAR(Generator):
     def build_first(self) -> None:
         """Embedding, and the modulation that all blocks share if they do."""
         self.embedding = Embedding(self.choice, self.space, self.config.params_dtype)
-        self.shared_modulation = Modulation(self.config, 6) if self.choice.shared_adaptive_norm else None
+        self.shared_modulation = ModulationNetwork(self.config, 6) if self.choice.shared_adaptive_norm else None
 
-    def block(self, number: int) -> Block:
+    def spec(self, number: int) -> BlockSpec:
         """Adaptive norm, scale-causal attention, feed-forward network or experts."""
-        return Block(self.config, self.choice, number, self.kinds, recompute=self.recompute)
+        return var_block(
+            kernel=self.choice.attention_kernel,
+            unit_length=self.choice.qk_l2_norm,
+            shared_modulation=self.choice.shared_adaptive_norm,
+            drop_path=self.choice.drop_path_rate,
+            experts=self.choice.experts,
+            kinds=self.kinds,
+        )
 
     def build_last(self) -> None:
         """The head."""

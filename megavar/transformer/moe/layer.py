@@ -70,15 +70,16 @@ class ExpertFeedForward(nn.Module):
     size 1). Without sequence parallelism the tokens are therefore scattered before and gathered after the layer.
     """
 
-    def __init__(self, config: TransformerConfig, experts: ExpertsChoice, block: int, scales: int) -> None:
+    def __init__(self, config: TransformerConfig, number: int, *, experts: ExpertsChoice, kinds: int) -> None:
+        """``number``: of the block; ``kinds``: how many kinds of segments routers and statistics tell apart."""
         super().__init__()
         check_backend(experts, _layout_of(config))
         self.scatter = config.tensor_model_parallel_size > 1 and not config.sequence_parallel
         if self.scatter:
             config = copy(config)
             config.sequence_parallel = True
-        router = functools.partial(ScaleAwareRouter, experts=experts, block=block, scales=scales)
-        self.moe: Any = _build_mixture(choose_backend(experts.backend, config), config, router, block)
+        router = functools.partial(ScaleAwareRouter, experts=experts, block=number, scales=kinds)
+        self.moe: Any = _build_mixture(choose_backend(experts.backend, config), config, router, number)
         self._even = functools.partial(EvenMixture, config=config, copies=experts.top_k)
 
     def spread_evenly(self) -> None:

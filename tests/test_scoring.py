@@ -1,26 +1,28 @@
-"""From samples over features to the result file by ``megavar evaluate``: the same bytes from any number of ranks, and
-after an interruption anywhere.
+"""From conditions over samples and features to the result file: the same bytes from any number of ranks, and after an
+interruption anywhere; suites with prompts of their own; what cannot be scored is refused before anything is drawn.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from megavar.commands import evaluate
+from megavar import scoring
 from megavar.config.loading import load_config
 from megavar.config.parallel import ParallelConfig
 from megavar.errors import CheckpointError, DataError
-from megavar.evaluation import adm, suites
+from megavar.evaluation import adm
 from megavar.evaluation.images import NpzImages, open_images
 from megavar.evaluation.reference import Reference, save_reference
 from megavar.evaluation.statistics import gaussian
+from megavar.evaluation.suites import adm as suite
 from megavar.parallel import topology
 from megavar.parallel.environment import environment
-from megavar.sampling.sampler import NextScaleSampler
-from megavar.sampling.samples import Samples
+from megavar.run_samples import stored_samples
+from megavar.sampling.sampler import Sampler
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
 from tests.distributed.harness import RankFailure, run_ranks
 from tests.evaluation.conftest import SmallInception
@@ -28,7 +30,7 @@ from tools import evaluate_fid
 
 pytestmark = pytest.mark.distributed
 COUNT, CHUNK, KEEP = 23, 3, 5  # eight chunks, the last one short; the images of two of them are kept
-CONFIG = Path(__file__).parents[2] / "configs/quickstart.yaml"
+CONFIG = Path(__file__).parents[1] / "configs/quickstart.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +49,10 @@ def inputs(tmp_path_factory):
 
 
 def overrides(inputs, directory):
-    suite = {"name": "adm", "inception_weights": "w", "reference": str(inputs / "ref.npz")}
+    chosen = {"name": "adm", "inception_weights": "w", "reference": str(inputs / "ref.npz")}
     return [
         f"run.directory={directory}", f"recipe.tokenizer_weights={inputs / 'vae.pth'}", "generator.depth=1",
-        "generator.width=16", "generator.heads=2", "generator.experts=null", f"evaluation.suite={json.dumps(suite)}",
+        "generator.width=16", "generator.heads=2", "generator.experts=null", f"evaluation.suite={json.dumps(chosen)}",
         f"evaluation.samples={COUNT}", f"sampling.chunk_size={CHUNK}", f"sampling.keep_images={KEEP}",
     ]  # fmt: skip
 
@@ -71,7 +73,7 @@ def run(given, interrupt):
                 raise Stopped
             return super().forward(images)
 
-    draw, drawn = NextScaleSampler.draw, []
+    draw, drawn = Sampler.draw, []
 
     def interrupted(self, indices):
         drawn.append(indices)
@@ -79,12 +81,12 @@ def run(given, interrupt):
             raise Stopped
         return draw(self, indices)
 
-    NextScaleSampler.draw = interrupted
-    suites.ADMInception = lambda weights, unofficial: Network()
-    suites.check_weights = lambda weights, unofficial: "5" * 64
+    Sampler.draw = interrupted
+    suite.ADMInception = lambda weights, unofficial: Network()
+    suite.check_weights = lambda weights, unofficial: "5" * 64
     place = environment()
     topology.initialize(ParallelConfig(), place)
-    evaluate.score(load_config(CONFIG, given), place, untrained=True)
+    scoring.score(load_config(CONFIG, given), place, untrained=True)
     return len(drawn), Network.calls
 
 
@@ -114,6 +116,10 @@ def test_result_names_everything_that_decides_the_number(expected, inputs):
     assert result["count"] == COUNT and result["class_histogram"] == {str(c): 3 if c < 3 else 2 for c in range(10)}
     assert result["rounding"] == "round" and result["tf32"] is False and len(result["extractor"]["sha256"]) == 64
     assert result["sampler"]["chunk_size"] == CHUNK and result["sampler"]["seed"] == 0
+    assert result["sampler"]["conditions"] == {"kind": "class", "classes": 10}
+    assert result["order"] == "image i has condition i: class i modulo 10"
+    manifest = json.loads((samples_of(directory) / "manifest.json").read_text())
+    assert manifest["conditions"]["classes"] == 10 and manifest["space"]["sides"] == [1, 2, 4]
     assert result["checkpoint"]["weights"] == "model" and result["checkpoint"]["precision"] == "fp32"
     assert result["checkpoint"]["tokenizer"]["file"] == "vae.pth" and len(result["reference"]["sha256"]) == 64
     assert {"fid@23@small", "sfid@23@small", "is@23@small", "precision@23@small", "recall@23@small"} <= set(
@@ -168,21 +174,15 @@ def test_tools_decode_what_was_not_kept(expected, tmp_path):
 
 
 def test_tokens_are_not_decoded_by_another_tokenizer(expected, inputs, tmp_path):
-    import shutil
-
-    from megavar.assembly import stored_decoder
-
     directory = tmp_path / "samples"
     shutil.copytree(samples_of(expected[0]), directory)
     other = torch.load(inputs / "vae.pth")
     torch.save({name: value + 1 for name, value in other.items()}, tmp_path / "vae.pth")
     described = json.loads((directory / "decoder.json").read_text())
     (directory / "decoder.json").write_text(json.dumps(described | {"weights": str(tmp_path / "vae.pth")}))
-    opened = open_images(
-        directory, lambda path: Samples.stored(path, stored_decoder(path, torch.device("cpu")))
-    )
+    opened = open_images(directory, lambda path: stored_samples(path, torch.device("cpu")))
     assert opened.read(0, CHUNK).shape == (CHUNK, 3, 16, 16)  # these were kept
-    with pytest.raises(CheckpointError, match="weights of .tokenizer. were replaced"):
+    with pytest.raises(CheckpointError, match=r"weights of .tokenizer. were replaced"):
         opened.read(COUNT - 1, COUNT)
     (tmp_path / "vae.pth").unlink()
     with pytest.raises(DataError, match=r"vae\.pth, which do not exist"):

@@ -1,0 +1,1 @@
+"""Suites of metrics for generators: one module each; see :mod:`megavar.evaluation.base`."""

@@ -1,0 +1,207 @@
+"""The samples of a run: what draws them, what they show, what decodes them again, and where they are."""
+
+import functools
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from megavar.assembly import build_generator, build_sampler, load_tokenizer, require_generator
+from megavar.chunks import ChunkStore
+from megavar.conditions import ClassConditions, Conditions, SourceCaptions, Unconditional
+from megavar.config.loading import decode, import_plugins
+from megavar.config.root import Config
+from megavar.config.tokenizers.base import TokenizerChoice
+from megavar.data.build import build_source
+from megavar.data.pixels import image_grid
+from megavar.errors import ConfigError, DataError
+from megavar.frozen import TOKENIZER, check_same, identify, identities
+from megavar.parallel.environment import Environment, limit_threads
+from megavar.sampling.sampler import TokenDecoder
+from megavar.sampling.samples import Decoder, Samples
+from megavar.storage import atomic_file, write_json_atomic
+from megavar.training.checkpoint.weights import find_checkpoint, load_weights
+
+DECODER = "decoder.json"
+"""Beside the chunks of samples: what decodes their tokens."""
+GRID_COLUMNS = 10
+GRID_IMAGES = 100
+
+
+def open_samples(
+    config: Config, place: Environment, *, conditions: Conditions | None = None, untrained: bool = False
+) -> Samples:
+    """The ``sampling.number`` samples that ``config`` describes.
+
+    Those that were drawn before are kept, the others are drawn when they are read, or all at once by ``fill``. The
+    directory is named after everything that decides the images.
+
+    Args:
+        conditions: what they show; None: what the generator is asked for by default, see :func:`default_conditions`.
+        untrained: take the initial weights instead of the run's latest checkpoint.
+
+    Raises:
+        ConfigError: the run trains no generator, or its generator cannot be asked for ``conditions``.
+    """
+    require_generator_run(config)
+    conditions = conditions or default_conditions(config)
+    check_conditions(config, conditions, "the samples")
+    limit_threads(config.train.cpu_threads)
+    sampling, run_directory, weights = config.sampling, Path(config.run.path), config.recipe.frozen_weights()[TOKENIZER]
+    generator = build_generator(config, None)
+    tokenizer = load_tokenizer(config.tokenizer, weights, place.device)
+    of_tokenizer = identify(weights)
+    model: dict[str, Any] = {"checkpoint": "initial weights", "seed": config.train.seed}
+    if not untrained:
+        checkpoint, manifest = find_checkpoint(run_directory, verify=False)  # loading verifies it
+        check_same(identities(manifest.frozen), {TOKENIZER: of_tokenizer}, checkpoint, "train a generator with these.")
+        load_weights(generator, checkpoint, "generator", ema=sampling.weights == "ema")
+        model = identify(checkpoint).to_json()
+    model |= {
+        "weights": sampling.weights,
+        "precision": config.train.precision,
+        "generator": require_generator(config).model_dump(mode="json"),
+        "tokenizer": of_tokenizer.to_json(),
+    }
+    settings = sampling.model_dump(mode="json", exclude={"keep_images"})  # which changes no image
+    identity = {
+        "sampling": {key: value for key, value in settings.items() if key not in ("number", "chunk_size")},
+        "model": model,
+        "conditions": conditions.identity,
+        "space": asdict(tokenizer.space),
+    }
+    named = [identity, sampling.number, sampling.chunk_size]
+    digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:8]
+    directory = run_directory / "generated" / f"{'untrained' if untrained else model['checkpoint']}-{digest}"
+    store = ChunkStore.open(directory, count=sampling.number, size=sampling.chunk_size, identity=identity)
+    describe_decoder(directory, config)
+    sampler = build_sampler(config, generator.to(place.device), tokenizer, conditions, place.device)
+    keep = sampling.number if sampling.keep_images is None else sampling.keep_images
+    return Samples(store, sampler.decoder, sampler=sampler, keep_images=keep)
+
+
+def require_generator_run(config: Config) -> None:
+    """Refuse a run that draws no images.
+
+    Raises:
+        ConfigError: it trains a tokenizer.
+    """
+    if config.recipe.trains != "generator":
+        raise ConfigError(
+            f"Run {config.run.name} trains a tokenizer (recipe {config.recipe.name!r}), which draws no images. Give "
+            f"the configuration of a generator."
+        )
+
+
+def default_conditions(config: Config) -> Conditions:
+    """What the generator is asked for where nobody asks for anything else: classes in turn, captions of the test data,
+    or nothing.
+    """
+    generator = require_generator(config)
+    if generator.condition == "class":
+        assert generator.class_count is not None
+        return ClassConditions(generator.class_count)
+    if generator.condition == "text":
+        return SourceCaptions(build_source(config.data, "test"))
+    return Unconditional()
+
+
+def check_conditions(config: Config, conditions: Conditions, asked_by: str) -> None:
+    """Refuse what the generator cannot be asked for.
+
+    Args:
+        asked_by: who asks, with its key: the beginning of a sentence.
+
+    Raises:
+        ConfigError: the generator draws by another kind of condition.
+    """
+    generator = require_generator(config)
+    if conditions.kind != generator.condition:
+        words = {"class": "classes", "text": "prompts", "none": "images without a condition"}
+        asked, drawn = words[conditions.kind], words[generator.condition]
+        raise ConfigError(
+            f"{asked_by} asks for {asked}, but generator.name={generator.name} draws {drawn}. Choose a suite "
+            f"(evaluation.suite.name) that asks for {drawn}, or a generator that draws {asked}."
+        )
+    if conditions.count is not None and conditions.count < config.sampling.number:
+        raise ConfigError(
+            f"sampling.number={config.sampling.number}, but there are conditions for {conditions.count} samples only. "
+            f"Lower it."
+        )
+
+
+def describe_decoder(directory: Path, config: Config) -> None:
+    """Write down what decodes the tokens of the samples in ``directory``; :func:`stored_decoder` reads it."""
+    weights = Path(config.recipe.frozen_weights()[TOKENIZER])
+    described = {
+        "tokenizer": config.tokenizer.model_dump(mode="json"),
+        "space": asdict(config.tokenizer.space),
+        "weights": str(weights.resolve()),
+        "identity": identify(weights).to_json(),
+        "rounding": config.sampling.rounding,
+        "plugins": list(config.plugins),
+    }
+    write_json_atomic(directory / DECODER, described)
+
+
+def stored_samples(directory: Path, device: torch.device) -> Samples:
+    """Finished samples that ``megavar sample`` or ``megavar evaluate`` left in ``directory``, read only.
+
+    Raises:
+        DataError: there are none, or only a part of them; later, see :func:`stored_decoder`.
+    """
+    return Samples.stored(directory, stored_decoder(directory, device))
+
+
+def stored_decoder(directory: Path, device: torch.device) -> Decoder:
+    """From the tokens of samples that ``megavar sample`` left in ``directory`` to their images.
+
+    The tokenizer is loaded when the first tokens are decoded: not at all where all images are stored.
+
+    Raises:
+        DataError: (then) nothing says which tokenizer it is, or its weights are gone.
+        CheckpointError: (then) its weights are others now.
+    """
+
+    @functools.cache
+    def load() -> TokenDecoder:
+        path = Path(directory) / DECODER
+        try:
+            described: dict[str, Any] = json.loads(path.read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise DataError(f"{path} cannot be read ({error}), so nothing says what decodes these tokens") from error
+        weights = Path(described["weights"])
+        if not weights.exists():
+            raise DataError(
+                f"The tokens in {directory} are decoded by the tokenizer weights {weights}, which do not exist: "
+                f"restore them, correct their path in {path}, or sample again."
+            )
+        import_plugins(described, str(path))
+        tokenizer = load_tokenizer(decode(described["tokenizer"], TokenizerChoice, str(path)), str(weights), device)
+        before = identities({TOKENIZER: described["identity"]})
+        check_same(before, {TOKENIZER: identify(weights)}, directory, "sample again.")
+        return TokenDecoder(tokenizer, device, described["rounding"])
+
+    return lambda tokens: load()(tokens)
+
+
+def describe(samples: Samples) -> str:
+    """``1003 images (10 classes, 100 or 101 of each)``."""
+    if samples.labels is None:
+        return f"{len(samples)} images"
+    counts = samples.labels.unique(return_counts=True)[1].tolist()
+    each = " or ".join(map(str, sorted(set(counts))))
+    return f"{len(samples)} images ({len(counts)} classes, {each} of each)"
+
+
+def write_grid(samples: Samples) -> Path:
+    """Write an overview of the first 100 samples, ten in a row, beside the chunks."""
+    path = samples.directory / "grid.png"
+    grid = image_grid(samples.read(0, min(GRID_IMAGES, len(samples))), GRID_COLUMNS)
+    with atomic_file(path) as file:
+        Image.fromarray(grid).save(file, "PNG")
+    return path

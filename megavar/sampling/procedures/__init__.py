@@ -1,0 +1,1 @@
+"""Decoding procedures: one module each; see :mod:`megavar.sampling.base`."""

@@ -1,0 +1,75 @@
+"""Decoding of next-scale generators: one token map after the other, coarse to fine (VAR ``autoregressive_infer_cfg``).
+
+For any generator that takes :class:`~megavar.generators.inputs.ScaleInputs`, and any tokenizer that is a ``Pyramid``.
+
+Sources: VAR (arXiv:2404.02905) section 3.2; FoundationVision/VAR ``models/var.py``.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megavar.conditions import Condition
+from megavar.config.procedures.next_scale import NextScaleSampling
+from megavar.generators.base import Generator
+from megavar.generators.inputs import ScaleInputs
+from megavar.sampling.filters import truncate
+from megavar.sampling.guidance import guide, linear
+from megavar.sampling.noise import FiniteLogits, Noise, pick
+from megavar.tokenizers.base import Pyramid
+from megavar.transformer.cache import KeyValueCache
+
+
+class DrawnScale(NamedTuple):
+    """One step."""
+
+    ids: Tensor
+    """int64 [B, L_k]."""
+    logits: Tensor
+    """Guided logits before temperature and truncation, float32 [B, L_k, V]."""
+    state: Any
+    """The tokenizer's, after it took in the ids."""
+
+
+class NextScale:
+    """Scales in turn; all tokens of a scale at once, each drawn from its own distribution."""
+
+    def __init__(self, settings: NextScaleSampling) -> None:
+        self.settings = settings
+
+    def draw(self, generator: Generator, tokenizer: Pyramid, condition: Condition, noise: Noise | None) -> Tensor:
+        """Ids int64 [B, L], scales one after the other; see :class:`megavar.sampling.base.Procedure`."""
+        finite = FiniteLogits()
+        ids = []
+        for step in self.steps(generator, tokenizer, condition, noise):
+            finite.note(step.logits)
+            ids.append(step.ids)
+        finite.require()
+        return torch.cat(ids, dim=1)
+
+    @torch.no_grad()
+    def steps(
+        self, generator: Generator, tokenizer: Pyramid, condition: Condition, noise: Noise | None
+    ) -> Iterator[DrawnScale]:
+        """The scales one by one."""
+        settings, sides = self.settings, tokenizer.space.sides
+        guided = settings.guidance > 0
+        labels = (condition.with_dropped() if guided else condition).labels
+        counted = torch.arange(len(labels), device=labels.device) < len(condition)
+        positions = torch.arange(tokenizer.space.length, device=labels.device)
+        cache, state, start = KeyValueCache(tokenizer.space.length), None, 0
+        features: Tensor | None = None
+        for k, side in enumerate(sides):
+            doubled = features if features is None or not guided else features.repeat(2, 1, 1)
+            logits = generator.step(ScaleInputs(labels, doubled, scale=k), cache, counted)
+            if guided:
+                conditional, free = logits.chunk(2)
+                logits = guide(conditional, free, linear(settings.guidance, k, len(sides)))
+            here = positions[start : start + side * side]
+            uniform = noise.uniform(here) if noise is not None else None
+            ids = pick(truncate(logits / settings.temperature, settings.top_k, settings.top_p), uniform)
+            state, features = tokenizer.grow(state, ids, k)
+            start += side * side
+            yield DrawnScale(ids, logits, state)

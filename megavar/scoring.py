@@ -1,0 +1,149 @@
+"""Scores of a run: a generator's samples by the configured suite, or a tokenizer's reconstructions."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megavar.assembly import load_tokenizer, resolve
+from megavar.config.root import Config
+from megavar.evaluation.base import Scores, Suite
+from megavar.evaluation.reconstruction import ROUNDING
+from megavar.evaluation.reconstruction_suite import check_reconstruction, score_tokenizer
+from megavar.evaluation.results import Result, class_histogram, write_result
+from megavar.evaluation.table import format_table, thresholds_missed
+from megavar.frozen import identify
+from megavar.parallel.environment import Environment
+from megavar.run_samples import check_conditions, default_conditions, describe, open_samples, write_grid
+from megavar.sampling.samples import Samples
+from megavar.tokenizers.base import Tokenizer
+from megavar.training.checkpoint.weights import find_checkpoint
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot be scored in the end, before a run is trained or sampled.
+
+    Raises:
+        ConfigError: the suite does not fit the data or the generator.
+        CheckpointError, DataError: its files are missing or of another kind.
+    """
+    if config.recipe.trains == "generator":
+        _checked_suite(config)
+    else:
+        check_reconstruction(config.evaluation.reconstruction, config.data)
+
+
+def score(config: Config, place: Environment, *, untrained: bool = False) -> dict[str, float]:
+    """Score the run's latest checkpoint, print a table, write a result file. Collective; rank 0 gets the scores."""
+    if config.recipe.trains == "generator":
+        return _score_generator(config, place, untrained)
+    return _score_tokenizer(config, place)
+
+
+def _checked_suite(config: Config) -> Suite[Any]:
+    suite: Suite[Any] = resolve(config.evaluation.suite)(config.evaluation.suite, config.data)
+    suite.check()
+    asked = suite.conditions()
+    if asked is not None:
+        check_conditions(_with_sampling(config, suite), asked, f"evaluation.suite.name={config.evaluation.suite.name}")
+    return suite
+
+
+def _score_generator(config: Config, place: Environment, untrained: bool) -> dict[str, float]:
+    """Draw the images that the suite asks for and score them beside its baselines."""
+    suite = _checked_suite(config)
+    config = _with_sampling(config, suite)
+    conditions = suite.conditions() or default_conditions(config)
+    name = "untrained model" if untrained else config.run.name
+    drawn: dict[str, Samples] = {}
+    for row in dict.fromkeys((name, *(["untrained model"] if suite.untrained_beside else []))):
+        samples = open_samples(config, place, conditions=conditions, untrained=row == "untrained model")
+        suite.take_features(samples, place, samples.directory)
+        samples.fill(place)
+        drawn[row] = samples
+    if place.rank != 0:
+        return {}
+    found = {row: suite.score(samples, place.device, samples.directory) for row, samples in drawn.items()}
+    rows = {row: scores.metrics for row, scores in found.items()}
+    rows |= suite.baselines(config.sampling.number)
+    samples, scores = drawn[name], found[name]
+    result = Result(
+        suite=suite.label,
+        metrics=scores.metrics,
+        count=len(samples),
+        class_histogram=class_histogram(samples.labels) if samples.labels is not None else {},
+        rounding=config.sampling.rounding,
+        order=f"image i has condition i: {conditions.describe()}",
+        extractor=scores.extractor,
+        reference=scores.reference,
+        sampler=config.sampling.model_dump(mode="json", exclude={"keep_images"}) | {"conditions": conditions.identity},
+        checkpoint=samples.identity["model"],
+        notes=scores.notes,
+    )
+    label = result.suite.replace("/", "-")
+    path = Path(config.run.path) / f"scores-{label}-{samples.directory.name}.json"
+    _report(name, rows, scores, result, path)
+    print(f"{describe(samples)} in {samples.directory}, overview in {write_grid(samples)}", flush=True)
+    return scores.metrics
+
+
+def _with_sampling(config: Config, suite: Suite[Any]) -> Config:
+    """``config`` with the number of samples that the suite asks for, and the images of it that are worth keeping."""
+    asked, sampling = suite.conditions(), config.sampling
+    number = config.evaluation.samples if asked is None or asked.count is None else asked.count
+    keep = suite.images_kept if sampling.keep_images is None else sampling.keep_images
+    return config.model_copy(update={"sampling": sampling.model_copy(update={"number": number, "keep_images": keep})})
+
+
+@torch.no_grad()
+def _reconstruct(tokenizer: Tokenizer, images: Tensor) -> Tensor:
+    return tokenizer.decode(tokenizer.tokens(tokenizer.encode(images)))
+
+
+def _score_tokenizer(config: Config, place: Environment) -> dict[str, float]:
+    """Reconstruct the test images and compare."""
+    directory = Path(config.run.path)
+    checkpoint, _ = find_checkpoint(directory, verify=False)  # loading verifies it
+    tokenizer = load_tokenizer(config.tokenizer, str(checkpoint), place.device)
+    identity: dict[str, Any] = identify(checkpoint).to_json()
+    scores = score_tokenizer(
+        config.evaluation.reconstruction,
+        config.data,
+        functools.partial(_reconstruct, tokenizer),
+        place,
+        work_directory=directory / "reconstructed" / checkpoint.name,
+        identity=identity,
+    )
+    if scores is None:
+        return {}
+    settings = config.evaluation.reconstruction
+    result = Result(
+        suite=f"reconstruction/{settings.protocol}",
+        metrics=scores.metrics,
+        count=int(scores.reference["count"]),
+        class_histogram={},
+        rounding=ROUNDING[settings.protocol],
+        order="the source's",
+        extractor=scores.extractor,
+        reference=scores.reference,
+        sampler=settings.model_dump(mode="json", include={"protocol", "model_size", "chunk_size"}),
+        checkpoint=identity,
+        notes=scores.notes,
+    )
+    path = directory / f"scores-reconstruction-{settings.protocol}-{checkpoint.name}.json"
+    _report(config.run.name, {config.run.name: scores.metrics}, scores, result, path)
+    return scores.metrics
+
+
+def _report(name: str, rows: dict[str, dict[str, float]], scores: Scores, result: Result, path: Path) -> None:
+    write_result(path, result)
+    if scores.metrics:
+        print(format_table(rows, scores.table or None))
+    missed = thresholds_missed(rows[name], scores.table)
+    if any(metric.threshold is not None for metric in scores.table):
+        print(f"\n{name}: " + (f"misses {', '.join(missed)}" if missed else "meets every threshold"))
+    for note in scores.notes:
+        print(f"note: {note}")
+    print(f"scores: {path}", flush=True)

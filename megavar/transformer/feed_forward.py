@@ -1,0 +1,42 @@
+"""The dense feed-forward network."""
+
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megavar.transformer.context import ForwardContext
+from megavar.transformer.dropout import dropout
+
+
+def activate(inner: Tensor, config: TransformerConfig) -> Tensor:
+    """The activation of a first layer's output, [..., F] -> [..., F]; gated: [..., 2 F] (gate, then up) -> [..., F]."""
+    assert config.activation_func is not None
+    if not config.gated_linear_unit:
+        return config.activation_func(inner)
+    gate, up = inner.chunk(2, -1)
+    return config.activation_func(gate) * up
+
+
+class FeedForward(nn.Module):
+    """C -> F -> C on the layers of Megatron-core's MLP, plain or gated, with dropout of the F inner channels."""
+
+    def __init__(self, config: TransformerConfig, number: int = 0, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.config, self.number, self.dropout = config, number, dropout
+        submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        self.mlp = MLP(config, submodules, ffn_hidden_size=config.ffn_hidden_size)
+
+    def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
+        """[L, B, C] -> [L, B, C]."""
+        inner, bias = self.mlp.linear_fc1(hidden)
+        inner = activate(inner if bias is None else inner + bias, self.config)
+        if self.dropout:
+            # The first layer gathers the rows: here every rank has all of them and some of the channels.
+            first = parallel_state.get_tensor_model_parallel_rank() * inner.shape[-1]
+            inner = dropout(
+                inner, context, stream="dropout/inner", block=self.number, rate=self.dropout, first_channel=first
+            )
+        output, bias = self.mlp.linear_fc2(inner)
+        return output if bias is None else output + bias

@@ -1,0 +1,50 @@
+"""Linear layers on Megatron-core's that it does not offer."""
+
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+
+class LinearFloat32(ColumnParallelLinear):
+    """A column-parallel linear layer that computes in float32 whatever the parameters' type."""
+
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """[..., in] -> float32 [..., out of this rank, or out when gathered]."""
+        output, _ = super().forward(input_.float(), weight=self.weight.float())
+        bias = self.bias.float()
+        if self.gather_output and bias.shape[0] != output.shape[-1]:
+            bias = tensor_parallel.gather_from_tensor_model_parallel_region(bias)
+        return output + bias, None
+
+
+class QKVLinear(ColumnParallelLinear):
+    """Fused projection with biases for queries and values but none for keys (VAR's ``mat_qkv``).
+
+    Rows are Megatron-core's order: for each head its query, key and value rows, so that heads shard.
+    """
+
+    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **options: Any) -> None:
+        super().__init__(input_size, output_size, config=config, **(options | {"bias": False}))
+        rows = self.output_size_per_partition // 3
+        self.heads, self.head_size = rows // config.kv_channels, config.kv_channels
+        self.q_bias = nn.Parameter(torch.zeros(rows, dtype=config.params_dtype))
+        self.v_bias = nn.Parameter(torch.zeros(rows, dtype=config.params_dtype))
+        for bias in (self.q_bias, self.v_bias):
+            tensor_parallel.set_tensor_model_parallel_attributes(bias, True, 0, 1)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """[L, B, C] -> [L, B, 3 H D]."""
+        output, _ = super().forward(hidden, *args, **kwargs)
+        q_bias, v_bias = (bias.view(self.heads, self.head_size) for bias in (self.q_bias, self.v_bias))
+        return output + torch.stack([q_bias, torch.zeros_like(q_bias), v_bias], dim=1).flatten(), None
+
+
+class BiasedRowLinear(RowParallelLinear):
+    """A row-parallel layer with a bias although ``add_bias_linear`` is off (AliTok's attention output)."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **(options | {"bias": True}))

@@ -1,0 +1,63 @@
+"""Next-scale decoding of a small VAR; that its greedy guided tokens are VAR's is shown by tests/parity."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megavar.assembly import build_generator, build_sampler
+from megavar.conditions import ClassConditions
+from megavar.config.loading import load_config
+from megavar.errors import CheckpointError
+from megavar.sampling.noise import Noise
+from megavar.sampling.procedures.next_scale import NextScale
+from megavar.tokenizers.multiscale_vq import MultiScaleVQ
+
+CPU = torch.device("cpu")
+CLASSES = ClassConditions(10)
+
+
+@pytest.fixture(scope="module")
+def config():
+    given = ["generator.depth=1", "generator.width=16", "generator.heads=2", "sampling.guidance=1.5"]
+    return load_config(Path(__file__).parents[3] / "configs/quickstart.yaml", given)
+
+
+@pytest.fixture
+def tokenizer(config):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return MultiScaleVQ(config.tokenizer).eval()
+
+
+@pytest.fixture
+def generator(config, one_process):
+    return build_generator(config, None).eval()
+
+
+def test_samples_do_not_depend_on_their_company(config, generator, tokenizer):
+    sampler = build_sampler(config, generator, tokenizer, CLASSES, CPU)
+    drawn = sampler.draw(torch.arange(20))
+    assert drawn.images.shape == (20, 3, 16, 16) and drawn.arrays["tokens"].shape == (20, 21)
+    assert len({row.tobytes() for row in drawn.arrays["tokens"]}) == 20
+    mixed = torch.tensor([17, 3, 8])
+    assert torch.equal(sampler.draw(mixed).images, drawn.images[mixed])  # one thread computes alike
+
+
+def test_images_are_those_that_decoding_accumulated(config, generator, tokenizer):
+    indices, settings = torch.arange(6), config.sampling
+    drawn = build_sampler(config, generator, tokenizer, CLASSES, CPU).draw(indices)
+    noise = Noise(settings.seed, indices)
+    steps = list(NextScale(settings).steps(generator, tokenizer, CLASSES.at(indices), noise))
+    tokens = torch.cat([step.ids for step in steps], dim=1)
+    assert tokens.tolist() == drawn.arrays["tokens"].tolist()
+    exact = tokenizer.decode_features(steps[-1].state)
+    assert torch.equal(tokenizer.decode(tokens), exact)
+    assert torch.equal(drawn.images, exact.mul(127.5).add(127.5).round().to(torch.uint8))
+
+
+def test_damaged_weights_are_noticed(config, generator, tokenizer):
+    with torch.no_grad():
+        next(generator.head.parameters()).fill_(torch.nan)
+    with pytest.raises(CheckpointError, match="logits that are not finite"):
+        build_sampler(config, generator, tokenizer, CLASSES, CPU).draw(torch.arange(2))

@@ -24,6 +24,7 @@ from launchers.provenance import write_config
 from launchers.rendezvous import master_port
 from launchers.slurm import required_runs, resolve
 from megavar.errors import ClusterError, ConfigError, ExitCode, MegavarError
+from megavar.storage import append_line, open_to_append
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 GRACE_SECONDS = 30.0
@@ -127,7 +128,7 @@ class Ranks:
 
     def _start(self, rank: int, command: Sequence[str], environment: Mapping[str, str]) -> None:
         """Start one rank in a session of its own, which keeps Ctrl-C for the launcher."""
-        with (self._logs / f"rank-{rank:04d}.log").open("ab") as log:
+        with open_to_append(self._logs / f"rank-{rank:04d}.log") as log:
             self._processes.append(
                 subprocess.Popen(command, stdout=log, stderr=log, env=dict(environment), start_new_session=True)
             )
@@ -152,7 +153,7 @@ class Ranks:
         """Wait for all ranks; when one fails, end the others. Returns 0, or the status of the first that failed."""
         messages, failed, deadline = self._logs / "tasks.txt", 0, float("inf")
         ended: set[int] = set()
-        messages.touch()
+        open_to_append(messages).close()
         while len(ended) < self._world_size:
             for rank, process in enumerate(self._processes):
                 if rank in ended or process.poll() is None:
@@ -160,8 +161,7 @@ class Ranks:
                 ended.add(rank)
                 status = process.returncode
                 if status != 0:
-                    with messages.open("a") as file:
-                        file.write(f"local: error: {socket.gethostname()}: task {rank}: {describe(status)}\n")
+                    append_line(messages, f"local: error: {socket.gethostname()}: task {rank}: {describe(status)}")
                 if status != 0 and not failed:
                     failed = status if status > 0 else 128 - status
                     deadline = time.monotonic() + GRACE_SECONDS

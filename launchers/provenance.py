@@ -24,10 +24,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megavar.config.cluster import looks_secret
 from megavar.config.loading import dump
 from megavar.config.root import Config
-from megavar.storage import write_json_atomic, write_text_atomic
+from megavar.config.secret import looks_secret
+from megavar.storage import append_line, write_json_atomic, write_text_atomic
 from megavar.training.run_directory import RunDirectory
 
 CODE_ROOT = Path(__file__).resolve().parents[1]
@@ -76,7 +76,8 @@ def allowed_environment(patterns: Iterable[str], variables: Mapping[str, str] = 
     return {
         name: variables[name]
         for name in sorted(variables)
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns) and not looks_secret(name)
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        and not looks_secret(name, variables[name])
     }
 
 
@@ -136,5 +137,4 @@ def write_config(run_directory: Path, config: Config) -> None:
 
 def note_submission(run_directory: Path, **facts: Any) -> None:
     """Append one line to ``submissions.jsonl``."""
-    with (run_directory / "submissions.jsonl").open("a") as file:
-        file.write(json.dumps({"time": time.time(), **facts}) + "\n")
+    append_line(run_directory / "submissions.jsonl", json.dumps({"time": time.time(), **facts}))

@@ -1,18 +1,21 @@
 """From a configuration to the objects it describes."""
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from megavar import frozen
 from megavar.conditions import Conditions
 from megavar.config.choice import Choice
 from megavar.config.generators.var import VARConfig
 from megavar.config.parallel import ParallelConfig
 from megavar.config.recipes.mepa import MEPAConfig
 from megavar.config.root import Config
+from megavar.config.token_space import TokenSpace
 from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.data.source import Source
 from megavar.errors import CheckpointError, ConfigError
@@ -20,11 +23,14 @@ from megavar.generators.base import Stage
 from megavar.generators.var import VAR
 from megavar.parallel.topology import Topology
 from megavar.recipes.base import Recipe
-from megavar.recipes.mepa import MEPA
+from megavar.recipes.next_scale import NextScale
 from megavar.sampling.sampler import Sampler
 from megavar.tokenizers.base import Tokenizer
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
+from megavar.training.checkpoint.initial import InitialWeights
 from megavar.transformer.moe.backends import check_backend
+from megavar.weight_file import read_weights_file
+from megavar.weight_layout import Shape, WeightLayout
 
 PARAMETER_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -50,24 +56,19 @@ def load_tokenizer(config: TokenizerChoice, weights: str, device: torch.device) 
     """A trained tokenizer in float32, frozen.
 
     Args:
-        weights: directory of a megavar tokenizer run, or a file in VAR's published layout.
+        weights: a megavar run or checkpoint of a tokenizer, an export, or a file in a public layout of the tokenizer.
 
     Raises:
         CheckpointError: the weights are missing, damaged, or of another tokenizer.
     """
-    from megavar.training.checkpoint.weights import load_weights
-
     tokenizer = MultiScaleVQ(config)
     path = Path(weights)
     if not path.exists():
         raise CheckpointError(
             f"recipe.tokenizer_weights: {weights} does not exist. Train the tokenizer first (list its configuration "
-            f"under run.requires to have it trained automatically), or give a file in VAR's published layout."
+            f"under run.requires to have it trained automatically), or give a file in a public layout."
         )
-    if path.is_dir():
-        load_weights(tokenizer, path, module="autoencoder")
-    else:
-        tokenizer.load_reference(path)
+    frozen.load(tokenizer, path, weight_layouts(config, config.space), what="The file of tokenizer weights")
     return tokenizer.eval().requires_grad_(False).to(device)
 
 
@@ -131,10 +132,19 @@ def build_recipe(config: Config, topology: Topology, source: Source, device: tor
     if isinstance(config.recipe, MEPAConfig):
         tokenizer = load_tokenizer(config.tokenizer, config.recipe.tokenizer_weights, device)
         generator = build_generator(config, topology, device=device)
-        return MEPA(config.recipe, generator, tokenizer, config.train.seed)
+        choice = require_generator(config)
+        return NextScale(
+            config.recipe,
+            generator,
+            tokenizer,
+            classes=choice.classes,
+            label_drop=choice.label_drop,
+            seed=config.train.seed,
+        )
     from megavar.recipes.tokenizer import TokenizerTraining
 
-    return TokenizerTraining(config.recipe, config.tokenizer, config.train.seed, device)
+    fresh = config.initial_weights is None
+    return TokenizerTraining(config.recipe, config.tokenizer, config.train.seed, device, fresh)
 
 
 def check_consistency(config: Config, source: Source) -> None:
@@ -161,8 +171,36 @@ def check_consistency(config: Config, source: Source) -> None:
             )
 
 
-def resolve(choice: Any) -> Any:
-    import importlib
+def weight_layouts(choice: Choice, space: TokenSpace) -> dict[str, WeightLayout]:
+    """The public weight layouts of the model that ``choice`` configures, by name."""
+    layouts = {}
+    for name, place in type(choice).weight_layouts.items():
+        module, _, attribute = place.partition(":")
+        layouts[name] = getattr(importlib.import_module(module), attribute)(choice, space)
+    return layouts
 
-    module, _, name = choice.implementation.partition(":")
-    return getattr(importlib.import_module(module), name)
+
+def trained_choice(config: Config) -> Choice:
+    """The section of the recipe's first module: the model that the run is for."""
+    return require_generator(config) if config.recipe.trains == "generator" else config.tokenizer
+
+
+def build_trained(config: Config, device: torch.device) -> nn.Module:
+    """The whole model that the run is for, float32, on one device (``meta`` for its shapes)."""
+    if config.recipe.trains == "generator":
+        return build_generator(config, None, dtype=torch.float32, device=device)
+    with device:
+        return resolve(config.tokenizer)(config.tokenizer)
+
+
+def initial_weights(config: Config) -> InitialWeights | None:
+    """The weights with which the run begins; None: random ones."""
+    given = config.initial_weights
+    if given is None:
+        return None
+    layouts = weight_layouts(trained_choice(config), config.tokenizer.space)
+
+    def read(path: Path, expected: Mapping[str, Shape], fresh: tuple[str, ...]) -> dict[str, Tensor]:
+        return read_weights_file(path, expected, layouts, given.layout, fresh, "The file of initial weights")
+
+    return InitialWeights(Path(given.path), read, given.fresh, ema=given.weights == "ema")

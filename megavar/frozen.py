@@ -12,8 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from torch import nn
+
 from megavar.errors import CheckpointError
 from megavar.storage import sha256_of_file
+from megavar.weight_file import AUTO, read_weights_file
+from megavar.weight_layout import WeightLayout
 
 TOKENIZER = "tokenizer"
 """Name of the tokenizer whose tokens a generator learns, in every recipe that has one."""
@@ -78,6 +82,27 @@ def _sha256(path: Path) -> str:
 def _sha256_of(path: str, size: int, modified: int, inode: int) -> str:
     """Networks may be gigabytes and are asked for several times in one process; a changed file is hashed again."""
     return sha256_of_file(Path(path))
+
+
+def load(
+    target: nn.Module, path: Path, layouts: Mapping[str, WeightLayout], layout: str = AUTO, what: str = "The file"
+) -> None:
+    """Fill a whole network from a run, a checkpoint, an export, or a file in one of its public layouts.
+
+    Args:
+        layouts: the network's public layouts by name.
+        layout: the one of a file; ``megavar`` for an export, ``auto`` finds out.
+        what: what a file should be, for messages.
+
+    Raises:
+        CheckpointError: the weights are missing, damaged, or of another network, which is then unchanged.
+    """
+    from megavar.training.checkpoint.weights import fill, load_weights, shapes_of
+
+    if Path(path).is_dir():
+        load_weights(target, path)
+    else:
+        fill(target, read_weights_file(Path(path), shapes_of(target), layouts, layout, what=what))
 
 
 def identities(records: Mapping[str, Mapping[str, str]]) -> dict[str, Identity]:

@@ -10,6 +10,8 @@ import time
 import warnings
 from pathlib import Path
 
+from megavar import storage
+
 _step: int | None = None
 
 
@@ -58,7 +60,9 @@ def configure(rank: int, directory: Path | None = None) -> None:
     handlers: list[logging.Handler] = [stream]
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(directory / f"rank-{rank:04d}.log"))
+        path = directory / f"rank-{rank:04d}.log"
+        storage.drop_link(path)
+        handlers.append(logging.FileHandler(path))
     root = logging.getLogger()
     for handler in root.handlers[:]:
         root.removeHandler(handler)

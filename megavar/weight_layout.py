@@ -41,12 +41,15 @@ class WeightLayout(Protocol):
         """
         ...
 
-    def load(self, state: Mapping[str, Tensor], expected: Mapping[str, Shape]) -> dict[str, Tensor]:
+    def load(
+        self, state: Mapping[str, Tensor], expected: Mapping[str, Shape], passed: Mapping[str, Shape] = {}
+    ) -> dict[str, Tensor]:
         """A public state dict as logical tensors, floating-point ones in float32.
 
         Args:
             state: content of the file.
             expected: shape of every logical tensor (and persistent buffer) of the configured model by name.
+            passed: the others of the model: what the file has of them, in whatever shape, is passed over.
 
         Returns:
             A tensor of the expected shape for every expected name. A layout may leave out a name only where it says
@@ -108,8 +111,11 @@ class NamedLayout(ABC):
             result.update(zip(names, self.split(name, value), strict=True))
         return result | self.computed(result)
 
-    def load(self, state: Mapping[str, Tensor], expected: Mapping[str, Shape]) -> dict[str, Tensor]:
+    def load(
+        self, state: Mapping[str, Tensor], expected: Mapping[str, Shape], passed: Mapping[str, Shape] = {}
+    ) -> dict[str, Tensor]:
         """See :meth:`WeightLayout.load`."""
+        not_taken = {part for name in passed for part in self.names(name)}
         needed: dict[str, Shape] = {}
         for name, shape in expected.items():
             names = self.names(name)
@@ -118,7 +124,10 @@ class NamedLayout(ABC):
                 needed |= {part: tuple(value.shape) for part, value in zip(names, parts, strict=True)}
             else:
                 needed[name] = shape  # no file of this layout has it: let it be missing under our name
-        given = {name: tuple(value.shape) for name, value in state.items() if not self.ignores(name)}
+        given = {
+            name: tuple(value.shape) for name, value in state.items()
+            if not self.ignores(name) and name not in not_taken
+        }  # fmt: skip
         problems = differences(needed, given)
         if problems:
             raise CheckpointError(

@@ -8,17 +8,17 @@ import torch
 from megavar import frozen
 from megavar.errors import CheckpointError
 from megavar.frozen import Identity
-from megavar.training.checkpoint.weights import write_weights
+from tests.checkpoint.written import write_weights
 
 
 def test_a_checkpoint_is_itself_under_any_path(tmp_path):
     run = tmp_path / "run"
-    written = write_weights(run / "checkpoints", "autoencoder", {"a": torch.ones(2)}, {})
+    written = write_weights(run / "checkpoints", "autoencoder", {"a": torch.ones(2)})
     identity = frozen.identify(run)
     assert identity == frozen.identify(written) and identity.name == "step-00000000"
     run.rename(tmp_path / "moved")
     assert frozen.identify(tmp_path / "moved") == identity
-    other = write_weights(tmp_path / "other", "autoencoder", {"a": torch.zeros(2)}, {})
+    other = write_weights(tmp_path / "other", "autoencoder", {"a": torch.zeros(2)})
     assert not frozen.identify(other).same(identity)
 
 

@@ -21,7 +21,7 @@ FORBIDDEN = {
     "megavar/data": ("megavar.training", "megavar.recipes", "megavar.sampling", "megavar.commands",
                      "megavar.generators", "megavar.transformer"),
     "megavar/training": ("megavar.generators", "megavar.tokenizers", "megavar.sampling", "megavar.evaluation",
-                         "megavar.commands", "megavar.recipes.mepa", "megavar.recipes.tokenizer"),
+                         "megavar.commands", "megavar.recipes.next_scale", "megavar.recipes.tokenizer"),
     "megavar/sampling": ("megavar.training", "megavar.recipes", "megavar.evaluation", "megavar.commands", "deepspeed"),
     "megavar/evaluation": ("megavar.training", "megavar.recipes", "megavar.sampling", "megavar.commands", "deepspeed"),
     "megavar/config": ("megavar.training", "megavar.recipes", "megavar.sampling", "megavar.evaluation",

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from megavar import scoring
 from megavar.config.loading import load_config
 from megavar.config.parallel import ParallelConfig
-from megavar.errors import CheckpointError, DataError
+from megavar.errors import CheckpointError, ConfigError, DataError
 from megavar.evaluation import adm
 from megavar.evaluation.images import NpzImages, open_images
 from megavar.evaluation.reference import Reference, save_reference
@@ -187,3 +188,71 @@ def test_tokens_are_not_decoded_by_another_tokenizer(expected, inputs, tmp_path)
     (tmp_path / "vae.pth").unlink()
     with pytest.raises(DataError, match=r"vae\.pth, which do not exist"):
         opened.read(COUNT - 1, COUNT)
+
+
+def geneval_prompts(path, texts):
+    lines = [{"tag": "colors", "include": [], "prompt": text} for text in texts]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return f"evaluation.suite={{name: geneval, prompts: {path}, per_prompt: 4}}"
+
+
+def text_overrides(inputs, directory, suite):
+    given = [value for value in overrides(inputs, directory) if not value.startswith("evaluation.suite=")]
+    text = ["plugins=[tests.text_plugin]", "generator.name=text_var", "sampling={procedure: caption_lengths}"]
+    return [*given[:-2], *text, "sampling.chunk_size=3", suite]
+
+
+def score_text(given):
+    place = environment()
+    topology.initialize(ParallelConfig(), place)
+    return scoring.score(load_config(CONFIG, given), place, untrained=True)
+
+
+def test_prompts_of_a_suite_reach_the_generator_on_any_number_of_ranks(inputs, tmp_path):
+    suite = geneval_prompts(tmp_path / "prompts.jsonl", ["a", "bcd", "ef"])
+    place, found = tmp_path / "run", []
+    for world_size in (1, 2):
+        run_ranks(world_size, score_text, text_overrides(inputs, place, suite))
+        found.append(content(place))
+        directory = samples_of(place)
+        chunks = [dict(np.load(path)) for path in sorted(directory.glob("chunk_*.npz"))]
+        captions = np.concatenate([chunk["captions"] for chunk in chunks]).tolist()
+        assert captions == ["a"] * 4 + ["bcd"] * 4 + ["ef"] * 4
+        tokens = np.concatenate([chunk["tokens"] for chunk in chunks])
+        lengths = np.array([len(caption) for caption in captions])[:, None]
+        assert set((tokens - lengths).flatten().tolist()) == {0, 1, 2} and len(np.unique(tokens, axis=0)) == 12
+        pictures = sorted((directory / "geneval").glob("*/samples/*.png"))
+        images = np.concatenate([chunk["images"] for chunk in chunks])
+        for path, image in zip(pictures, images, strict=True):
+            with Image.open(path) as picture:
+                assert np.array_equal(np.asarray(picture).transpose(2, 0, 1), image)
+        place.rename(tmp_path / f"of {world_size}")
+    assert found[0] == found[1]
+
+
+def test_a_directory_of_samples_belongs_to_one_suite(inputs, tmp_path):
+    for name, texts in (("one", ["a", "b"]), ("two", ["a", "c"])):  # as many images of other prompts
+        suite = geneval_prompts(tmp_path / f"{name}.jsonl", texts)
+        run_ranks(1, score_text, text_overrides(inputs, tmp_path / "run", suite))
+    manifests = [json.loads(path.read_text()) for path in tmp_path.glob("run/generated/*/manifest.json")]
+    assert len(manifests) == 2 and len({manifest["conditions"]["sha256"] for manifest in manifests}) == 2
+    assert [manifest["conditions"]["origin"] for manifest in manifests] == ["geneval"] * 2
+
+
+def test_a_generator_of_classes_is_not_asked_for_prompts(inputs, tmp_path):
+    suite = geneval_prompts(tmp_path / "prompts.jsonl", ["a"])
+    config = load_config(CONFIG, [*overrides(inputs, tmp_path / "run"), suite])
+    for refuse in (scoring.check, lambda config: scoring.score(config, environment())):
+        with pytest.raises(ConfigError, match=r"suite.name=geneval asks for prompts, but generator.name=var draws cla"):
+            refuse(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_missing_is_found_before_training(inputs, tmp_path):
+    with pytest.raises(CheckpointError, match="weights w do not exist"):
+        scoring.check(load_config(CONFIG, overrides(inputs, tmp_path / "run")))
+    tokenizer = CONFIG.with_name("quickstart") / "tokenizer.yaml"
+    with pytest.raises(ConfigError, match="inception_weights is not set"):
+        scoring.check(load_config(tokenizer, ["evaluation.reconstruction.reference=r"]))
+    scoring.check(load_config(CONFIG))
+    scoring.check(load_config(tokenizer))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megavar.assembly import PARAMETER_TYPES, build_generator, build_sampler
-from megavar.config.deepspeed import complete_deepspeed, load_deepspeed_json
+from megavar.config.deepspeed import load_deepspeed_json
 from megavar.config.experts.base import ExpertsChoice
 from megavar.config.generators.var import VARConfig
 from megavar.config.parallel import ParallelConfig
@@ -24,12 +24,14 @@ from megavar.parallel.topology import Topology
 from megavar.planning.flops import forward_flops, model_flops, sampling_flops
 from megavar.planning.shape import GeneratorShape
 from megavar.planning.tokenizer_cost import autoencoder_cost
-from megavar.recipes.mepa import MEPA, MEPAInputs
+from megavar.recipes.next_scale import NextScale, NextScaleInputs
 from megavar.run_samples import default_conditions
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
-from megavar.training.engine import Engine
+from megavar.training.engine import Divisors, Engine
 from megavar.training.metrics import MetricAccumulator
-from megavar.training.optimizer import build_optimizer, parameter_groups, set_rates
+from megavar.training.micro_batches import MicroBatches
+from megavar.training.optimizer import build_optimizer, parameter_groups, parameter_rules, set_rates
+from megavar.training.step import build_engines, train_step
 from megavar.transformer.context import ForwardContext
 from megavar.transformer.feed_forward import FeedForward
 from megavar.transformer.kernels import KERNELS, Visibility
@@ -103,36 +105,29 @@ class Bench:
         ids = torch.randint(self.config.tokenizer.vocabulary_size, (self.batch, self.shape.tokens), device=self.device)
         return Batch(None, batch.labels, batch.sample_ids, batch.epochs, tokens=ids)
 
-    def recipe(self) -> MEPA:
+    def recipe(self) -> NextScale:
         """The recipe with fresh weights."""
         model = build_generator(self.config, self.topology, device=self.device).train()
         recipe = self.config.recipe
         settings = recipe if isinstance(recipe, MEPAConfig) else MEPAConfig(tokenizer_weights="")
-        return MEPA(settings, model, self.tokenizer(), self.config.train.seed)
+        choice = self.generator
+        return NextScale(
+            settings, model, self.tokenizer(), classes=choice.classes, label_drop=choice.label_drop,
+            seed=self.config.train.seed,
+        )  # fmt: skip
 
-    def engine(self, recipe: MEPA) -> Engine:
+    def engines(self, recipe: NextScale) -> dict[str, Engine]:
         """The engine around a recipe's generator."""
-        plan = complete_deepspeed(
-            load_deepspeed_json(Path(self.config.deepspeed)),
-            where=self.config.deepspeed,
-            parallel=self.topology.config,
-            data_parallel_size=self.topology.data,
+        return build_engines(
+            recipe,
+            optimizer=self.config.optimizer,
+            deepspeed=load_deepspeed_json(Path(self.config.deepspeed)),
+            deepspeed_origin=self.config.deepspeed,
             global_batch_size=self.batch * self.topology.data,
             micro_batch_size=self.batch,
             precision=self.config.train.precision,
-            gradient_clipping=self.config.optimizer.gradient_clipping,
-            has_experts=self.generator.experts is not None,
-            device_type=self.device.type,
-        )
-        decays = _decays(recipe)
-        return Engine(
-            "generator", recipe.generator, decays=decays, optimizer=self.config.optimizer, plan=plan,
             topology=self.topology,
-        )  # fmt: skip
-
-
-def _decays(recipe: MEPA) -> Callable[[str, nn.Parameter], bool]:
-    return lambda name, parameter: recipe.decays("generator", name, parameter)
+        )
 
 
 def attention(bench: Bench) -> Part:
@@ -216,7 +211,7 @@ def _fill(module: nn.Module) -> None:
 def train(bench: Bench) -> Part:
     """The train step of this configuration, from images and from cached tokens."""
     recipe = bench.recipe()
-    engine = bench.engine(recipe)
+    engine = bench.engines(recipe)["generator"]
     images, tokens = bench.images(), bench.tokens()
     flops = model_flops(bench.shape) * bench.batch
     part = Part("train step of one micro-batch", images=bench.batch)
@@ -228,20 +223,18 @@ def train(bench: Bench) -> Part:
     return part
 
 
-def _step(recipe: MEPA, engine: Engine, inputs: MEPAInputs) -> None:
-    engine.forward_backward(
-        [inputs],
-        lambda call, item: call(item.model),
-        lambda output, item: recipe.loss("generator", output, item, 0).total,
-    )
+def _step(recipe: NextScale, engine: Engine, inputs: NextScaleInputs) -> None:
+    images = len(inputs.targets) * engine.topology.data
+    engine.run(recipe.passes("generator", 0), MicroBatches.of([inputs]), Divisors(inputs.targets.numel(), images))
     engine.step(LEARNING_RATE, WEIGHT_DECAY)
 
 
 def overhead(bench: Bench) -> Part:
     """What the trainer adds to a bare loop of forward, backward, clipping and AdamW over the same model."""
     bare, driven = bench.recipe(), bench.recipe()
-    engine, metrics = bench.engine(driven), MetricAccumulator()
-    optimizer = build_optimizer(bench.config.optimizer, "generator", parameter_groups(bare.generator, _decays(bare)))
+    engines, metrics = bench.engines(driven), MetricAccumulator()
+    rules = parameter_rules(bare.generator, functools.partial(bare.rule, "generator"))
+    optimizer = build_optimizer(bench.config.optimizer, "generator", parameter_groups(bare.generator, rules))
     set_rates(optimizer, LEARNING_RATE, WEIGHT_DECAY)
     batch = bench.tokens()
     inputs = bare.prepare(batch, 0)
@@ -258,19 +251,19 @@ def overhead(bench: Bench) -> Part:
         model.collect_routing()
 
     def trainer_step() -> None:
-        def loss(output: Any, item: MEPAInputs) -> Tensor:
-            losses = driven.loss("generator", output, item, 0)
-            metrics.add(losses)
-            return losses.total
-
-        engine.forward_backward([driven.prepare(batch, 0)], lambda call, item: call(item.model), loss)
-        metrics.add_step("generator", engine.step(LEARNING_RATE, WEIGHT_DECAY))
+        train_step(
+            driven, engines, [batch], 0, rates=lambda name, step: (LEARNING_RATE, WEIGHT_DECAY), metrics=metrics,
+            topology=bench.topology,
+        )  # fmt: skip
         metrics.add_statistics(driven.collect())
+
+    def engine_step() -> None:
+        _step(driven, engines["generator"], inputs)
 
     flops = model_flops(bench.shape) * bench.batch
     return Part(
         "trainer over a bare loop",
-        {"bare loop": bare_step, "engine": lambda: _step(driven, engine, inputs), "engine, metrics": trainer_step},
+        {"bare loop": bare_step, "engine": engine_step, "engine, metrics": trainer_step},
         images=bench.batch,
         flops={"bare loop": flops, "engine": flops, "engine, metrics": flops},
         baseline="bare loop",

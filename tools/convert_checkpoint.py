@@ -1,52 +1,49 @@
-"""Convert weights between megavar checkpoints, safetensors, and the layout of the authors' public VAR checkpoints.
+"""Convert weights between megavar's checkpoints, its exports, and the layouts of public checkpoints.
 
-    python -m tools.convert_checkpoint runs/mepa-d16 weights.safetensors --ema     from the newest checkpoint of a run
+    python -m tools.convert_checkpoint runs/mepa-d16 weights.safetensors --ema     the newest checkpoint of a run
     python -m tools.convert_checkpoint runs/var-d16/checkpoints/step-00250000 var_d16.pth
     python -m tools.convert_checkpoint runs/tokenizer vae.pth                      VAR's VQVAE layout
-    python -m tools.convert_checkpoint var_d16.pth runs/finetune --config configs/var/d16.yaml
-    python -m tools.convert_checkpoint weights.safetensors runs/finetune --config configs/mepa/d16.yaml
+    python -m tools.convert_checkpoint var_d16.pth weights.safetensors --config configs/mepa/var_d16.yaml
 
-A directory is read as a checkpoint of megavar (any layout, verified); a file is written into a new run directory, as
-the checkpoint from which `megavar train` with that run.directory starts, and which `megavar sample` can use at once.
-``.safetensors`` holds our names (float32 unless --dtype says otherwise); ``.pth`` holds the authors' names.
+An export (``.safetensors`` without --layout) holds our names and says what it is; with --layout, or as ``.pth``, a file
+holds the names of a public weight layout of the model. A run begins with either under ``train.initial_weights``, and
+``recipe.tokenizer_weights`` takes either. Shapes must be those of the configured model, exactly. Heads that a recipe's
+terms trained beside the model (names that begin with ``heads.``) are left out.
 """
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from megavar import storage
+from megavar.assembly import build_trained, trained_choice, weight_layouts
 from megavar.config.loading import load_config
 from megavar.config.parallel import ParallelConfig
 from megavar.config.root import Config
-from megavar.errors import CheckpointError, ConfigError, ExitCode, MegavarError
+from megavar.errors import CheckpointError, ConfigError, ExitCode
+from megavar.parallel import topology
 from megavar.parallel.environment import Environment
-from megavar.training.checkpoint import find_checkpoint, load_weights, read_weights
-from megavar.training.checkpoint.weights import write_weights
+from megavar.training.checkpoint import find_checkpoint, read_weights
+from megavar.training.checkpoint.weights import module_of, shapes_of
+from megavar.weight_file import AUTO, OURS, About, read_metadata, read_weights_file, write_export
+from megavar.weight_layout import Shape, differences
+from tools.outcome import outcome
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HEADS = "heads."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
     options = _parse(arguments)
-    try:
-        if options.input.is_dir():
-            written = export(options.input, options.output, options.module, options.ema, options.dtype, options.config)
-        elif options.input.exists():
-            written = import_weights(options.input, options.output, options.module, options.config)
-        else:
-            raise CheckpointError(f"{options.input} does not exist. Give a run, a checkpoint, or a file of weights.")
-    except MegavarError as error:
-        print(f"convert_checkpoint: {error}", file=sys.stderr)
-        return int(error.exit_code)
-    print(f"wrote {written}")
-    return int(ExitCode.FINISHED)
+    return outcome("convert_checkpoint", lambda: _run(options))
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -54,123 +51,141 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="convert_checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("input", type=Path, help="run, checkpoint, or file of weights")
-    parser.add_argument("output", type=Path, help="file (.safetensors, .pth) or run directory")
-    parser.add_argument("--module", help="module of the checkpoint (default: the only one)")
-    parser.add_argument("--ema", action="store_true", help="export the moving average instead of the weights")
-    parser.add_argument("--dtype", choices=TYPES, default="float32", help="type of exported floating-point tensors")
-    parser.add_argument("--config", type=Path, help="configuration of the run (default: config.yaml in it)")
+    parser.add_argument("output", type=Path, help="file (.safetensors, .pth)")
+    parser.add_argument("--layout", help=f"weight layout to write (default: {OURS}; for .pth the model's public one)")
+    parser.add_argument("--input-layout", default=AUTO, metavar="LAYOUT", help="weight layout of an input file")
+    parser.add_argument("--module", help="module of the checkpoint (default: the one that the run was for)")
+    parser.add_argument("--ema", action="store_true", help="take the moving average instead of the weights")
+    parser.add_argument("--keep-heads", action="store_true", help="export the heads of the recipe's terms, too")
+    parser.add_argument("--dtype", choices=TYPES, default="float32", help="type of written floating-point tensors")
+    parser.add_argument("--config", type=Path, help="configuration of the model (default: config.yaml of the run)")
     return parser.parse_args(arguments)
 
 
-def export(source: Path, target: Path, module: str | None, ema: bool, dtype: str, config: Path | None) -> Path:
-    """Write one module of a checkpoint into a file.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be used, or the file's layout cannot hold it.
-        ConfigError: the file's ending is not known, or the layout needs a configuration that is not there.
-    """
-    checkpoint, manifest = find_checkpoint(source, verify=False)  # reading verifies
-    module = _only(checkpoint, list(manifest.modules)) if module is None else module
-    if target.suffix == ".safetensors":
-        tensors = read_weights(checkpoint, module, ema)
-        about = {"format": "megavar", "module": module, "step": str(manifest.step), "weights": "ema" if ema else "raw"}
-        storage.write_bytes_atomic(target, save(_cast(tensors, dtype), metadata=about))
-        return target
-    if target.suffix not in (".pth", ".pt"):
-        raise ConfigError(f"{target} ends neither in .safetensors (our names) nor in .pth (the authors' names).")
-    tensors = _published(checkpoint, module, ema, _configuration(checkpoint, config))
-    with storage.atomic_file(target) as file:
-        torch.save(_cast(tensors, dtype), file)
-    return target
+def _run(options: argparse.Namespace) -> int:
+    if options.output.suffix not in (".safetensors", ".pth", ".pt"):
+        raise ConfigError(f"{options.output} ends neither in .safetensors nor in .pth. Name the file to write so.")
+    if not options.input.exists():
+        raise CheckpointError(f"{options.input} does not exist. Give a run, a checkpoint, or a file of weights.")
+    config = _configuration(options)
+    expected = None if config is None else _shapes(config)
+    if options.input.is_dir():
+        tensors, about = _from_checkpoint(options, config, expected)
+    else:
+        tensors, about = _from_file(options, config, expected)
+    if not options.keep_heads:
+        tensors = {name: value for name, value in tensors.items() if not name.startswith(HEADS)}
+    _write(options, config, tensors, about)
+    print(f"wrote {options.output}")
+    return ExitCode.FINISHED
 
 
-def _only(checkpoint: Path, modules: list[str]) -> str:
-    for usual in ("generator", "autoencoder"):
-        if usual in modules:
-            return usual
-    if len(modules) > 1:
-        raise ConfigError(f"{checkpoint} holds the modules {', '.join(modules)}. Choose one with --module.")
-    return modules[0]
+def _configuration(options: argparse.Namespace) -> Config | None:
+    """What says which model it is: the given configuration, or the one of the run around a checkpoint."""
+    if options.config is not None:
+        return load_config(options.config)
+    for directory in (options.input, options.input.parent, options.input.parent.parent):
+        if options.input.is_dir() and (directory / "config.yaml").exists():
+            return load_config(directory / "config.yaml")
+    return None
 
 
-def _cast(tensors: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
-    target = TYPES[dtype]
-    return {name: (v.to(target) if v.is_floating_point() else v).contiguous() for name, v in tensors.items()}
-
-
-def _configuration(checkpoint: Path, given: Path | None) -> Config:
-    """The configuration of a run, from ``given`` or from the run directory around a checkpoint."""
-    path = given or checkpoint.parent.parent / "config.yaml"
-    if not path.exists():
-        raise ConfigError(f"{path} does not exist. Name the configuration of the run with --config.")
-    return load_config(path)
-
-
-def _published(checkpoint: Path, module: str, ema: bool, config: Config) -> dict[str, Tensor]:
-    if module == "autoencoder":
-        from megavar.tokenizers.multiscale_vq import MultiScaleVQ
-
-        tokenizer = MultiScaleVQ(config.tokenizer)
-        load_weights(tokenizer, checkpoint, module, ema)
-        return tokenizer.reference_state_dict()
-    from megavar.assembly import require_generator
-    from megavar.generators.var.published import VARLayout
-
-    tensors = read_weights(checkpoint, module, ema)
-    _compare(checkpoint, {name: tuple(value.shape) for name, value in tensors.items()}, _expected_shapes(config))
-    return VARLayout(require_generator(config), config.tokenizer.space).export(tensors)
-
-
-def _expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Shape of every logical tensor of the configured generator, built without memory for its weights."""
-    from megavar.assembly import build_generator
-    from megavar.parallel import topology
-    from megavar.parallel.logical import logical_tensors
-
+def _shapes(config: Config) -> dict[str, Shape]:
+    """Shape of every logical tensor and buffer of the model, built without memory for its weights."""
     topology.initialize(ParallelConfig(), Environment(0, 1, 0, "single"))
     try:
-        model = build_generator(config, None, dtype=torch.float32, device=torch.device("meta"))
-        return {tensor.name: tensor.shape for tensor in logical_tensors(model)}
+        return shapes_of(build_trained(config, torch.device("meta")))
     finally:
         topology.shutdown()
 
 
-def _compare(origin: Path, given: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
-    different = sorted(name for name in given.keys() | expected.keys() if given.get(name) != expected.get(name))
-    if different:
-        name = different[0]
+def _from_checkpoint(
+    options: argparse.Namespace, config: Config | None, expected: Mapping[str, Shape] | None
+) -> tuple[dict[str, Tensor], About]:
+    checkpoint, manifest = find_checkpoint(options.input, verify=False)  # reading verifies
+    module, _ = module_of(checkpoint, manifest, options.module, options.ema)
+    tensors = read_weights(checkpoint, module, options.ema)
+    if expected is None or module != next(iter(manifest.modules)):
+        return tensors, _about(None, module, manifest.step, options)
+    given = {name: tuple(value.shape) for name, value in tensors.items() if not name.startswith(HEADS)}
+    problems = differences({name: shape for name, shape in expected.items() if not name.startswith(HEADS)}, given)
+    if problems:
         raise CheckpointError(
-            f"{origin} does not fit the configuration: {name} has shape {given.get(name, 'missing')} there and "
-            f"{expected.get(name, 'missing')} in the configured model ({len(different)} tensors differ). Give the "
-            f"configuration it was trained with."
+            f"{checkpoint} does not fit the configuration: {'; '.join(problems)}. Name the configuration that it was "
+            f"trained with by --config."
         )
+    return tensors, _about(config, module, manifest.step, options)
 
 
-def import_weights(source: Path, run_directory: Path, module: str | None, config: Path | None) -> Path:
-    """Write a file of generator weights as the first checkpoint of a new run.
+def _from_file(
+    options: argparse.Namespace, config: Config | None, expected: Mapping[str, Shape] | None
+) -> tuple[dict[str, Tensor], About]:
+    if config is None or expected is None:
+        raise ConfigError(f"Which model is {options.input}? Name its configuration with --config.")
+    layouts = weight_layouts(trained_choice(config), config.tokenizer.space)
+    tensors = read_weights_file(options.input, expected, layouts, options.input_layout, (HEADS,))
+    absent = sorted(name for name in expected.keys() - tensors.keys() if not name.startswith(HEADS))
+    if absent:
+        raise CheckpointError(
+            f"{options.input} lacks {', '.join(absent)}, which an export must have. Begin a run with the file itself "
+            f"(train.initial_weights), or set the configuration to that of the file."
+        )
+    metadata = read_metadata(options.input)
+    step, module = int(metadata.get("step", 0)), metadata.get("module", "")
+    return tensors, _about(config, module or config.recipe.trains, step, options)
 
-    Raises:
-        ConfigError: no configuration is given, or the file's ending is not known.
-        CheckpointError: the file does not fit the configuration, or the run has checkpoints already.
-    """
-    from megavar.assembly import require_generator
-    from megavar.generators.var.published import VARLayout
 
-    if config is None:
-        raise ConfigError(f"Which model is {source}? Name the configuration of the new run with --config.")
-    configuration = load_config(config)
-    expected = _expected_shapes(configuration)
-    if source.suffix == ".safetensors":
-        tensors = load_file(source)
-        _compare(source, {name: tuple(value.shape) for name, value in tensors.items()}, expected)
-    elif source.suffix in (".pth", ".pt"):
-        state = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
-        layout = VARLayout(require_generator(configuration), configuration.tokenizer.space)
-        tensors = layout.load(state, expected)
-    else:
-        raise ConfigError(f"{source} ends neither in .safetensors (our names) nor in .pth (the authors' names).")
-    state = {"step": 0, "data_step": 0, "recovery": {"skipped": 0}}
-    return write_weights(run_directory / "checkpoints", module or "generator", tensors, state)
+def _about(config: Config | None, module: str, step: int, options: argparse.Namespace) -> About:
+    return About(
+        module=module,
+        step=step,
+        weights="ema" if options.ema else "model",
+        choice={} if config is None else trained_choice(config).model_dump(mode="json"),
+        space={} if config is None else asdict(config.tokenizer.space),
+        dropped=() if options.keep_heads else (HEADS,),
+    )
+
+
+def _write(options: argparse.Namespace, config: Config | None, tensors: dict[str, Tensor], about: About) -> None:
+    layout = _layout_to_write(options, config)
+    if layout == OURS:
+        if options.output.suffix != ".safetensors":
+            raise ConfigError(f"{options.output} must end in .safetensors: an export says what it is in its metadata.")
+        write_export(options.output, _cast(tensors, options.dtype), about)
+        return
+    if not about.choice or config is None:
+        raise ConfigError(
+            f"Weight layout {layout!r} needs the configuration of the model that module {about.module!r} is. Name it "
+            f"with --config, or write an export (.safetensors without --layout)."
+        )
+    layouts = weight_layouts(trained_choice(config), config.tokenizer.space)
+    if layout not in layouts:
+        known = ", ".join([*layouts, OURS])
+        raise ConfigError(f"--layout {layout}: the model has no such weight layout. It has {known}.")
+    published = _cast(layouts[layout].export(tensors), options.dtype)
+    if options.output.suffix == ".safetensors":
+        facts = {"weight_layout": layout, "choice": json.dumps(about.choice), "step": str(about.step)}
+        storage.write_bytes_atomic(options.output, save(published, metadata=facts))
+        return
+    with storage.atomic_file(options.output) as file:
+        torch.save(published, file)
+
+
+def _layout_to_write(options: argparse.Namespace, config: Config | None) -> str:
+    if options.layout is not None:
+        return options.layout
+    if options.output.suffix == ".safetensors":
+        return OURS
+    known = [] if config is None else list(trained_choice(config).weight_layouts)
+    if len(known) != 1:
+        which = f"The model's public weight layouts are {', '.join(known)}" if known else "No public layout is known"
+        raise ConfigError(f"{which}. Choose one with --layout (and the configuration with --config).")
+    return known[0]
+
+
+def _cast(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    target = TYPES[dtype]
+    return {name: (v.to(target) if v.is_floating_point() else v).contiguous() for name, v in tensors.items()}
 
 
 if __name__ == "__main__":

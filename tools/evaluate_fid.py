@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import shutil
 import sys
 from pathlib import Path
 
@@ -36,6 +35,7 @@ from megavar.evaluation.reference import check_reference, load_reference, save_r
 from megavar.evaluation.results import Result, class_histogram, write_result
 from megavar.evaluation.table import format_table
 from megavar.parallel.environment import Environment, environment
+from megavar.storage import remove
 from tools.outcome import outcome
 
 PUBLISHED_ADM = {"is": 215.837, "fid": 3.9426, "sfid": 6.1404, "precision": 0.8265, "recall": 0.5309}
@@ -107,7 +107,7 @@ def reference(options: argparse.Namespace) -> None:
         made = adm.reference_from(adm.collect_features(store), {"images": images.identity, "count": len(images)})
         save_reference(options.out, made, network)
         if not options.keep_features:
-            shutil.rmtree(store.directory)
+            remove(store.directory)
         print(f"wrote {options.out}: statistics of {len(images)} images")
         transform = str(images.identity.get("transform", ""))
         if transform and not transform.startswith(("AdmCenterCrop", "Unchanged")):

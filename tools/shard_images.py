@@ -19,6 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megavar.data.image_folder import describe_ignored
 from megavar.data.shards.listing import Kind, list_originals
 from megavar.data.shards.manifest import Manifest
 from megavar.data.shards.verification import adopt_shards
@@ -74,13 +75,12 @@ def make_shards(arguments: argparse.Namespace) -> Manifest | None:
         ("pairs", arguments.pairs),
     ]
     kind, path = next((kind, path) for kind, path in kinds if path is not None)
-    listing = list_originals(kind, path)
+    listing = list_originals(kind, path, arguments.damaged)
     count = len(listing.originals)
     shards = min(count, arguments.shards or math.ceil(count / arguments.samples_per_shard))
     plan = Plan(listing, shards, arguments.seed, arguments.damaged)
     if listing.ignored:
-        counted = ", ".join(f"{count} {kind}" for kind, count in listing.ignored.most_common(10))
-        print(f"Beside the {count} images there are, and are ignored: {counted}")
+        print(f"Beside the {count} images there are, and are ignored: {describe_ignored(listing.ignored)}")
     own = sum(len(plan.places(shard)) for shard in range(arguments.part[0], shards, arguments.part[1]))
     with tqdm(total=own, unit=" images", desc="sharding", smoothing=0.05) as bar:
         return write_shards(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megavar import logs
-from megavar.assembly import build_recipe, build_sampler
+from megavar.assembly import build_recipe, build_sampler, initial_weights
 from megavar.config.data import ImageFolderSource
 from megavar.config.deepspeed import load_deepspeed_json
 from megavar.config.loading import load_config
@@ -31,9 +31,9 @@ from megavar.parallel.environment import Environment, environment, limit_threads
 from megavar.parallel.rules import check_layout
 from megavar.planning.efficiency import flops_per_image
 from megavar.planning.hardware import peak_of_device
-from megavar.planning.measure import UnmeasurableError
+from megavar.planning.measure import UnmeasurableError, release
 from megavar.recipes.base import Recipe
-from megavar.recipes.mepa import MEPA
+from megavar.recipes.next_scale import NextScale
 from megavar.recipes.tokenizer import TokenizerTraining
 from megavar.run_samples import default_conditions
 from megavar.storage import write_json_atomic
@@ -70,6 +70,9 @@ def train(config: Config, place: Environment, required_by: tuple[str, ...] = ())
     """
     if config.run.name in required_by:
         raise ConfigError(f"run.requires goes in a circle: {' -> '.join((*required_by, config.run.name))}.")
+    if config.evaluation.after_training:
+        topology.initialize(ParallelConfig(), place)
+        on_first_rank(functools.partial(_check_scoring, config))
     for path in config.run.requires:
         required = load_config(path)
         if place.rank == 0:
@@ -84,6 +87,13 @@ def train(config: Config, place: Environment, required_by: tuple[str, ...] = ())
         topology.initialize(ParallelConfig(), place)
         score(config, place)
     return code
+
+
+def _check_scoring(config: Config) -> None:
+    """What could not be scored in the end is not trained."""
+    from megavar.scoring import check  # scikit-learn and more: on the first rank only
+
+    check(config)
 
 
 def _train_required(config: Config, place: Environment, required_by: tuple[str, ...]) -> ExitCode:
@@ -122,7 +132,7 @@ def _train_one(config: Config, place: Environment) -> ExitCode:
         vocabulary_size=config.tokenizer.vocabulary_size,
     )
     recipe = build_recipe(config, mesh, source, place.device)
-    if isinstance(source, CachedSamples) and isinstance(recipe, MEPA):
+    if isinstance(source, CachedSamples) and isinstance(recipe, NextScale):
         source.check_tokenizer(recipe.tokenizer)
     on_first_rank(functools.partial(_check_data, directory, source, config))
 
@@ -153,6 +163,7 @@ def _train_one(config: Config, place: Environment) -> ExitCode:
             samples=len(source),
             loader=loader,
             topology=mesh,
+            initial=initial_weights(config),
             preview=_preview(config, recipe, mesh, place),
             flops_per_image=_flops_per_image(config, place),
             peak_flops=_peak_flops(config),
@@ -189,6 +200,8 @@ def _flops_per_image(config: Config, place: Environment) -> float | None:
     except UnmeasurableError as error:
         print(f"The log will not show utilization. {error}", flush=True)
         return None
+    finally:
+        release()
 
 
 def _peak_flops(config: Config) -> float | None:
@@ -202,7 +215,7 @@ def _preview(
     config: Config, recipe: Recipe, mesh: topology.Topology, place: Environment
 ) -> Callable[[int], Tensor | None] | None:
     """What to look at while the run goes on: samples of a generator, or originals above their reconstructions."""
-    if isinstance(recipe, MEPA) and isinstance(recipe.generator, VAR) and mesh.config.pipeline == 1:
+    if isinstance(recipe, NextScale) and isinstance(recipe.generator, VAR) and mesh.config.pipeline == 1:
         sampler = build_sampler(config, recipe.generator, recipe.tokenizer, default_conditions(config), place.device)
         return lambda step: sampler.draw(torch.arange(PREVIEW_IMAGES)).images
     if isinstance(recipe, TokenizerTraining):

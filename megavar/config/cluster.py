@@ -10,7 +10,6 @@ from megavar.config.base import Section
 _SLURM_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d{1,2}))?(?::(?P<third>\d{1,2}))?")
 _DIRECTIVE_VALUE = re.compile(r"[A-Za-z0-9._/+=@:,&|*\[\]-]+")
 _VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 
 DirectiveValue = Annotated[str, Field(pattern=f"^{_DIRECTIVE_VALUE.pattern}$")]
 """A string that may stand on an ``#SBATCH`` line: no blanks, quotes, percent signs or line ends."""
@@ -164,8 +163,3 @@ class ClusterConfig(Section):
     def ranks_per_node(self) -> int:
         """Processes that run on a node."""
         return self.tasks_per_node or max(self.gpus_per_node, 1)
-
-
-def looks_secret(name: str) -> bool:
-    """Whether the environment variable ``name`` may hold a credential and must not be recorded."""
-    return _SECRET_NAME.search(name) is not None

@@ -1,11 +1,11 @@
 """The configuration of a run: one YAML file, decoded into this."""
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megavar.config.base import Section
 from megavar.config.data import DataConfig
 from megavar.config.evaluation import EvaluationConfig
-from megavar.config.generators.base import GeneratorChoice, Limits
+from megavar.config.generators.base import GeneratorChoice
 from megavar.config.logging import LoggingConfig
 from megavar.config.optimizer import OptimizerConfig
 from megavar.config.parallel import ParallelConfig
@@ -13,7 +13,7 @@ from megavar.config.procedures.base import SamplingChoice
 from megavar.config.procedures.next_scale import NextScaleSampling
 from megavar.config.recipes.base import RecipeChoice
 from megavar.config.tokenizers.base import TokenizerChoice
-from megavar.config.train import TrainConfig
+from megavar.config.train import InitialWeightsConfig, TrainConfig
 
 
 class RunConfig(Section):
@@ -65,6 +65,15 @@ class Config(Section):
     are imported before the rest of the file is decoded, so that their alternatives exist."""
 
     @property
-    def limits(self) -> Limits | None:
-        """What restricts the layouts of the generator; None while a tokenizer is trained."""
-        return None if self.generator is None else self.generator.limits(self.tokenizer.space)
+    def initial_weights(self) -> InitialWeightsConfig | None:
+        """Weights with which the run begins, whichever key says so; None: random ones."""
+        path = self.recipe.initial_weights_path()
+        return self.train.initial_weights if path is None else InitialWeightsConfig(path=path)
+
+    @model_validator(mode="after")
+    def _one_beginning(self) -> "Config":
+        if self.train.initial_weights is not None and self.recipe.initial_weights_path() is not None:
+            raise ValueError(
+                "train.initial_weights and recipe.initial_weights both say with which weights the run begins: give one"
+            )
+        return self

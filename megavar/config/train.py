@@ -1,6 +1,6 @@
 """How long and how to train."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,7 +14,28 @@ class EmaConfig(Section):
     decay: float = Field(0.9999, ge=0, lt=1)
     """Share of the old average that each step keeps."""
     warmup: bool = True
-    """Lower the decay to (1 + step) / (10 + step) in the first steps, so that the initial weights are forgotten."""
+    """Lower the decay to (1 + t) / (10 + t) in the first steps t after ``start_step``, so that the weights it starts
+    from are forgotten."""
+    start_step: int = Field(0, ge=0)
+    """First step whose weights are averaged; until then the average is the weights themselves (VGT: 10000)."""
+    modules: Annotated[tuple[str, ...], Field(strict=False)] | None = None
+    """Names of the recipe's modules that are averaged; default: all. A discriminator, which is never used after
+    training, need not be."""
+
+
+class InitialWeightsConfig(Section):
+    """Weights with which a new run begins. Its optimizer state is fresh. Not read once there is a checkpoint."""
+
+    path: str
+    """A megavar run or checkpoint, an export (``.safetensors``), or a file in a public layout of the model."""
+    layout: str = "auto"
+    """Of a file: the name of one of the model's public weight layouts (VAR: ``var``), or ``megavar`` for an export;
+    ``auto`` takes the one that fits."""
+    weights: Literal["model", "ema"] = "model"
+    """Of a checkpoint: the weights themselves, or their moving average."""
+    fresh: tuple[str, ...] = ()
+    """Parts that begin with random values although the rest is given: beginnings of tensor names (``head.``,
+    ``embedding.classes``). Every other tensor must be there in the right shape, and nothing else."""
 
 
 class RecoveryConfig(Section):
@@ -67,6 +88,8 @@ class TrainConfig(Section):
     """Moving average of the weights; none by default, as in VAR."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints."""
+    initial_weights: InitialWeightsConfig | None = None
+    """Weights to begin with instead of random ones."""
     fresh: bool = False
     """Start anew although the run directory holds checkpoints: they are moved away, not deleted. Once: later jobs and
     attempts of a launcher continue the new run."""

@@ -6,7 +6,6 @@ do not depend on ranks or interruptions. While work is under way, ``.progress/``
 finished part; whichever rank finds all records writes ``cache.json`` and removes it.
 """
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from megavar.data.source import DamagedSampleError, Source
 from megavar.data.transforms import TenCrop, Transform, decode
 from megavar.errors import ConfigError, DataError, MegavarError
 from megavar.parallel.seeds import random_bits
-from megavar.storage import atomic_file, sha256_of_file, write_bytes_atomic, write_json_atomic
+from megavar.storage import atomic_file, refuse_link, remove, sha256_of_file, write_bytes_atomic, write_json_atomic
 
 PLAN = "plan.json"
 Encode = Callable[[Tensor], Tensor]
@@ -162,7 +161,7 @@ def write_cache(
                 return None
             write_bytes_atomic(folder / PROGRESS / FILE_NAME, Cache(plan, tuple(hashes)).encode())
             publish(folder, FILE_NAME)
-        shutil.rmtree(folder / PROGRESS, ignore_errors=True)
+        remove(folder / PROGRESS)
     return read_cache_file(folder)
 
 
@@ -196,10 +195,11 @@ def _is_finished(folder: Path, part: int) -> bool:
 
 def _claim(folder: Path, plan: CachePlan) -> None:
     """Make sure that ``folder`` is empty or holds work on the same plan."""
+    refuse_link(folder / PROGRESS, DataError)
     under_way = read_record(folder, PLAN)
     if (folder / FILE_NAME).exists():
         found = read_cache_file(folder).plan
-        shutil.rmtree(folder / PROGRESS, ignore_errors=True)  # killed between cache.json and the clean-up
+        remove(folder / PROGRESS)  # killed between cache.json and the clean-up
     elif under_way is not None:
         found = plan_from_json(under_way)
     elif folder.exists() and any(folder.glob("part-*.bin")):

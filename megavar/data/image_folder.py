@@ -1,28 +1,50 @@
 """A folder with one sub-folder of images per class, as ImageNet is usually unpacked."""
 
 import hashlib
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from megavar.data.skipping import is_no_data, kind_of
 from megavar.data.source import Sample, Split
 from megavar.errors import DataError
+from megavar.storage import sha256_of_file
+
+_log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
-def walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """``os.walk`` that does not pass over folders it cannot read.
+def walk(root: Path, ignored: Counter[str]) -> Iterator[tuple[str, list[str]]]:
+    """Folders below ``root`` and their files, without what is no data (see ``skipping.py``) and without linked folders.
+
+    Args:
+        ignored: counts what is left out.
 
     Raises:
-        DataError: such a folder.
+        DataError: a folder cannot be read, which ``os.walk`` would pass over.
     """
 
     def fail(error: OSError) -> None:
         raise DataError(f"The folder {error.filename} cannot be read ({error.strerror}). Correct its permissions.")
 
-    return os.walk(root, onerror=fail)
+    for folder, folders, files in os.walk(root, onerror=fail):
+        for name in [name for name in folders if is_no_data(name)]:
+            ignored[kind_of(name, is_folder=True)] += 1
+            folders.remove(name)
+        ignored["linked folder"] += sum((Path(folder) / inner).is_symlink() for inner in folders)
+        kept = [name for name in files if not is_no_data(name)]
+        if len(kept) < len(files):
+            ignored[kind_of("", is_folder=False)] += len(files) - len(kept)
+        yield folder, kept
+
+
+def describe_ignored(ignored: Counter[str]) -> str:
+    """``2 .txt, 1 folder __MACOSX``; empty where there is nothing."""
+    return ", ".join(f"{count} {kind}" for kind, count in (+ignored).most_common(10))
 
 
 def list_class_folders(
@@ -31,7 +53,8 @@ def list_class_folders(
     """List the images below ``root`` in a fixed order.
 
     Args:
-        ignored: counts what is no image by its name, by suffix, and linked folders, which are not followed.
+        ignored: counts what is left out: what is no data (see ``skipping.py``), what is no image by its name, by
+            suffix, files beside the class folders, and linked folders, which are not followed.
 
     Returns:
         class names (sorted names of the sub-folders) and (path relative to ``root``, class) per image, classes in
@@ -45,7 +68,8 @@ def list_class_folders(
             f"The image folder {root} does not exist or is not a folder. Give the path of a folder that has "
             f"one sub-folder of images per class."
         )
-    names = tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")))
+    ignored = Counter() if ignored is None else ignored
+    names = tuple(sorted(_class_names(root, ignored)))
     if not names:
         raise DataError(
             f"The image folder {root} has no sub-folders. Each class needs a sub-folder with its images, for example "
@@ -55,15 +79,13 @@ def list_class_folders(
     images = []
     for label, name in enumerate(names):
         paths = []
-        for folder, folders, files in walk(root / name):
+        for folder, files in walk(root / name, ignored):
             here = Path(folder).relative_to(root).as_posix()
             for file in files:
                 if file.lower().endswith(IMAGE_SUFFIXES):
                     paths.append(f"{here}/{file}")
-                elif ignored is not None:
+                else:
                     ignored[Path(file).suffix.lower() or file] += 1
-            if ignored is not None:
-                ignored["linked folder"] += sum((Path(folder) / inner).is_symlink() for inner in folders)
         paths.sort()
         if not paths:
             raise DataError(
@@ -74,16 +96,32 @@ def list_class_folders(
     return names, images
 
 
+def _class_names(root: Path, ignored: Counter[str]) -> Iterator[str]:
+    with os.scandir(root) as entries:
+        for entry in entries:
+            if is_no_data(entry.name):
+                ignored[kind_of(entry.name, entry.is_dir())] += 1
+            elif entry.is_dir():
+                yield entry.name
+            else:
+                ignored["file beside the class folders"] += 1
+
+
 class ImageFolder:
     """Images of a class folder, read as encoded bytes.
 
-    The fingerprint covers paths and classes, not pixels: hashing ImageNet at every start would take an hour.
+    The fingerprint covers paths and classes, not pixels: hashing ImageNet at every start would take an hour. Where
+    results of the images are kept and used again, ``content_sha256`` goes with it.
     """
 
     def __init__(self, split: Split, path: Path) -> None:
         self.split: Split = split
         self.root = Path(path)
-        self.class_names, self._images = list_class_folders(self.root)
+        self.ignored: Counter[str] = Counter()
+        """What is left out, in words."""
+        self.class_names, self._images = list_class_folders(self.root, self.ignored)
+        if said := describe_ignored(self.ignored):
+            _log.info("Beside the %d images of %s there are, and are ignored: %s.", len(self._images), self.root, said)
         lines = "\n".join(f"{path}\t{label}" for path, label in self._images)
         listing = hashlib.sha256(lines.encode(errors="surrogateescape"))  # names need not be UTF-8
         self.fingerprint = f"image_folder-{split}-{len(self._images)}-{listing.hexdigest()[:16]}"
@@ -95,6 +133,15 @@ class ImageFolder:
 
     def __len__(self) -> int:
         return len(self._images)
+
+    def content_sha256(self) -> str:
+        """Hash of the content of all images. Reads every byte."""
+
+        def of(image: tuple[str, int]) -> str:
+            return sha256_of_file(self.root / image[0])
+
+        with ThreadPoolExecutor(8) as pool:
+            return hashlib.sha256("".join(pool.map(of, self._images)).encode()).hexdigest()
 
     def read(self, index: int) -> Sample:
         """Sample ``index`` with its encoded image."""

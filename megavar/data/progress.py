@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megavar.errors import DataError
-from megavar.storage import fsync_directory
+from megavar.storage import fsync_directory, refuse_link
 
 PROGRESS = ".progress"
 Result = TypeVar("Result")
@@ -61,10 +61,12 @@ def only_one(lock: Path, patience: float = 10.0) -> Iterator[None]:
     Where the file system offers no locks (Lustre mounted without them), nothing is held and the log says so.
 
     Raises:
-        DataError: another process keeps the lock for ``patience`` seconds.
+        DataError: another process keeps the lock for ``patience`` seconds, or it is a link.
     """
+    refuse_link(lock.parent, DataError)
+    refuse_link(lock, DataError)
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
+    with os.fdopen(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+b") as file:
         for _ in range(max(1, round(patience / 0.05))):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -58,3 +58,13 @@ class Source(Protocol):
             DamagedSampleError: the sample cannot be read or decoded.
         """
         ...
+
+
+def content_fingerprint(source: Source) -> str:
+    """What identifies a source where stored results of its images are used again.
+
+    Most fingerprints cover the content. A source whose fingerprint does not (a folder of files) offers
+    ``content_sha256()``, which reads everything.
+    """
+    content = getattr(source, "content_sha256", None)
+    return source.fingerprint if content is None else f"{source.fingerprint}-{content()[:16]}"

@@ -20,6 +20,7 @@ import hashlib
 import itertools
 import json
 import logging
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -68,7 +69,8 @@ class ShardStreams:
         self.fingerprint = f"streams-{split}-{len(self)}-{self.manifest.checksum[:16]}-{lanes}"
         self.starts = [0, *itertools.accumulate(shard.samples for shard in self.manifest.shards)]
         """Index of the first sample of each shard."""
-        self._url = url if url is not None else f"{path}/{{shard}}"
+        # An absolute path is nothing but a path; a relative one may look like a URL, or like the command of a pipe.
+        self._url = url if url is not None else f"{Path(path).absolute()}/{{shard}}"
         if "{shard}" not in self._url:
             raise ConfigError(f"data.source.url is {self._url!r}: it must contain {{shard}} for the file name.")
         if lanes > len(self.manifest.shards):
@@ -93,7 +95,8 @@ class ShardStreams:
 
     def open(self, shard: int) -> Iterator[dict[str, Any]]:
         """The samples of one shard as webdataset reads them. Ends early where the stream breaks off."""
-        url = self._url.replace("{shard}", self.manifest.shards[shard].file)
+        file = self.manifest.shards[shard].file
+        url = self._url.replace("{shard}", shlex.quote(file) if self._url.startswith("pipe:") else file)
 
         def note(error: Exception) -> bool:
             log.warning("Reading %s broke off: %s", url, error)

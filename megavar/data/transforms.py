@@ -6,7 +6,8 @@ A transform turns one image into uint8 [image_size, image_size, 3]. Randomness c
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -44,16 +45,35 @@ def decode(image: np.ndarray | bytes) -> Image.Image:
     """
     if isinstance(image, np.ndarray):
         return Image.fromarray(image)
-    try:
+    with _damage():
         decoded = Image.open(io.BytesIO(image))
         decoded.load()
-        if decoded.mode.startswith("I;16"):  # Pillow would cut values above 255 off
+        if decoded.mode.startswith("I"):  # 16 bits of grey, of which Pillow would cut values above 255 off
             return Image.fromarray((np.asarray(decoded) >> 8).astype(np.uint8)).convert("RGB")
         return decoded if decoded.mode == "RGB" else decoded.convert("RGB")
+
+
+def size_of(image: bytes) -> tuple[int, int]:
+    """Width and height of an encoded image, from its header.
+
+    Raises:
+        DamagedSampleError: the bytes are not an image.
+    """
+    with _damage():
+        return Image.open(io.BytesIO(image)).size
+
+
+@contextmanager
+def _damage() -> Iterator[None]:
+    """Pillow's decoders raise whatever their libraries do: each means that the image is damaged."""
+    try:
+        yield
     except UnidentifiedImageError as error:  # its message names a place in memory, another one in every run
         raise DamagedSampleError("these bytes are not an image") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow's decoders raise
-        raise DamagedSampleError(f"the image cannot be decoded ({error})") from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise DamagedSampleError(f"the image cannot be decoded ({error or type(error).__name__})") from error
 
 
 def choose(draw: float, count: int) -> int:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megavar.errors import CheckpointError
-from megavar.tokenizers.state_dict_file import differences, read_state_dict
+from megavar.weight_file import differences, read_state_dict
 
 SSIM_WINDOW = 7
 _ALEXNET = ((64, 11, 4, 2), (192, 5, 1, 2), (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1))

@@ -7,23 +7,28 @@ import math
 import re
 import struct
 import zipfile
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from megavar.chunks import MANIFEST
 from megavar.data.reading import stored_images
-from megavar.data.source import Source
-from megavar.data.transforms import Transform
+from megavar.data.shards.index import CLASSES
+from megavar.data.skipping import is_no_data
+from megavar.data.source import DamagedSampleError, Source, content_fingerprint
+from megavar.data.transforms import Transform, decode, size_of
 from megavar.errors import DataError
 from megavar.storage import sha256_of_file
 
 CHUNK_SIZE = 64
+THREADS = 8
+"""That read files."""
 
 
 class ImageSet(Protocol):
@@ -65,8 +70,7 @@ class NpzImages:
                 f"arr_0 of {path} is {self._images.dtype} {list(self._images.shape)}, but images are uint8 "
                 f"[N, H, W, 3]: write it as ADM's scripts do, channels last, values 0..255"
             )
-        with np.load(self.path, allow_pickle=False) as file:
-            self.labels = torch.from_numpy(file["arr_1"].astype(np.int64)) if "arr_1" in file.files else None
+        self.labels: Tensor | None = _npz_labels(self.path, len(self._images))
         self.identity: dict[str, Any] = {"kind": "npz", "path": str(path), "sha256": sha256_of_file(self.path)}
 
     def __len__(self) -> int:
@@ -78,7 +82,11 @@ class NpzImages:
 
 
 class PngFolder:
-    """The PNG files directly in a folder, ordered by the numbers in their names (never by the file system)."""
+    """The PNG files directly in a folder, ordered by the numbers in their names (never by the file system).
+
+    They are read once when the folder is opened: its identity is the content, because pictures that are drawn anew
+    under the same names must not be scored by the features of the old ones.
+    """
 
     chunk_size = CHUNK_SIZE
 
@@ -86,7 +94,7 @@ class PngFolder:
         path = Path(path)
         if not path.is_dir():
             raise DataError(f"the image folder {path} does not exist: name a folder of PNG files")
-        files = [file for file in path.iterdir() if file.is_file()]
+        files = [file for file in path.iterdir() if file.is_file() and not is_no_data(file.name)]
         self._files = sorted((f for f in files if f.suffix.lower() == ".png"), key=_natural_key)
         lossy = [f for f in files if f.suffix.lower() in (".jpg", ".jpeg", ".webp")]
         if not self._files:
@@ -94,35 +102,52 @@ class PngFolder:
             raise DataError(f"the image folder {path} holds no PNG files{hint}: write samples as PNG")
         self.labels: Tensor | None = None
         self.notes = [f"{len(lossy)} JPEG or WebP files beside the PNG files were not scored"] if lossy else []
-        # Names and sizes: images that were drawn anew under the same names would otherwise be taken for the old ones.
-        listing = "".join(f"{file.name}\t{file.stat().st_size}\n" for file in self._files)
+        with ThreadPoolExecutor(THREADS) as pool:
+            found = list(pool.map(_facts, self._files))
+        self.size = self._one_size(path, [size for size, _ in found])
+        listing = "".join(f"{file.name}\t{digest}\n" for file, (_, digest) in zip(self._files, found))
         self.identity: dict[str, Any] = {
             "kind": "folder",
             "path": str(path),
-            "listing_sha256": hashlib.sha256(listing.encode()).hexdigest(),
+            "content_sha256": hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest(),
         }
+
+    def _one_size(self, path: Path, sizes: list[tuple[int, int]]) -> tuple[int, int]:
+        """Width and height of all images."""
+        counted = Counter(sizes)
+        if len(counted) > 1:
+            (usual, most), (other, fewer) = counted.most_common()[0], counted.most_common()[-1]
+            example = self._files[sizes.index(other)].name
+            raise DataError(
+                f"{path} holds images of {len(counted)} sizes: {most} of {usual[0]}x{usual[1]} pixels, but {fewer} of "
+                f"{other[0]}x{other[1]}, for example {example}. Scores compare images of one size: remove what does "
+                f"not belong there, or write all samples in one size."
+            )
+        return sizes[0]
 
     def __len__(self) -> int:
         return len(self._files)
 
     def read(self, first: int, last: int) -> Tensor:
         """Images ``first`` to ``last - 1``: uint8 [n, 3, H, W]."""
-        images = [self._read(file) for file in self._files[first:last]]
-        sizes = {tuple(image.shape) for image in images}
-        if len(sizes) > 1:
-            raise DataError(
-                f"{self._files[first].parent} holds images of different sizes, for example "
-                f"{sorted(sizes)[:2]}: score images of one size"
-            )
-        return torch.stack(images)
+        return torch.stack([self._read(file) for file in self._files[first:last]])
 
     @staticmethod
     def _read(file: Path) -> Tensor:
+        """As training decodes it: uint8 [3, H, W]."""
         try:
-            with Image.open(file) as image:
-                return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-        except (OSError, SyntaxError, ValueError) as error:
+            return torch.from_numpy(np.array(decode(file.read_bytes()))).permute(2, 0, 1)
+        except (OSError, DamagedSampleError) as error:
             raise DataError(f"{file} cannot be decoded ({error}): write it again or delete it") from error
+
+
+def _facts(file: Path) -> tuple[tuple[int, int], str]:
+    """Width and height as the header says, and the hash of the content."""
+    try:
+        content = file.read_bytes()
+        return size_of(content), hashlib.sha256(content).hexdigest()
+    except (OSError, DamagedSampleError) as error:
+        raise DataError(f"{file} cannot be decoded ({error}): write it again or delete it") from error
 
 
 class SourceImages:
@@ -136,7 +161,7 @@ class SourceImages:
         self.notes: list[str] = []
         self.identity: dict[str, Any] = {
             "kind": "source",
-            "fingerprint": source.fingerprint,
+            "fingerprint": content_fingerprint(source),
             "transform": repr(transform),
         }
 
@@ -165,6 +190,30 @@ def open_images(path: Path, samples: Callable[[Path], ImageSet]) -> ImageSet:
 def _natural_key(file: Path) -> list[tuple[int, int, str]]:
     parts = re.split(r"(\d+)", file.name)
     return [(1, int(part), part) if part.isdigit() else (0, 0, part) for part in parts]
+
+
+def _npz_labels(path: Path, count: int) -> Tensor | None:
+    """``arr_1`` as int64 [N], if there is one.
+
+    Raises:
+        DataError: it is not one class number per image.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if "arr_1" not in file.files:
+                return None
+            labels = file["arr_1"]
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(f"arr_1 of {path} cannot be read ({error}): write it again, or leave it out") from error
+    whole = labels.dtype.kind in "iu" or (labels.dtype.kind == "f" and bool(np.all(labels == np.floor(labels))))
+    if labels.shape != (count,) or not whole or (count and (labels.min() < 0 or labels.max() >= CLASSES)):
+        found = f"{labels.dtype} {list(labels.shape)}"
+        range_of = f" from {labels.min()} to {labels.max()}" if labels.size and labels.dtype.kind in "iuf" else ""
+        raise DataError(
+            f"arr_1 of {path} is {found}{range_of}, but labels are one class number from 0 per image: int64 [{count}]. "
+            f"Write class numbers (of one-hot rows, their argmax), or leave arr_1 out."
+        )
+    return torch.from_numpy(labels.astype(np.int64))
 
 
 def _npz_member(path: Path, name: str) -> np.ndarray:

@@ -19,7 +19,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from megavar.errors import CheckpointError
 from megavar.storage import sha256_of_file
-from megavar.tokenizers.state_dict_file import read_state_dict
+from megavar.weight_file import read_state_dict
 
 WEIGHTS_NAME = "weights-inception-2015-12-05-6726825d.pth"
 WEIGHTS_SHA256_PREFIX = "6726825d"

@@ -18,6 +18,7 @@ from megavar.config.recipes.tokenizer import PerceptualConfig
 from megavar.data.build import build_source
 from megavar.data.pixels import quantize, to_float
 from megavar.data.shapes_grammar import evaluation_prompts
+from megavar.data.source import content_fingerprint
 from megavar.errors import ConfigError
 from megavar.evaluation.base import Scores
 from megavar.evaluation.classes import class_extractor, class_reference
@@ -69,7 +70,7 @@ def score_tokenizer(
     count = min(config.images or len(source), len(source))
     described = {
         **identity,
-        "source": source.fingerprint,
+        "source": content_fingerprint(source),
         "protocol": config.protocol,
         "model_size": config.model_size or data.image_size,
         "size": data.image_size,

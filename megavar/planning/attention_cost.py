@@ -73,7 +73,11 @@ class _Attention(torch.autograd.Function):
 
 
 def attention_kernel(name: str, ledger: Callable[[], Ledger]) -> Callable[..., Tensor]:
-    """What stands for the kernel ``name`` of ``transformer/kernels.py``; ``ledger`` gives the one that is kept at the time of a call."""
+    """What stands for the kernel ``name`` of ``transformer/kernels.py``.
+
+    Args:
+        ledger: gives the one that is kept at the time of a call.
+    """
 
     def attend(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Tensor:
         """[B, H, L, D], keys and values perhaps with fewer heads -> [B, H, L, D]."""

@@ -76,13 +76,16 @@ class Laboratory:
         """Of the pass that runs."""
         self._observed: dict[tuple[str, int], tuple[Observation, ...]] = {}
         self._counted: dict[tuple[str, int, bool, bool], tuple[int, int]] = {}
-        self._stand_in_for_kernels()
+        self._stand_in()
 
-    def _stand_in_for_kernels(self) -> None:
-        """Kernels that only cost, chosen as on a GPU. This process computes nothing else."""
+    def _stand_in(self) -> None:
+        """Replace what fake tensors cannot run by what only costs the same. This process computes nothing else."""
         from megavar.planning.attention_cost import attention_kernel
         from megavar.transformer import attention, kernels
+        from megavar.transformer.moe import layer
 
+        layer.check_backend = lambda experts, parallel: None  # a backend's package need not be installed here
+        layer.choose_backend = lambda name, config: "grouped"  # whose experts are built at once
         on_gpu = torch.device("cuda")
         attention.choose_kernel = lambda name, visible, device: kernels.choose_kernel(name, visible, on_gpu)
         for name, kernel in kernels.KERNELS.items():
@@ -298,15 +301,20 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def main() -> None:
-    """Answer the requests on standard input."""
+    """Answer the requests on standard input, one after the other."""
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print must not get between the replies
-    sys.path[:], requests = pickle.load(sys.stdin.buffer)
+    sys.path[:] = pickle.load(sys.stdin.buffer)
     cpu_backend.install()
     laboratory = Laboratory()
-    for request in pickle.loads(requests):
+    while True:
         try:
-            reply: tuple[str, Any] = "cost", laboratory.measure(request)
+            request = pickle.loads(pickle.load(sys.stdin.buffer))
+        except EOFError:
+            return
+        reply: tuple[str, Any]
+        try:
+            reply = "cost", laboratory.measure(request)
         except Exception as error:
             reply = "error", (f"{type(error).__name__}: {error}", traceback.format_exc())
         pickle.dump(reply, replies)

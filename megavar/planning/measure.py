@@ -4,6 +4,8 @@ The tensors have shapes but no memory, and the other ranks do not exist, so it t
 :mod:`megavar.planning.fake_run`, which does it in a process of its own.
 """
 
+import atexit
+import contextlib
 import os
 import pickle
 import subprocess
@@ -12,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import IO, Literal
 
 from megavar.config.generators.base import GeneratorChoice
 from megavar.config.token_space import TokenSpace
@@ -52,6 +54,71 @@ class Request:
         return replace(self, recompute=recompute)
 
 
+class _Laboratory:
+    """The process in which requests are measured, from the first one to :meth:`close` or the end of this process."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._complaints: IO[bytes] | None = None
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        hidden = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the process)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "megavar.planning.fake_run"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=self._complaints, env=os.environ | hidden,
+        )  # fmt: skip
+        assert process.stdin is not None
+        pickle.dump(sys.path, process.stdin)
+        return process
+
+    def measure(self, request: Request) -> Cost:
+        """Costs of one rank."""
+        if self._process is None:
+            self._process = self._start()
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            # Pickled twice: its class may come from where only sys.path leads (plugins).
+            pickle.dump(pickle.dumps(request), self._process.stdin)
+            self._process.stdin.flush()
+            kind, value = pickle.load(self._process.stdout)
+        except (EOFError, BrokenPipeError):
+            raise RuntimeError(f"The process that measures costs has died: {self._last_words()}") from None
+        if kind == "cost":
+            assert isinstance(value, Cost)
+            return value
+        reason, where = value
+        raise UnmeasurableError(
+            f"The costs of generator.name={request.choice.name} cannot be measured: it does not run with tensors that "
+            f"have no values ({reason})."
+        ) from RuntimeError(where)
+
+    def _last_words(self) -> str:
+        assert self._complaints is not None
+        self._complaints.seek(0)
+        words = self._complaints.read().decode(errors="replace")
+        self.close()
+        return words
+
+    def close(self) -> None:
+        """End the process; it starts again when it is needed."""
+        process, self._process = self._process, None
+        if process is not None:
+            assert process.stdin is not None and process.stdout is not None
+            process.kill()
+            process.wait()
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+            process.stdout.close()
+        if self._complaints is not None:
+            self._complaints.close()
+            self._complaints = None
+
+
+_LABORATORY = _Laboratory()
+atexit.register(_LABORATORY.close)
+
+
 def measure(requests: Iterable[Request], progress: Callable[[int, int], None] | None = None) -> list[Cost]:
     """Costs of all requests, in their order. Each is measured once per process.
 
@@ -63,34 +130,15 @@ def measure(requests: Iterable[Request], progress: Callable[[int, int], None] | 
     """
     wanted = list(requests)
     missing = list({request.key: request for request in wanted if request.key not in _MEASURED}.values())
-    if missing:
-        _run(missing, progress or (lambda done, total: None))
+    for number, request in enumerate(missing):
+        if progress is not None:
+            progress(number, len(missing))
+        _MEASURED[request.key] = _LABORATORY.measure(request)
+    if missing and progress is not None:
+        progress(len(missing), len(missing))
     return [_MEASURED[request.key] for request in wanted]
 
 
-def _run(requests: list[Request], progress: Callable[[int, int], None]) -> None:
-    hidden = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    with tempfile.TemporaryFile() as complaints, subprocess.Popen(
-        [sys.executable, "-m", "megavar.planning.fake_run"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=complaints, env=os.environ | hidden,
-    ) as process:  # fmt: skip
-        assert process.stdin is not None and process.stdout is not None
-        # Requests are pickled apart: their classes may come from where only sys.path leads (plugins).
-        pickle.dump((sys.path, pickle.dumps(requests)), process.stdin)
-        process.stdin.close()
-        for number, request in enumerate(requests):
-            progress(number, len(requests))
-            try:
-                kind, value = pickle.load(process.stdout)
-            except EOFError:
-                complaints.seek(0)
-                raise RuntimeError(f"Measuring ended early: {complaints.read().decode(errors='replace')}") from None
-            if kind == "error":
-                process.kill()
-                reason, where = value
-                raise UnmeasurableError(
-                    f"generator.name={request.choice.name}: its costs cannot be measured, because it cannot run with "
-                    f"tensors that have no values ({reason})."
-                ) from RuntimeError(where)
-            _MEASURED[request.key] = value
-        progress(len(requests), len(requests))
+def release() -> None:
+    """End the process that measures, where nothing more is to be measured soon (before a long training)."""
+    _LABORATORY.close()

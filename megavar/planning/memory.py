@@ -124,9 +124,7 @@ class ActivationBytes(Breakdown):
     """Inside the fullest block, beyond the room that the head leaves, which is done by then."""
 
 
-def activation_bytes(
-    cost: Cost, layout: Layout, pipeline_rank: int, busiest: float | None = None
-) -> ActivationBytes:
+def activation_bytes(cost: Cost, layout: Layout, pipeline_rank: int, busiest: float | None = None) -> ActivationBytes:
     """Activations of a rank.
 
     Args:

@@ -99,7 +99,8 @@ def step_time(
     share = layout.micro_batch * layout.micro_batches
     peak = gpu.bf16 if element == 2 else gpu.fp32
     # Utilization counts model FLOPs; what is computed twice takes its time besides.
-    one_image = step_flops(whole, passes, cost.repetition) / (parallel.tensor * parallel.pipeline) / (peak * utilization)
+    flops = step_flops(whole, passes, cost.repetition) / (parallel.tensor * parallel.pipeline)
+    one_image = flops / (peak * utilization)
     blocks = len(cost.kind_of_block) / parallel.pipeline
     launches = blocks * KERNELS_PER_BLOCK * LAUNCH_SECONDS
     compute = layout.micro_batches * max(layout.micro_batch * one_image, launches)

@@ -1,57 +1,104 @@
 """What a recipe is: the algorithm of a paper as the trainer sees it.
 
-A recipe owns modules and turns a batch into named losses. It knows nothing of engines, ranks or checkpoints.
+A recipe owns modules and says per training step what runs over them: a sequence of *passes*, each a forward (and
+backward) over all micro-batches of the step. It knows nothing of engines, ranks, micro-batch numbers or checkpoints.
+
+    class Mine(BaseRecipe):
+        def modules(self): return {"generator": self.generator}
+        def prepare(self, batch, step): return Inputs(...)              # tokens, labels, noise: without gradient
+        def passes(self, module, step): return [Pass(self.forward, self.loss)]
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from megavar.data.batch import Batch
+from megavar.parallel.parameter_rule import ParameterRule
+
+Count = int | Tensor
+"""A number of items. An ``int`` promises that it is the same for every micro-batch of the step on every rank; a scalar
+tensor may differ, and costs one small all-reduce per step."""
+
+WriteRows = Callable[[Tensor, Tensor, Tensor], None]
+"""(parameter of a module, int64 [n] rows, [n, ...] values): replace rows wherever the optimizer keeps copies."""
 
 
 @dataclass
 class Losses:
-    """The result of one micro-batch.
+    """The result of a pass on one micro-batch: sums, never means.
 
-    ``named`` and ``statistics`` carry no gradient. The trainer averages ``named`` over micro-batches and data-parallel
-    ranks and adds up ``statistics`` (counts, sums) over them.
+    What is differentiated is the sum of ``total`` over all micro-batches and data-parallel ranks divided by the number
+    of valid items of the whole step (:meth:`Recipe.valid`), so however a batch is split, every item weighs the same.
     """
 
     total: Tensor
-    """float32 scalar: what is differentiated, a mean over the micro-batch."""
+    """float32 scalar: sum of the losses of the valid items (tokens that count, samples, ...)."""
     named: dict[str, Tensor] = field(default_factory=dict)
-    """Scalars by metric name, each a mean over the micro-batch."""
+    """Metrics by name, without gradient: sums over the valid items; logged as means over them."""
     statistics: dict[str, Tensor] = field(default_factory=dict)
-    """Sums over the micro-batch by name, of any shape."""
+    """Sums over the micro-batch by name, of any shape, without gradient; see :meth:`Recipe.summarize`."""
+    means: dict[str, tuple[Tensor, Count]] = field(default_factory=dict)
+    """Metrics by name that are means over something else: its sum over the micro-batch, and how many there are."""
+    per_image: Tensor | None = None
+    """float32 scalar that is differentiated, too: a sum over the images of the micro-batch, whose divisor is their
+    number. For losses that have one value per image, however many of its tokens count (see ``recipes.terms``)."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One run over all micro-batches of a step. Its graph is gone before the next pass begins.
+
+    A rollout is a pass that ``carry`` s its result to a later one; it is never differentiated through. Two forwards in
+    one graph are not offered: ZeRO-2 and 3 reduce a parameter's gradient once per backward.
+    """
+
+    forward: Callable[[Callable[..., Any], Any], Any]
+    """(callable module, inputs of one micro-batch) -> its output. Call the module, never its attributes."""
+    loss: Callable[[Any, Any], Losses] | None
+    """(output, inputs) -> losses; on the last pipeline stage. None: the pass runs without a graph."""
+    carry: Callable[[Any, Any], Tensor] | None = None
+    """(output, inputs) -> what the next pass needs to know of this one, without gradient. Computed on the last pipeline
+    stage; all stages (and tensor-parallel ranks) get the same tensor."""
+    following: Callable[[Any, Tensor], Any] | None = None
+    """(inputs, carried) -> inputs of the next pass. None: the next pass has the same inputs."""
+    balance: float = 1.0
+    """Weight of the routers' balance losses in this pass."""
+
+    def __post_init__(self) -> None:
+        assert (self.carry is None) == (self.following is None), "carry and following need each other"
 
 
 class Recipe(Protocol):
-    """The interface between a paper and the trainer."""
+    """The interface between a paper and the trainer; :class:`BaseRecipe` has defaults for most of it."""
 
     def modules(self) -> dict[str, nn.Module]:
-        """Trainable modules by name, in the order in which they are stepped."""
+        """Trained modules by name, in the order in which they are stepped."""
         ...
 
     def prepare(self, batch: Batch, step: int) -> Any:
-        """Turn a batch into the inputs of :meth:`forward`, without gradient (tokenise, drop labels)."""
+        """Turn a micro-batch into the inputs of the first pass, without gradient (tokenise, drop labels).
+
+        Called once per micro-batch and step, when a pass first needs it.
+        """
         ...
 
-    def forward(self, name: str, model: nn.Module, inputs: Any) -> Any:
-        """Run module ``name``. ``model`` is the module or an engine around it; call it, never its attributes."""
+    def passes(self, module: str, step: int) -> Sequence[Pass]:
+        """What runs over ``module`` in step ``step``; at least one pass has a loss."""
         ...
 
-    def loss(self, name: str, output: Any, inputs: Any, step: int) -> Losses:
-        """Turn the output of module ``name`` into losses."""
+    def valid(self, batch: Batch, step: int) -> Count:
+        """Number of items over which a micro-batch's losses are sums; known before anything is computed."""
         ...
 
-    def active(self, name: str, step: int) -> bool:
-        """Whether module ``name`` is trained at ``step`` (a discriminator starts late)."""
+    def rule(self, module: str, parameter: str) -> ParameterRule:
+        """How a logical tensor of a module is trained."""
         ...
 
-    def decays(self, name: str, parameter_name: str, parameter: nn.Parameter) -> bool:
-        """Whether weight decay applies to a parameter of module ``name``."""
+    def active(self, module: str, step: int) -> bool:
+        """Whether ``module`` is trained at ``step`` (a discriminator starts late)."""
         ...
 
     def collect(self) -> dict[str, Tensor]:
@@ -63,9 +110,71 @@ class Recipe(Protocol):
         ...
 
     def summarize(self, statistics: dict[str, Tensor]) -> dict[str, float]:
-        """Turn statistics (from :meth:`loss` and :meth:`collect`, summed over ranks and steps) into metrics."""
+        """Turn statistics (of losses and of :meth:`collect`, summed over ranks and steps) into metrics."""
         ...
 
-    def after_step(self, step: int) -> None:
-        """Called on every rank after the optimizer step (for example to revive dead codes)."""
+    def after_step(self, step: int, write_rows: WriteRows) -> None:
+        """Called on every rank after the optimizer steps of all modules (for example to revive dead codes)."""
         ...
+
+    def preview(self, indices: Tensor) -> Tensor | None:
+        """Images to look at while the run goes on, uint8 [N, 3, H, W], one for each of ``indices``; None: none."""
+        ...
+
+
+@runtime_checkable
+class KnowsRules(Protocol):
+    """A module that says itself how its parameters are trained, as generators do."""
+
+    def rule(self, name: str) -> ParameterRule:
+        """The rule of its logical tensor ``name``."""
+        ...
+
+
+class BaseRecipe:
+    """Defaults. A recipe of its own says ``modules``, ``prepare`` and ``passes``."""
+
+    def modules(self) -> dict[str, nn.Module]:
+        """See :meth:`Recipe.modules`."""
+        raise NotImplementedError
+
+    def prepare(self, batch: Batch, step: int) -> Any:
+        """See :meth:`Recipe.prepare`."""
+        raise NotImplementedError
+
+    def passes(self, module: str, step: int) -> Sequence[Pass]:
+        """See :meth:`Recipe.passes`."""
+        raise NotImplementedError
+
+    def valid(self, batch: Batch, step: int) -> Count:
+        """Losses are sums over samples."""
+        return len(batch)
+
+    def rule(self, module: str, parameter: str) -> ParameterRule:
+        """The module's own rule if it has one; else everything is trained, and decays."""
+        first = chunks_of(self.modules()[module])[0]
+        return first.rule(parameter) if isinstance(first, KnowsRules) else ParameterRule()
+
+    def active(self, module: str, step: int) -> bool:
+        """Always."""
+        return True
+
+    def collect(self) -> dict[str, Tensor]:
+        """Nothing beside what the losses say."""
+        return {}
+
+    def summarize(self, statistics: dict[str, Tensor]) -> dict[str, float]:
+        """No metrics beside the losses."""
+        return {}
+
+    def after_step(self, step: int, write_rows: WriteRows) -> None:
+        """Nothing to do."""
+
+    def preview(self, indices: Tensor) -> Tensor | None:
+        """No images."""
+        return None
+
+
+def chunks_of(module: nn.Module) -> list[nn.Module]:
+    """The parts of a module on this pipeline stage: several under virtual pipelining (an ``nn.ModuleList``)."""
+    return list(module) if isinstance(module, nn.ModuleList) else [module]

@@ -11,8 +11,9 @@
 At step 0 the whole codebook is drawn from the first batch.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from megavar.config.recipes.tokenizer import TokenizerTrainingConfig
 from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
 from megavar.data.batch import Batch
+from megavar.parallel.parameter_rule import ParameterRule
 from megavar.parallel.seeds import generator, random_bits
 from megavar.recipes.adversarial import (
     PatchDiscriminator,
@@ -30,7 +32,7 @@ from megavar.recipes.adversarial import (
     reconstruction_realism_loss,
     with_gradient,
 )
-from megavar.recipes.base import Losses
+from megavar.recipes.base import BaseRecipe, Losses, Pass, WriteRows
 from megavar.recipes.codebook import CodebookUpkeep, usage_metrics
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ, Reconstruction
 from megavar.tokenizers.perceptual import PerceptualDistance
@@ -54,45 +56,42 @@ class Judgement(NamedTuple):
     fake: Tensor
 
 
-def write_rows(parameter: Tensor, rows: Tensor, values: Tensor) -> None:
-    """Replace rows of a parameter in place."""
-    with torch.no_grad():
-        parameter[rows] = values.to(parameter)
-
-
-class TokenizerTraining:
-    """Trains a :class:`MultiScaleVQ` (attribute ``tokenizer``).
-
-    ``write_rows`` is how dead codes are replaced. A trainer whose optimizer keeps its own copy of the weights
-    (DeepSpeed ZeRO, bf16) sets it to a function that writes there too.
-    """
+class TokenizerTraining(BaseRecipe):
+    """Trains a :class:`MultiScaleVQ` (attribute ``tokenizer``)."""
 
     def __init__(
-        self, config: TokenizerTrainingConfig, tokenizer: MultiScaleVQConfig, seed: int, device: torch.device
+        self,
+        config: TokenizerTrainingConfig,
+        tokenizer: MultiScaleVQConfig,
+        seed: int,
+        device: torch.device,
+        fresh: bool = True,
     ) -> None:
-        """Build the tokenizer and the losses that the config asks for, on ``device``.
+        """Build the tokenizer, with random weights, and the losses that the config asks for, on ``device``.
+
+        Args:
+            fresh: whether it is trained from these weights. If the trainer gives it others, their codebook is kept.
 
         Raises:
             ConfigError: the discriminator does not fit the images.
-            CheckpointError: initial weights, or weights of the perceptual loss, are missing or wrong.
+            CheckpointError: weights of the perceptual loss are missing or wrong.
         """
         self.config = config
         self.seed = seed
         self.tokenizer = MultiScaleVQ(tokenizer)
-        if config.initial_weights is None:
-            self.tokenizer.initialize(generator(seed, "initial_autoencoder"))
-        else:
-            self.tokenizer.load_reference(config.initial_weights)
+        self.tokenizer.initialize(generator(seed, "initial_autoencoder"))
         self.tokenizer.to(device)
-        self.write_rows: Callable[[Tensor, Tensor, Tensor], None] = write_rows
         self.perceptual = None if config.perceptual is None else PerceptualDistance(config.perceptual).to(device)
         self.discriminator: PatchDiscriminator | None = None
         if config.adversarial is not None:
             self.discriminator = PatchDiscriminator(config.adversarial, tokenizer.image_channels, tokenizer.image_side)
             self.discriminator.initialize(generator(seed, "initial_discriminator"))
             self.discriminator.to(device)
-        fresh = config.initial_weights is None
         self.codebook = CodebookUpkeep(config.codebook, self.tokenizer.quantizer, seed, fresh=fresh)
+        self._dimensions = {  # before an engine empties or flattens parameters
+            name: {parameter: value.ndim for parameter, value in module.named_parameters()}
+            for name, module in self.modules().items()
+        }
 
     def modules(self) -> dict[str, nn.Module]:
         """The autoencoder, and the discriminator if there is one."""
@@ -104,21 +103,24 @@ class TokenizerTraining:
         keys = random_bits(self.seed, "tokenizer_sample", batch.epochs, batch.sample_ids)
         return TokenizerInputs(batch.require_images(), keys)
 
-    def forward(self, name: str, model: nn.Module, inputs: TokenizerInputs) -> Reconstruction | Judgement:
+    def passes(self, module: str, step: int) -> Sequence[Pass]:
         """Reconstruct, or judge images and their reconstructions by the updated autoencoder."""
-        if name == "autoencoder":
-            return model(inputs.images)
+        if module == "autoencoder":
+            return [Pass(self.reconstruction, functools.partial(self.autoencoder_loss, step=step))]
+        return [Pass(self.judgement, self.discriminator_loss)]
+
+    def reconstruction(self, model: Callable[..., Reconstruction], inputs: TokenizerInputs) -> Reconstruction:
+        """Images through the autoencoder."""
+        return model(inputs.images, inputs.keys)
+
+    def judgement(self, model: Callable[..., Tensor], inputs: TokenizerInputs) -> Judgement:
+        """Images and their reconstructions through the discriminator."""
         with torch.no_grad():
-            reconstruction = self.tokenizer(inputs.images).images
+            reconstruction = self.tokenizer(inputs.images, inputs.keys).images
         return Judgement(*model(torch.cat([inputs.images, reconstruction])).float().chunk(2))
 
-    def loss(self, name: str, output: Any, inputs: TokenizerInputs, step: int) -> Losses:
-        """The losses of one micro-batch."""
-        if name == "autoencoder":
-            return self._autoencoder_loss(output, inputs, step)
-        return self._discriminator_loss(output)
-
-    def _autoencoder_loss(self, output: Reconstruction, inputs: TokenizerInputs, step: int) -> Losses:
+    def autoencoder_loss(self, output: Reconstruction, inputs: TokenizerInputs, step: int) -> Losses:
+        """All losses of the autoencoder on one micro-batch."""
         adversarial = self.active("discriminator", step)
         # To balance two losses their gradients at the reconstructions are needed one by one: see _add_realism.
         images = output.images.detach().requires_grad_() if adversarial else output.images
@@ -138,7 +140,7 @@ class TokenizerTraining:
             "squared_error": named["squared_error"].detach().double() * pixels,
             "pixels": torch.full((), pixels, dtype=torch.float64, device=total.device),
         }
-        return Losses(total, {name: value.detach() for name, value in named.items()}, statistics)
+        return _sums(total, named, len(inputs.images), statistics)
 
     def _reconstruction_loss(self, images: Tensor, originals: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Pixel plus perceptual loss of reconstructions, scalar, and its unweighted terms."""
@@ -175,7 +177,8 @@ class TokenizerTraining:
             total = reconstruction + weight * realism
         return total, {"realism": realism, "adaptive_weight": weight}
 
-    def _discriminator_loss(self, output: Judgement) -> Losses:
+    def discriminator_loss(self, output: Judgement, inputs: TokenizerInputs) -> Losses:
+        """What the discriminator minimizes on one micro-batch."""
         adversarial = self.config.adversarial
         assert adversarial is not None and self.discriminator is not None
         total = discriminator_loss(adversarial.loss, output.real, output.fake)
@@ -183,21 +186,17 @@ class TokenizerTraining:
         if adversarial.lecam_weight > 0 and torch.is_grad_enabled():
             named["lecam"] = lecam_regularization(self.discriminator, output.real, output.fake, adversarial.lecam_decay)
             total = total + adversarial.lecam_weight * named["lecam"]
-        return Losses(total, {name: value.detach() for name, value in named.items()})
+        return _sums(total, named, len(inputs.images))
 
-    def active(self, name: str, step: int) -> bool:
+    def active(self, module: str, step: int) -> bool:
         """The discriminator is trained, and its loss applied, from its start step on."""
-        if name == "autoencoder":
+        if module == "autoencoder":
             return True
         return self.config.adversarial is not None and step >= self.config.adversarial.start_step
 
-    def decays(self, name: str, parameter_name: str, parameter: nn.Parameter) -> bool:
+    def rule(self, module: str, parameter: str) -> ParameterRule:
         """Weight decay applies to convolutions; not to vectors, nor to codes, which it would pull off their data."""
-        return parameter.ndim > 2
-
-    def collect(self) -> dict[str, Tensor]:
-        """Nothing: all statistics come from :meth:`loss`."""
-        return {}
+        return ParameterRule(decays=self._dimensions[module][parameter] > 2)
 
     def summarize(self, statistics: dict[str, Tensor]) -> dict[str, float]:
         """Peak signal-to-noise ratio in dB, perplexity and share of used codes per scale."""
@@ -205,20 +204,18 @@ class TokenizerTraining:
         mean_square = statistics["squared_error"] / statistics["pixels"]
         return metrics | {"psnr": float(10 * torch.log10(_PEAK_TO_PEAK**2 / mean_square.clamp_min(1e-12)))}
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, write_rows: WriteRows) -> None:
         """Revive dead codes."""
         replacement = self.codebook.after_step(step)
         if replacement is not None:
-            self.write_rows(self.tokenizer.quantizer.embedding.weight, replacement.rows, replacement.vectors)
-
-    def sampler(self, name: str) -> nn.Module | None:
-        """A tokenizer does not generate; see :meth:`reconstruct`."""
-        return None
+            write_rows(self.tokenizer.quantizer.embedding.weight, replacement.rows, replacement.vectors)
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """Images through the tokenizer and back, for previews: float32 [B, C, H, W] in [-1, 1]."""
         return self.tokenizer.decode(self.tokenizer.tokens(self.tokenizer.encode(images)))
 
-    def state(self) -> dict[str, Any]:
-        """Nothing beside the modules (with their buffers) needs to be saved."""
-        return {}
+
+def _sums(total: Tensor, named: dict[str, Tensor], images: int, statistics: dict[str, Tensor] | None = None) -> Losses:
+    """Means over the images of a micro-batch, as sums."""
+    sums = {name: value.detach() * images for name, value in named.items()}
+    return Losses(total * images, sums, statistics=statistics or {})

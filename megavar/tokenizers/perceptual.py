@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megavar.config.recipes.tokenizer import PerceptualConfig
 from megavar.errors import CheckpointError
-from megavar.tokenizers.state_dict_file import differences, read_state_dict
+from megavar.weight_file import differences, read_state_dict
 
 _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 """Output channels of the convolutions of VGG-16's stages (Simonyan and Zisserman 2015, configuration D)."""

@@ -1,6 +1,6 @@
 """One trained module under DeepSpeed, driven by Megatron-core's schedules, whatever the layout.
 
-``deepspeed.initialize`` gives a plain ``DeepSpeedEngine`` (ZeRO 0-3, offload); Megatron-core's
+``deepspeed.initialize`` gives a plain ``DeepSpeedEngine`` (ZeRO 0-3, offload); for each pass of a step Megatron-core's
 ``get_forward_backward_func`` runs forward and backward of all micro-batches (one stage, 1F1B or interleaved); then one
 ``step`` reduces, clips and updates. There is no other path.
 """
@@ -8,7 +8,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,19 +19,40 @@ from torch import Tensor, nn
 
 from megavar.config.deepspeed import DeepSpeedPlan
 from megavar.config.optimizer import OptimizerConfig
+from megavar.errors import ConfigError
 from megavar.parallel import cpu_backend
 from megavar.parallel.deepspeed_backend import forget_process_groups, import_deepspeed
+from megavar.parallel.parameter_rule import Rule
+from megavar.parallel.pipeline_stage import PipelineStage
 from megavar.parallel.topology import DeepSpeedTopology, Topology
+from megavar.recipes.base import Losses, Pass, chunks_of
 from megavar.training import experts
+from megavar.training.carried import share_carried
 from megavar.training.gradients import ClippedStep, register_sequence_parallel_hooks
-from megavar.training.optimizer import DecayRule, build_optimizer, parameter_groups, set_rates
+from megavar.training.micro_batches import MicroBatches
+from megavar.training.optimizer import (
+    build_optimizer,
+    equal_groups_on_stages,
+    freeze,
+    parameter_groups,
+    parameter_rules,
+    set_rates,
+)
 
 _log = logging.getLogger(__name__)
 
-Forward = Callable[[Callable[..., Any], Any], Any]
-"""(callable module, inputs of one micro-batch) -> output."""
-Loss = Callable[[Any, Any], Tensor]
-"""(output, inputs of the same micro-batch) -> float32 scalar."""
+Observer = Callable[[int, Losses], None]
+"""(number of the micro-batch, its losses): called on the last stage."""
+
+
+@dataclass(frozen=True)
+class Divisors:
+    """By what sums of losses are divided: numbers of the whole step, over all micro-batches and ranks."""
+
+    valid: float | Tensor
+    """Valid items."""
+    images: int
+    """Samples."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +73,7 @@ class Engine:
         name: str,
         module: nn.Module,
         *,
-        decays: DecayRule,
+        rule: Rule,
         optimizer: OptimizerConfig,
         plan: DeepSpeedPlan,
         topology: Topology,
@@ -62,18 +83,27 @@ class Engine:
         Args:
             name: its name in the recipe.
             module: on a pipeline stage the stage's part; an ``nn.ModuleList`` holds the chunks of virtual stages.
-            decays: whether a parameter decays.
+            rule: how a logical tensor is trained.
             plan: from :func:`megavar.config.deepspeed.complete_deepspeed`.
+
+        Raises:
+            ConfigError: the module cannot be cut into pipeline stages, or its rules contradict each other.
         """
         self.name, self.module, self.plan, self.topology = name, module, plan, topology
-        self.chunks: list[nn.Module] = list(module) if isinstance(module, nn.ModuleList) else [module]
+        self.chunks = chunks_of(module)
+        if topology.config.pipeline > 1 and not all(isinstance(chunk, PipelineStage) for chunk in self.chunks):
+            raise ConfigError(
+                f"parallel.pipeline={topology.config.pipeline}, but {name} ({type(self.chunks[0]).__name__}) cannot be "
+                f"cut into pipeline stages. Set parallel.pipeline=1."
+            )
+        rules = parameter_rules(module, rule)
+        freeze(module, rules)
         experts.tag_experts(module, plan.stage)
         register_sequence_parallel_hooks(module)
         module.register_forward_hook(_lay_open)  # before DeepSpeed's own hooks
-        groups = parameter_groups(module, decays)
-        _check_equal_groups(name, len(groups), topology)
-        inner = build_optimizer(optimizer, name, groups)
-        self.deepspeed: Any = _initialize_deepspeed(module, inner, plan)
+        with equal_groups_on_stages(name, module, parameter_groups(module, rules), topology) as groups:
+            inner = build_optimizer(optimizer, name, groups)
+            self.deepspeed: Any = _initialize_deepspeed(module, inner, plan)
         # Stage 0 has no master copy and no norm of its own: clip and guard right before torch's step.
         self._clipped = ClippedStep(inner, plan.clip_norm) if plan.stage == 0 else None
         self._scheduled = [_Scheduled(chunk, self._callable(chunk)) for chunk in self.chunks]
@@ -90,39 +120,94 @@ class Engine:
 
         return call
 
-    def forward_backward(self, inputs: list[Any], forward: Forward, loss: Loss) -> None:
-        """Forward and backward of all micro-batches; gradients of their mean loss stay in the engine.
+    def run(
+        self,
+        passes: Sequence[Pass],
+        inputs: MicroBatches,
+        divisors: Divisors,
+        observe: Observer = lambda number, losses: None,
+        *,
+        keep_inputs: bool = False,
+    ) -> None:
+        """Run the passes of a step one after the other; their gradients add up in the engine.
 
         Args:
-            inputs: one item per micro-batch.
-            forward: runs the module; on a pipeline stage before the last it returns the packed tensor.
-            loss: runs on the last stage only.
+            inputs: of the first pass.
+            divisors: of the sums that losses are.
+            observe: is told the losses of every micro-batch and pass.
+            keep_inputs: whether ``inputs`` are needed afterwards (another module of the recipe follows).
         """
+        for number, one in enumerate(passes):
+            last = number == len(passes) - 1
+            carried = self._run_pass(one, inputs, divisors, observe, keep_inputs or not last)
+            if one.following is not None and not last:
+                following = functools.partial(_following, one.following, inputs, carried, keep_inputs)
+                inputs, keep_inputs = MicroBatches(inputs.count, following), False
+
+    def _run_pass(
+        self, one: Pass, inputs: MicroBatches, divisors: Divisors, observe: Observer, keep: bool
+    ) -> list[Tensor]:
+        """Forward, and backward if there is a loss, of all micro-batches; returns what the pass carries on."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
         from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
         # A backward outside the schedules leaves a scalar here, into which they cannot copy their one-element tensor.
         MoEAuxLossAutoScaler.main_loss_backward_scale = None
+        carried: dict[int, Tensor] = {}
+
+        def finish(index: int, item: Any, output: Any) -> tuple[Tensor, dict[str, Any]]:
+            if one.carry is not None:
+                with torch.no_grad():
+                    carried[index] = one.carry(output, item).detach()
+            if one.loss is None:
+                return torch.zeros(()), {}
+            losses = one.loss(output, item)
+            observe(index, losses)
+            return _poisoned_if_not_finite(self._share(losses, divisors, inputs.count)), {}
 
         def forward_step(iterator: Iterator[Any], model: "_Scheduled") -> tuple[Any, Callable[[Any], Any]]:
-            item = next(iterator)
-            return forward(model.call, item), lambda output: (_poisoned_if_not_finite(loss(output, item)), {})
+            index, item = next(iterator)
+            return one.forward(model.call, item), functools.partial(finish, index, item)
 
-        first = self.chunks[0]
-        length = 1
-        if self.topology.config.pipeline > 1:  # what the recipe would call the module with decides
-            length = forward(first.payload_length, inputs[0])  # type: ignore[arg-type]
+        readers = inputs.readers(len(self._scheduled), keep)
         single = len(self._scheduled) == 1
+        length = self._prepare_stages(one, inputs)
         get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(inputs) if single else [iter(inputs) for _ in self._scheduled],
+            data_iterator=readers[0] if single else readers,
             model=self._scheduled[0] if single else self._scheduled,
-            num_microbatches=len(inputs),
+            num_microbatches=inputs.count,
             seq_length=length,
             decoder_seq_length=length,
             micro_batch_size=self.plan.json["train_micro_batch_size_per_gpu"],
-            forward_only=False,
+            forward_only=one.loss is None,
         )
+        if one.carry is None:
+            return []
+        device = next(self.module.parameters()).device
+        return share_carried([carried[index] for index in sorted(carried)], inputs.count, device)
+
+    def _prepare_stages(self, one: Pass, inputs: MicroBatches) -> int:
+        """Tell the chunks what pass begins; returns the sequence length to announce to the schedules."""
+        for chunk in self.chunks:
+            if isinstance(chunk, PipelineStage):
+                chunk.balance = one.balance
+        if self.topology.config.pipeline == 1:
+            return 1
+        stage = self.chunks[0]
+        assert isinstance(stage, PipelineStage)
+        return stage.payload_length(*_module_arguments(one, inputs.peek(0)))
+
+    def _share(self, losses: Losses, divisors: Divisors, micro_batches: int) -> Tensor:
+        """This micro-batch's share in the loss of the step, so that the mean over micro-batches, which the schedules
+        take, and over data-parallel ranks, which DeepSpeed takes, is the sum of all divided by the divisor.
+        """
+        parts = micro_batches * self.topology.data
+        scale = parts / divisors.valid
+        share = losses.total * (scale.to(losses.total.dtype) if isinstance(scale, Tensor) else scale)
+        if losses.per_image is not None:
+            share = share + losses.per_image * (parts / divisors.images)
+        return share
 
     def step(self, learning_rate: float, weight_decay: float) -> StepResult:
         """Reduce gradients, clip them, update, and clear them. Collective.
@@ -162,11 +247,40 @@ class _Scheduled(nn.Module):
 
         super().__init__()
         self.call = call
-        self.config = getattr(module, "config", None)
-        if not isinstance(self.config, TransformerConfig):  # not made of Megatron-core parts: the smallest one will do
-            self.config = TransformerConfig(num_layers=1, hidden_size=1, num_attention_heads=1)
         self.model_type = ModelType.encoder_or_decoder
-        self.set_input_tensor = getattr(module, "set_input_tensor", lambda tensor: None)
+        if isinstance(module, PipelineStage):
+            self.config, self.set_input_tensor = module.config, module.set_input_tensor
+        else:  # never a part of a pipeline: the smallest configuration will do
+            self.config = TransformerConfig(num_layers=1, hidden_size=1, num_attention_heads=1)
+            self.set_input_tensor = _ignore
+
+
+def _ignore(input_tensor: Tensor | list[Tensor]) -> None:
+    pass
+
+
+class _Called(Exception):
+    """Carries what a pass wants to call the module with."""
+
+
+def _module_arguments(one: Pass, item: Any) -> tuple[Any, ...]:
+    """What a pass calls the module with, found out without running the module."""
+
+    def record(*arguments: Any) -> Any:
+        raise _Called(*arguments)
+
+    try:
+        one.forward(record, item)
+    except _Called as called:
+        return called.args
+    raise AssertionError("the forward of a pass does not call the module")
+
+
+def _following(
+    following: Callable[[Any, Tensor], Any], inputs: MicroBatches, carried: list[Tensor], keep: bool, index: int
+) -> Any:
+    """The inputs of micro-batch ``index`` in the pass after the one that had ``inputs``."""
+    return following(inputs.take(index, keep), carried[index])
 
 
 class _Open(tuple):
@@ -197,16 +311,6 @@ def _poisoned_if_not_finite(loss: Tensor) -> Tensor:
     An infinite loss can have a finite gradient. This way the gradient norm alone tells all ranks to skip the step.
     """
     return loss * torch.where(torch.isfinite(loss.detach()), 1.0, float("nan"))
-
-
-def _check_equal_groups(name: str, count: int, topology: Topology) -> None:
-    """DeepSpeed's norm does one collective per group: a stage with fewer groups would wait for ever."""
-    if topology.config.pipeline > 1:
-        from megatron.core import parallel_state
-
-        counts: list[Any] = [None] * topology.config.pipeline
-        dist.all_gather_object(counts, count, group=parallel_state.get_pipeline_model_parallel_group())
-        assert len(set(counts)) == 1, f"pipeline stages of {name} have different numbers of parameter groups: {counts}"
 
 
 def _initialize_deepspeed(module: nn.Module, optimizer: torch.optim.Optimizer, plan: DeepSpeedPlan) -> Any:

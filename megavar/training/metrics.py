@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megavar.recipes.base import Losses
+from megavar.recipes.base import Count, Losses
 from megavar.training.engine import StepResult
 
 
@@ -23,16 +23,21 @@ class MetricAccumulator:
 
     def forget(self) -> None:
         """Start anew."""
-        self._named: dict[str, tuple[Tensor, int]] = {}
+        self._means: dict[str, tuple[Tensor, Count]] = {}
         self._statistics: dict[str, Tensor] = {}
         self._norms: dict[str, Tensor | float] = {}
 
-    def add(self, losses: Losses) -> None:
-        """Take in one micro-batch."""
+    def add(self, losses: Losses, valid: Count) -> None:
+        """Take in one micro-batch with ``valid`` valid items."""
         for name, value in losses.named.items():
-            total, count = self._named.get(name, (torch.zeros((), dtype=torch.float64, device=value.device), 0))
-            self._named[name] = (total + value.detach(), count + 1)
+            self._add_mean(name, value, valid)
+        for name, (value, count) in losses.means.items():
+            self._add_mean(name, value, count)
         self.add_statistics(losses.statistics)
+
+    def _add_mean(self, name: str, value: Tensor, count: Count) -> None:
+        total, counted = self._means.get(name, (torch.zeros((), dtype=torch.float64, device=value.device), 0))
+        self._means[name] = (total + value.detach(), counted + count)
 
     def add_statistics(self, statistics: dict[str, Tensor]) -> None:
         """Take in sums that a recipe has counted."""
@@ -46,33 +51,30 @@ class MetricAccumulator:
             self._norms[name] = result.gradient_norm
 
     def reduce(self, own_statistics: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """Means of losses over micro-batches and data-parallel ranks, sums of statistics over the world; forget all.
+        """Means of losses over all items of all data-parallel ranks, sums of statistics over the world; forget all.
 
         Args:
             own_statistics: what the recipe has collected on this rank (``Recipe.collect``): the same names and shapes
                 on all ranks; summed over all of them.
 
         Returns:
-            values by name, equal on all ranks, and statistics (float64, CPU).
+            values by name (not of what had no items), equal on all ranks, and statistics (float64, CPU).
         """
         from megavar.parallel.topology import DeepSpeedTopology
 
         groups: Any = DeepSpeedTopology()
-        names = sorted(self._named)
-        means = [self._named[name][0] / self._named[name][1] for name in names]
+        names = sorted(self._means)
+        totals = [self._means[name][0] for name in names]
+        counts = [torch.as_tensor(self._means[name][1]).to(total) for name, total in zip(names, totals)]
         counted = sorted(self._statistics)
-        parts = [self._statistics[name] for name in counted]
-        lengths = [part.numel() for part in parts]
-        if means or parts:
-            flat = torch.cat([torch.stack(means) if means else parts[0].new_empty(0), *(p.flatten() for p in parts)])
+        parts = [*totals, *counts, *(self._statistics[name] for name in counted)]
+        if parts:
+            flat = torch.cat([part.flatten() for part in parts])
             dist.all_reduce(flat, group=groups.get_data_parallel_group())
-            flat[: len(means)] /= groups.get_data_parallel_world_size()
-            flat = flat.cpu()
-        else:
-            flat = torch.empty(0, dtype=torch.float64)
-        values = dict(zip(names, flat[: len(names)].tolist()))
-        sums = flat[len(names) :].split(lengths)
-        statistics = {name: total.view(part.shape) for name, total, part in zip(counted, sums, parts)}
+            parts = [part.view(like.shape) for part, like in zip(flat.cpu().split([p.numel() for p in parts]), parts)]
+        pairs = zip(names, parts, parts[len(names) :])
+        values = {name: float(total / count) for name, total, count in pairs if count > 0}
+        statistics = dict(zip(counted, parts[2 * len(names) :]))
         if groups.get_pipeline_model_parallel_world_size() > 1:  # only the last stage has losses
             shared = [(values, statistics)]
             dist.broadcast_object_list(

@@ -27,9 +27,10 @@ class MetricsFile:
     def __init__(self, path: Path, step: int) -> None:
         """Continue ``path`` after ``step``: later lines, of a crashed attempt, move to ``metrics.discarded.jsonl``."""
         self.path = path
+        storage.drop_link(path)
         if path.exists():
             self._keep_until(step)
-        self._file = path.open("ab")
+        self._file = storage.open_to_append(path)
 
     def _keep_until(self, step: int) -> None:
         kept: list[bytes] = []
@@ -41,7 +42,7 @@ class MetricsFile:
                 later = True
             (discarded if later else kept).append(line)
         if discarded:
-            with (self.path.parent / "metrics.discarded.jsonl").open("ab") as file:
+            with storage.open_to_append(self.path.parent / "metrics.discarded.jsonl") as file:
                 file.write(b"".join(discarded).rstrip(b"\n") + b"\n")
             storage.write_bytes_atomic(self.path, b"".join(kept))
 

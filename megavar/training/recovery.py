@@ -1,7 +1,7 @@
 """What follows a step whose loss or gradient was not finite: skip it, roll back, or give up.
 
 The engine has already refused to apply such a step, by the global gradient norm and thus on all ranks alike (a loss
-that is not finite makes the gradient so, see ``Engine.forward_backward``). This class only counts, so it decides alike.
+that is not finite makes the gradient so, see ``Engine.run``). This class only counts, so it decides alike.
 """
 
 import math

@@ -15,6 +15,7 @@ from megavar.data.batch import Batch
 from megavar.errors import ConfigError, MegavarError
 from megavar.parallel.topology import Topology
 from megavar.recipes.base import Recipe
+from megavar.training.checkpoint.initial import InitialWeights
 from megavar.training.run_directory import RunDirectory
 
 T = TypeVar("T")
@@ -42,6 +43,8 @@ class Run:
     loader: Callable[[int, int], Iterable[list[Batch]]]
     """(first step of the data, micro-batch size) -> per step this rank's micro-batches, on the device, without end."""
     topology: Topology
+    initial: InitialWeights | None = None
+    """Weights with which a new run begins."""
     preview: Callable[[int], Tensor | None] | None = None
     """step -> sample images uint8 [N, 3, H, W] on rank 0, None elsewhere. Called on all ranks at the same steps, while
     the modules hold the averaged weights if there are any."""

@@ -2,7 +2,7 @@
 
 ``config.yaml``      the resolved configuration
 ``data.json``        the data: samples and fingerprint
-``weights.json``     the frozen networks that the run uses: path and hash of each
+``weights.json``     the frozen networks that the run uses, and the weights that it began with: path and hash of each
 ``deepspeed.json``   what DeepSpeed was given, per module
 ``code.patch``       uncommitted changes of the checkout at the first start
 ``attempts.jsonl``   one line per start: time, commit, versions, hosts, layout, environment
@@ -33,6 +33,7 @@ import yaml
 from megavar import frozen, storage
 from megavar.config.loading import with_defaults
 from megavar.config.root import Config
+from megavar.config.secret import looks_secret
 from megavar.errors import CheckpointError, ConfigError
 from megavar.frozen import Identity
 from megavar.training.checkpoint.lock import RunLock
@@ -47,6 +48,8 @@ CHANGEABLE = (
     "train.micro_batch_size", "train.checkpoint.", "train.recovery.", "train.watchdog.", "train.fresh",
     "train.cpu_threads", "train.agreement_interval", "train.garbage_collection_interval",
 )  # fmt: skip
+INITIAL = "initial"
+"""Stands for the initial weights among the names of frozen networks in ``weights.json``."""
 _ENVIRONMENT = ("CUDA_*", "NCCL_*", "TORCH_*", "OMP_*", "SLURM_JOB_ID", "SLURM_NODELIST", "SLURM_NTASKS", "MEGAVAR_*",
                 "MASTER_*", "RANK", "WORLD_SIZE", "LOCAL_RANK", "GLOO_*", "DS_ACCELERATOR", "PYTORCH_*")  # fmt: skip
 _PACKAGES = ("torch", "torchvision", "megatron-core", "deepspeed", "numpy", "webdataset", "wandb", "pydantic")
@@ -59,16 +62,19 @@ class RunDirectory:
         self,
         path: Path | str,
         weights: Mapping[str, str] | None = None,
+        initial: str | None = None,
         complete: Callable[[dict[str, Any]], Mapping[str, Any]] = lambda tree: tree,
     ) -> None:
         """Name a run's directory; nothing is read or written yet.
 
         Args:
             weights: path of every frozen network that the run uses, by name.
+            initial: path of the weights with which it begins, if not with random ones.
             complete: gives a stored configuration the keys that it lacks because an older version wrote it.
         """
         self.path = Path(path)
         self.weights = dict(weights or {})
+        self.initial = initial
         self._complete = complete
         self._lock: RunLock | None = None
 
@@ -76,7 +82,13 @@ class RunDirectory:
     def of(cls, config: Config, path: Path | None = None) -> "RunDirectory":
         """The directory of the run that ``config`` describes; ``path`` where it has been resolved."""
         path = path or Path(config.run.path)
-        return cls(path, config.recipe.frozen_weights(), lambda tree: with_defaults(tree, str(path / "config.yaml")))
+        initial = config.initial_weights
+        return cls(
+            path,
+            config.recipe.frozen_weights(),
+            initial.path if initial is not None else None,
+            lambda tree: with_defaults(tree, str(path / "config.yaml")),
+        )
 
     @property
     def config(self) -> Path:
@@ -123,6 +135,8 @@ class RunDirectory:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "logs").mkdir(exist_ok=True)
+        for folder in (self.path, self.samples, self.checkpoints):
+            storage.remove_leftovers(folder)
         known = self.config.exists()
         if known:
             self.check(config, fresh)
@@ -139,8 +153,7 @@ class RunDirectory:
                 storage.write_text_atomic(self.path / "code.patch", patch)
         storage.write_text_atomic(self.config, yaml.safe_dump(dict(config), sort_keys=False, width=120))
         storage.write_json_atomic(self.path / "deepspeed.json", dict(deepspeed))
-        with (self.path / "attempts.jsonl").open("a") as file:
-            file.write(json.dumps(_provenance() | {"layout": dict(layout)}) + "\n")
+        storage.append_line(self.path / "attempts.jsonl", json.dumps(_provenance() | {"layout": dict(layout)}))
         return identities
 
     def check(self, config: Mapping[str, Any], fresh: bool = False) -> None:
@@ -179,18 +192,20 @@ class RunDirectory:
         Raises:
             CheckpointError: there are other weights in the new place.
         """
-        name = next((name for name, path in self.weights.items() if path == now), None)
-        if name is None or not isinstance(before, str):
-            return False
-        if fresh:
+        known = self.weights | ({} if self.initial is None else {INITIAL: self.initial})
+        recorded, records = self._recorded_weights(), self._weight_records()
+        for name, path in known.items():
+            if path != now or not isinstance(before, str) or records.get(name, {}).get("path", before) != before:
+                continue
+            if fresh:
+                return True
+            if name not in recorded:  # an older version began the run
+                if not Path(before).exists():
+                    continue
+                recorded[name] = frozen.identify(before)
+            self._check_weights({name: frozen.identify(now)}, recorded)
             return True
-        recorded = self._recorded_weights()
-        if name not in recorded:  # an older version began the run
-            if not Path(before).exists():
-                return False
-            recorded = {name: frozen.identify(before)}
-        self._check_weights({name: frozen.identify(now)}, recorded)
-        return True
+        return False
 
     def _check_weights(self, now: Mapping[str, Identity], before: Mapping[str, Identity] | None = None) -> None:
         before = self._recorded_weights() if before is None else before
@@ -202,20 +217,47 @@ class RunDirectory:
 
     def _recorded_weights(self) -> dict[str, Identity]:
         """What the frozen networks were at the last start; nothing if an older version wrote the directory."""
-        if not self._weights_file.exists():
-            return {}
         try:
-            return frozen.identities(json.loads(self._weights_file.read_text()))
+            return frozen.identities(self._weight_records())
         except (ValueError, AttributeError, TypeError) as error:
             raise CheckpointError(
                 f"{self._weights_file} cannot be read ({error}). Restore it from a backup; removed, the next start "
                 f"takes the weights that it finds for those of the run."
             ) from None
 
-    def note_weights(self, identities: Mapping[str, Identity]) -> None:
-        """Remember the frozen networks, once a checkpoint did not speak against them."""
+    def _weight_records(self) -> dict[str, dict[str, str]]:
+        return json.loads(self._weights_file.read_text()) if self._weights_file.exists() else {}
+
+    def identify_initial(self, fresh: bool = False) -> Identity:
+        """What the initial weights are, when they are about to be read.
+
+        Raises:
+            CheckpointError: they are gone, or others than those with which the run began before (unless ``fresh``).
+        """
+        assert self.initial is not None
+        identity = frozen.identify(self.initial)
+        if not fresh:
+            self._check_weights({INITIAL: identity})
+        return identity
+
+    def note_weights(
+        self, identities: Mapping[str, Identity], initial: Identity | None, begins: bool
+    ) -> Identity | None:
+        """Remember the frozen networks, once a checkpoint did not speak against them, and the initial weights.
+
+        Args:
+            begins: whether the run begins now, with ``initial``; else it continues, and what it began with is kept.
+
+        Returns:
+            The weights with which the run began, if not with random ones.
+        """
+        if not begins:
+            initial = self._recorded_weights().get(INITIAL)
         record = {name: {"path": self.weights[name]} | identity.to_json() for name, identity in identities.items()}
+        if initial is not None:
+            record[INITIAL] = {"path": str(self.initial)} | initial.to_json()
         storage.write_json_atomic(self._weights_file, record)
+        return initial
 
     def note_fresh_start(self) -> None:
         """``train.fresh`` is done: whoever starts the kept configuration from now on continues the run."""
@@ -291,7 +333,7 @@ def _version(package: str) -> str:
 def _provenance() -> dict[str, Any]:
     variables = {
         name: value for name, value in sorted(os.environ.items())
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in _ENVIRONMENT)
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in _ENVIRONMENT) and not looks_secret(name, value)
     }  # fmt: skip
     return {
         "started_at": _now(),

@@ -9,19 +9,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megavar import logs
-from megavar.config.deepspeed import complete_deepspeed
 from megavar.data.batch import Batch
 from megavar.errors import ExitCode, MegavarError, NonFiniteError
 from megavar.frozen import Identity
 from megavar.parallel import seeds
 from megavar.training import schedules
 from megavar.training.checkpoint import Checkpointer, ModuleState
-from megavar.training.ema import MovingAverage
-from megavar.training.engine import Engine
-from megavar.training.experts import expert_parameters
+from megavar.training.ema import moving_averages
 from megavar.training.metrics import MetricAccumulator
 from megavar.training.monitor import Monitor, Stopwatch
 from megavar.training.parameter_rows import write_rows
@@ -30,6 +26,7 @@ from megavar.training.profiler import Profiler
 from megavar.training.recovery import Recovery, Verdict
 from megavar.training.run import Run, first_error, micro_batch_size, on_first_rank
 from megavar.training.run_directory import provenance
+from megavar.training.step import build_engines, train_step
 from megavar.training.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
@@ -51,12 +48,17 @@ class Trainer:
         self.total_steps = schedules.total_steps(train.steps, train.epochs, run.samples, train.global_batch_size)
         self.steps_per_epoch = run.samples / train.global_batch_size
         self.micro_batch_size = micro_batch_size(train, run.topology)
-        self.engines = {name: self._build_engine(name, module) for name, module in run.recipe.modules().items()}
-        if hasattr(run.recipe, "write_rows"):  # a recipe that replaces rows between steps: DeepSpeed keeps copies
-            run.recipe.write_rows = functools.partial(write_rows, list(self.engines.values()))
-        self.averages: dict[str, MovingAverage] = {}
-        if train.ema is not None:
-            self.averages = {name: MovingAverage(engine, train.ema) for name, engine in self.engines.items()}
+        self.engines = build_engines(
+            run.recipe,
+            optimizer=run.optimizer,
+            deepspeed=run.deepspeed,
+            deepspeed_origin=run.deepspeed_origin,
+            global_batch_size=train.global_batch_size,
+            micro_batch_size=self.micro_batch_size,
+            precision=train.precision,
+            topology=run.topology,
+        )
+        self.averages = moving_averages(self.engines, train.ema)
         self.checkpointer = Checkpointer(
             run.directory.checkpoints, train.checkpoint, self._layout(), provenance(run.config),
         )
@@ -106,8 +108,11 @@ class Trainer:
     def _loop(self) -> ExitCode:
         train, reports = self.setup.train, self.setup.logging
         fresh = self._fresh()
-        self._restore(fresh=fresh)
-        on_first_rank(lambda: self.directory.note_weights(self.checkpointer.frozen))
+        begins = not self._restore(fresh=fresh)
+        initial = self._take_initial_weights(fresh) if begins else None
+        began_with = on_first_rank(lambda: self.directory.note_weights(self.checkpointer.frozen, initial, begins))
+        if began_with is not None:
+            self.checkpointer.provenance["initial_weights"] = began_with.to_json()
         if fresh:
             on_first_rank(self.directory.note_fresh_start)
         while self.step < self.total_steps:
@@ -168,34 +173,26 @@ class Trainer:
 
     def _train_step(self, micro_batches: list[Batch]) -> bool:
         """Train every active module on one global batch; return whether all updates were applied."""
-        # Our randomness is counter-based; this makes the rest (dropout of a third-party module) resume exactly, too.
+        # Our randomness is counter-based; this makes the rest (dropout of a plugin's module) resume exactly, too.
         torch.manual_seed(int(seeds.random_bits(self.setup.train.seed, "step", self.step, self.topology.data_rank)))
-        prepared = [self.recipe.prepare(batch, self.step) for batch in micro_batches]
         replaced = [batch.replaced.sum() for batch in micro_batches if batch.replaced is not None]
         if replaced:  # damaged samples whose place others took
             count = torch.stack(replaced).sum().to(micro_batches[0].labels.device)
             self.metrics.add_statistics({_REPLACED: count})
-        applied = True
-        for name, engine in self.engines.items():
-            if not self.recipe.active(name, self.step):
-                continue
-            with self._others_frozen(name):
-                engine.forward_backward(
-                    prepared, functools.partial(self.recipe.forward, name), functools.partial(self._loss, name)
-                )
-            result = engine.step(*self._rates(name, self.step))
-            self.metrics.add_step(name, result)
-            applied = applied and result.applied
+        applied = train_step(
+            self.recipe,
+            self.engines,
+            micro_batches,
+            self.step,
+            rates=self._rates,
+            metrics=self.metrics,
+            topology=self.topology,
+        )
         if applied:
-            self.recipe.after_step(self.step)
+            self.recipe.after_step(self.step, functools.partial(write_rows, self.engines.values()))
             for average in self.averages.values():
                 average.update(self.step)
         return applied
-
-    def _loss(self, name: str, output: Any, inputs: Any) -> Tensor:
-        losses = self.recipe.loss(name, output, inputs, self.step)
-        self.metrics.add(losses)
-        return losses.total
 
     def _rates(self, name: str, step: int) -> tuple[float, float]:
         """Learning rate and weight decay of module ``name`` at ``step``."""
@@ -203,15 +200,6 @@ class Trainer:
         peak = schedules.peak_learning_rate(config, self.setup.train.global_batch_size, name)
         rate = schedules.learning_rate(config.schedule, peak, step, self.total_steps, self.steps_per_epoch)
         return rate, schedules.weight_decay(config, step, self.total_steps, name)
-
-    @contextlib.contextmanager
-    def _others_frozen(self, name: str) -> Iterator[None]:
-        """Keep the gradients of module ``name``'s losses out of the parameters of the other modules."""
-        with contextlib.ExitStack() as stack:
-            for other, engine in self.engines.items():
-                if other != name:
-                    stack.enter_context(engine.frozen())
-            yield
 
     # -- around the step ----------------------------------------------------------------------------------------------
 
@@ -323,33 +311,20 @@ class Trainer:
         self._open_data()
         return state is not None
 
+    def _take_initial_weights(self, fresh: bool) -> Identity | None:
+        """Put the weights that the configuration names, if any, into the recipe's first module; say what they are."""
+        initial = self.setup.initial
+        if initial is None:
+            return None
+        with self.watchdog.pause():
+            identity = on_first_rank(lambda: self.directory.identify_initial(fresh))
+            name, state = next(iter(self._module_states().items()))
+            self.checkpointer.begin(name, state, initial)
+        _log.info("Beginning with the weights of %s.", identity)
+        return identity
+
     def _open_data(self) -> None:
         self._batches = iter(self.setup.loader(self.data_step, self.micro_batch_size))
-
-    def _build_engine(self, name: str, module: torch.nn.Module) -> Engine:
-        run = self.setup
-        override = run.optimizer.modules.get(name)
-        clipping = override.gradient_clipping if override is not None else None
-        plan = complete_deepspeed(
-            dict(run.deepspeed),
-            where=run.deepspeed_origin,
-            parallel=run.topology.config,
-            data_parallel_size=run.topology.data,
-            global_batch_size=run.train.global_batch_size,
-            micro_batch_size=self.micro_batch_size,
-            precision=run.train.precision,
-            gradient_clipping=clipping if clipping is not None else run.optimizer.gradient_clipping,
-            has_experts=bool(expert_parameters(module)),
-            device_type=next(module.parameters()).device.type,
-        )
-        return Engine(
-            name,
-            module,
-            decays=functools.partial(run.recipe.decays, name),
-            optimizer=run.optimizer,
-            plan=plan,
-            topology=run.topology,
-        )
 
 
 @contextlib.contextmanager

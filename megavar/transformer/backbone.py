@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from megavar.config.experts.base import ExpertsChoice
 from megavar.config.parallel import ParallelConfig
+from megavar.errors import ConfigError
 from megavar.parallel.logical import initialize_parameters
 from megavar.parallel.parameter_rule import ParameterRule
 from megavar.parallel.payload import Payload, Slot
@@ -29,6 +30,7 @@ from megavar.transformer.cache import KeyValueCache
 from megavar.transformer.context import ForwardContext, RoutingRecord
 from megavar.transformer.defaults import usual_initial_value, usual_rule
 from megavar.transformer.interface import Embedded, GeneratorOutput, Head, TokenSequence
+from megavar.transformer.megatron_config import without_sequence_parallel
 from megavar.transformer.sequence import SequenceLayout
 
 EMBEDDING = "embedding"
@@ -82,12 +84,16 @@ class Backbone(nn.Module, ABC):
         """
         super().__init__()
         self.config, self.kinds, self.experts, self.seed = config, kinds, experts, seed
+        self.unsharded = without_sequence_parallel(config)
+        """For modules outside the blocks: each tensor-parallel rank calls them with all tokens."""
         self.stage = stage or Stage(0, config.num_layers, True, True)
         self.recompute = parallel.recompute
         self.taps = taps
-        self.tapped = tuple(dict.fromkeys([*taps, *(tap for head in heads.values() for tap in head.taps)]))
-        self._check_taps()
         self._heads = dict(heads)
+        readers = {"taps": taps, **{f"head {name!r}": head.taps for name, head in heads.items()}}
+        for reader, wanted in readers.items():
+            _check_taps(reader, wanted, config.num_layers)
+        self.tapped = tuple(dict.fromkeys(tap for wanted in readers.values() for tap in wanted))
         # Experts and sequence parallelism share rows evenly between the tensor-parallel ranks.
         shared = config.sequence_parallel or config.num_moe_experts is not None
         self.row_multiple = config.tensor_model_parallel_size if shared else 1
@@ -104,11 +110,6 @@ class Backbone(nn.Module, ABC):
             built = {name: head.build(config.hidden_size).to(config.params_dtype) for name, head in heads.items()}
             self.heads = nn.ModuleDict(built)
         initialize_parameters(self, self._initial_value, seed)
-
-    def _check_taps(self) -> None:
-        known = [EMBEDDING, *(f"block.{number}" for number in range(self.config.num_layers))]
-        unknown = [tap for tap in self.tapped if tap not in known]
-        assert not unknown, f"no output is called {', '.join(unknown)}; known: {EMBEDDING}, block.0 to {known[-1]}"
 
     # -- what a generator says ------------------------------------------------------------------------------------
 
@@ -141,13 +142,19 @@ class Backbone(nn.Module, ABC):
         """
 
     def condition_rows(self) -> Mapping[str, int | None]:
-        """Rows of each condition, by name; None: one per token, in the tokens' order. Default: no conditions."""
+        """Rows of each condition, by name; None: one per token, in the tokens' order. Default: no conditions.
+
+        Those with a row per token are shared like hidden states under sequence parallelism.
+        """
         return {}
 
     def modulating(self, conditions: Mapping[str, Tensor]) -> Tensor | None:
-        """What blocks get as their condition, from [rows, B, C] by name. Default: the first row of the first one."""
-        for condition in conditions.values():
-            return condition[0]
+        """What blocks get as their condition, from [rows, B, C] by name.
+
+        Default: the first condition, [B, C] (its first row), or this rank's rows [L, B, C] where it has one per token.
+        """
+        for name, rows in self.condition_rows().items():
+            return conditions[name] if rows is None else conditions[name][0]
         return None
 
     def initial_value(self, name: str, value: Tensor, generator: torch.Generator) -> None:
@@ -346,6 +353,16 @@ class Backbone(nn.Module, ABC):
             return None, name
         _, head, inner = name.split(".", 2)
         return self._heads[head], inner
+
+
+def _check_taps(reader: str, taps: tuple[str, ...], depth: int) -> None:
+    for tap in taps:
+        if tap != EMBEDDING and tap not in (f"block.{number}" for number in range(depth)):
+            raise ConfigError(
+                f"The {reader} of a loss term asks for the hidden states {tap!r}, but a generator of {depth} blocks "
+                f"has {EMBEDDING!r} and 'block.0' to 'block.{depth - 1}'. Choose one of them in the term, or raise "
+                f"generator.depth."
+            )
 
 
 def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,9 +9,9 @@ from megavar.parallel.parameter_rule import ParameterRule
 
 
 def usual_initial_value(name: str, value: Tensor, generator: torch.Generator) -> None:
-    """Zero biases, unit scales, and everything else normal (cut at two deviations) with variance 1 / (3 fan-in).
+    """Zero biases, unit scales, and everything else normal with variance 1 / (3 fan-in), PyTorch's for linear layers.
 
-    That is the variance of PyTorch's own linear layers. A vector whose name is not a bias's is a norm's scale.
+    A vector whose name is not a bias's is taken for a norm's scale.
     """
     if name.endswith("bias"):
         value.zero_()
@@ -19,7 +19,7 @@ def usual_initial_value(name: str, value: Tensor, generator: torch.Generator) ->
         value.fill_(1.0)
     else:
         fan_in = math.prod(value.shape[1:])
-        torch.nn.init.trunc_normal_(value, std=math.sqrt(1 / (3 * fan_in)), generator=generator)
+        value.normal_(std=math.sqrt(1 / (3 * fan_in)), generator=generator)
 
 
 def usual_rule(name: str) -> ParameterRule:

@@ -1,5 +1,6 @@
 """Megatron-core's ``TransformerConfig``: what the layout decides, and what a model says of its blocks."""
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -83,3 +84,12 @@ def _mixture(experts: ExpertsChoice | None, parallel: ParallelConfig, hidden: in
         "moe_grouped_gemm": False,
         "moe_ffn_hidden_size": hidden,
     }
+
+
+def without_sequence_parallel(config: TransformerConfig) -> TransformerConfig:
+    """For layers with complete inputs on every tensor-parallel rank, while hidden states are shared between them."""
+    if not config.sequence_parallel:
+        return config
+    config = copy(config)
+    config.sequence_parallel = False
+    return config

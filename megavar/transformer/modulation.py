@@ -3,7 +3,6 @@
 A modulation answers by *name* and alone knows in which order its vectors are stored.
 """
 
-from copy import copy
 from typing import NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megavar.transformer.linear import LinearFloat32
+from megavar.transformer.megatron_config import without_sequence_parallel
 
 VAR_ORDER = (
     "gate attention", "gate feed_forward", "scale attention", "scale feed_forward",
@@ -50,7 +50,7 @@ class _Network(nn.Module):
         self.linear = linear(
             config.hidden_size,
             vectors * config.hidden_size,
-            config=_without_sequence_parallel(config),
+            config=without_sequence_parallel(config),
             init_method=lambda weight: weight,
             gather_output=True,
             bias=True,
@@ -69,15 +69,6 @@ class ModulationNetwork(_Network):
     def forward(self, condition: Tensor) -> Tensor:
         """[..., C] -> [..., vectors, C], complete on every rank."""
         return self.compute(condition)
-
-
-def _without_sequence_parallel(config: TransformerConfig) -> TransformerConfig:
-    """Conditions are replicated over tensor-parallel ranks even where hidden states are sharded."""
-    if not config.sequence_parallel:
-        return config
-    config = copy(config)
-    config.sequence_parallel = False
-    return config
 
 
 def _by_name(vectors: Tensor, order: tuple[str, ...]) -> dict[str, Modulated]:

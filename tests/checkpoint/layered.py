@@ -9,6 +9,7 @@ weights, moments and averages of different layouts with ``torch.equal``.
 from dataclasses import dataclass
 
 import torch
+from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from megavar.config.deepspeed import DeepSpeedPlan
@@ -16,6 +17,7 @@ from megavar.config.optimizer import OptimizerConfig
 from megavar.config.parallel import ParallelConfig
 from megavar.parallel import environment, seeds, topology
 from megavar.parallel.logical import LogicalTensor, initialize_parameters, logical_tensors
+from megavar.parallel.parameter_rule import ParameterRule
 from megavar.training.checkpoint import ModuleState
 from megavar.training.checkpoint.master import master_tensors
 from megavar.training.engine import Engine
@@ -89,8 +91,15 @@ class Layered(nn.Module):
         super().__init__()
         first, count = mesh.pipeline_rank * BLOCKS // layout.pipeline, BLOCKS // layout.pipeline
         self.mesh = mesh
+        self.config, self.balance = TransformerConfig(num_layers=1, hidden_size=1, num_attention_heads=1), 1.0
         self.blocks = nn.ModuleDict({str(number): Block(layout, width) for number in range(first, first + count)})
         self.register_buffer("cache", torch.zeros(2), persistent=False)
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Stages do not exchange anything: each has its own loss."""
+
+    def payload_length(self, inputs: int) -> int:
+        return 0
 
     def forward(self, step: int) -> Tensor:
         by_module: dict[str, list[LogicalTensor]] = {}
@@ -112,6 +121,7 @@ class Run:
         self.mesh = topology.initialize(parallel, environment.environment())
         module = Layered(layout, self.mesh, width)
         initialize_parameters(module, normal, seed)
+        dimensions = {tensor.name: len(tensor.shape) for tensor in logical_tensors(module)}
         if layout.bfloat16:
             module.to(torch.bfloat16)
         zero = {"stage": layout.stage, "stage3_param_persistence_threshold": 30, "overlap_comm": False}
@@ -131,7 +141,7 @@ class Run:
         self.owner = Engine(
             "layered",
             module,
-            decays=lambda name, parameter: parameter.dim() > 1,
+            rule=lambda name: ParameterRule(decays=dimensions[name] > 1),
             optimizer=OptimizerConfig(),
             plan=DeepSpeedPlan(json, layout.stage, 0.0, ()),
             topology=self.mesh,

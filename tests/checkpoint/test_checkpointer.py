@@ -243,4 +243,4 @@ def test_readers_without_a_run_get_clear_errors(straight, tmp_path):
     with pytest.raises(CheckpointError, match="is not a checkpoint and holds none"):
         read_weights(tmp_path, "model")
     with pytest.raises(CheckpointError, match="holds no module 'generator'; it holds model"):
-        read_weights(straight)
+        read_weights(straight, "generator")

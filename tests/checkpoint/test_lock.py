@@ -135,3 +135,31 @@ def test_a_dead_lock_is_removed_only_if_it_still_is_the_one_judged(tmp_path):
     plant(tmp_path, newer)
     assert not lock._remove_dead(tmp_path / lock.FILE_NAME, judged)
     assert json.loads((tmp_path / lock.FILE_NAME).read_text())["token"] == newer.token
+
+
+@pytest.mark.parametrize("target", ["nowhere", "file", "folder"])
+def test_a_link_in_place_of_the_lock_is_removed_and_not_followed(tmp_path, target):
+    """A dangling one was waited for for ever."""
+    place = tmp_path / target
+    if target == "file":
+        place.write_text("precious")
+    elif target == "folder":
+        place.mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / lock.FILE_NAME).symlink_to(place)
+    with RunLock.acquire(tmp_path / "run", stale_after=30) as mine:
+        assert not mine.path.is_symlink() and json.loads(mine.path.read_text())["pid"] == os.getpid()
+    assert not place.is_file() or place.read_text() == "precious"
+
+
+def test_a_folder_in_place_of_the_lock_is_named(tmp_path):
+    (tmp_path / lock.FILE_NAME).mkdir()
+    with pytest.raises(ClusterError, match="is a folder, not a lock"):
+        RunLock.acquire(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b'{"token": 1}'])
+def test_a_damaged_lock_counts_as_dead_after_a_while(tmp_path, content):
+    (tmp_path / lock.FILE_NAME).write_bytes(content)
+    with RunLock.acquire(tmp_path, stale_after=0.2) as mine:
+        assert json.loads(mine.path.read_text())["pid"] == os.getpid()

@@ -112,13 +112,69 @@ def test_newer_checkpoints_are_left_alone(tmp_path):
 def test_the_manifest_goes_first(tmp_path, monkeypatch):
     """A deletion that is interrupted leaves nothing that looks like a checkpoint."""
     finals = [save(tmp_path, step) for step in (1, 2)]
-    monkeypatch.setattr(store.shutil, "rmtree", lambda *arguments, **options: None)  # dies here
+    monkeypatch.setattr(store.storage, "remove", lambda path: None)  # dies here
     store.prune(tmp_path, 1, 0, protect=finals[1])
     (doomed,) = (path for path in tmp_path.iterdir() if ".deleting-" in path.name)
     assert [path.name for path in doomed.iterdir()] == ["shard"]
     monkeypatch.undo()
     store.clean(tmp_path)
     assert names(tmp_path) == ["step-00000002"]
+
+
+def test_a_deletion_that_is_interrupted_at_once_is_finished_later(tmp_path, monkeypatch):
+    finals = [save(tmp_path, step) for step in (1, 2)]
+
+    def die(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store.storage, "fsync_directory", die)  # after the first thing that a deletion does
+    with pytest.raises(KeyboardInterrupt):
+        store.prune(tmp_path, 1, 0, protect=finals[1])
+    monkeypatch.undo()
+    store.clean(tmp_path)
+    assert names(tmp_path) == ["step-00000002"]
+
+
+def link_to_another_run(tmp_path, name):
+    """A link called ``name`` to the checkpoint of another run, which must survive."""
+    other = save(tmp_path / "other", 7)
+    root = tmp_path / "own"
+    root.mkdir(exist_ok=True)
+    (root / name).symlink_to(other, target_is_directory=True)
+    return root, other
+
+
+@pytest.mark.parametrize("kind", ["tmp", "deleting", "replaced", "damaged", "abandoned"])
+def test_cleaning_and_pruning_unlink_links(tmp_path, kind):
+    root, other = link_to_another_run(tmp_path, f"step-00000007.{kind}-ab12")
+    newest = save(root, 7 if kind == "replaced" else 8)
+    store.clean(root)
+    store.prune(root, 1, 0, protect=newest)
+    assert names(root) == [newest.name]
+    assert store.readable(other) is not None
+
+
+def test_pruning_a_linked_checkpoint_leaves_that_of_the_other_run(tmp_path):
+    root, other = link_to_another_run(tmp_path, "step-00000007")
+    store.prune(root, 1, 0, protect=save(root, 8))
+    assert names(root) == ["step-00000008"]
+    assert store.readable(other) is not None
+
+
+def test_discarding_unlinks_a_link(tmp_path):
+    root, other = link_to_another_run(tmp_path, "step-00000007.tmp-ab12")
+    store.discard(root / "step-00000007.tmp-ab12")
+    assert list(root.iterdir()) == [] and store.readable(other) is not None
+
+
+@pytest.mark.parametrize("dangling", [False, True])
+def test_a_commit_replaces_a_link(tmp_path, dangling):
+    root, other = link_to_another_run(tmp_path, "step-00000007")
+    if dangling:
+        other = other.rename(other.with_name("step-00000007.damaged-1"))
+    final = save(root, 7, "new")
+    assert not final.is_symlink() and (final / "shard").read_text() == "new" and names(root) == [final.name]
+    assert (other / "shard").read_text() == "content"
 
 
 def test_set_aside_checkpoints_go_once_the_run_has_caught_up(tmp_path):

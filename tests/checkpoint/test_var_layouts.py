@@ -22,7 +22,7 @@ from megavar.sampling.sampler import Sampler
 from megavar.training.checkpoint import Checkpointer, ModuleState, load_weights
 from megavar.training.ema import MovingAverage
 from tests.checkpoint.conftest import assert_same, read_everything
-from tests.distributed.curves import Setup, bare_curve, build, build_engine, train_step
+from tests.distributed.curves import Setup, bare_curve, build, engine_loop
 from tests.distributed.harness import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -67,7 +67,8 @@ def train(layout, save_to, load_from=None, first=0, last=SAVED, asynchronous=Fal
     if load_from is not None:  # nothing of the initialization may be left
         for parameter in recipe.generator.parameters():
             parameter.data.fill_(7.0)
-    engine = build_engine(layout, recipe, mesh)
+    loop = engine_loop(layout, recipe, mesh)
+    engine = loop.engines["generator"]
     average = MovingAverage(engine, EmaConfig(decay=0.6, warmup=False))
     modules = {"generator": ModuleState(engine.deepspeed, average.tensors)}
     values = []
@@ -76,7 +77,7 @@ def train(layout, save_to, load_from=None, first=0, last=SAVED, asynchronous=Fal
             assert Checkpointer(load_from, CheckpointConfig()).load(modules) == {"step": first}
             checkpointer.save(first, modules, {"step": first})
         for step in range(first, last):
-            result = train_step(layout, recipe, engine, mesh, step)
+            result = loop.step(step)
             average.update(step)
             values.append((result["loss"], float(result["gradient_norm"])))
             if step + 1 in (SAVED, last):

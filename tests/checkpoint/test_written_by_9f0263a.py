@@ -2,34 +2,21 @@
 
 import hashlib
 import json
-import os
-import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megavar.__main__ import main
 from megavar.frozen import identify
 from megavar.training.checkpoint import find_checkpoint, read_weights
+from tests.checkpoint.old_runs import command, unpack
 from tests.distributed.harness import run_ranks
 
-DATA = Path(__file__).parent / "data" / "9f0263a" / "runs.tar.xz"
-ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-5
 
 
 @pytest.fixture
 def runs(tmp_path):
-    with tarfile.open(DATA) as archive:
-        archive.extractall(tmp_path, filter="data")
-    return tmp_path
-
-
-def command(place, *arguments):
-    """Run ``megavar`` in ``place``, relative to which the runs name each other."""
-    os.chdir(place)
-    return main([*arguments, f"deepspeed={ROOT / 'configs/deepspeed/zero1.json'}"])
+    return unpack(tmp_path)
 
 
 def curve(run):

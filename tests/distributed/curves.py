@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from megavar.config.deepspeed import complete_deepspeed
 from megavar.config.experts.base import ExpertsChoice
 from megavar.config.generators.var import VARConfig
 from megavar.config.optimizer import ConstantSchedule, OptimizerConfig
@@ -20,11 +19,11 @@ from megavar.generators.var import VAR
 from megavar.parallel import seeds, topology
 from megavar.parallel.environment import environment
 from megavar.parallel.logical import initialize_parameters
-from megavar.recipes.mepa import MEPA
+from megavar.recipes.base import BaseRecipe, Recipe
+from megavar.recipes.next_scale import NextScale
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
 from megavar.training.engine import Engine
-from megavar.training.metrics import MetricAccumulator
-from megavar.training.optimizer import DecayRule
+from tests.loops import EngineLoop, bare_loop
 
 STEPS = 10
 BATCH = 8
@@ -109,10 +108,12 @@ def batches(step: int, data_rank: int, data_size: int, micro_batch_size: int) ->
         yield Batch(None, labels, ids, torch.zeros_like(ids), tokens=tokens)
 
 
-def build(setup: Setup, mesh: topology.Topology) -> MEPA:
+def build(setup: Setup, mesh: topology.Topology, kind: type[NextScale] = NextScale) -> NextScale:
+    """The recipe with this rank's part of the generator; ``kind`` is another class of the same arguments."""
+    config = generator_config(setup)
     chunks = [
         VAR(
-            generator_config(setup),
+            config,
             TokenSpace.of_scales(SCALES, VOCABULARY, CODE, image_side=6),
             parallel=mesh.config,
             stage=Stage.split(4, mesh.config, mesh.pipeline_rank, chunk),
@@ -123,95 +124,66 @@ def build(setup: Setup, mesh: topology.Topology) -> MEPA:
         for chunk in range(mesh.config.virtual_pipeline)
     ]
     generator = chunks[0] if len(chunks) == 1 else torch.nn.ModuleList(chunks)
-    return MEPA(MEPAConfig(tokenizer_weights="unused"), generator, tokenizer(), seed=5)
+    return kind(
+        MEPAConfig(tokenizer_weights="unused"), generator, tokenizer(), classes=config.classes,
+        label_drop=config.label_drop, seed=5,
+    )  # fmt: skip
 
 
-def build_engine(setup: Setup, recipe: MEPA, mesh: topology.Topology) -> Engine:
-    return engine_of(setup, recipe.generator, lambda name, value: recipe.decays("generator", name, value), mesh)
+def optimizer() -> OptimizerConfig:
+    return OptimizerConfig(
+        lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, gradient_clipping=CLIPPING, schedule=ConstantSchedule()
+    )
 
 
-def engine_of(setup: Setup, module: torch.nn.Module, decays: DecayRule, mesh: topology.Topology) -> Engine:
+def zero_section(setup: Setup) -> dict[str, Any]:
+    """Of the DeepSpeed JSON."""
     zero: dict[str, Any] = {"stage": setup.stage}
     if setup.stage == 3:
         zero["stage3_param_persistence_threshold"] = 0  # the default keeps all of a model this small on every rank
     for part in setup.offload:
         zero[f"offload_{part}"] = {"device": "cpu"}
-    plan = complete_deepspeed(
-        {"zero_optimization": zero},
-        where="test",
-        parallel=mesh.config,
-        data_parallel_size=mesh.data,
-        global_batch_size=BATCH,
-        micro_batch_size=setup.micro_batch_size or BATCH // mesh.data,
-        precision=setup.precision,
-        gradient_clipping=CLIPPING,
-        has_experts=not setup.dense,
-        device_type="cpu",
-    )
-    return Engine(
-        "generator",
-        module,
-        decays=decays,
-        optimizer=OptimizerConfig(lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, schedule=ConstantSchedule()),
-        plan=plan,
-        topology=mesh,
-    )
+    return zero
 
 
-def train_step(setup: Setup, recipe: MEPA, engine: Engine, mesh: topology.Topology, step: int) -> dict[str, float]:
-    """One optimizer step; returns loss, gradient norm and so on, the same on every rank."""
-    metrics = MetricAccumulator()
+def engine_of(setup: Setup, module: torch.nn.Module, mesh: topology.Topology) -> Engine:
+    """An engine around a generator without a recipe."""
+
+    class Around(BaseRecipe):
+        def modules(self) -> dict[str, torch.nn.Module]:
+            return {"generator": module}
+
+    return engine_loop(setup, Around(), mesh).engines["generator"]
+
+
+def engine_loop(setup: Setup, recipe: Recipe, mesh: topology.Topology) -> EngineLoop:
+    """Trains ``recipe`` under ``setup``."""
     size = setup.micro_batch_size or BATCH // mesh.data
-    prepared = [recipe.prepare(batch, step) for batch in batches(step, mesh.data_rank, mesh.data, size)]
+    return EngineLoop(
+        recipe, mesh, lambda step: list(batches(step, mesh.data_rank, mesh.data, size)), optimizer=optimizer(),
+        zero=zero_section(setup), global_batch_size=BATCH, micro_batch_size=size, precision=setup.precision,
+    )  # fmt: skip
 
-    def loss(output: Any, inputs: Any) -> torch.Tensor:
-        losses = recipe.loss("generator", output, inputs, step)
-        metrics.add(losses)
-        return losses.total
 
-    engine.forward_backward(prepared, lambda model, inputs: recipe.forward("generator", model, inputs), loss)
-    metrics.add_step("generator", engine.step(LEARNING_RATE, WEIGHT_DECAY))
-    values, statistics = metrics.reduce(recipe.collect())
-    values["load"] = statistics.get("load")  # type: ignore[assignment]
-    return values
+def bare_values(recipe: Recipe, steps: int = STEPS) -> list[dict[str, Any]]:
+    """Metrics of every step, from one process without an engine."""
+    return bare_loop(recipe, "generator", lambda step: list(batches(step, 0, 1, BATCH)), steps, optimizer=optimizer())
 
 
 def engine_curve(setup: Setup) -> Curve:
     """Runs on every rank: the curve under ``setup``."""
     mesh = topology.initialize(ParallelConfig(**setup.parallel), environment())
-    recipe = build(setup, mesh)
-    engine = build_engine(setup, recipe, mesh)
-    values = [train_step(setup, recipe, engine, mesh, step) for step in range(STEPS)]
-    return _curve(values)
+    loop = engine_loop(setup, build(setup, mesh), mesh)
+    return _curve([loop.step(step) for step in range(STEPS)])
 
 
 def bare_curve(setup: Setup) -> Curve:
-    """The reference: one process, no engine; a loop anyone would write."""
-    mesh = topology.initialize(ParallelConfig(), environment())
-    recipe = build(setup, mesh)
-    named = list(recipe.generator.named_parameters())
-    decaying = [p for name, p in named if recipe.decays("generator", name, p)]
-    others = [p for name, p in named if not recipe.decays("generator", name, p)]
-    optimizer = torch.optim.AdamW(
-        [{"params": decaying, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}],
-        lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8,
-    )  # fmt: skip
-    values: list[dict[str, Any]] = []
-    for step in range(STEPS):
-        (batch,) = batches(step, 0, 1, BATCH)
-        inputs = recipe.prepare(batch, step)
-        total = recipe.loss("generator", recipe.generator(inputs.model), inputs, step).total
-        optimizer.zero_grad()
-        total.backward()
-        norm = torch.nn.utils.clip_grad_norm_(recipe.generator.parameters(), CLIPPING)
-        optimizer.step()
-        collected = recipe.collect()
-        values.append({"loss": float(total), "gradient_norm": float(norm), "load": collected.get("load")})
-    return _curve(values)
+    """The reference: one process, no engine."""
+    return _curve(bare_values(build(setup, topology.initialize(ParallelConfig(), environment()))))
 
 
 def _curve(values: list[dict[str, Any]]) -> Curve:
-    loads = [value["load"] for value in values]
+    loads = [value.get("load") for value in values]
     return Curve(
         loss=tuple(value["loss"] for value in values),
         gradient_norm=tuple(float(value["gradient_norm"]) for value in values),

@@ -123,3 +123,11 @@ def test_missing_tokenizer(tmp_path: Path) -> None:
 def test_classes_that_do_not_fit_the_data(tokenizer_run: Path, tmp_path: Path) -> None:
     given = overrides(tmp_path / "run", tokenizer_run, "generator.classes=7")
     expect(*run("train", CONFIG, *given), "generator.classes=7", "generator.classes=10")
+
+
+def test_a_suite_that_the_generator_cannot_be_asked_for(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"tag": "colors", "include": [], "prompt": "a red bus"}\n')
+    given = (f"run.directory={tmp_path / 'run'}", f"evaluation.suite={{name: geneval, prompts: {prompts}}}")
+    expect(*run("train", CONFIG, *given), "evaluation.suite.name=geneval", "generator.name=var")
+    assert not (tmp_path / "run").exists()

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from megavar.chunks import ChunkStore
-from megavar.config.data import DataConfig
+from megavar.config.data import DataConfig, ImageFolderSource
 from megavar.data.build import build_source, build_transform
 from megavar.errors import DataError
 from megavar.evaluation.export import export_npz, export_order, is_sorted_by_class
@@ -140,3 +140,64 @@ def test_class_sorted_exports_are_refused(tmp_path, pictures):
     with pytest.raises(DataError, match="no labels"):
         export_npz(tmp_path / "out.npz", opened, "interleaved")
     assert not (tmp_path / "out.npz").exists()
+
+
+def test_pictures_drawn_anew_are_other_images(tmp_path):
+    """Under the same names, with the same sizes of the files: only the content tells them apart."""
+    rows = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    Image.fromarray(rows).save(tmp_path / "0.png", compress_level=0)
+    before, size = open_images(tmp_path, Samples.stored), (tmp_path / "0.png").stat().st_size
+    assert open_images(tmp_path, Samples.stored).identity == before.identity
+    Image.fromarray(rows[::-1].copy()).save(tmp_path / "0.png", compress_level=0)
+    assert (tmp_path / "0.png").stat().st_size == size
+    assert open_images(tmp_path, Samples.stored).identity != before.identity
+
+
+def test_an_image_folder_is_identified_by_content_where_features_are_kept(tmp_path):
+    (tmp_path / "cat").mkdir()
+    config = DataConfig(source=ImageFolderSource(path=str(tmp_path)), image_size=4)
+
+    def identity():
+        Image.fromarray(np.full((4, 4, 3), shade, np.uint8)).save(tmp_path / "cat" / "0.png", compress_level=0)
+        return SourceImages(build_source(config), build_transform(config)).identity
+
+    shade = 1
+    before, again = identity(), identity()
+    shade = 2
+    assert before == again != identity()
+
+
+def test_images_of_several_sizes_are_refused_before_anything_is_scored(tmp_path):
+    for index in range(5):
+        side = 64 if index == 3 else 32
+        Image.fromarray(np.zeros((side, side, 3), np.uint8)).save(tmp_path / f"{index}.png")
+    with pytest.raises(DataError, match=r"2 sizes: 4 of 32x32 pixels, but 1 of 64x64, for example 3\.png"):
+        open_images(tmp_path, Samples.stored)
+
+
+LABELS = {
+    "one-hot": (np.eye(3, dtype=np.int64), r"int64 \[3, 3\]"),
+    "short": (np.arange(2), r"int64 \[2\]"),
+    "long": (np.arange(4), r"int64 \[4\]"),
+    "text": (np.array(["a", "b", "c"]), r"<U1 \[3\]"),
+    "negative": (np.array([0, -1, 2]), "from -1 to 2"),
+    "fractions": (np.array([0.5, 1, 2]), "float64"),
+    "not numbers": (np.array([0, 1, np.nan]), "float64"),
+    "too large": (np.array([0, 1, 10**12]), "to 1000000000000"),
+    "of a single one": (np.array(1), r"int64 \[\]"),
+    "truth values": (np.array([True, False, True]), "bool"),
+}
+
+
+@pytest.mark.parametrize("labels, found", LABELS.values(), ids=LABELS)
+def test_labels_are_one_class_number_per_image(tmp_path, labels, found):
+    np.savez(tmp_path / "x.npz", arr_0=np.zeros((3, 4, 4, 3), np.uint8), arr_1=labels)
+    with pytest.raises(DataError, match=f"arr_1 of .*x.npz is .*{found}.*int64 \\[3\\]"):
+        NpzImages(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint8, np.float32])
+def test_whole_numbers_of_any_type_are_labels(tmp_path, dtype):
+    np.savez(tmp_path / "x.npz", arr_0=np.zeros((3, 4, 4, 3), np.uint8), arr_1=np.array([2, 0, 1], dtype))
+    labels = NpzImages(tmp_path / "x.npz").labels
+    assert labels.dtype == torch.int64 and labels.tolist() == [2, 0, 1]

@@ -1,4 +1,4 @@
-"""Losses over a vocabulary: the same numbers sharded or not, in whatever order the logits lie, without copies of them."""
+"""Losses over a vocabulary: the same numbers sharded or not, however the logits lie, without copies of them."""
 
 import pytest
 import torch

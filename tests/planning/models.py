@@ -1,4 +1,4 @@
-"""Real generators that measured costs are held against, without the time their initialization and products would take."""
+"""Real generators to hold measured costs against, without the time that initialization and products would take."""
 
 from unittest import mock
 

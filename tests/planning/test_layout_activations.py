@@ -13,6 +13,7 @@ from megavar.planning.measure import Request
 from megavar.planning.measure import measure as measure_costs
 from megavar.planning.memory import activation_bytes
 from tests.distributed.harness import run_ranks
+from tests.loops import run_pass
 from tests.planning.models import space_of
 
 SCALES, IMAGES, BUCKET = (1, 2, 4, 6), 4, 1_100_000
@@ -52,13 +53,13 @@ def measure(layout, experts, micro_batches):
         data_parallel_size=place.data, global_batch_size=IMAGES * micro_batches * place.data,
         micro_batch_size=IMAGES, precision="fp32", gradient_clipping=1.0, has_experts=experts is not None,
     )  # fmt: skip
-    engine = Engine("generator", model, decays=lambda name, parameter: parameter.ndim > 1,
+    engine = Engine("generator", model, rule=chunks[0].rule,
                     optimizer=OptimizerConfig(), plan=plan, topology=place)  # fmt: skip
     targets = torch.zeros(IMAGES, chunks[0].space.length, dtype=torch.long)
 
     def forward_backward():
-        engine.forward_backward(
-            [chunks[0].example(IMAGES)] * micro_batches, lambda call, item: call(item),
+        run_pass(
+            engine, [chunks[0].example(IMAGES)] * micro_batches, lambda call, item: call(item),
             lambda output, item: vocabulary_cross_entropy(output.prediction, targets).mean(),
         )  # fmt: skip
 

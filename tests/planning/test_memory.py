@@ -17,6 +17,7 @@ from megavar.planning.measure import Request
 from megavar.planning.measure import measure as measure_costs
 from megavar.planning.memory import activation_bytes, state_bytes
 from tests.distributed.harness import run_ranks
+from tests.loops import run_pass
 from tests.planning.models import build, forward_loss, space_of
 
 SCALES = (1, 2)
@@ -70,13 +71,13 @@ def measure(stage, precision, parallel, experts):
         where="test.json", parallel=parallel, data_parallel_size=place.data, global_batch_size=2 * place.data,
         micro_batch_size=2, precision=precision, gradient_clipping=1.0, has_experts=experts is not None,
     )  # fmt: skip
-    engine = Engine("generator", model, decays=lambda name, parameter: parameter.ndim > 1,
+    engine = Engine("generator", model, rule=model.rule,
                     optimizer=OptimizerConfig(), plan=plan, topology=place)  # fmt: skip
     targets = torch.zeros(2, 5, dtype=torch.long)
 
     def forward_backward():
-        engine.forward_backward(
-            [model.example(2)], lambda call, item: call(item),
+        run_pass(
+            engine, [model.example(2)], lambda call, item: call(item),
             lambda output, item: vocabulary_cross_entropy(output.prediction, targets).mean(),
         )  # fmt: skip
 

@@ -200,8 +200,6 @@ def test_the_command_prints_text_and_values(config_file, capsys):
     assert "between 0 and 1" in capsys.readouterr().err
 
 
-
-
 def test_a_tokenizer_in_training(capsys):
     arguments = ["plan", "configs/quickstart/tokenizer.yaml", "data.image_size=256", "tokenizer={name: multiscale_vq}",
                  "train.global_batch_size=64", "--gpus", "8", "--gpu", "h100"]  # fmt: skip

@@ -1,22 +1,18 @@
 """Tokenizer training under the real engine: the same numbers for any ZeRO stage, ranks and micro-batches."""
 
-import functools
-
 import pytest
 import torch
-import torch.distributed as dist
 
-from megavar.config.deepspeed import complete_deepspeed
 from megavar.config.optimizer import OptimizerConfig
 from megavar.config.parallel import ParallelConfig
 from megavar.config.recipes.tokenizer import AdversarialConfig, CodebookConfig, TokenizerTrainingConfig
+from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
 from megavar.data.batch import Batch
 from megavar.parallel.environment import environment
 from megavar.parallel.topology import initialize
 from megavar.recipes.tokenizer import TokenizerTraining
-from megavar.training.engine import Engine
-from megavar.training.parameter_rows import write_rows
 from tests.distributed.harness import run_ranks
+from tests.loops import EngineLoop
 from tests.recipes.digit_images import TOKENIZER, digit_batch
 
 GLOBAL_BATCH, STEPS, RATE = 8, 6, 1e-3
@@ -26,55 +22,31 @@ CONFIG = TokenizerTrainingConfig(
 )
 
 
-def part(batch: Batch, start: int, count: int) -> Batch:
-    chosen = slice(start, start + count)
-    return Batch(batch.images[chosen], batch.labels[chosen], batch.sample_ids[chosen], batch.epochs[chosen])
-
-
 def train(
-    stage: int, micro_batches: int, adversarial: bool, precision: str = "fp32"
+    stage: int,
+    micro_batches: int,
+    adversarial: bool,
+    precision: str = "fp32",
+    tokenizer: MultiScaleVQConfig = TOKENIZER,
 ) -> tuple[list[dict[str, float]], torch.Tensor]:
     """Metrics of every step, averaged over micro-batches and ranks, and the final codebook."""
     topology = initialize(ParallelConfig(), environment())
     config = CONFIG if adversarial else CONFIG.model_copy(update={"adversarial": None})
-    recipe = TokenizerTraining(config, TOKENIZER, 0, torch.device("cpu"))
+    recipe = TokenizerTraining(config, tokenizer, 0, torch.device("cpu"))
     share = GLOBAL_BATCH // topology.data
     size = share // micro_batches
-    plan = complete_deepspeed(
-        {"zero_optimization": {"stage": stage}}, where="test.json", parallel=topology.config,
-        data_parallel_size=topology.data, global_batch_size=GLOBAL_BATCH, micro_batch_size=size, precision=precision,
-        gradient_clipping=1.0,
+
+    def batches(step: int) -> list[Batch]:
+        whole = digit_batch(GLOBAL_BATCH * step, GLOBAL_BATCH)
+        return whole.split(size)[topology.data_rank * micro_batches :][:micro_batches]
+
+    loop = EngineLoop(
+        recipe, topology, batches, optimizer=OptimizerConfig(lr=RATE, weight_decay=0.0, gradient_clipping=1.0),
+        zero={"stage": stage}, global_batch_size=GLOBAL_BATCH, micro_batch_size=size, precision=precision,
     )  # fmt: skip
-    engines = {
-        name: Engine(name, module, decays=functools.partial(recipe.decays, name), optimizer=OptimizerConfig(lr=RATE),
-                     plan=plan, topology=topology)
-        for name, module in recipe.modules().items()
-    }  # fmt: skip
-    recipe.write_rows = functools.partial(write_rows, list(engines.values()))
-    curve = []
-    for step in range(STEPS):
-        batch = digit_batch(GLOBAL_BATCH * step, GLOBAL_BATCH)
-        start = topology.data_rank * share
-        inputs = [recipe.prepare(part(batch, start + i * size, size), step) for i in range(micro_batches)]
-        metrics: dict[str, list[torch.Tensor]] = {}
-        for name, engine in engines.items():
-            if not recipe.active(name, step):
-                continue
-
-            def loss(output, item, name=name, step=step, metrics=metrics):
-                losses = recipe.loss(name, output, item, step)
-                for key, value in losses.named.items():
-                    metrics.setdefault(f"{name}/{key}", []).append(value)
-                return losses.total
-
-            engine.forward_backward(inputs, functools.partial(recipe.forward, name), loss)
-            metrics[f"{name}/norm"] = [torch.as_tensor(float(engine.step(RATE, 0.0).gradient_norm))]
-        recipe.after_step(step)
-        curve.append({})
-        for key, values in metrics.items():
-            mean = torch.stack(values).mean()
-            dist.all_reduce(mean)
-            curve[-1][key] = mean.item() / topology.world_size
+    curve = [
+        {name: value for name, value in loop.step(step).items() if isinstance(value, float)} for step in range(STEPS)
+    ]
     return curve, recipe.tokenizer.quantizer.embedding.weight.detach().clone()
 
 
@@ -94,7 +66,7 @@ def assert_same(result, expected, tolerance):
 @pytest.mark.distributed
 @pytest.mark.parametrize(("ranks", "stage", "micro_batches"), [(1, 1, 1), (1, 2, 4), (2, 0, 1), (2, 1, 2), (2, 2, 1)])
 def test_reconstruction_and_revival(alone, ranks, stage, micro_batches):
-    assert "discriminator/norm" not in alone[False][0][-1]
+    assert "gradient_norm/discriminator" not in alone[False][0][-1]
     for result in run_ranks(ranks, train, stage, micro_batches, False):
         assert_same(result, alone[False], 1e-4)
 
@@ -103,7 +75,7 @@ def test_reconstruction_and_revival(alone, ranks, stage, micro_batches):
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 1), (2, 2)])
 def test_adversarial_training(alone, ranks, stage):
     """Not with micro-batches: each has its own adaptive weight."""
-    assert {"autoencoder/realism", "discriminator/norm"} <= alone[True][0][-1].keys()
+    assert {"realism", "gradient_norm/discriminator"} <= alone[True][0][-1].keys()
     for result in run_ranks(ranks, train, stage, 1, True):
         assert_same(result, alone[True], 1e-3)
 
@@ -113,7 +85,23 @@ def test_bfloat16_parameters(alone):
     """Rounded to 8 bits the first step's losses are near, and training works."""
     curve, codes = run_ranks(2, train, 1, 1, True, "bf16")[0]
     for name in ("squared_error", "absolute_error"):
-        assert curve[0][f"autoencoder/{name}"] == pytest.approx(alone[True][0][0][f"autoencoder/{name}"], rel=0.05)
-    assert curve[-1]["autoencoder/squared_error"] < curve[0]["autoencoder/squared_error"]
+        assert curve[0][name] == pytest.approx(alone[True][0][0][name], rel=0.05)
+    assert curve[-1]["squared_error"] < curve[0]["squared_error"]
     assert codes.dtype == torch.bfloat16
     assert codes.isfinite().all()
+
+
+DROPPING = TOKENIZER.model_copy(update={"dropout": 0.3})
+
+
+@pytest.mark.distributed
+def test_dropout_belongs_to_samples():
+    """The same elements of a sample are dropped on whatever rank and in whatever micro-batch it is."""
+    (expected,) = run_ranks(1, train, 1, 1, True, "fp32", DROPPING)
+    undropped = run_ranks(1, train, 1, 1, True)[0]
+    assert abs(expected[0][0]["loss"] - undropped[0][0]["loss"]) > 1e-3, "nothing is dropped"
+    for ranks, stage in ((2, 1), (2, 2)):
+        for result in run_ranks(ranks, train, stage, 1, True, "fp32", DROPPING):
+            assert_same(result, expected, 1e-3)
+    for result in run_ranks(2, train, 1, 2, False, "fp32", DROPPING):
+        assert_same(result, run_ranks(1, train, 1, 4, False, "fp32", DROPPING)[0], 1e-4)

@@ -1,133 +1,175 @@
-"""Weights go from a checkpoint to the authors' layout and to safetensors, and from there into a run that trains."""
+"""Weights go from a checkpoint to exports and public layouts, and back, without a bit being lost."""
+
+import json
+import re
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from megavar.config.checkpoint import CheckpointConfig
+from megavar.assembly import build_trained, weight_layouts
 from megavar.config.loading import load_config
 from megavar.config.parallel import ParallelConfig
 from megavar.parallel import topology
-from megavar.parallel.environment import environment
-from megavar.training.checkpoint import Checkpointer, ModuleState, find_checkpoint, load_weights, master, read_weights
-from megavar.training.checkpoint.weights import write_weights
+from megavar.parallel.environment import Environment
+from megavar.training.checkpoint import read_weights
+from megavar.training.checkpoint.weights import fill, shapes_of
+from megavar.weight_file import read_weights_file
 from tests.checkpoint.conftest import assert_same
-from tests.distributed.curves import Setup, build, build_engine, train_step
-from tests.distributed.harness import run_ranks
+from tests.checkpoint.old_runs import unpack
+from tests.checkpoint.written import write_weights
 from tools.convert_checkpoint import main
 
-DENSE = Setup(2, 1, dense=True, parallel={"tensor": 2})
-EXPERTS = Setup(2, 1, parallel={"expert": 2})
+DENSE = {
+    "run": {"name": "test"},
+    "recipe": {"name": "mepa", "tokenizer_weights": "unused"},
+    "tokenizer": {"name": "multiscale_vq", "scales": [1, 2, 3], "vocabulary_size": 64, "code_dimension": 8,
+                  "base_channels": 8, "channel_multipliers": [1, 1], "residual_blocks": 1, "norm_groups": 4},
+    "generator": {"name": "var", "depth": 3, "width": 32, "heads": 4, "classes": 10},
+    "train": {"steps": 4, "global_batch_size": 8},
+}  # fmt: skip
 
 
-def configuration(experts):
-    """The configuration of the models of tests/distributed/curves.py."""
-    generator = {"name": "var", "depth": 4, "width": 32, "heads": 4, "classes": 10, "label_drop": 0.2, "drop_path": 0.2}
-    if experts:
-        generator["experts"] = {"number": 4, "top_k": 2}
-    return {
-        "run": {"name": "test"},
-        "recipe": {"name": "mepa", "tokenizer_weights": "unused"},
-        "tokenizer": {"name": "multiscale_vq", "scales": [1, 2, 3], "vocabulary_size": 64, "code_dimension": 8,
-                      "base_channels": 8, "channel_multipliers": [1, 1], "residual_blocks": 1, "norm_groups": 4},
-        "generator": generator,
-        "train": {"steps": 4, "global_batch_size": 8},
-    }  # fmt: skip
+def random_tensors(shapes):
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator) for name, shape in sorted(shapes.items())}
 
 
-def _save(setup, root):
-    mesh = topology.initialize(ParallelConfig(**setup.parallel), environment())
-    recipe = build(setup, mesh)
-    engine = build_engine(setup, recipe, mesh)
-    average = [tensor.detach() * 2 for tensor in master.master_tensors(engine.deepspeed)]
-    modules = {"generator": ModuleState(engine.deepspeed, average)}
-    Checkpointer(root / "checkpoints", CheckpointConfig()).save(7, modules, {"step": 7})
+def build(config, device):
+    """The whole model, in a process of its own kind: the tool, too, opens and closes one."""
+    topology.initialize(ParallelConfig(), Environment(0, 1, 0, "single"))
+    try:
+        return build_trained(config, torch.device(device))
+    finally:
+        topology.shutdown()
 
 
-def _continue(setup, root):
-    """What a run does that starts from converted weights; its first loss."""
-    mesh = topology.initialize(ParallelConfig(**setup.parallel), environment())
-    recipe = build(setup, mesh)
-    for parameter in recipe.generator.parameters():
-        parameter.data.fill_(7.0)
-    engine = build_engine(setup, recipe, mesh)
-    train_step(setup, recipe, engine, mesh, 5)  # leaves moments and step counts that must be forgotten
-    state = Checkpointer(root / "checkpoints", CheckpointConfig()).load({"generator": ModuleState(engine.deepspeed)})
-    moments = master.moments(engine.deepspeed)
-    assert not any(tensor.any() for tensors in moments.values() for tensor in tensors)
-    assert set(master.get_steps(engine.deepspeed)) == {0}
-    recipe.collect()
-    return state, train_step(setup, recipe, engine, mesh, 0)["loss"]
+def convert(*arguments):
+    return main([str(argument) for argument in arguments])
 
 
-def _first_loss(setup):
-    mesh = topology.initialize(ParallelConfig(**setup.parallel), environment())
-    recipe = build(setup, mesh)
-    return train_step(setup, recipe, build_engine(setup, recipe, mesh), mesh, 0)["loss"]
+@pytest.fixture
+def dense(tmp_path):
+    """A run directory with a dense VAR, whose recipe also trained a head."""
+    root = tmp_path / "dense"
+    root.mkdir()
+    (root / "config.yaml").write_text(yaml.safe_dump(DENSE))
+    shapes = shapes_of(build(load_config(root / "config.yaml"), "meta"))
+    write_weights(root / "checkpoints", "generator", random_tensors(shapes | {"heads.guidance.weight": (3, 5)}))
+    return root
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["dense", "experts"])
-def run(request, tmp_path_factory):
-    """A run directory, its setup, and its configuration file."""
-    root, setup = tmp_path_factory.mktemp("run"), EXPERTS if request.param else DENSE
-    run_ranks(2, _save, setup, root)
-    (root / "config.yaml").write_text(yaml.safe_dump(configuration(request.param)))
-    return root, setup
+@pytest.fixture
+def old(tmp_path):
+    """Runs of real training: an STMoE-VAR with an average, and a tokenizer with buffers and a discriminator."""
+    return unpack(tmp_path / "old")
 
 
-@pytest.mark.distributed
-def test_through_safetensors_into_a_run_that_trains(run, tmp_path):
-    root, setup = run
-    file, started = tmp_path / "weights.safetensors", tmp_path / "started"
-    assert main([str(root), str(file)]) == 0
-    assert_same(load_file(file), read_weights(root))
-    assert main([str(file), str(started), "--config", str(root / "config.yaml")]) == 0
-    assert_same(read_weights(started), read_weights(root))
-    state, loss = run_ranks(2, _continue, setup, started)[0]
-    assert state == {"step": 0, "data_step": 0, "recovery": {"skipped": 0}}
-    assert loss == run_ranks(2, _first_loss, setup)[0]
+def without_heads(tensors):
+    return {name: value for name, value in tensors.items() if not name.startswith("heads.")}
 
 
-@pytest.mark.distributed
-def test_average_and_type_are_chosen(run, tmp_path):
-    root, _ = run
-    assert main([str(root), str(tmp_path / "average.safetensors"), "--ema", "--dtype", "bfloat16"]) == 0
-    expected = {name: (2 * value).bfloat16() for name, value in read_weights(root).items()}
-    assert_same(load_file(tmp_path / "average.safetensors"), expected)
+def test_a_dense_var_goes_out_and_comes_back(dense, tmp_path):
+    expected = without_heads(read_weights(dense))
+    assert len(expected) + 1 == len(read_weights(dense))
+    assert convert(dense, tmp_path / "ours.safetensors") == 0
+    assert convert(dense, tmp_path / "public.pth") == 0
+    assert convert(dense, tmp_path / "public.safetensors", "--layout", "var") == 0
+    public = torch.load(tmp_path / "public.pth", weights_only=True)
+    assert public["blocks.2.attn.mat_qkv.weight"].shape == (96, 32)
+    assert public["attn_bias_for_masking"].shape == (1, 1, 14, 14)
+    assert_same(load_file(tmp_path / "public.safetensors"), public)
+    assert_same(load_file(tmp_path / "ours.safetensors"), expected)
+    for name in ("ours.safetensors", "public.pth", "public.safetensors"):
+        back = tmp_path / f"back-from-{name}.safetensors"
+        assert convert(tmp_path / name, back, "--config", dense / "config.yaml") == 0
+        assert_same(load_file(back), expected)
+    again = tmp_path / "again.pth"
+    assert convert(tmp_path / "ours.safetensors", again, "--config", dense / "config.yaml") == 0
+    assert_same(torch.load(again, weights_only=True), public)
 
 
-@pytest.mark.distributed
-def test_through_the_authors_layout(run, tmp_path, capsys):
-    root, setup = run
-    file, started = tmp_path / "var.pth", tmp_path / "started"
-    if not setup.dense:
-        assert main([str(root), str(file)]) == 2
-        assert "VAR with experts has no counterpart" in capsys.readouterr().err
-        assert list(tmp_path.iterdir()) == []
-        return
-    assert main([str(root), str(file)]) == 0
-    published = torch.load(file, weights_only=True)
-    assert published["blocks.3.attn.mat_qkv.weight"].shape == (96, 32)
-    assert published["attn_bias_for_masking"].shape == (1, 1, 14, 14)
-    assert main([str(file), str(started), "--config", str(root / "config.yaml")]) == 0
-    assert_same(read_weights(started), read_weights(root))
+def test_heads_are_kept_if_one_asks(dense, tmp_path):
+    assert convert(dense, tmp_path / "all.safetensors", "--keep-heads") == 0
+    assert_same(load_file(tmp_path / "all.safetensors"), read_weights(dense))
 
 
-def test_a_tokenizer_goes_to_the_authors_layout(tmp_path):
+@pytest.mark.parametrize("backend", ["megatron", "grouped"])
+def test_experts_go_out_and_come_back(backend, old, tmp_path, capsys):
+    expected = read_weights(old / "generator")
+    file = tmp_path / "ours.safetensors"
+    assert convert(old / "generator", file) == 0
+    assert_same(load_file(file), expected)
+    assert "blocks.1.feed_forward.moe.experts.3.linear_fc2.weight" in expected
+    config = load_config(old / "generator" / "config.yaml", [f"generator.experts.backend={backend}"])
+    model = build(config, "cpu")  # with experts in a list, or stacked
+    fill(model, read_weights_file(file, shapes_of(model), {}))
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            assert torch.equal(parameter, expected[name]), name
+    stacked = dict(model.named_parameters()).get("blocks.1.feed_forward.moe.experts.linear_fc2_weight")
+    assert (stacked is not None) == (backend == "grouped")
+    if stacked is not None:
+        assert torch.equal(stacked[3], expected["blocks.1.feed_forward.moe.experts.3.linear_fc2.weight"])
+    assert convert(old / "generator", tmp_path / "public.pth") == 2
+    assert "VAR with experts has no counterpart" in capsys.readouterr().err
+    assert not (tmp_path / "public.pth").exists()
+
+
+def test_a_tokenizer_goes_out_and_comes_back_with_its_buffers(old, tmp_path):
     from megavar.tokenizers.multiscale_vq import MultiScaleVQ
 
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(configuration(False)))
-    config = load_config(tmp_path / "config.yaml").tokenizer
-    tokenizer = MultiScaleVQ(config)
-    tensors = {name: value for name, value in tokenizer.state_dict().items() if value.is_floating_point()}
-    write_weights(tmp_path / "checkpoints", "autoencoder", tensors, {})
-    assert main([str(tmp_path), str(tmp_path / "vae.pth")]) == 0
-    other = MultiScaleVQ(config)
-    other.load_reference(tmp_path / "vae.pth")
-    for name, parameter in tokenizer.named_parameters():
-        assert torch.equal(dict(other.named_parameters())[name], parameter), name
-    load_weights(other, tmp_path, "autoencoder")
+    expected = read_weights(old / "tokenizer")
+    buffers = [name for name in expected if name.endswith("ema_vocab_hit_SV")]
+    assert buffers and expected[buffers[0]].any()
+    assert convert(old / "tokenizer", tmp_path / "vae.pth") == 0
+    assert convert(old / "tokenizer", tmp_path / "ours.safetensors") == 0
+    config = old / "tokenizer" / "config.yaml"
+    assert convert(tmp_path / "vae.pth", tmp_path / "back.safetensors", "--config", config) == 0
+    for name in ("ours", "back"):
+        assert_same(load_file(tmp_path / f"{name}.safetensors"), expected)
+    for name in ("vae.pth", "ours.safetensors"):
+        tokenizer = MultiScaleVQ(load_config(config).tokenizer)
+        tokenizer.load_reference(tmp_path / name)
+        assert_same(dict(tokenizer.state_dict()), expected)
+
+
+def test_other_modules_averages_and_types(old, tmp_path):
+    arguments = (old / "generator", tmp_path / "average.safetensors", "--ema", "--dtype", "bfloat16")
+    assert convert(*arguments) == 0
+    expected = {name: value.bfloat16() for name, value in read_weights(old / "generator", ema=True).items()}
+    assert_same(load_file(tmp_path / "average.safetensors"), expected)
+    assert convert(old / "tokenizer", tmp_path / "judge.safetensors", "--module", "discriminator") == 0
+    assert_same(load_file(tmp_path / "judge.safetensors"), read_weights(old / "tokenizer", "discriminator"))
+
+
+def test_an_export_says_what_it_is(old, tmp_path):
+    assert convert(old / "generator", tmp_path / "ours.safetensors", "--ema") == 0
+    with safe_open(tmp_path / "ours.safetensors", framework="pt") as file:
+        facts = file.metadata()
+    assert (facts["format"], facts["module"], facts["step"], facts["weights"]) == ("megavar", "generator", "3", "ema")
+    assert json.loads(facts["choice"])["experts"]["router"] == "scale_token"
+    assert json.loads(facts["space"])["sides"] == [1, 2, 4] and json.loads(facts["dropped"]) == ["heads."]
+    assert int(facts["format_version"]) == 2 and facts["megavar"]
+
+
+def test_a_transposed_matrix_is_refused(dense, tmp_path):
+    """It has the same number of elements."""
+    convert(dense, tmp_path / "public.pth")
+    state = torch.load(tmp_path / "public.pth", weights_only=True)
+    state["word_embed.weight"] = state["word_embed.weight"].T.contiguous()
+    torch.save(state, tmp_path / "public.pth")
+    tensors = without_heads(read_weights(dense))
+    name = "embedding.features.weight"
+    save_file(tensors | {name: tensors[name].T.contiguous()}, tmp_path / "ours.safetensors")
+    config = load_config(dense / "config.yaml")
+    layouts = weight_layouts(config.generator, config.tokenizer.space)
+    expected = shapes_of(build(config, "meta"))
+    for file in ("public.pth", "ours.safetensors"):
+        with pytest.raises(Exception, match=r"weight is 8x32 in the file and 32x8 in the model"):
+            read_weights_file(tmp_path / file, expected, layouts)
 
 
 @pytest.mark.parametrize(
@@ -135,28 +177,24 @@ def test_a_tokenizer_goes_to_the_authors_layout(tmp_path):
     [
         (["{root}/none", "x.safetensors"], "none does not exist"),
         (["{root}", "{root}/x.bin"], r"ends neither in \.safetensors"),
-        (["{root}/x.pth", "{root}/new"], "Which model is"),
-        (["{root}/x.safetensors", "{root}/new", "--config", "{root}/other.yaml"], "does not fit the configuration"),
-        (["{root}/x.safetensors", "{root}", "--config", "{root}/config.yaml"], "already holds checkpoints"),
+        (["{root}/x.safetensors", "{root}/y.safetensors"], "Which model is"),
+        (["{root}/x.safetensors", "{root}/y.pth", "--config", "{root}/other.yaml"], "not fit the configured model"),
+        (["{root}", "{root}/y.pth", "--config", "{root}/other.yaml"], "does not fit the configuration"),
+        (["{root}/x.pth", "{root}/y.safetensors", "--config", "{root}/config.yaml"], "keys missing from the file"),
         (["{root}", "{root}/y.safetensors", "--module", "critic"], "holds no module 'critic'; it holds generator"),
         (["{root}", "{root}/y.safetensors", "--ema"], "holds no average"),
+        (["{root}", "{root}/y.pth", "--layout", "hf"], "no such weight layout. It has var, megavar"),
+        (["{root}", "{root}/y.pth", "--layout", "megavar"], r"must end in \.safetensors"),
+        (["{root}/x.safetensors", "{root}/y.safetensors", "--config", "{root}/config.yaml", "--input-layout", "hf"],
+         "the model has no weight layout 'hf'"),
     ],
-)
-def test_mistakes_are_explained(arguments, message, tmp_path, capsys):
-    import re
-
-    from tools.convert_checkpoint import _expected_shapes
-
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(configuration(False)))
-    other = configuration(False)
-    other["generator"]["depth"] = 5
-    (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
-    shapes = _expected_shapes(load_config(tmp_path / "config.yaml"))
-    write_weights(tmp_path / "checkpoints", "generator", {n: torch.zeros(s) for n, s in shapes.items()}, {"step": 0})
-    main([str(tmp_path), str(tmp_path / "x.safetensors")])
-    torch.save({}, tmp_path / "x.pth")
-    before = sorted(tmp_path.rglob("*"))
-    assert main([argument.format(root=tmp_path) for argument in arguments]) == 2
+)  # fmt: skip
+def test_mistakes_are_explained(arguments, message, dense, capsys):
+    other = DENSE | {"generator": DENSE["generator"] | {"depth": 5}}
+    (dense / "other.yaml").write_text(yaml.safe_dump(other))
+    convert(dense, dense / "x.safetensors")
+    torch.save({}, dense / "x.pth")
+    before = sorted(dense.rglob("*"))
+    assert convert(*[argument.format(root=dense) for argument in arguments]) == 2
     assert re.search(message, capsys.readouterr().err)
-    assert sorted(tmp_path.rglob("*")) == before
-    assert find_checkpoint(tmp_path)[1].step == 0
+    assert sorted(dense.rglob("*")) == before

@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 from megavar.parallel import topology as topology_module
 from tests.distributed.harness import run_ranks
+from tests.loops import run_pass
 from tests.training import tiny
 
 STEPS = 5
@@ -25,7 +26,7 @@ def train(stage, micro_batch=None, zero=None, precision="fp32"):
         def forward(model, item):
             return model(item[0].to(next(engine.module.parameters()).dtype))
 
-        engine.forward_backward(tiny.local_micro_batches(step, topology, micro_batch), forward, loss)
+        run_pass(engine, tiny.local_micro_batches(step, topology, micro_batch), forward, loss)
         result = engine.step(tiny.LEARNING_RATE, tiny.WEIGHT_DECAY)
         mean = torch.stack(losses).mean()
         dist.all_reduce(mean)

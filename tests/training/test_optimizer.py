@@ -2,7 +2,8 @@ import torch
 from torch import nn
 
 from megavar.config.optimizer import OptimizerConfig, OptimizerOverrides
-from megavar.training.optimizer import build_optimizer, parameter_groups, set_rates
+from megavar.parallel.parameter_rule import ParameterRule
+from megavar.training.optimizer import build_optimizer, freeze, parameter_groups, parameter_rules, set_rates
 
 
 class Module(nn.Module):
@@ -10,21 +11,28 @@ class Module(nn.Module):
         super().__init__()
         self.linear = nn.Linear(3, 4)
         self.norm = nn.LayerNorm(4)
-        self.frozen = nn.Parameter(torch.zeros(2, 2), requires_grad=False)
+        self.frozen = nn.Parameter(torch.zeros(2, 2))
         self.expert = nn.Linear(4, 4)
         for parameter in self.expert.parameters():
             parameter.allreduce, parameter.group_name = False, "ep_size_2"
 
 
-def rule(name, parameter):
-    return name in ("linear.weight", "expert.weight", "frozen")
+def rule(name):
+    return ParameterRule(decays=name in ("linear.weight", "expert.weight"), frozen=name == "frozen")
+
+
+def groups_of(module):
+    rules = parameter_rules(module, rule)
+    freeze(module, rules)
+    return parameter_groups(module, rules)
 
 
 def test_groups_follow_the_rule_and_nothing_else():
     module = Module()
-    groups = parameter_groups(module, rule)
+    groups = groups_of(module)
     described = [
-        (group["name"], group["decays"], group.get("moe", False), [id(p) for p in group["params"]]) for group in groups
+        (group["name"], not group["key"].undecayed, group.get("moe", False), [id(p) for p in group["params"]])
+        for group in groups
     ]
     assert described == [
         ("decayed", True, False, [id(module.linear.weight)]),
@@ -36,17 +44,17 @@ def test_groups_follow_the_rule_and_nothing_else():
 
 def test_rates_reach_the_right_groups():
     config = OptimizerConfig(betas=(0.8, 0.9), modules={"other": OptimizerOverrides(betas=(0.5, 0.6))})
-    optimizer = build_optimizer(config, "generator", parameter_groups(Module(), rule))
+    optimizer = build_optimizer(config, "generator", groups_of(Module()))
     set_rates(optimizer, 0.1, 0.02)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.02, 0.0, 0.02, 0.0]
     assert {group["lr"] for group in optimizer.param_groups} == {0.1}
     assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
-    assert build_optimizer(config, "other", parameter_groups(Module(), rule)).param_groups[0]["betas"] == (0.5, 0.6)
+    assert build_optimizer(config, "other", groups_of(Module())).param_groups[0]["betas"] == (0.5, 0.6)
 
 
 def test_decay_is_decoupled_and_only_where_allowed():
     module = Module()
-    optimizer = build_optimizer(OptimizerConfig(), "module", parameter_groups(module, rule))
+    optimizer = build_optimizer(OptimizerConfig(), "module", groups_of(module))
     set_rates(optimizer, 0.1, 0.5)
     before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     for parameter in module.parameters():

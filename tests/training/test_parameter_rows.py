@@ -4,6 +4,7 @@ import torch
 from megavar.training.checkpoint.master import holdings, master_tensors
 from megavar.training.parameter_rows import write_rows
 from tests.distributed.harness import run_ranks
+from tests.loops import run_pass
 from tests.training import tiny
 
 ROWS, VALUE = [1, 6], 50.0
@@ -14,7 +15,8 @@ def train(stage: int, precision: str):
     engine, topology, micro_batch = tiny.build_engine(stage, precision=precision)
 
     def step(rate):
-        engine.forward_backward(
+        run_pass(
+            engine,
             tiny.local_micro_batches(0, topology, micro_batch),
             lambda model, item: model(item[0].to(next(engine.module.parameters()).dtype)),
             lambda output, item: tiny.loss_of(output, item[1]),

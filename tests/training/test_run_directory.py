@@ -1,10 +1,13 @@
 import hashlib
 import json
+import os
 
 import pytest
 import yaml
 
+from launchers.provenance import allowed_environment, note_submission
 from megavar.errors import CheckpointError, ClusterError, ConfigError
+from megavar.training.monitor import MetricsFile
 from megavar.training.run_directory import RunDirectory
 
 CONFIG = {
@@ -18,9 +21,9 @@ def changed(section, key, value):
 
 
 def open_directory(path, config=CONFIG, weights=None, complete=lambda tree: tree, **options):
-    directory = RunDirectory(path, weights, complete)
+    directory = RunDirectory(path, weights, complete=complete)
     deepspeed = {"generator": {"zero_optimization": {"stage": 1}}}
-    directory.note_weights(directory.open(config, {"world_size": 2}, deepspeed, **options))
+    directory.note_weights(directory.open(config, {"world_size": 2}, deepspeed, **options), None, begins=False)
     return directory
 
 
@@ -37,6 +40,56 @@ def test_everything_is_recorded(tmp_path, monkeypatch):
     assert attempts[0]["packages"]["torch"][0].isdigit()
     assert attempts[0]["environment"]["NCCL_DEBUG"] == "INFO"
     assert "hidden" not in json.dumps(attempts)
+
+
+SECRETS = {
+    "MASTER_PASSWORD": "a", "NCCL_TOKEN": "b", "CUDA_SECRET_KEY": "c", "TORCH_CREDENTIAL": "d", "MEGAVAR_API_KEY": "e",
+    "NCCL_PROXY": "http://me:geheim@proxy:3128", "MEGAVAR_AUTH": "f", "PYTORCH_HUB": "hf_abcdefghijklmnop",
+    "CUDA_PASSPHRASE": "g", "MEGAVAR_DB_PWD": "h",
+}  # fmt: skip
+
+
+def test_no_secret_is_recorded(tmp_path, monkeypatch):
+    """One rule for everything that writes environment variables down."""
+    for name, value in (SECRETS | {"NCCL_SOCKET_IFNAME": "eth0", "MASTER_ADDR": "node1"}).items():
+        monkeypatch.setenv(name, value)
+    open_directory(tmp_path / "run")
+    recorded = json.loads((tmp_path / "run" / "attempts.jsonl").read_text())["environment"]
+    assert recorded["NCCL_SOCKET_IFNAME"] == "eth0" and recorded["MASTER_ADDR"] == "node1"
+    assert not set(recorded) & set(SECRETS)
+    assert not set(allowed_environment(["*"])) & set(SECRETS)
+    assert allowed_environment(["MASTER_*", "PWD"], {"MASTER_ADDR": "n", "PWD": "/home"}) == {
+        "MASTER_ADDR": "n", "PWD": "/home",
+    }  # fmt: skip
+
+
+def test_nothing_is_written_through_links(tmp_path, monkeypatch):
+    precious = tmp_path / "precious"
+    precious.write_text("precious\n")
+    run = tmp_path / "run"
+    run.mkdir()
+    names = ("attempts.jsonl", "config.yaml", "deepspeed.json", "code.patch", "metrics.jsonl", "submissions.jsonl")
+    for name in (*names, "metrics.discarded.jsonl"):
+        (run / name).symlink_to(precious)
+    (run / "config.yaml").unlink()  # else it is read
+    open_directory(run)
+    MetricsFile(run / "metrics.jsonl", 0).write({"step": 1})
+    MetricsFile(run / "metrics.jsonl", 0)  # sets the line aside
+    note_submission(run, job=1)
+    assert precious.read_text() == "precious\n"
+    assert json.loads((run / "attempts.jsonl").read_text())["layout"] == {"world_size": 2}
+    assert json.loads((run / "metrics.discarded.jsonl").read_text()) == {"step": 1}
+    assert json.loads((run / "submissions.jsonl").read_text())["job"] == 1
+
+
+def test_what_killed_processes_left_is_removed_after_a_while(tmp_path):
+    old, young, other = (tmp_path / name for name in (".DONE.abcd1234.tmp", ".DONE.abcd1235.tmp", ".notes.tmp"))
+    for path in (old, young, other):
+        path.touch()
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    open_directory(tmp_path)
+    assert (old.exists(), young.exists(), other.exists()) == (False, True, True)
 
 
 def test_what_does_not_change_the_training_may_change(tmp_path):
@@ -125,6 +178,13 @@ def test_frozen_weights_may_move_but_not_change(tokenizer, tmp_path):
 def test_a_changed_list_of_networks_is_another_configuration(tokenizer):
     tokenizer("a", b"one")
     with pytest.raises(ConfigError, match=r"recipe\.terms"):
+        tokenizer("a", terms=["a"])
+
+
+def test_weights_do_not_move_into_the_place_of_others(tokenizer, tmp_path):
+    (tmp_path / "b").write_bytes(b"two")
+    tokenizer("a", b"one", terms=["b"])
+    with pytest.raises(CheckpointError, match="'term0' were replaced"):
         tokenizer("a", terms=["a"])
 
 

@@ -15,6 +15,7 @@ import yaml
 from megavar.errors import ClusterError, ConfigError, ExitCode, NonFiniteError
 from megavar.training.trainer import Trainer
 from tests.distributed.harness import run_ranks
+from tests.loops import run_pass
 from tests.training import tiny
 
 
@@ -64,7 +65,7 @@ def _dies_after(directory, step):
     run = tiny.build_run(directory, train=EMA)
 
     class Dies(tiny.TinyRecipe):
-        def after_step(self, taken):
+        def after_step(self, taken, write_rows):
             if taken + 1 == step:
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -153,7 +154,7 @@ def _stops_at_skewed_signals(directory, delays, steps):
     delay = delays[dist.get_rank()]
 
     class Slow(tiny.TinyRecipe):
-        def after_step(self, step):
+        def after_step(self, step, write_rows):
             time.sleep(0.02)
 
     trainer = Trainer(tiny.build_run(directory, steps=steps, recipe=Slow()))
@@ -227,7 +228,7 @@ def _without_step_2(directory, stage):
                 losses.append(value.detach())
             return value
 
-        engine.forward_backward(tiny.local_micro_batches(step, topology, size), lambda model, x: model(x[0]), loss)
+        run_pass(engine, tiny.local_micro_batches(step, topology, size), lambda model, x: model(x[0]), loss)
         engine.step(tiny.LEARNING_RATE, tiny.WEIGHT_DECAY)
     total = torch.stack(losses)
     dist.all_reduce(total)
@@ -236,8 +237,8 @@ def _without_step_2(directory, stage):
 
 def _with_a_spike(directory):
     class Spikes(tiny.TinyRecipe):
-        def loss(self, name, output, inputs, step):
-            losses = super().loss(name, output, inputs, step)
+        def loss(self, output, inputs, step):
+            losses = super().loss(output, inputs, step)
             factor = 9.0 if step == 11 else 1.0
             return dataclasses.replace(losses, named={"loss": losses.named["loss"] * factor})
 

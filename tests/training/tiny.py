@@ -14,8 +14,9 @@ from megavar.config.parallel import ParallelConfig
 from megavar.config.train import TrainConfig
 from megavar.data.batch import Batch
 from megavar.parallel.environment import environment
+from megavar.parallel.parameter_rule import ParameterRule
 from megavar.parallel.topology import initialize
-from megavar.recipes.base import Losses
+from megavar.recipes.base import BaseRecipe, Losses, Pass
 from megavar.training.engine import Engine
 from megavar.training.run import Run
 from megavar.training.run_directory import RunDirectory
@@ -45,8 +46,9 @@ def batch(step, size=GLOBAL_BATCH):
     return torch.randn(size, 5, generator=generator), torch.randint(0, 3, (size,), generator=generator)
 
 
-def decays(name, parameter):
-    return parameter.ndim > 1
+def rule(name):
+    """Weights decay, the bias does not."""
+    return ParameterRule(decays=name.endswith("weight"))
 
 
 def loss_of(output, target):
@@ -82,7 +84,7 @@ def build_engine(stage, micro_batch=None, precision="fp32", zero=None, module=No
         where="test.json", parallel=topology.config, data_parallel_size=topology.data, global_batch_size=GLOBAL_BATCH,
         micro_batch_size=micro_batch, precision=precision, gradient_clipping=CLIP,
     )  # fmt: skip
-    engine = Engine("model", module or Model(), decays=decays, optimizer=OPTIMIZER, plan=plan, topology=topology)
+    engine = Engine("model", module or Model(), rule=rule, optimizer=OPTIMIZER, plan=plan, topology=topology)
     return engine, topology, micro_batch
 
 
@@ -94,7 +96,7 @@ def local_micro_batches(step, topology, micro_batch):
     return [(x[i : i + micro_batch], target[i : i + micro_batch]) for i in places]
 
 
-class TinyRecipe:
+class TinyRecipe(BaseRecipe):
     """Classifies images [B, 3, 1, 5] with :class:`Model`; ``poison`` makes the loss of some samples infinite."""
 
     def __init__(self, poison=(), seed=0):
@@ -107,31 +109,21 @@ class TinyRecipe:
     def prepare(self, batch, step):
         return batch
 
-    def forward(self, name, model, inputs):
-        return model(inputs.images[:, 0, 0])
+    def passes(self, module, step):
+        return [Pass(lambda model, inputs: model(inputs.images[:, 0, 0]), lambda *pair: self.loss(*pair, step=step))]
 
-    def loss(self, name, output, inputs, step):
+    def loss(self, output, inputs, step):
         losses = nn.functional.cross_entropy(output.float(), inputs.labels, reduction="none")
         bad = torch.tensor([index in self.poison for index in inputs.sample_ids.tolist()])
-        total = (losses + torch.where(bad, float("inf"), 0.0)).mean()  # infinite, with a finite gradient
+        total = (losses + torch.where(bad, float("inf"), 0.0)).sum()  # infinite, with a finite gradient
         counts = torch.bincount(inputs.labels, minlength=3)
         return Losses(total, {"loss": total.detach()}, {"labels": counts})
 
-    def active(self, name, step):
-        return True
-
-    def decays(self, name, parameter_name, parameter):
-        return decays(parameter_name, parameter)
-
-    def collect(self):
-        return {}
+    def rule(self, module, parameter):
+        return rule(parameter)
 
     def summarize(self, statistics):
         return {f"labels/{i}": value for i, value in enumerate(statistics["labels"].tolist())}
-
-    def after_step(self, step):
-        pass
-
 
 def tiny_loader(topology):
     """Samples are numbered through the run: sample i of the data is the same for every layout."""

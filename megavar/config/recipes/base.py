@@ -16,6 +16,10 @@ class RecipeChoice(Choice):
     name: str
     """Which algorithm."""
 
+    def initial_weights_path(self) -> str | None:
+        """Weights to begin with, where the recipe has a key of its own for them beside ``train.initial_weights``."""
+        return None
+
     def frozen_weights(self) -> dict[str, str]:
         """Paths of the weights that are used and not trained, by what they are: they are part of a run's identity."""
         return {}

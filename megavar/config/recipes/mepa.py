@@ -10,7 +10,7 @@ from megavar.config.recipes.base import GeneratorRecipeChoice
 class MEPAConfig(GeneratorRecipeChoice):
     """MEPA: next-scale cross entropy on a VAR, with experts balanced by Eq. 10 where the generator has experts."""
 
-    implementation: ClassVar[str] = "megavar.recipes.mepa:MEPA"
+    implementation: ClassVar[str] = "megavar.recipes.next_scale:NextScale"
 
     name: Literal["mepa"] = "mepa"
     label_smoothing: float = Field(0.0, ge=0, lt=1)

@@ -94,7 +94,8 @@ class TokenizerTrainingConfig(RecipeChoice):
 
     name: Literal["tokenizer"] = "tokenizer"
     initial_weights: str | None = None
-    """A file in VAR's published layout (``vae_ch160v4096z32.pth``) to start from; default: fresh parameters."""
+    """A file in VAR's published layout (``vae_ch160v4096z32.pth``), an export or a run to start from; default: fresh
+    parameters. Short for ``train.initial_weights: {path: ...}``."""
     l2_weight: float = Field(1.0, ge=0)
     """Weight of the mean squared error in pixels (VAR Eq. 5: 1)."""
     l1_weight: float = Field(0.0, ge=0)
@@ -114,6 +115,10 @@ class TokenizerTrainingConfig(RecipeChoice):
         if self.l1_weight + self.l2_weight == 0:
             raise ValueError("l1_weight and l2_weight are both 0: at least one pixel loss has to be positive")
         return self
+
+    def initial_weights_path(self) -> str | None:
+        """``initial_weights``."""
+        return self.initial_weights
 
     def frozen_weights(self) -> dict[str, str]:
         """The perceptual networks."""

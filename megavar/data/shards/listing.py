@@ -1,18 +1,24 @@
 """What is to be sharded: class folders, a list file, or image-caption pairs, as one list in a fixed order."""
 
+import codecs
 import hashlib
 import json
 import os
+import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
 from megavar.data.image_folder import IMAGE_SUFFIXES, list_class_folders, walk
 from megavar.data.shards.index import CLASSES
+from megavar.data.skipping import first_no_data, kind_of
 from megavar.errors import DataError
 
 Kind = Literal["class_folders", "list", "pairs"]
+Damaged = Literal["fail", "leave-out"]
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|nan)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,8 @@ class Original:
     caption: str | None = None
     caption_path: str | None = None
     """A text file, relative to the root, read when the sample is written."""
+    problem: str | None = None
+    """Why it cannot become a sample, known from the list already."""
 
 
 @dataclass(frozen=True)
@@ -36,25 +44,29 @@ class Listing:
     class_names: tuple[str, ...]
     originals: list[Original]
     ignored: Counter[str] = field(default_factory=Counter)
-    """Files beside the images, by suffix, and linked folders."""
+    """What lies beside the images, in words: files by suffix, linked folders, what is no data."""
 
     def sha256(self) -> str:
         """Hash of everything but the root and the content of the files."""
         digest = hashlib.sha256(json.dumps([self.kind, self.class_names]).encode())
         for original in self.originals:
             fields = [original.path, original.label, original.caption, original.caption_path]
+            fields += [original.problem] if original.problem else []
             digest.update(json.dumps(fields).encode() + b"\n")
         return digest.hexdigest()
 
 
-def list_originals(kind: Kind, path: Path) -> Listing:
+def list_originals(kind: Kind, path: Path, damaged: Damaged = "fail") -> Listing:
     """List originals.
+
+    What is no data (hidden, or a system's own: ``megavar/data/skipping.py``) is left out everywhere, and counted.
 
     Args:
         kind: ``class_folders``: ``path`` has one sub-folder of images per class. ``list``: ``path`` is a text file with
-            ``image label`` per line. ``pairs``: ``path`` is a folder with ``name.jpg`` and ``name.txt`` beside each
-            other, or a ``.jsonl`` file of ``{"image": ..., "caption": ...}`` lines. Paths in files are relative to the
-            folder of the file; text is UTF-8.
+            ``image label`` per line (a tab between them lets labels hold spaces). ``pairs``: ``path`` is a folder with
+            ``name.jpg`` and ``name.txt`` beside each other, or a ``.jsonl`` file of ``{"image": ..., "caption": ...}``
+            lines. Paths in files are relative to the folder of the file; text is UTF-8.
+        damaged: ``leave-out``: pairs without a readable caption are listed with their problem, instead of an error.
 
     Raises:
         DataError: nothing is there, or a line is malformed.
@@ -67,62 +79,115 @@ def list_originals(kind: Kind, path: Path) -> Listing:
         raise DataError(f"{path} does not exist. Give the path of the images to shard.")
     if kind == "list":
         return _read_list(path)
-    return _pair_up(path) if path.is_dir() else _read_json_lines(path)
+    return _pair_up(path, damaged) if path.is_dir() else _read_json_lines(path, damaged)
 
 
-def _read_lines(path: Path) -> list[tuple[int, str]]:
-    """(number, text) of the lines that are not empty."""
+def _read_lines(path: Path) -> Iterator[tuple[int, str | None]]:
+    """(number, text) of the lines that are not empty; None for text that is not UTF-8."""
     if not path.is_file():
         raise DataError(f"{path} is not a file. Give a text file of lines.")
-    try:
-        lines = path.read_text("utf-8-sig").split("\n")  # not splitlines: names may hold other separators
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error}). Give a text file of lines.") from error
-    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    for number, line in enumerate(content.split(b"\n"), 1):  # not splitlines: names may hold other separators
+        try:
+            text = line.decode()
+        except UnicodeDecodeError:
+            yield number, None
+            continue
+        if text.strip():
+            yield number, text
+
+
+def _not_text(path: Path, number: int) -> DataError:
+    return DataError(f"{path} is not UTF-8 text (line {number}). Give a text file of lines in UTF-8.")
+
+
+def _skip(path: str, ignored: Counter[str]) -> bool:
+    """Whether a listed path is no data; it is counted then."""
+    part = first_no_data(path)
+    if part is not None:
+        ignored[kind_of(part, is_folder=part != PurePath(path).name)] += 1
+    return part is not None
 
 
 def _read_list(path: Path) -> Listing:
-    pairs: list[tuple[str, str]] = []
+    pairs: list[tuple[int, str, str]] = []
+    ignored: Counter[str] = Counter()
     for number, line in _read_lines(path):
-        parts = line.strip().rsplit(maxsplit=1)
-        if len(parts) != 2:
+        if line is None:
+            raise _not_text(path, number)
+        parts = line.strip().rsplit("\t", 1) if "\t" in line.strip() else line.strip().rsplit(maxsplit=1)
+        if len(parts) != 2 or not all(part.strip() for part in parts):
             raise DataError(f"Line {number} of {path} is {line!r}. Each line needs an image path, a space and a label.")
-        pairs.append((parts[0], parts[1]))
+        image, label = (part.strip() for part in parts)
+        if not image.lower().endswith(IMAGE_SUFFIXES):
+            raise DataError(
+                f"Line {number} of {path} is {line!r}, and {image!r} is no image ({', '.join(IMAGE_SUFFIXES)}). Each "
+                f"line needs an image path, a space and a label; remove headers, and commas between them."
+            )
+        if not _skip(image, ignored):
+            pairs.append((number, image, label))
     if not pairs:
         raise DataError(f"{path} lists no images. Each line needs an image path, a space and a label.")
-    labels = {label for _, label in pairs}
-    if all(label.isascii() and label.isdecimal() for label in labels):
-        if (largest := max(map(int, labels))) >= CLASSES:
+    names, number_of = _classes(path, [(number, label) for number, _, label in pairs])
+    originals = [Original(image, number_of[label]) for _, image, label in pairs]
+    return Listing("list", path.parent, names, originals, ignored)
+
+
+def _classes(path: Path, labels: list[tuple[int, str]]) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Names of the classes, and the class of every label: numbers count classes, or all labels are names.
+
+    Raises:
+        DataError: some labels are numbers and others are not, or numbers are none that count.
+    """
+    counting = {label for _, label in labels if label.isascii() and label.isdecimal()}
+    others = {label for _, label in labels} - counting
+    odd = others if counting else {label for label in others if _NUMBER.fullmatch(label)}
+    if odd:
+        number, label = next((number, label) for number, label in labels if label in odd)
+        beside = f", but others are numbers such as {min(counting)}" if counting else ""
+        raise DataError(
+            f"Line {number} of {path} has the label {label!r}{beside}. Labels are either numbers that count "
+            f"classes from 0 (0, 1, 2, ...), or names on every line: correct or remove what is neither (headers, -1 for "
+            f"unknown classes), or put a letter in front of names that look like numbers."
+        )
+    if counting:
+        if (largest := max(map(int, counting))) >= CLASSES:
             raise DataError(f"{path} has the label {largest}. Labels that are numbers count classes from 0: use names.")
-        names = tuple(str(label) for label in range(largest + 1))
-    else:
-        names = tuple(sorted(labels))
-    number_of = {name: number for number, name in enumerate(names)}
-    number_of |= {label: int(label) for label in labels if label not in number_of}  # written with leading zeros
-    return Listing("list", path.parent, names, [Original(image, number_of[label]) for image, label in pairs])
+        return tuple(map(str, range(largest + 1))), {label: int(label) for label in counting}
+    names = tuple(sorted(others))
+    return names, {name: number for number, name in enumerate(names)}
 
 
-def _read_json_lines(path: Path) -> Listing:
-    originals = []
-    for number, line in _read_lines(path):
-        try:
-            entry = json.loads(line)
-            image, caption = entry["image"], entry["caption"]
-        except (ValueError, KeyError, TypeError):
-            image = caption = None
-        if not (isinstance(image, str) and isinstance(caption, str)):
-            raise DataError(f'Line {number} of {path} is not {{"image": path, "caption": text}}. Correct or remove it.')
-        originals.append(Original(image, caption=caption))
-    if not originals:
-        raise DataError(f'{path} is empty. Each line needs {{"image": path, "caption": text}}.')
-    return Listing("pairs", path.parent, (), originals)
-
-
-def _pair_up(root: Path) -> Listing:
+def _read_json_lines(path: Path, damaged: Damaged) -> Listing:
     originals = []
     ignored: Counter[str] = Counter()
-    for folder, folders, files in walk(root):
-        ignored["linked folder"] += sum((Path(folder) / inner).is_symlink() for inner in folders)
+    for number, line in _read_lines(path):
+        image = caption = None
+        try:
+            entry = json.loads(line or "")
+            image, caption = entry["image"], entry["caption"]
+        except (ValueError, KeyError, TypeError):
+            pass
+        if isinstance(image, str) and _skip(image, ignored):
+            continue
+        if isinstance(image, str) and isinstance(caption, str):
+            originals.append(Original(image, caption=caption))
+        elif damaged == "leave-out":
+            name = image if isinstance(image, str) else path.name
+            originals.append(Original(name, problem=f"line {number} of the list has no caption in UTF-8 for an image"))
+        elif line is None:
+            raise _not_text(path, number)
+        else:
+            raise DataError(f'Line {number} of {path} is not {{"image": path, "caption": text}}. Correct or remove it.')
+    if not originals:
+        raise DataError(f'{path} is empty. Each line needs {{"image": path, "caption": text}}.')
+    return Listing("pairs", path.parent, (), originals, ignored)
+
+
+def _pair_up(root: Path, damaged: Damaged) -> Listing:
+    originals = []
+    ignored: Counter[str] = Counter()
+    for folder, files in walk(root, ignored):
         names = set(files)
         captions = {name for name in files if name.endswith(".txt")}
         for name in files:
@@ -133,9 +198,15 @@ def _pair_up(root: Path) -> Listing:
                 continue
             captions.discard(f"{stem}.txt")
             image = (Path(folder) / name).relative_to(root)
-            if f"{stem}.txt" not in names:
-                raise DataError(f"{root / image} has no caption: there is no {stem}.txt. Add it or move the image.")
-            originals.append(Original(image.as_posix(), caption_path=image.with_suffix(".txt").as_posix()))
+            if f"{stem}.txt" in names:
+                originals.append(Original(image.as_posix(), caption_path=image.with_suffix(".txt").as_posix()))
+            elif damaged == "leave-out":
+                originals.append(Original(image.as_posix(), problem=f"there is no {stem}.txt with its caption"))
+            else:
+                raise DataError(
+                    f"{root / image} has no caption: there is no {stem}.txt. Add it or move the image, or leave such "
+                    f"images out with --damaged leave-out."
+                )
         ignored["caption without image"] += len(captions)
     if not originals:
         raise DataError(f"{root} contains no images. Image-caption pairs are files name.jpg and name.txt side by side.")

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +16,20 @@ FORMAT = "megavar shards 1"
 FILE_NAME = "manifest.json"
 
 
+_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=@,-]*\.tar")
+
+
+def is_plain_name(file: str) -> bool:
+    """Whether ``file`` may be the name of a shard: nothing that a shell, a URL or a file system takes for more."""
+    return isinstance(file, str) and _FILE.fullmatch(file) is not None
+
+
 @dataclass(frozen=True)
 class ShardEntry:
     """One shard."""
 
     file: str
+    """Its plain name: it lies in the folder of the manifest, or where ``data.source.url`` says."""
     samples: int
     bytes: int
     sha256: str
@@ -125,4 +135,25 @@ def read_manifest(folder: Path) -> Manifest:
         raise damaged from error
     if not same:
         raise damaged
+    _check_entries(path, manifest)
     return manifest
+
+
+def _check_entries(path: Path, manifest: Manifest) -> None:
+    """A checksum shows damage, not good will: whoever made the shards made it, too."""
+    for entry in manifest.shards:
+        if not is_plain_name(entry.file):
+            raise DataError(
+                f"{path} names the shard {entry.file!r}. Shards are files of the folder itself, with letters, digits "
+                f"and . _ - + = @ , in their names. Do not use these shards unless you know who made them."
+            )
+        numbers = (entry.samples, entry.bytes)
+        texts = (entry.sha256, entry.index_sha256, entry.first_key, entry.last_key, *entry.left_out)
+        if not all(type(number) is int and number > 0 for number in numbers) or not all(
+            isinstance(text, str) for text in texts
+        ):
+            raise DataError(f"{path} does not say in numbers and texts what {entry.file} holds. Make the shards again.")
+    twice = [file for file, times in Counter(entry.file for entry in manifest.shards).items() if times > 1]
+    if twice or not manifest.shards:
+        problem = f"names {twice[0]} twice" if twice else "names no shards"
+        raise DataError(f"{path} {problem}. Make the shards again in another folder with tools/shard_images.py.")

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,12 +13,15 @@ import numpy as np
 from megavar.data.progress import PROGRESS, in_processes
 from megavar.data.shards.index import MAGIC, RECORD, build_index, encode_index, index_path
 from megavar.data.shards.listing import Listing, list_originals
-from megavar.data.shards.manifest import FILE_NAME, Manifest, ShardEntry, read_manifest, write_manifest
+from megavar.data.shards.manifest import FILE_NAME, Manifest, ShardEntry, is_plain_name, read_manifest, write_manifest
 from megavar.data.shards.writing import Plan, shard_is_whole, write_shard
 from megavar.data.source import DamagedSampleError
 from megavar.data.transforms import decode
 from megavar.errors import DataError
-from megavar.storage import fsync_directory, sha256_of_file, write_bytes_atomic
+from megavar.storage import fsync_directory, refuse_link, remove, sha256_of_file, write_bytes_atomic
+
+_REPAIR = "repair"
+"""Where shards are made again."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ def list_sharded(manifest: Manifest, path: Path) -> Listing:
     """
     if manifest.arguments["kind"] == "existing":
         raise DataError("These shards were made by another tool: make damaged ones again with that, not with --source.")
-    return list_originals(manifest.arguments["kind"], path)
+    return list_originals(manifest.arguments["kind"], path, manifest.arguments["damaged"])
 
 
 def repair_shards(
@@ -185,13 +187,15 @@ def repair_shards(
     """
     manifest = read_manifest(folder)
     plan = _original_plan(manifest, source) if source is not None else None
+    for aside in (folder / PROGRESS, folder / PROGRESS / _REPAIR, folder / PROGRESS / _REPAIR / PROGRESS):
+        refuse_link(aside, DataError)
     remake = None if plan is None else functools.partial(_remake, plan, plan.permutation(), folder)
     repair = functools.partial(_repair, folder, manifest, remake)
     repairs: dict[int, _Repair] = {}
     for shard, result in in_processes(repair, range(len(manifest.shards)), processes):
         repairs[shard] = result
         progress(manifest.shards[shard].samples)
-    shutil.rmtree(folder / PROGRESS, ignore_errors=True)
+    remove(folder / PROGRESS)
     results = [repairs[shard] for shard in range(len(manifest.shards))]
     done = [result.done for result in results if result.done]
     hopeless = [result.hopeless for result in results if result.hopeless]
@@ -244,7 +248,7 @@ def _repair(
 
 def _remake(plan: Plan, permutation: np.ndarray, folder: Path, shard: int, entry: ShardEntry) -> _Repair:
     """Make a shard aside, and put it in place only if it has the right hash."""
-    aside = folder / PROGRESS / "repair"
+    aside = folder / PROGRESS / _REPAIR
     try:
         made = write_shard(plan, permutation, shard, aside)
     except DataError as error:
@@ -273,6 +277,12 @@ def adopt_shards(
     files = sorted(path.name for path in folder.glob("*.tar"))
     if not files:
         raise DataError(f"{folder} contains no .tar files. Name the folder of the WebDataset shards.")
+    odd = [file for file in files if not is_plain_name(file)]
+    if odd:
+        raise DataError(
+            f"{folder} contains {odd[0]!r}{f' and {len(odd) - 1} more' if len(odd) > 1 else ''}: names of shards hold "
+            f"letters, digits and . _ - + = @ , only, because they become parts of URLs and commands. Rename them."
+        )
     for index in (index_path(folder / file) for file in files):
         if index.exists() and not index.read_bytes().startswith(MAGIC):
             raise DataError(f"{index} is an index of another kind. Move such files away: megavar's own have that name.")

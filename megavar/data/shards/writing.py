@@ -9,14 +9,13 @@ import functools
 import hashlib
 import io
 import json
-import shutil
 import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -24,16 +23,15 @@ import torch
 from megavar.data.image_folder import IMAGE_SUFFIXES
 from megavar.data.progress import PROGRESS, in_processes, only_one, publish, read_record
 from megavar.data.shards.index import RECORD, encode_index, index_path
-from megavar.data.shards.listing import Listing, Original
+from megavar.data.shards.listing import Damaged, Listing, Original
 from megavar.data.shards.manifest import FILE_NAME, Manifest, ShardEntry, read_manifest
 from megavar.data.source import DamagedSampleError
 from megavar.data.transforms import decode
 from megavar.errors import DataError
 from megavar.parallel.seeds import random_bits
-from megavar.storage import atomic_file, sha256_of_file, write_bytes_atomic, write_json_atomic
+from megavar.storage import atomic_file, refuse_link, remove, sha256_of_file, write_bytes_atomic, write_json_atomic
 
 PLAN = "plan.json"
-Damaged = Literal["fail", "leave-out"]
 
 
 @dataclass(frozen=True)
@@ -95,6 +93,8 @@ def _members(root: Path, original: Original) -> dict[str, bytes]:
     Raises:
         DamagedSampleError: the image cannot be read or decoded.
     """
+    if original.problem is not None:
+        raise DamagedSampleError(original.problem)
     suffix = Path(original.path).suffix.lower()
     if suffix not in IMAGE_SUFFIXES:
         raise DamagedSampleError(f"its name does not end in {', '.join(IMAGE_SUFFIXES)}")
@@ -246,16 +246,17 @@ def write_shards(
             manifest = Manifest(arguments, list(plan.listing.class_names), entries)
             write_bytes_atomic(folder / PROGRESS / FILE_NAME, manifest.encode())
             publish(folder, FILE_NAME)
-        shutil.rmtree(folder / PROGRESS, ignore_errors=True)
+        remove(folder / PROGRESS)
     return read_manifest(folder)
 
 
 def _claim(folder: Path, arguments: dict[str, Any]) -> None:
     """Make sure that ``folder`` is empty or holds work with the same arguments."""
+    refuse_link(folder / PROGRESS, DataError)
     under_way = read_record(folder, PLAN)
     if (folder / FILE_NAME).exists():
         found = read_manifest(folder).arguments
-        shutil.rmtree(folder / PROGRESS, ignore_errors=True)  # killed between the manifest and the clean-up
+        remove(folder / PROGRESS)  # killed between the manifest and the clean-up
     elif under_way is not None:
         # What is finished under ``fail`` has nothing left out: the rest may be made under ``leave-out``.
         found = under_way | ({"damaged": arguments["damaged"]} if under_way["damaged"] == "fail" else {})

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megavar.config.token_space import TokenSpace
 from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
+from megavar.tokenizers.dropout import name_dropouts, sample_keys
 from megavar.tokenizers.multiscale_vq import published
 from megavar.tokenizers.multiscale_vq.layers import AttentionBlock, Downsample, ResidualBlock, Upsample
 from megavar.tokenizers.multiscale_vq.quantizer import MultiScaleQuantizer, QuantizerOutput, Scale, height_width
@@ -158,6 +159,7 @@ class MultiScaleVQ(nn.Module):
         self.post_quant_conv = nn.Conv2d(
             config.code_dimension, config.code_dimension, config.latent_kernel, padding=padding
         )
+        name_dropouts(self)
         self.initialize()
 
     @property
@@ -204,10 +206,14 @@ class MultiScaleVQ(nn.Module):
         self.quantize.embedding.weight.normal_(std=self.config.code_initial_std, generator=generator)
         self.quantize.ema_vocab_hit_SV.zero_()
 
-    def forward(self, images: Tensor) -> Reconstruction:
-        """Training forward pass: float [B, 3, H, W] in [-1, 1] -> reconstruction and the quantizer's losses."""
-        quantized = self.quantize(self.quant_conv(self.encoder(images.to(self.dtype))))
-        last_features = self.decoder.last_features(self.post_quant_conv(quantized.features.to(self.dtype)))
+    def forward(self, images: Tensor, keys: Tensor | None = None) -> Reconstruction:
+        """Training forward pass: float [B, 3, H, W] in [-1, 1] -> reconstruction and the quantizer's losses.
+
+        ``keys``, int64 [B], decide what dropout drops (needed with ``dropout`` above 0 in training mode only).
+        """
+        with sample_keys(self, keys):
+            quantized = self.quantize(self.quant_conv(self.encoder(images.to(self.dtype))))
+            last_features = self.decoder.last_features(self.post_quant_conv(quantized.features.to(self.dtype)))
         return Reconstruction(self.decoder.conv_out(last_features), quantized, last_features.detach())
 
     @torch.no_grad()

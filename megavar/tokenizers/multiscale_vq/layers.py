@@ -7,6 +7,8 @@ Source: FoundationVision/VAR, models/basic_vae.py; the blocks are those of Esser
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megavar.tokenizers.dropout import SampleDropout
+
 
 class ResidualBlock(nn.Module):
     """``shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x))))))``: [B, C_in, H, W] -> [B, C_out, H, W].
@@ -27,7 +29,7 @@ class ResidualBlock(nn.Module):
         self.norm1 = nn.GroupNorm(norm_groups, channels_in, eps=norm_epsilon)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.norm2 = nn.GroupNorm(norm_groups, channels_out, eps=norm_epsilon)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = SampleDropout(dropout)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         self.nin_shortcut = nn.Identity() if channels_in == channels_out else nn.Conv2d(channels_in, channels_out, 1)
 

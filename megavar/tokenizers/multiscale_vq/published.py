@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megavar.errors import CheckpointError
-from megavar.tokenizers.state_dict_file import read_state_dict
+from megavar.weight_file import read_state_dict
 from megavar.weight_layout import NamedLayout, Shape
 
 _USAGE = "quantize.ema_vocab_hit_SV"
@@ -35,13 +35,15 @@ class MultiScaleVQLayout(NamedLayout):
         """The same name."""
         return (name,)
 
-    def load(self, state: Mapping[str, Tensor], expected: Mapping[str, Shape]) -> dict[str, Tensor]:
+    def load(
+        self, state: Mapping[str, Tensor], expected: Mapping[str, Shape], passed: Mapping[str, Shape] = {}
+    ) -> dict[str, Tensor]:
         """See :meth:`megavar.weight_layout.WeightLayout.load`."""
         usage, own = state.get(_USAGE), expected.get(_USAGE)
         if usage is not None and own is not None and usage.shape[0] != own[0] and tuple(usage.shape[1:]) == own[1:]:
             state = {name: value for name, value in state.items() if name != _USAGE}
             expected = {name: shape for name, shape in expected.items() if name != _USAGE}
-        return super().load(state, expected)
+        return super().load(state, expected, passed)
 
 
 def export(model: nn.Module) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from megavar.errors import CheckpointError
 from megavar.frozen import Identity, check_same, identities
 from megavar.training.checkpoint import fault, shards, store
 from megavar.training.checkpoint import manifest as manifests
+from megavar.training.checkpoint.initial import InitialWeights, begin
 from megavar.training.checkpoint.manifest import DamagedError, Manifest, ModuleEntry
 from megavar.training.checkpoint.ranks import Ranks
 from megavar.training.checkpoint.state import ModuleState, Restorer, describe, stage
@@ -224,6 +225,10 @@ class Checkpointer:
             )
         return None
 
+    def begin(self, name: str, state: ModuleState, initial: InitialWeights) -> None:
+        """Put initial weights into module ``name`` of a new run; see ``megavar/training/checkpoint/initial.py``."""
+        begin(name, state, initial, self._ranks)
+
     def _candidates(self, fresh: bool) -> list[Path]:
         if fresh:
             moved = store.move_away(self.root)
@@ -248,6 +253,8 @@ class Checkpointer:
         if manifest is not None:  # every rank hashes its share of the files
             mine = manifest.files[self._ranks.rank :: self._ranks.size]
             problem = next((text for text in self._ranks.gather(manifests.damage(path, mine)) if text), None)
+        if manifest is not None and problem is None:
+            problem = self._ranks.broadcast(_index_problem(path) if self._ranks.rank == 0 else None)
         if problem is None:
             return manifest
         problems.append(problem)
@@ -280,6 +287,15 @@ class Checkpointer:
         """Refuse to train on with other frozen networks than those of the checkpoint."""
         remedy = "start anew in another run.directory, or here with train.fresh=true."
         check_same(identities(manifest.frozen), self.frozen, path, remedy)
+
+
+def _index_problem(path: Path) -> str | None:
+    """What is wrong with the index of a checkpoint whose files are those of its manifest."""
+    try:
+        shards.index(path)
+    except (CheckpointError, OSError) as error:
+        return str(error)
+    return None
 
 
 def first_difference(stored: dict[str, ModuleEntry], wanted: dict[str, ModuleEntry], limit: int = 3) -> str | None:

@@ -131,6 +131,12 @@ class RunLock:
         run_directory.mkdir(parents=True, exist_ok=True)
         path, mine = run_directory / FILE_NAME, Owner.current()
         while not _create(path, mine):
+            if path.is_symlink():  # nobody holds a lock through a link, and one that dangles would be waited for
+                _log.warning("Removing %s: it is a symbolic link, not a lock.", path)
+                path.unlink(missing_ok=True)
+                continue
+            if path.is_dir():
+                raise ClusterError(f"{path} is a folder, not a lock. Remove it, and start again.")
             found = _read_owner(path)
             if found is None:
                 time.sleep(0.05)  # released, or not completely written yet

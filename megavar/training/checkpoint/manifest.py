@@ -7,6 +7,7 @@ every file it lists, are right. torch's distributed checkpoint loads a file with
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,9 @@ from megavar import storage
 from megavar.errors import CheckpointError
 
 T = TypeVar("T")
+_STEP = re.compile(r"step-(\d{8,})(?:\.|$)")
+_NAME = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]*")
+"""Names of files lie in the checkpoint itself, never elsewhere."""
 
 FILE_NAME = "manifest.json"
 FORMAT = 2
@@ -126,7 +130,12 @@ def read(directory: Path) -> Manifest:
     content["modules"] = {name: ModuleEntry(**module) for name, module in content["modules"].items()}
     content["files"] = tuple(FileEntry(**entry) for entry in content["files"])
     manifest = Manifest(**content)
+    named = _STEP.match(directory.name)
+    if named and int(named[1]) != manifest.step:
+        raise DamagedError(f"{directory} was renamed: its manifest is that of step {manifest.step}")
     for entry in manifest.files:
+        if not _NAME.fullmatch(entry.name):
+            raise DamagedError(f"{path} lists {entry.name!r}, which is no file of a checkpoint")
         _check_size(directory, entry)
     return manifest
 

@@ -64,6 +64,18 @@ def as_stored(tensor: LogicalTensor, local: Tensor) -> Tensor:
     return DTensor.from_local(local, _meshes[id(group)], [Shard(tensor.sharded_dimension)], run_check=False)
 
 
+def tensor_place() -> tuple[int, int]:
+    """This rank's place among its tensor-parallel ranks, and their number."""
+    from megatron.core import parallel_state
+
+    if not parallel_state.model_parallel_is_initialized():
+        return 0, 1
+    return (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    )
+
+
 def to_local(value: Tensor) -> Tensor:
     """The inverse of :func:`as_stored`."""
     return value.to_local() if isinstance(value, DTensor) else value

@@ -15,7 +15,6 @@ newest directory with a valid manifest, because a network file system may show o
 import logging
 import re
 import secrets
-import shutil
 import time
 from pathlib import Path
 
@@ -80,7 +79,8 @@ def commit(attempt: Path) -> Path:
     root, final = attempt.parent, attempt.parent / checkpoint_name(step_of(attempt))
     storage.fsync_directory(attempt)
     replaced = None
-    if final.exists():  # an older or damaged checkpoint of the same step: keep it until the new one is in place
+    # An older or damaged checkpoint of the same step, or a link: keep it until the new one is in place.
+    if final.exists() or final.is_symlink():
         replaced = _aside(final, "replaced")
         final.rename(replaced)
     attempt.rename(final)
@@ -96,19 +96,27 @@ def point_latest(final: Path) -> None:
 
 
 def _delete(path: Path) -> None:
-    """Delete a directory so that a reader never mistakes what is left of it for a checkpoint: manifest first."""
-    (path / manifests.FILE_NAME).unlink(missing_ok=True)
-    storage.fsync_directory(path)
+    """Delete a directory so that a reader never mistakes what is left of it for a checkpoint: manifest first.
+
+    It is renamed before, so that whoever cleans up finishes a deletion that was interrupted. Of a link, the link goes:
+    what it points at belongs to somebody else.
+    """
+    if path.is_symlink():
+        path.unlink()
+        return
     if not path.match("*.deleting-*"):
         doomed = _aside(path, "deleting")
         path.rename(doomed)
         path = doomed
-    shutil.rmtree(path, ignore_errors=True)
+        storage.fsync_directory(path.parent)
+    (path / manifests.FILE_NAME).unlink(missing_ok=True)
+    storage.fsync_directory(path)
+    storage.remove(path)
 
 
 def discard(attempt: Path) -> None:
     """Remove a failed attempt, so that it does not fill the disk."""
-    shutil.rmtree(attempt, ignore_errors=True)
+    storage.remove(attempt)
 
 
 def set_aside(path: Path, kind: str) -> Path:

@@ -1,8 +1,7 @@
 """Weights of a checkpoint without the run that wrote it: for sampling, evaluation and conversion."""
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from megavar.training.checkpoint.state import (
     key,
     logical_by_parameter,
     persistent_buffers,
+    tensor_place,
 )
 
 
@@ -52,7 +52,13 @@ def find_checkpoint(path: Path, verify: bool = True) -> tuple[Path, Manifest]:
     return path, manifest
 
 
-def _entry(path: Path, manifest: Manifest, module: str, ema: bool) -> ModuleEntry:
+def module_of(path: Path, manifest: Manifest, module: str | None, ema: bool) -> tuple[str, ModuleEntry]:
+    """A module of a checkpoint by name; None: the first, which is what the run was for.
+
+    Raises:
+        CheckpointError: there is no such module, or no average of it though ``ema``.
+    """
+    module = next(iter(manifest.modules)) if module is None else module
     if module not in manifest.modules:
         raise CheckpointError(f"{path} holds no module {module!r}; it holds {', '.join(manifest.modules)}.")
     entry = manifest.modules[module]
@@ -60,20 +66,23 @@ def _entry(path: Path, manifest: Manifest, module: str, ema: bool) -> ModuleEntr
         raise CheckpointError(
             f"{path} holds no average of the weights of {module!r}: the run had no EMA. Ask for the weights themselves."
         )
-    return entry
+    return module, entry
 
 
-def _key(stored: Container[str], module: str, name: str, ema: bool) -> str:
+def stored_key(stored: Container[str], module: str, name: str, ema: bool) -> str:
+    """Key of a logical tensor, or of its average, among those that are ``stored``."""
     average = key(module, AVERAGE, name)
     return average if ema and average in stored else key(module, WEIGHT, name)  # frozen parameters have no average
 
 
-def read_weights(path: Path, module: str = "generator", ema: bool = False, verify: bool = True) -> dict[str, Tensor]:
+def read_weights(
+    path: Path, module: str | None = None, ema: bool = False, verify: bool = True
+) -> dict[str, Tensor]:
     """All weights and buffers of one module, whole, by logical name.
 
     Args:
         path: see :func:`find_checkpoint`.
-        module: name of the module in its recipe.
+        module: name of the module in its recipe; None: the recipe's first, a generator or a tokenizer.
         ema: the moving average instead of the weights.
         verify: see :func:`find_checkpoint`. Of many processes that read the same checkpoint, one is enough.
 
@@ -84,9 +93,9 @@ def read_weights(path: Path, module: str = "generator", ema: bool = False, verif
         CheckpointError: no such checkpoint, module or average, or files are damaged.
     """
     path, manifest = find_checkpoint(path, verify)
-    entry = _entry(path, manifest, module, ema)
+    module, entry = module_of(path, manifest, module, ema)
     stored = shards.index(path)
-    keys = {name: _key(stored.keys(), module, name, ema) for name in entry.tensors}
+    keys = {name: stored_key(stored.keys(), module, name, ema) for name in entry.tensors}
     keys |= {name: key(module, BUFFER, name) for name in entry.buffers}
     templates = {wanted: torch.empty(stored[wanted][0], dtype=stored[wanted][1]) for wanted in keys.values()}
     shards.read(path, templates)
@@ -95,7 +104,7 @@ def read_weights(path: Path, module: str = "generator", ema: bool = False, verif
 
 @torch.no_grad()
 def load_weights(
-    target: nn.Module, path: Path, module: str = "generator", ema: bool = False, verify: bool = True
+    target: nn.Module, path: Path, module: str | None = None, ema: bool = False, verify: bool = True
 ) -> Manifest:
     """Fill the parameters and buffers of ``target``, which may be one rank's part of any layout (not of ZeRO-3).
 
@@ -108,7 +117,7 @@ def load_weights(
         CheckpointError: as :func:`read_weights`, or ``target`` is another model.
     """
     path, manifest = find_checkpoint(path, verify)
-    entry = _entry(path, manifest, module, ema)
+    module, entry = module_of(path, manifest, module, ema)
     stored = shards.index(path).keys()
     parameters, buffers = dict(target.named_parameters()), persistent_buffers(target)
     names = logical_by_parameter(target)
@@ -122,7 +131,7 @@ def load_weights(
                     f"{path} is a checkpoint of another model: {module}/{tensor.name} {there} there and has shape "
                     f"{list(tensor.shape)} here. Give the configuration the checkpoint was trained with."
                 )
-            wanted = _key(stored, module, tensor.name, ema)
+            wanted = stored_key(stored, module, tensor.name, ema)
             templates[wanted] = as_stored(tensor, tensor.local(values[parameter]))
     for name in set(buffers) & set(entry.buffers):
         templates[key(module, BUFFER, name)] = torch.empty_like(buffers[name], device="cpu")
@@ -134,27 +143,26 @@ def load_weights(
     return manifest
 
 
-def write_weights(root: Path, module: str, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
-    """Write ``tensors`` as the checkpoint of step 0 of one module, without moments. Single process.
+def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shape of every logical tensor and persistent buffer of which ``module`` holds a part, by name."""
+    shapes = {tensor.name: tensor.shape for tensors in logical_by_parameter(module).values() for tensor in tensors}
+    return shapes | {name: tuple(buffer.shape) for name, buffer in persistent_buffers(module).items()}
 
-    A run whose ``checkpoints`` directory is ``root`` starts from these weights.
+
+@torch.no_grad()
+def fill(target: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give ``target``, which may be one rank's part of any layout (not of ZeRO-3), its part of whole ``tensors``.
 
     Args:
-        root: directory of checkpoints; it must hold none.
-        module: name of the module in its recipe.
-        tensors: all its logical tensors, whole.
-        state: what the trainer finds as its own state.
-
-    Raises:
-        CheckpointError: there are checkpoints already.
+        tensors: logical tensors and buffers by name, checked by the caller; those that are absent are left as they are.
     """
-    if store.list_checkpoints(root):
-        raise CheckpointError(f"{root} already holds checkpoints. Name a directory without any.")
-    attempt = store.begin(root, 0)
-    named = {key(module, WEIGHT, name): value.float().contiguous() for name, value in tensors.items()}
-    files = tuple(manifests.describe_file(attempt, name) for name in shards.write_alone(attempt, named))
-    entry = ModuleEntry({name: list(value.shape) for name, value in tensors.items()}, 0, has_moments=False)
-    manifests.write(attempt, Manifest(0, {module: entry}, state, files=files))
-    final = store.commit(attempt)
-    store.point_latest(final)
-    return final
+    rank, size = tensor_place()
+    parameters = dict(target.named_parameters())
+    for parameter, logical in logical_by_parameter(target).items():
+        for tensor in logical:
+            if tensor.name in tensors:
+                part = tensor.shard(tensors[tensor.name], rank, size)
+                tensor.local(parameters[parameter]).copy_(part)
+    for name, buffer in persistent_buffers(target).items():
+        if name in tensors:
+            buffer.copy_(tensors[name])

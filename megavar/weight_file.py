@@ -1,0 +1,174 @@
+"""Files of weights: state dicts as others publish them, and our own exports.
+
+An export (``tools/convert_checkpoint.py`` to ``.safetensors``) holds logical tensors and persistent buffers under our
+names (``parallel/logical.py``): what a model built from the same section of the configuration consists of, under any
+parallel layout and expert backend. Its metadata says what it is; see :class:`About`. :func:`read_weights_file` reads
+such a file, or one in a public weight layout of the model, into the same names and shapes.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+import megavar
+from megavar import storage, weight_layout
+from megavar.errors import CheckpointError
+from megavar.weight_layout import Shape, WeightLayout
+
+OURS = "megavar"
+"""The weight layout of our own exports."""
+AUTO = "auto"
+FORMAT = 2
+"""1: until commit 9f0263a, metadata ``module``, ``step``, ``weights``. Both are read."""
+
+
+@dataclass(frozen=True)
+class About:
+    """What the metadata of an export say of it."""
+
+    module: str
+    """Name of the module in its recipe."""
+    step: int
+    """Steps that it was trained."""
+    weights: str
+    """``model``, or ``ema`` for their moving average."""
+    choice: Mapping[str, Any]
+    """Its section of the configuration; empty if nobody knew."""
+    space: Mapping[str, Any]
+    """The token space of its tokenizer."""
+    dropped: tuple[str, ...] = ()
+    """Beginnings of the names of tensors that were left out."""
+
+
+def write_export(path: Path, tensors: Mapping[str, Tensor], about: About) -> None:
+    """Write logical tensors and buffers into a ``.safetensors`` file, atomically."""
+    facts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in asdict(about).items()}
+    facts |= {"format": OURS, "format_version": str(FORMAT), "megavar": megavar.__version__}
+    contiguous = {name: value.contiguous() for name, value in tensors.items()}
+    storage.write_bytes_atomic(path, save(contiguous, metadata=facts))
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Metadata of a ``.safetensors`` file; nothing for other files and for files without."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
+def read_weights_file(
+    path: Path,
+    expected: Mapping[str, Shape],
+    layouts: Mapping[str, WeightLayout],
+    layout: str = AUTO,
+    fresh: tuple[str, ...] = (),
+    what: str = "The file of weights",
+) -> dict[str, Tensor]:
+    """The tensors of a model from an export of ours or from a file in one of its public layouts, strictly.
+
+    Args:
+        path: ``.safetensors``, or a pickled state dict.
+        expected: shape of every logical tensor and persistent buffer of the model by name.
+        layouts: the model's public layouts by name.
+        layout: the one of the file; ``megavar`` for ours, ``auto`` finds out.
+        fresh: beginnings of our names of tensors that are not taken, whether the file has them or not.
+        what: what the file should be, for messages.
+
+    Returns:
+        CPU tensors of the expected names and shapes without fresh ones, floating-point ones in float32. Some may be
+        absent where a public layout says so.
+
+    Raises:
+        CheckpointError: the file cannot be read, or its tensors are not those of the model.
+    """
+    path = Path(path)
+    state = read_state_dict(path, what)
+    metadata = read_metadata(path)
+    passed = {name: shape for name, shape in expected.items() if name.startswith(fresh)}
+    expected = {name: shape for name, shape in expected.items() if name not in passed}
+    if layout == AUTO:
+        candidates = () if metadata.get("format") == OURS else tuple(layouts)
+        if not candidates or state.keys() >= expected.keys():
+            candidates = (*candidates, OURS)
+    else:
+        candidates = (layout,)
+    problems = []
+    for name in candidates:
+        try:
+            if name == OURS:
+                return _read_ours({n: v for n, v in state.items() if not n.startswith(fresh)}, metadata, expected)
+            if name not in layouts:
+                raise CheckpointError(f"the model has no weight layout {name!r}; it has {', '.join([*layouts, OURS])}.")
+            return layouts[name].load(state, expected, passed)
+        except CheckpointError as error:
+            problems.append(f"{error}" if len(candidates) == 1 else f"As {name!r}: {error}")
+    raise CheckpointError(f"{what} {path} cannot be used: {' '.join(problems)}")
+
+
+def _read_ours(
+    state: Mapping[str, Tensor], metadata: Mapping[str, str], expected: Mapping[str, Shape]
+) -> dict[str, Tensor]:
+    version = metadata.get("format_version", "1")
+    if not version.isdigit() or int(version) > FORMAT:
+        raise CheckpointError(
+            f"it was exported by a newer megavar ({metadata.get('megavar', 'unknown')}): its format is {version}, this "
+            f"version reads formats 1 to {FORMAT}. Use that version, or export again with this one."
+        )
+    problems = weight_layout.differences(expected, {name: tuple(value.shape) for name, value in state.items()})
+    if problems:
+        made = f" It was made of {metadata['choice']}." if metadata.get("choice", "{}") != "{}" else ""
+        raise CheckpointError(
+            f"it does not fit the configured model: {'; '.join(problems)}.{made} Give the configuration that it was "
+            f"trained with, or another file."
+        )
+    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+
+
+def read_state_dict(path: str | Path, what: str) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors`` file or of a ``.pth`` state dict, on the CPU, mapped where possible.
+
+    Args:
+        path: the file. Of a pickle only tensors and plain containers are accepted.
+        what: what the file should be, for messages ("Tokenizer checkpoint").
+
+    Raises:
+        CheckpointError: the file is missing, cannot be read, or holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(
+            f"{what} {path} does not exist. Give the path of a downloaded or exported state dict (.pth, .safetensors)."
+        )
+    try:
+        content = load_file(path) if path.suffix == ".safetensors" else _load_pickle(path)
+    except Exception as error:  # a file that is no pickle may raise almost anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{what} {path} cannot be read ({reason}). It is truncated or not a state dict of tensors: fetch or export "
+            "it again."
+        ) from error
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(
+            f"{what} {path} is not a plain state dict (names to tensors). If it is a training checkpoint, extract the "
+            "model's state dict from it first."
+        )
+    return dict(content)
+
+
+def _load_pickle(path: Path) -> object:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError:  # of the format before torch 1.6, which cannot be mapped
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def differences(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    """What keeps ``given`` from being loaded strictly into a model with the tensors ``expected``, in words."""
+    return weight_layout.differences(*({name: tuple(v.shape) for name, v in of.items()} for of in (expected, given)))

@@ -278,7 +278,7 @@ def sampling(bench: Bench) -> Part:
     settings = bench.config.sampling
     indices = torch.arange(bench.batch)
     decoder = autoencoder_cost(bench.config.tokenizer).decode_flops
-    flops = (sampling_flops(bench.shape, settings.guidance > 0) + decoder) * bench.batch
+    flops = (sampling_flops(bench.shape, settings.guided) + decoder) * bench.batch
     return Part(
         "sampling", {"drawing": lambda: sampler.draw(indices)}, images=bench.batch, flops={"drawing": flops}
     )

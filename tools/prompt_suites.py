@@ -22,12 +22,17 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megavar.data.shapes_grammar import evaluation_prompts
-from megavar.evaluation import layouts, shape_eval
+from megavar.evaluation import shape_eval
 from megavar.evaluation.images import ImageSet, open_images
+from megavar.evaluation.official.base import PER_PROMPT, OfficialFolder
+from megavar.evaluation.official.dpg import DPGFolder
+from megavar.evaluation.official.geneval import GenEvalFolder
 from megavar.evaluation.table import format_table
 from megavar.parallel.environment import environment
 from megavar.storage import write_text_atomic
 from tools.outcome import outcome
+
+FOLDERS: dict[str, type[OfficialFolder]] = {folder.name: folder for folder in (GenEvalFolder, DPGFolder)}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,15 +45,13 @@ def emit(options: argparse.Namespace) -> None:
     """Write images in the layout of the official scorer."""
     images = _images(options)
     with tqdm(total=len(images), unit="image", disable=None) as bar:
-        notes = layouts.emit(
-            options.suite, options.out, options.prompts, images, per_prompt=options.per_prompt, on_progress=bar.update
-        )
+        notes = _folder(options).emit(options.out, images, on_progress=bar.update)
     print("\n".join(notes))
 
 
 def verify(options: argparse.Namespace) -> None:
     """Check that the official scorer finds exactly what it should."""
-    print("\n".join(layouts.check(options.suite, options.out, options.prompts, per_prompt=options.per_prompt)))
+    print("\n".join(_folder(options).check(options.out)))
 
 
 def prompts(options: argparse.Namespace) -> None:
@@ -67,6 +70,10 @@ def score(options: argparse.Namespace) -> None:
     shape_eval.write_records(options.out, records)
     print(format_table({"score": shape_eval.summarize(records)}, shape_eval.METRICS))
     print(f"wrote {options.out}")
+
+
+def _folder(options: argparse.Namespace) -> OfficialFolder:
+    return FOLDERS[options.suite](options.prompts, options.per_prompt)
 
 
 def _images(options: argparse.Namespace) -> ImageSet:
@@ -94,12 +101,12 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(run.__name__, help=run.__doc__)
         command.set_defaults(run=run)
         official = run in (emit, verify)
-        command.add_argument("suite", choices=["geneval", "dpg"] if official else ["shapes"])
+        command.add_argument("suite", choices=sorted(FOLDERS) if official else ["shapes"])
         command.add_argument("--out", type=Path, required=True, help="folder of the layout, or file to write")
         if run in (emit, score):
             command.add_argument("--images", type=Path, required=True, help="samples, npz, or folder of PNG files")
         if run is not prompts:
-            command.add_argument("--per-prompt", type=int, default=layouts.PER_PROMPT, help="images per prompt")
+            command.add_argument("--per-prompt", type=int, default=PER_PROMPT, help="images per prompt")
         if official:
             command.add_argument("--prompts", type=Path, required=True, help="the official prompt file or folder")
         else:

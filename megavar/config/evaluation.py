@@ -47,7 +47,7 @@ class EvaluationConfig(Section):
     """How the images of ``sampling`` are scored."""
 
     samples: int = Field(1000, ge=16)
-    """Number of images; class of image i is i modulo the number of classes. Takes the place of ``sampling.number``."""
+    """Number of images, of suites without prompts of their own. Takes the place of ``sampling.number``."""
     suite: SuiteChoice = DigitsSuite()
     """The set of metrics for a generator."""
     reconstruction: ReconstructionConfig = ReconstructionConfig()

@@ -116,7 +116,7 @@ def plan(
         gpus=gpus,
         workload=workload,
         assumed_utilization=mfu is None,
-        sample_flops=workload.sample_flops(config.sampling.guidance > 0)
+        sample_flops=workload.sample_flops(config.sampling.guided)
         if isinstance(workload, GeneratorWorkload)
         else None,
         prediction=workload.predict(layout),

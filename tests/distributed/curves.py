@@ -1,6 +1,6 @@
 """Trains a small STMoE-VAR for some steps under a layout and returns its curve; used by the layout tests."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from megavar.parallel.environment import environment
 from megavar.parallel.logical import initialize_parameters
 from megavar.recipes.base import BaseRecipe, Recipe
 from megavar.recipes.next_scale import NextScale
+from megavar.recipes.terms.base import Term, heads_of, taps_of
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
 from megavar.training.engine import Engine
 from tests.loops import EngineLoop, bare_loop
@@ -108,25 +109,28 @@ def batches(step: int, data_rank: int, data_size: int, micro_batch_size: int) ->
         yield Batch(None, labels, ids, torch.zeros_like(ids), tokens=tokens)
 
 
-def build(setup: Setup, mesh: topology.Topology, kind: type[NextScale] = NextScale) -> NextScale:
+def build(
+    setup: Setup, mesh: topology.Topology, kind: type[NextScale] = NextScale, terms: Sequence[Term] = ()
+) -> NextScale:
     """The recipe with this rank's part of the generator; ``kind`` is another class of the same arguments."""
-    config = generator_config(setup)
+    config, space = generator_config(setup), TokenSpace.of_scales(SCALES, VOCABULARY, CODE, image_side=6)
     chunks = [
         VAR(
             config,
-            TokenSpace.of_scales(SCALES, VOCABULARY, CODE, image_side=6),
+            space,
             parallel=mesh.config,
             stage=Stage.split(4, mesh.config, mesh.pipeline_rank, chunk),
             dtype=torch.bfloat16 if setup.precision == "bf16" else torch.float32,
             seed=11,
-            taps=setup.taps,
+            taps=(*setup.taps, *taps_of(terms)),
+            heads=heads_of(terms, space),
         )
         for chunk in range(mesh.config.virtual_pipeline)
     ]
     generator = chunks[0] if len(chunks) == 1 else torch.nn.ModuleList(chunks)
     return kind(
         MEPAConfig(tokenizer_weights="unused"), generator, tokenizer(), classes=config.classes,
-        label_drop=config.label_drop, seed=5,
+        label_drop=config.label_drop, seed=5, terms=terms,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megavar.data.shapes_grammar import evaluation_prompts
-from megavar.evaluation.layouts import read_geneval_prompts
+from megavar.evaluation.official.geneval import GenEvalFolder
 from megavar.evaluation.shape_eval import true_scenes
 from tools import prompt_suites
 
@@ -30,7 +30,7 @@ def test_shape_prompts_go_through_the_layout_of_geneval_and_back(shapes, tmp_pat
     images, prompts = shapes
     metadata, out = tmp_path / "evaluation_metadata.jsonl", tmp_path / "layout"
     assert call("prompts", "shapes", "--image-size", 32, "--per-tag", 3, "--out", metadata) == 0
-    assert read_geneval_prompts(metadata) == [prompt.metadata() for prompt in prompts[::2]]
+    assert GenEvalFolder.read(metadata) == [prompt.metadata() for prompt in prompts[::2]]
     layout = ("geneval", "--prompts", metadata, "--out", out, "--per-prompt", 2)
     assert call("emit", *layout, "--images", images) == 0
     assert "nothing amiss" in capsys.readouterr().out

@@ -17,7 +17,7 @@ class SamplingChoice(Choice):
     procedure: str
     """How tokens are drawn one after the other."""
     number: int = Field(50_000, ge=1)
-    """Samples to draw. Sample i has label i modulo the number of classes."""
+    """Samples to draw. Sample i has class i modulo the number of classes, or the caption of test sample i."""
     chunk_size: int = Field(64, ge=1)
     """Samples decoded together: the unit of work and of resuming, the same for any number of ranks."""
     keep_images: int | None = Field(None, ge=0)
@@ -32,3 +32,8 @@ class SamplingChoice(Choice):
     """Of the noise; sample i draws from (seed, i) only."""
     weights: Literal["model", "ema"] = "model"
     """Which weights to sample from."""
+
+    @property
+    def guided(self) -> bool:
+        """Whether every token costs a second pass of the generator, without the condition."""
+        return False

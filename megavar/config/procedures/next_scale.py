@@ -22,3 +22,8 @@ class NextScaleSampling(SamplingChoice):
     """Keep the k most likely tokens (ties included); 0 keeps all."""
     top_p: float = Field(0.96, ge=0, le=1)
     """Then keep the smallest set of most likely tokens whose probability exceeds p; 0 keeps all."""
+
+    @property
+    def guided(self) -> bool:
+        """With any guidance."""
+        return self.guidance > 0

@@ -3,21 +3,13 @@
 from pathlib import Path
 
 from megavar.config.suites.dpg import DPGSuite
-from megavar.evaluation import layouts
+from megavar.evaluation.official.dpg import DPGFolder
 from megavar.evaluation.suites.official import OfficialSuite
 
 
 class DPG(OfficialSuite[DPGSuite]):
-    """A grid of four images per prompt (TencentQQGYLab/ELLA ``dpg_bench/compute_dpg_bench.py``)."""
+    """A grid of four images per prompt."""
 
-    benchmark = "dpg"
-
-    @property
-    def prompt_file(self) -> Path:
-        """The folder of texts."""
-        return Path(self.choice.prompts)
-
-    @property
-    def per_prompt(self) -> int:
-        """Always four: the quarters of a grid."""
-        return layouts.PER_PROMPT
+    def folder(self) -> DPGFolder:
+        """Always four images per prompt: the quarters of a grid."""
+        return DPGFolder(Path(self.choice.prompts))

@@ -3,20 +3,13 @@
 from pathlib import Path
 
 from megavar.config.suites.geneval import GenEvalSuite
+from megavar.evaluation.official.geneval import GenEvalFolder
 from megavar.evaluation.suites.official import OfficialSuite
 
 
 class GenEval(OfficialSuite[GenEvalSuite]):
-    """A folder per prompt (djghosh13/geneval ``evaluation/evaluate_images.py``)."""
+    """A folder per prompt."""
 
-    benchmark = "geneval"
-
-    @property
-    def prompt_file(self) -> Path:
-        """``evaluation_metadata.jsonl``."""
-        return Path(self.choice.prompts)
-
-    @property
-    def per_prompt(self) -> int:
-        """As configured; 4 is usual."""
-        return self.choice.per_prompt
+    def folder(self) -> GenEvalFolder:
+        """As configured; four images per prompt are usual."""
+        return GenEvalFolder(Path(self.choice.prompts), self.choice.per_prompt)

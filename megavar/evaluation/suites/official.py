@@ -1,4 +1,4 @@
-"""What GenEval and DPG-Bench have in common: their scorers run elsewhere, on folders that are written here."""
+"""What suites have in common whose scorers run elsewhere, on folders that are written here."""
 
 from abc import abstractmethod
 from pathlib import Path
@@ -8,42 +8,34 @@ import torch
 
 from megavar.conditions import Conditions, PromptConditions
 from megavar.config.suites.base import SuiteChoice
-from megavar.evaluation import layouts
 from megavar.evaluation.base import Scores, Suite
 from megavar.evaluation.images import ImageSet
+from megavar.evaluation.official.base import OfficialFolder
 
 C = TypeVar("C", bound=SuiteChoice)
 
 
 class OfficialSuite(Suite[C]):
-    """Images of a benchmark's prompts in the folders that its official scorer reads; no metrics of our own."""
+    """Images of a benchmark's prompts in the folder that its official scorer reads; no metrics of our own."""
 
     untrained_beside = False
-    benchmark: layouts.Suite
-    """Which folders."""
 
-    @property
     @abstractmethod
-    def prompt_file(self) -> Path:
-        """The user's copy of the official prompts."""
-
-    @property
-    @abstractmethod
-    def per_prompt(self) -> int:
-        """Images per prompt."""
+    def folder(self) -> OfficialFolder:
+        """The folder, with its prompts."""
 
     def check(self) -> None:
         """The prompts must be there."""
-        layouts.read_prompts(self.benchmark, self.prompt_file)
+        self.folder()
 
     def conditions(self) -> Conditions:
-        """Every prompt ``per_prompt`` times."""
-        found = layouts.read_prompts(self.benchmark, self.prompt_file)
-        texts = found.values() if isinstance(found, dict) else (prompt["prompt"] for prompt in found)
-        return PromptConditions(self.choice.name, tuple(texts), self.per_prompt)
+        """Every prompt as often as the scorer expects."""
+        folder = self.folder()
+        return PromptConditions(self.choice.name, folder.texts(), folder.per_prompt)
 
     def score(self, images: ImageSet, device: torch.device, work_directory: Path) -> Scores:
-        """Write the folders and check them; the notes say how to score them."""
-        root = work_directory / self.benchmark
-        notes = layouts.emit(self.benchmark, root, self.prompt_file, images, per_prompt=self.per_prompt)
-        return Scores({}, (), {"name": f"the official scorer of {self.benchmark}, to be run on {root}"}, notes=notes)
+        """Write the folder and check it; the notes say how to score it."""
+        folder = self.folder()
+        root = work_directory / folder.name
+        notes = folder.emit(root, images)
+        return Scores({}, (), {"name": f"the official scorer of {folder.name}, to be run on {root}"}, notes=notes)

@@ -55,7 +55,7 @@ class NextScale:
     ) -> Iterator[DrawnScale]:
         """The scales one by one."""
         settings, sides = self.settings, tokenizer.space.sides
-        guided = settings.guidance > 0
+        guided = settings.guided
         labels = (condition.with_dropped() if guided else condition).labels
         counted = torch.arange(len(labels), device=labels.device) < len(condition)
         positions = torch.arange(tokenizer.space.length, device=labels.device)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megavar.assembly import build_generator, build_sampler
 from megavar.conditions import ClassConditions
@@ -61,3 +62,34 @@ def test_damaged_weights_are_noticed(config, generator, tokenizer):
         next(generator.head.parameters()).fill_(torch.nan)
     with pytest.raises(CheckpointError, match="logits that are not finite"):
         build_sampler(config, generator, tokenizer, CLASSES, CPU).draw(torch.arange(2))
+
+
+class Waits(TorchDispatchMode):
+    """Counts operators that make the host wait for a device."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        unsized = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
+        if unsized or name.startswith(self.NAMES):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_host_waits_once_for_all_scales(config, tokenizer, one_process):
+    # dispatch to experts waits for their loads, in Megatron-core
+    dense = config.model_copy(update={"generator": config.generator.model_copy(update={"experts": None})})
+    procedure, indices = NextScale(config.sampling), torch.arange(2)
+    generator = build_generator(dense, None).eval()
+    with Waits() as waits:
+        procedure.draw(generator, tokenizer, CLASSES.at(indices), Noise(0, indices))
+    assert len(waits.found) == 1, waits.found  # whether all logits were finite
+    with Waits() as waits:
+        torch.ones(3).nonzero()
+        assert bool(torch.ones(1).all())
+    assert len(waits.found) == 2  # such waits are seen

@@ -5,7 +5,7 @@ from pydantic import Field, model_validator
 from megavar.config.base import Section
 from megavar.config.data import DataConfig
 from megavar.config.evaluation import EvaluationConfig
-from megavar.config.generators.base import GeneratorChoice
+from megavar.config.generators.base import GeneratorChoice, Limits
 from megavar.config.logging import LoggingConfig
 from megavar.config.optimizer import OptimizerConfig
 from megavar.config.parallel import ParallelConfig
@@ -77,3 +77,8 @@ class Config(Section):
                 "train.initial_weights and recipe.initial_weights both say with which weights the run begins: give one"
             )
         return self
+
+    @property
+    def limits(self) -> Limits | None:
+        """What restricts the layouts of the generator; None while a tokenizer is trained."""
+        return None if self.generator is None else self.generator.limits(self.tokenizer.space)

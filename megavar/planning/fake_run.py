@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megavar.config.generators.base import GeneratorChoice
 from megavar.config.parallel import ParallelConfig
@@ -25,7 +26,7 @@ from megavar.config.token_space import TokenSpace
 from megavar.parallel import cpu_backend
 from megavar.planning.cost import Cost, Line, Part
 from megavar.planning.ledger import Ledger
-from megavar.planning.measure import Request
+from megavar.planning.measure import DrawRequest, Request
 
 IMAGES = (16, 32)
 """Micro-batches that are run; costs of others lie on the line through them."""
@@ -81,9 +82,11 @@ class Laboratory:
     def _stand_in(self) -> None:
         """Replace what fake tensors cannot run by what only costs the same. This process computes nothing else."""
         from megavar.planning.attention_cost import attention_kernel
+        from megavar.sampling.noise import FiniteLogits
         from megavar.transformer import attention, kernels
         from megavar.transformer.moe import layer
 
+        FiniteLogits.require = lambda self: None  # there are no values to look at
         layer.check_backend = lambda experts, parallel: None  # a backend's package need not be installed here
         layer.choose_backend = lambda name, config: "grouped"  # whose experts are built at once
         on_gpu = torch.device("cuda")
@@ -110,6 +113,34 @@ class Laboratory:
                 weights_per_token=self._weights(request, kinds, kind_of_block, "products") // request.space.length,
                 weights_per_image=self._weights(request, kinds, kind_of_block, "once"),
             )
+
+    def draw(self, request: DrawRequest) -> float:
+        """Operations of one drawn image, without those of the tokenizer."""
+        from megavar.assembly import resolve
+        from megavar.conditions import Condition
+        from megavar.sampling.noise import Noise
+
+        space, classes = request.tokenizer.space, request.choice.class_count
+        _groups(1)
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            kinds, kind_of_block = _kinds(request.choice, space)
+            tokenizer = resolve(request.tokenizer)(request.tokenizer).eval()
+            indices = torch.zeros(1, dtype=torch.long)
+            captions = ("a photograph",) if classes is None else None
+            condition = Condition(indices, captions, -1 if classes is None else classes)
+            drawn = []
+            for number in kinds:
+                model = _build(Request(request.choice, space), number, 1, first=True, last=True).eval()
+                _spread_experts(model)
+                self.ledger = ledger = Ledger()
+                _follow(model, Observation(ledger, 1))
+                model.step = _without_statistics(model.step)
+                with ledger:
+                    procedure = resolve(request.sampling)(request.sampling)
+                    procedure.draw(model, _Apart(tokenizer, ledger), condition, Noise(0, indices))
+                drawn.append(ledger.forward)
+        blocks = sum(drawn[kind][_BLOCK] + drawn[kind][_EXPERTS] for kind in kind_of_block)
+        return blocks + drawn[-1][_EMBEDDING] + drawn[-1][_HEAD]
 
     def _block(self, request: Request, number: int) -> Part:
         observed, plain = self._observe(request, number), self._observe(request.with_recompute("none"), number)
@@ -185,6 +216,32 @@ class Laboratory:
         return observation
 
 
+class _Apart:
+    """A tokenizer whose work does not count."""
+
+    def __init__(self, tokenizer: Any, ledger: Ledger) -> None:
+        self._tokenizer, self._ledger = tokenizer, ledger
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._tokenizer, name)
+        if not callable(value):
+            return value
+
+        def uncounted(*arguments: Any, **options: Any) -> Any:
+            account = self._ledger.account
+            self._ledger.enter("tokenizer")
+            result = value(*arguments, **options)
+            self._ledger.enter(account)
+            return result
+
+        return uncounted
+
+
+def _without_statistics(step: Any) -> Any:
+    """A generator's step of decoding that records no routing: which samples count depends on values."""
+    return lambda inputs, cache, counted=None: step(inputs, cache)
+
+
 def _line(observed: tuple[Observation, ...], value: Any) -> Line:
     return Line.through((seen.images, value(seen)) for seen in observed)
 
@@ -246,11 +303,13 @@ def _follow(model: Any, observation: Observation) -> None:
     def follow_block(block: nn.Module, hidden: Tensor, *others: Any) -> Tensor:
         hidden = hidden.clone()  # what the embedding gives may be a view of more; another block's output is not
         ledger.enter(_BLOCK)
-        hidden.register_hook(lambda gradient: ledger.enter(_EMBEDDING))
+        if hidden.requires_grad:
+            hidden.register_hook(lambda gradient: ledger.enter(_EMBEDDING))
         output: Tensor = run_block(block, hidden, *others)
         ledger.enter(_HEAD)
         observation.hidden = _bytes(output)
-        output.register_hook(lambda gradient: ledger.enter(_BLOCK))
+        if output.requires_grad:
+            output.register_hook(lambda gradient: ledger.enter(_BLOCK))
         return output
 
     def before_experts(module: nn.Module, arguments: Any) -> None:
@@ -314,7 +373,8 @@ def main() -> None:
             return
         reply: tuple[str, Any]
         try:
-            reply = "cost", laboratory.measure(request)
+            measured = laboratory.draw(request) if isinstance(request, DrawRequest) else laboratory.measure(request)
+            reply = "measured", measured
         except Exception as error:
             reply = "error", (f"{type(error).__name__}: {error}", traceback.format_exc())
         pickle.dump(reply, replies)

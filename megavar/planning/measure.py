@@ -14,10 +14,12 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 from megavar.config.generators.base import GeneratorChoice
+from megavar.config.procedures.base import SamplingChoice
 from megavar.config.token_space import TokenSpace
+from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.errors import ConfigError
 from megavar.planning.cost import Cost
 
@@ -25,6 +27,7 @@ Recompute = Literal["none", "selective", "full"]
 Precision = Literal["fp32", "bf16"]
 
 _MEASURED: dict[str, Cost] = {}
+_DRAWN: dict[str, float | None] = {}
 
 
 class UnmeasurableError(ConfigError):
@@ -54,6 +57,21 @@ class Request:
         return replace(self, recompute=recompute)
 
 
+@dataclass(frozen=True)
+class DrawRequest:
+    """The drawing of an image, to measure."""
+
+    choice: GeneratorChoice
+    tokenizer: TokenizerChoice
+    sampling: SamplingChoice
+
+    @cached_property
+    def key(self) -> str:
+        """Equal for equal requests."""
+        parts = (self.choice, self.tokenizer, self.sampling)
+        return " ".join(f"{type(part).__module__}:{part.model_dump_json()}" for part in parts)
+
+
 class _Laboratory:
     """The process in which requests are measured, from the first one to :meth:`close` or the end of this process."""
 
@@ -72,8 +90,8 @@ class _Laboratory:
         pickle.dump(sys.path, process.stdin)
         return process
 
-    def measure(self, request: Request) -> Cost:
-        """Costs of one rank."""
+    def answer(self, request: Request | DrawRequest) -> Any:
+        """The :class:`Cost` of a rank, or the operations of a drawn image."""
         if self._process is None:
             self._process = self._start()
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -84,8 +102,7 @@ class _Laboratory:
             kind, value = pickle.load(self._process.stdout)
         except (EOFError, BrokenPipeError):
             raise RuntimeError(f"The process that measures costs has died: {self._last_words()}") from None
-        if kind == "cost":
-            assert isinstance(value, Cost)
+        if kind == "measured":
             return value
         reason, where = value
         raise UnmeasurableError(
@@ -133,10 +150,20 @@ def measure(requests: Iterable[Request], progress: Callable[[int, int], None] | 
     for number, request in enumerate(missing):
         if progress is not None:
             progress(number, len(missing))
-        _MEASURED[request.key] = _LABORATORY.measure(request)
+        _MEASURED[request.key] = _LABORATORY.answer(request)
     if missing and progress is not None:
         progress(len(missing), len(missing))
     return [_MEASURED[request.key] for request in wanted]
+
+
+def drawing_flops(request: DrawRequest) -> float | None:
+    """Operations of one drawn image, without the tokenizer; None where the procedure needs values."""
+    if request.key not in _DRAWN:
+        try:
+            _DRAWN[request.key] = _LABORATORY.answer(request)
+        except UnmeasurableError:
+            _DRAWN[request.key] = None
+    return _DRAWN[request.key]
 
 
 def release() -> None:

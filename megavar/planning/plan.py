@@ -13,6 +13,7 @@ from megavar.parallel.rules import check_layout
 from megavar.parallel.topology import Topology, data_parallel_size
 from megavar.planning.hardware import EXPERTS_UTILIZATION, TOKENIZER_UTILIZATION, accelerator
 from megavar.planning.layout import Layout, Zero
+from megavar.planning.measure import DrawRequest, drawing_flops
 from megavar.planning.memory import FLOAT32
 from megavar.planning.search import allowed_candidates, suggest
 from megavar.planning.timing import Machine
@@ -32,7 +33,7 @@ class Plan:
     assumed_utilization: bool
     """Whether the utilization is our assumption and not the user's."""
     sample_flops: float | None
-    """FLOPs per drawn image without the decoder; None for a tokenizer."""
+    """FLOPs per drawn image without the tokenizer; None for a tokenizer, and where they cannot be measured."""
     prediction: Prediction
     """The configuration as it is."""
     better: tuple[Prediction, ...]
@@ -116,9 +117,9 @@ def plan(
         gpus=gpus,
         workload=workload,
         assumed_utilization=mfu is None,
-        sample_flops=workload.sample_flops(config.sampling.guided)
-        if isinstance(workload, GeneratorWorkload)
-        else None,
+        sample_flops=None
+        if config.generator is None
+        else drawing_flops(DrawRequest(config.generator, config.tokenizer, config.sampling)),
         prediction=workload.predict(layout),
         better=tuple(suggest(workload, layout, suggestions)) if suggestions else (),
         steps=total_steps(config.train.steps, config.train.epochs, count or 0, config.train.global_batch_size),

@@ -49,8 +49,9 @@ def _model(plan: Plan) -> list[str]:
         f"  parameters          {count.total / 1e6:10.1f} M   activated per token {count.activated / 1e6:.1f} M",
         f"  weights per token   {count.per_token / 1e6:10.1f} M   once per image {count.per_image / 1e6:.1f} M",
         training,
-        f"  sampling            {(plan.sample_flops or 0) / 1e12:10.3f} TFLOP per image, guidance included",
     ]
+    if plan.sample_flops is not None:
+        lines.append(f"  sampling            {plan.sample_flops / 1e12:10.3f} TFLOP per image, guidance included")
     if workload.tokenizer is None:
         return [*lines, "  tokens are cached: nothing is encoded while training"]
     encode = workload.tokenizer.encode_flops

@@ -121,15 +121,6 @@ class GeneratorWorkload(Workload):
         """Of the generator; the frozen tokenizer is not counted."""
         return step_flops(self.cost(ParallelConfig()), self.passes)
 
-    def sample_flops(self, guidance: bool) -> float:
-        """Per drawn image, without the tokenizer's decoder; guidance doubles it.
-
-        Scale after scale with cached keys and values: every scale computes the modulation again.
-        """
-        cost = self.cost(ParallelConfig())
-        steps = len(self.space.sides)
-        return (cost.forward_flops + (steps - 1) * 2 * cost.weights_per_image) * (2 if guidance else 1)
-
     def _request(self, parallel: ParallelConfig) -> Request:
         precision: Precision = "bf16" if self.element == 2 else "fp32"
         is_sharded = parallel.sequence and parallel.tensor > 1

@@ -8,14 +8,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from megavar.config.experts.base import ExpertsChoice
 from megavar.config.generators.var import SCALES, VARConfig
 from megavar.config.parallel import ParallelConfig
+from megavar.config.procedures.next_scale import NextScaleSampling
 from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
 from megavar.generators.inputs import ScaleInputs
 from megavar.planning.attention_cost import FLEX_TILE, attention_pairs
-from megavar.planning.hardware import ACCELERATORS
-from megavar.planning.measure import Request, measure
-from megavar.planning.timing import Machine
+from megavar.planning.measure import DrawRequest, Request, drawing_flops, measure
 from megavar.planning.tokenizer_cost import tokenizer_cost
-from megavar.planning.workload import GeneratorWorkload
 from megavar.transformer.cache import KeyValueCache
 from megavar.transformer.kernels import Visibility
 from megavar.transformer.sequence import SequenceLayout
@@ -71,7 +69,7 @@ def test_agrees_with_the_count_of_the_reference_code(costs):
 
 
 @pytest.mark.parametrize("options", [0, 1])
-def test_sampling(single_process, costs, options):
+def test_sampling(single_process, options):
     config = config_of(options, "prefix")
     model = models.build(config, SMALL).eval()
     cache, images = KeyValueCache(model.space.length), 2
@@ -80,10 +78,10 @@ def test_sampling(single_process, costs, options):
         for scale, side in enumerate(SMALL):
             features = torch.zeros(images, side * side, CODE_DIMENSION) if scale else None
             model.step(ScaleInputs(torch.zeros(images, dtype=torch.long), features, scale=scale), cache)
-    machine = Machine(ACCELERATORS["h200"], 8)
-    workload = GeneratorWorkload(machine, 0.3, 4, False, 0.0, config, space_of(SMALL), tokenizer=None)
-    assert workload.sample_flops(guidance=False) == counter.get_total_flops() / images
-    assert workload.sample_flops(guidance=True) == 2 * workload.sample_flops(guidance=False)
+    tokenizer = MultiScaleVQConfig(scales=SMALL, base_channels=32)
+    plain, guided = (DrawRequest(config, tokenizer, NextScaleSampling(guidance=scale)) for scale in (0.0, 1.5))
+    assert drawing_flops(plain) == counter.get_total_flops() / images
+    assert drawing_flops(guided) == 2 * drawing_flops(plain)
 
 
 @pytest.mark.parametrize("rule", ["block_causal", "block_diagonal", "causal", "full"])

@@ -1,4 +1,4 @@
-"""What one rank of a generator costs, as :mod:`megavar.planning.measure` finds it. Free of torch."""
+"""What generators and tokenizers cost, as :mod:`megavar.planning.measure` finds it. Free of torch."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -135,3 +135,18 @@ class Cost:
         return RankParameters(
             sum(part.replicated for part in parts), sum(part.experts for part in parts) // parallel.expert
         )
+
+
+@dataclass(frozen=True)
+class TokenizerCost:
+    """Costs per image in float32, apart from the parameters."""
+
+    parameters: int
+    encode_flops: float
+    """Image to tokens and what a generator reads of them, forward only."""
+    decode_flops: float
+    """Tokens to image."""
+    encode_bytes: float
+    """Peak of the memory that encoding takes without gradient."""
+    training_bytes: float
+    """What autograd keeps of a training forward pass."""

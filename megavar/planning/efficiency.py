@@ -2,9 +2,8 @@
 
 from megavar.config.parallel import ParallelConfig
 from megavar.config.root import Config
-from megavar.planning.measure import Request, measure
+from megavar.planning.measure import Request, measure, tokenizer_cost
 from megavar.planning.timing import step_flops
-from megavar.planning.tokenizer_cost import tokenizer_cost
 
 
 def flops_per_image(config: Config) -> float:

@@ -23,10 +23,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from megavar.config.generators.base import GeneratorChoice
 from megavar.config.parallel import ParallelConfig
 from megavar.config.token_space import TokenSpace
+from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.parallel import cpu_backend
 from megavar.planning.cost import Cost, Line, Part
 from megavar.planning.ledger import Ledger
 from megavar.planning.measure import DrawRequest, Request
+from megavar.planning.tokenizer_cost import measure_tokenizer
 
 IMAGES = (16, 32)
 """Micro-batches that are run; costs of others lie on the line through them."""
@@ -93,6 +95,12 @@ class Laboratory:
         attention.choose_kernel = lambda name, visible, device: kernels.choose_kernel(name, visible, on_gpu)
         for name, kernel in kernels.KERNELS.items():
             kernels.KERNELS[name] = replace(kernel, function=attention_kernel(name, lambda: self.ledger))
+
+    def answer(self, request: Request | DrawRequest | TokenizerChoice) -> Any:
+        """What :mod:`megavar.planning.measure` asks for."""
+        if isinstance(request, Request):
+            return self.measure(request)
+        return self.draw(request) if isinstance(request, DrawRequest) else measure_tokenizer(request)
 
     def measure(self, request: Request) -> Cost:
         """Costs of one rank."""
@@ -373,8 +381,7 @@ def main() -> None:
             return
         reply: tuple[str, Any]
         try:
-            measured = laboratory.draw(request) if isinstance(request, DrawRequest) else laboratory.measure(request)
-            reply = "measured", measured
+            reply = "measured", laboratory.answer(request)
         except Exception as error:
             reply = "error", (f"{type(error).__name__}: {error}", traceback.format_exc())
         pickle.dump(reply, replies)

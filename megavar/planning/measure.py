@@ -1,4 +1,4 @@
-"""What a generator costs, measured on the real model: one rank runs embedding, each kind of block and head.
+"""What models cost, measured on the real ones: one rank runs a generator's embedding, each kind of block and head.
 
 The tensors have shapes but no memory, and the other ranks do not exist, so it takes seconds whatever the size. See
 :mod:`megavar.planning.fake_run`, which does it in a process of its own.
@@ -21,17 +21,18 @@ from megavar.config.procedures.base import SamplingChoice
 from megavar.config.token_space import TokenSpace
 from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.errors import ConfigError
-from megavar.planning.cost import Cost
+from megavar.planning.cost import Cost, TokenizerCost
 
 Recompute = Literal["none", "selective", "full"]
 Precision = Literal["fp32", "bf16"]
 
 _MEASURED: dict[str, Cost] = {}
 _DRAWN: dict[str, float | None] = {}
+_TOKENIZERS: dict[str, TokenizerCost] = {}
 
 
 class UnmeasurableError(ConfigError):
-    """The generator cannot be run without values."""
+    """A model cannot be run without values."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,8 @@ class _Laboratory:
         pickle.dump(sys.path, process.stdin)
         return process
 
-    def answer(self, request: Request | DrawRequest) -> Any:
-        """The :class:`Cost` of a rank, or the operations of a drawn image."""
+    def answer(self, request: Request | DrawRequest | TokenizerChoice) -> Any:
+        """The :class:`Cost` of a rank, the operations of a drawn image, or the :class:`TokenizerCost`."""
         if self._process is None:
             self._process = self._start()
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -106,8 +107,8 @@ class _Laboratory:
             return value
         reason, where = value
         raise UnmeasurableError(
-            f"The costs of generator.name={request.choice.name} cannot be measured: it does not run with tensors that "
-            f"have no values ({reason})."
+            f"The costs of {_name_of(request)} cannot be measured: it does not run with tensors that have no values "
+            f"({reason})."
         ) from RuntimeError(where)
 
     def _last_words(self) -> str:
@@ -134,6 +135,14 @@ class _Laboratory:
 
 _LABORATORY = _Laboratory()
 atexit.register(_LABORATORY.close)
+
+
+def _name_of(request: Request | DrawRequest | TokenizerChoice) -> str:
+    if isinstance(request, Request):
+        return f"generator.name={request.choice.name}"
+    if isinstance(request, DrawRequest):
+        return f"sampling.procedure={request.sampling.procedure}"
+    return f"tokenizer.name={request.name}"
 
 
 def measure(requests: Iterable[Request], progress: Callable[[int, int], None] | None = None) -> list[Cost]:
@@ -164,6 +173,18 @@ def drawing_flops(request: DrawRequest) -> float | None:
         except UnmeasurableError:
             _DRAWN[request.key] = None
     return _DRAWN[request.key]
+
+
+def tokenizer_cost(choice: TokenizerChoice) -> TokenizerCost:
+    """Costs of a tokenizer.
+
+    Raises:
+        UnmeasurableError: its code needs values.
+    """
+    key = f"{type(choice).__module__}:{choice.model_dump_json()}"
+    if key not in _TOKENIZERS:
+        _TOKENIZERS[key] = _LABORATORY.answer(choice)
+    return _TOKENIZERS[key]
 
 
 def release() -> None:

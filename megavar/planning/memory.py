@@ -20,10 +20,9 @@ from dataclasses import dataclass
 
 from megavar.config.parallel import ParallelConfig
 from megavar.planning.breakdown import Breakdown
-from megavar.planning.cost import Cost, RankParameters
+from megavar.planning.cost import Cost, RankParameters, TokenizerCost
 from megavar.planning.hardware import EXPERT_IMBALANCE, FRAGMENTATION, RESERVED
 from megavar.planning.layout import Layout
-from megavar.planning.tokenizer_cost import TokenizerCost
 
 FLOAT32 = 4
 SEARCH_BYTES = 2**28

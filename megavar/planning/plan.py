@@ -13,11 +13,10 @@ from megavar.parallel.rules import check_layout
 from megavar.parallel.topology import Topology, data_parallel_size
 from megavar.planning.hardware import EXPERTS_UTILIZATION, TOKENIZER_UTILIZATION, accelerator
 from megavar.planning.layout import Layout, Zero
-from megavar.planning.measure import DrawRequest, drawing_flops
+from megavar.planning.measure import DrawRequest, drawing_flops, tokenizer_cost
 from megavar.planning.memory import FLOAT32
 from megavar.planning.search import allowed_candidates, suggest
 from megavar.planning.timing import Machine
-from megavar.planning.tokenizer_cost import tokenizer_cost
 from megavar.planning.workload import GeneratorWorkload, Prediction, Progress, TokenizerWorkload, Workload
 from megavar.training.run import micro_batch_size
 from megavar.training.schedules import total_steps

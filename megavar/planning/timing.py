@@ -6,7 +6,7 @@ Nothing is assumed to overlap: ZeRO stages 0 and 1 reduce gradients after the la
 from dataclasses import dataclass
 
 from megavar.planning.breakdown import Breakdown
-from megavar.planning.cost import Cost, RankParameters
+from megavar.planning.cost import Cost, RankParameters, TokenizerCost
 from megavar.planning.hardware import (
     HOST_RATE,
     KERNELS_PER_BLOCK,
@@ -17,7 +17,6 @@ from megavar.planning.hardware import (
 )
 from megavar.planning.layout import Layout
 from megavar.planning.memory import imbalance
-from megavar.planning.tokenizer_cost import TokenizerCost
 
 _ADAM_BYTES = 30  # read and written per parameter: master, moments, gradient, weight
 

@@ -1,8 +1,6 @@
 """What an image tokenizer costs, measured on its own code with tensors that have shapes but no memory."""
 
-import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,24 +8,11 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megavar.assembly import resolve
 from megavar.config.tokenizers.base import TokenizerChoice
+from megavar.planning.cost import TokenizerCost
 from megavar.planning.ledger import Ledger, saved_bytes
 from megavar.tokenizers.base import Pyramid
-
-
-@dataclass(frozen=True)
-class TokenizerCost:
-    """Costs per image in float32, apart from the parameters."""
-
-    parameters: int
-    encode_flops: float
-    """Image to tokens and what a generator reads of them, forward only."""
-    decode_flops: float
-    """Tokens to image."""
-    encode_bytes: float
-    """Peak of the memory that encoding takes without gradient."""
-    training_bytes: float
-    """What autograd keeps of a training forward pass."""
 
 
 class _KnownShapes(TorchDispatchMode):
@@ -48,11 +33,8 @@ def _count(work: Callable[[], Any], parameters: list[Tensor]) -> tuple[float, fl
     return sum(ledger.done.values()), ledger.peak
 
 
-@functools.lru_cache(maxsize=8)
-def tokenizer_cost(config: TokenizerChoice) -> TokenizerCost:
+def measure_tokenizer(config: TokenizerChoice) -> TokenizerCost:
     """Costs of the tokenizer that ``config`` describes."""
-    from megavar.assembly import resolve  # imports the whole library
-
     space = config.space
     with FakeTensorMode():
         tokenizer: Any = resolve(config)(config)

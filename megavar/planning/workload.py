@@ -2,18 +2,18 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from megavar.config.generators.base import GeneratorChoice, Limits
 from megavar.config.parallel import ParallelConfig
 from megavar.config.token_space import TokenSpace
-from megavar.planning.cost import Cost, RankParameters
+from megavar.planning.cost import Cost, RankParameters, TokenizerCost
 from megavar.planning.hardware import FRAGMENTATION, RESERVED
 from megavar.planning.layout import Layout
 from megavar.planning.measure import Precision, Request, measure
 from megavar.planning.memory import FLOAT32, SEARCH_BYTES, Memory, bucket_bytes, rank_memory, state_bytes
 from megavar.planning.timing import Machine, StepTime, data_seconds, optimizer_seconds, step_flops, step_time
-from megavar.planning.tokenizer_cost import TokenizerCost
 
 HEADROOM = 0.95
 """Share of the device's memory that a layout may fill."""
@@ -105,8 +105,9 @@ class GeneratorWorkload(Workload):
     """None where tokens are cached."""
     passes: tuple[int, int] = (1, 0)
     """Of a step over the generator: with a loss, and forward only."""
+    _costs: dict[tuple[int, bool, str], Cost] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    @property
+    @cached_property
     def limits(self) -> Limits:
         """Of the generator."""
         return self.choice.limits(self.space)
@@ -128,7 +129,10 @@ class GeneratorWorkload(Workload):
 
     def cost(self, parallel: ParallelConfig) -> Cost:
         """Of one rank."""
-        return measure([self._request(parallel)])[0]
+        key = (parallel.tensor, parallel.sequence, parallel.recompute)
+        if key not in self._costs:
+            (self._costs[key],) = measure([self._request(parallel)])
+        return self._costs[key]
 
     def prepare(self, layouts: Iterable[Layout], progress: Progress) -> None:
         """Measure the ranks of all layouts and of the undivided model."""

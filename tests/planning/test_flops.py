@@ -12,8 +12,7 @@ from megavar.config.procedures.next_scale import NextScaleSampling
 from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
 from megavar.generators.inputs import ScaleInputs
 from megavar.planning.attention_cost import FLEX_TILE, attention_pairs
-from megavar.planning.measure import DrawRequest, Request, drawing_flops, measure
-from megavar.planning.tokenizer_cost import tokenizer_cost
+from megavar.planning.measure import DrawRequest, Request, drawing_flops, measure, tokenizer_cost
 from megavar.transformer.cache import KeyValueCache
 from megavar.transformer.kernels import Visibility
 from megavar.transformer.sequence import SequenceLayout

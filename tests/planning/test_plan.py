@@ -89,7 +89,7 @@ def test_memory_follows_the_settings(config_file):
         return predict(config_file, *overrides).memory
 
     base = parts("train.micro_batch_size=24")
-    assert parts("train.micro_batch_size=12").activations == pytest.approx(base.activations / 2, rel=1e-6)
+    assert parts("train.micro_batch_size=12").activations == pytest.approx(base.activations / 2, rel=1e-4)
     assert parts("train.micro_batch_size=24", "parallel.recompute=full").activations < base.activations / 20
     third = parts("train.micro_batch_size=24", "deepspeed=configs/deepspeed/zero3.json")
     assert third.weights == pytest.approx(base.weights / 8)

@@ -58,6 +58,11 @@ class Conditions(Protocol):
     """What a generator must be able to draw."""
 
     @property
+    def classes(self) -> int | None:
+        """Number of classes that are asked for; None where samples are not asked for by class."""
+        ...
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What tells these conditions from others: plain JSON values."""
         ...
@@ -107,6 +112,7 @@ class PromptConditions:
     prompts: tuple[str, ...]
     per_prompt: int = 1
     kind: ClassVar[Kind] = "text"
+    classes: ClassVar[int | None] = None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -140,6 +146,7 @@ class SourceCaptions:
 
     source: Source
     kind: ClassVar[Kind] = "text"
+    classes: ClassVar[int | None] = None
     count: ClassVar[int | None] = None
 
     @property
@@ -162,6 +169,7 @@ class Unconditional:
     """Samples differ by their noise only."""
 
     kind: ClassVar[Kind] = "none"
+    classes: ClassVar[int | None] = None
     count: ClassVar[int | None] = None
 
     @property

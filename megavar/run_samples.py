@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
 
 from megavar.assembly import build_generator, build_sampler, load_tokenizer, require_generator
 from megavar.chunks import ChunkStore
 from megavar.conditions import ClassConditions, Conditions, SourceCaptions, Unconditional
 from megavar.config.loading import decode, import_plugins
+from megavar.config.recipes.base import GENERATOR_MODULE
 from megavar.config.root import Config
 from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.data.build import build_source
@@ -24,6 +26,7 @@ from megavar.parallel.environment import Environment, limit_threads
 from megavar.sampling.sampler import TokenDecoder
 from megavar.sampling.samples import Decoder, Samples
 from megavar.storage import atomic_file, write_json_atomic
+from megavar.tokenizers.base import Tokenizer
 from megavar.training.checkpoint.weights import find_checkpoint, load_weights
 
 DECODER = "decoder.json"
@@ -49,24 +52,10 @@ def open_samples(
     """
     require_generator_run(config)
     conditions = conditions or default_conditions(config)
-    check_conditions(config, conditions, "the samples")
+    check_conditions(config, conditions, "sampling")
     limit_threads(config.train.cpu_threads)
-    sampling, run_directory, weights = config.sampling, Path(config.run.path), config.recipe.frozen_weights()[TOKENIZER]
-    generator = build_generator(config, None)
-    tokenizer = load_tokenizer(config.tokenizer, weights, place.device)
-    of_tokenizer = identify(weights)
-    model: dict[str, Any] = {"checkpoint": "initial weights", "seed": config.train.seed}
-    if not untrained:
-        checkpoint, manifest = find_checkpoint(run_directory, verify=False)  # loading verifies it
-        check_same(identities(manifest.frozen), {TOKENIZER: of_tokenizer}, checkpoint, "train a generator with these.")
-        load_weights(generator, checkpoint, "generator", ema=sampling.weights == "ema")
-        model = identify(checkpoint).to_json()
-    model |= {
-        "weights": sampling.weights,
-        "precision": config.train.precision,
-        "generator": require_generator(config).model_dump(mode="json"),
-        "tokenizer": of_tokenizer.to_json(),
-    }
+    sampling = config.sampling
+    generator, tokenizer, model = _load(config, place.device, untrained)
     settings = sampling.model_dump(mode="json", exclude={"keep_images"})  # which changes no image
     identity = {
         "sampling": {key: value for key, value in settings.items() if key not in ("number", "chunk_size")},
@@ -76,12 +65,33 @@ def open_samples(
     }
     named = [identity, sampling.number, sampling.chunk_size]
     digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:8]
-    directory = run_directory / "generated" / f"{'untrained' if untrained else model['checkpoint']}-{digest}"
+    name = f"{'untrained' if untrained else model['checkpoint']}-{digest}"
+    directory = Path(config.run.path) / "generated" / name
     store = ChunkStore.open(directory, count=sampling.number, size=sampling.chunk_size, identity=identity)
     describe_decoder(directory, config)
-    sampler = build_sampler(config, generator.to(place.device), tokenizer, conditions, place.device)
+    sampler = build_sampler(config, generator, tokenizer, conditions, place.device)
     keep = sampling.number if sampling.keep_images is None else sampling.keep_images
     return Samples(store, sampler.decoder, sampler=sampler, keep_images=keep)
+
+
+def _load(config: Config, device: torch.device, untrained: bool) -> tuple[nn.Module, Tokenizer, dict[str, Any]]:
+    """The generator, the tokenizer that it learned from, and what identifies both."""
+    weights = config.recipe.frozen_weights()[TOKENIZER]
+    tokenizer, of_tokenizer = load_tokenizer(config.tokenizer, weights, device), identify(weights)
+    generator = build_generator(config, None)
+    model: dict[str, Any] = {"checkpoint": "initial weights", "seed": config.train.seed}
+    if not untrained:
+        checkpoint, manifest = find_checkpoint(Path(config.run.path), verify=False)  # loading verifies it
+        check_same(identities(manifest.frozen), {TOKENIZER: of_tokenizer}, checkpoint, "train a generator with these.")
+        load_weights(generator, checkpoint, GENERATOR_MODULE, ema=config.sampling.weights == "ema")
+        model = identify(checkpoint).to_json()
+    model |= {
+        "weights": config.sampling.weights,
+        "precision": config.train.precision,
+        "generator": require_generator(config).model_dump(mode="json"),
+        "tokenizer": of_tokenizer.to_json(),
+    }
+    return generator.to(device), tokenizer, model
 
 
 def require_generator_run(config: Config) -> None:
@@ -126,6 +136,11 @@ def check_conditions(config: Config, conditions: Conditions, asked_by: str) -> N
         raise ConfigError(
             f"{asked_by} asks for {asked}, but generator.name={generator.name} draws {drawn}. Choose a suite "
             f"(evaluation.suite.name) that asks for {drawn}, or a generator that draws {asked}."
+        )
+    if conditions.classes != generator.class_count:
+        raise ConfigError(
+            f"{asked_by} asks for {conditions.classes} classes, but generator.name={generator.name} has "
+            f"{generator.class_count}. Evaluate a generator of the data's classes."
         )
     if conditions.count is not None and conditions.count < config.sampling.number:
         raise ConfigError(

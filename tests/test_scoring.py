@@ -248,6 +248,22 @@ def test_a_generator_of_classes_is_not_asked_for_prompts(inputs, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def check_text(given):
+    scoring.check(load_config(CONFIG, given))
+
+
+def test_a_generator_of_prompts_is_not_asked_for_classes(inputs, tmp_path):
+    given = text_overrides(inputs, tmp_path / "run", "evaluation.suite={name: digits}")
+    with pytest.raises(RankFailure, match=r"suite.name=digits asks for classes, but generator.name=text_var draws pro"):
+        run_ranks(1, check_text, given)
+
+
+def test_a_generator_of_other_classes_is_refused(inputs, tmp_path):
+    given = [*overrides(inputs, tmp_path / "run"), "evaluation.suite={name: digits}", "generator.classes=7"]
+    with pytest.raises(ConfigError, match=r"asks for 10 classes, but generator.name=var has 7"):
+        scoring.check(load_config(CONFIG, given))
+
+
 def test_what_is_missing_is_found_before_training(inputs, tmp_path):
     with pytest.raises(CheckpointError, match="weights w do not exist"):
         scoring.check(load_config(CONFIG, overrides(inputs, tmp_path / "run")))

@@ -20,6 +20,10 @@ class TextVAR(VARConfig):
     def condition(self) -> Literal["class", "text", "none"]:
         return "text"
 
+    @property
+    def class_count(self) -> int | None:
+        return None
+
 
 class CaptionLengths(SamplingChoice):
     """Token i is (length of the caption + noise) modulo the vocabulary."""

@@ -14,7 +14,7 @@ name. A field annotated with the kind accepts every alternative that exists when
     class LayerConfig(Section):
         router: RouterChoice                          # {"name": "scale"} becomes a ScaleRouter
 
-Nothing here imports torch: an implementation is a string that ``megavar.assembly`` imports when it is built.
+Nothing here imports torch: an implementation is a string that :func:`resolve` imports when it is built.
 """
 
 import difflib
@@ -30,10 +30,12 @@ from pydantic import GetCoreSchemaHandler, SerializationInfo, ValidationInfo
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from megavar.config.base import Section
+from megavar.errors import ConfigError
 
 
 def _serialize(value: "Choice", info: SerializationInfo) -> dict[str, Any]:
-    return value.model_dump(mode=info.mode, include=info.include, exclude=info.exclude)
+    selected: dict[str, Any] = {"include": info.include, "exclude": info.exclude}
+    return value.model_dump(mode=info.mode, **selected)
 
 
 class Choice(Section):
@@ -129,3 +131,20 @@ def _import_package(package: str) -> None:
     """Import all modules of ``package``, so that their classes exist."""
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
         importlib.import_module(f"{package}.{module.name}")
+
+
+def resolve(choice: Choice) -> Any:
+    """The class that ``choice`` configures, which is imported now: by ``assembly`` and by layers that hold choices.
+
+    Raises:
+        ConfigError: its module cannot be imported or has no such class.
+    """
+    module, _, name = choice.implementation.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"{choice.discriminator}={choice.tag()!r} is implemented by {choice.implementation!r}, which cannot be "
+            f"imported ({error}). Correct `implementation` of {type(choice).__module__}.{type(choice).__name__}, or "
+            f"install what the module imports."
+        ) from error

@@ -65,6 +65,11 @@ class Config(Section):
     are imported before the rest of the file is decoded, so that their alternatives exist."""
 
     @property
+    def limits(self) -> Limits | None:
+        """What restricts the layouts of the generator; None while a tokenizer is trained."""
+        return None if self.generator is None else self.generator.limits(self.tokenizer.space)
+
+    @property
     def initial_weights(self) -> InitialWeightsConfig | None:
         """Weights with which the run begins, whichever key says so; None: random ones."""
         path = self.recipe.initial_weights_path()

@@ -98,20 +98,4 @@ def _check_experts(parallel: ParallelConfig, limits: Limits) -> None:
                 f"parallel.expert=1."
             )
         return
-    if experts.number % parallel.expert:
-        raise ConfigError(
-            f"generator.experts.number={experts.number} is not a multiple of parallel.expert={parallel.expert}: every "
-            f"rank holds the same number of experts. Change one of them."
-        )
-    if experts.backend in ("tutel", "deepspeed") and parallel.dispatcher != "alltoall":
-        raise ConfigError(
-            f"generator.experts.backend={experts.backend} exchanges tokens by its own all-to-all, but "
-            f"parallel.dispatcher={parallel.dispatcher} is asked for. Set parallel.dispatcher=alltoall, or choose the "
-            f"backend megatron or grouped."
-        )
-    if experts.backend == "deepspeed" and parallel.tensor > 1:
-        raise ConfigError(
-            f"generator.experts.backend=deepspeed cannot run with parallel.tensor={parallel.tensor}: DeepSpeed-MoE "
-            f"expects every tensor-parallel rank to hold all tokens (deepspeed/moe/sharded_moe.py drops duplicates), "
-            f"while each of ours holds a share of them. Choose the backend megatron, grouped or tutel."
-        )
+    experts.check(parallel)

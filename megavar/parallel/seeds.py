@@ -71,12 +71,6 @@ def uniform(seed: int, stream: str, *keys: int | Tensor) -> Tensor:
     return _shift_right(random_bits(seed, stream, *keys), 11).to(torch.float64) * 2.0**-53
 
 
-def gumbel(seed: int, stream: str, *keys: int | Tensor) -> Tensor:
-    """Standard Gumbel float32 noise, one per key; see :func:`random_bits`."""
-    u = uniform(seed, stream, *keys) + 2.0**-54  # never 0
-    return (-torch.log(-torch.log(u))).to(torch.float32)
-
-
 def lanes(bits: Tensor, first: int, count: int) -> Tensor:
     """Many 16-bit numbers from each 64 random bits: the splitmix64 sequence that starts there, four numbers a step.
 

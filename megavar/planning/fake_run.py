@@ -89,7 +89,7 @@ class Laboratory:
         from megavar.transformer.moe import layer
 
         FiniteLogits.require = lambda self: None  # there are no values to look at
-        layer.check_backend = lambda experts, parallel: None  # a backend's package need not be installed here
+        layer.check_installed = lambda backend: None  # a backend's package need not be installed here
         layer.choose_backend = lambda name, config: "grouped"  # whose experts are built at once
         on_gpu = torch.device("cuda")
         attention.choose_kernel = lambda name, visible, device: kernels.choose_kernel(name, visible, on_gpu)
@@ -124,7 +124,7 @@ class Laboratory:
 
     def draw(self, request: DrawRequest) -> float:
         """Operations of one drawn image, without those of the tokenizer."""
-        from megavar.assembly import resolve
+        from megavar.config.choice import resolve
         from megavar.conditions import Condition
         from megavar.sampling.noise import Noise
 
@@ -276,7 +276,7 @@ def _kinds(choice: GeneratorChoice, space: TokenSpace) -> tuple[list[int], tuple
 
 def _build(request: Request, number: int, blocks: int, *, first: bool, last: bool) -> Any:
     """A stage with ``blocks`` blocks from ``number`` on."""
-    from megavar.assembly import resolve
+    from megavar.config.choice import resolve
     from megavar.generators.base import Stage
 
     parallel = ParallelConfig(tensor=request.tensor, sequence=request.sequence, recompute=request.recompute)

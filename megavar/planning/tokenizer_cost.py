@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megavar.assembly import resolve
+from megavar.config.choice import resolve
 from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.planning.cost import TokenizerCost
 from megavar.planning.ledger import Ledger, saved_bytes

@@ -27,7 +27,7 @@ class ParameterCount:
 
     total: int
     activated: int
-    """Those that take part in computing one token: of the experts only ``top_k`` (MEPA's "activated" parameters)."""
+    """Those that take part in computing one token: of the experts only those that it meets (MEPA's "activated" parameters)."""
     per_token: int
     """Weights that are multiplied with every token: attention, activated feed-forward networks, router, head."""
     per_image: int
@@ -172,7 +172,7 @@ class GeneratorWorkload(Workload):
 def count_parameters(limits: Limits, cost: Cost) -> ParameterCount:
     """Scalars of a generator, from the costs of a rank that holds all of it."""
     held = cost.parameters(ParallelConfig(), 0)
-    unused = 0 if limits.experts is None else 1 - limits.experts.top_k / limits.experts.number
+    unused = 0 if limits.experts is None else 1 - limits.experts.copies / limits.experts.number
     activated = held.total - round(held.experts * unused)
     return ParameterCount(held.total, activated, cost.weights_per_token, cost.weights_per_image)
 

@@ -10,7 +10,7 @@ from megavar.parallel import seeds
 
 
 class SampleDropout(nn.Module):
-    """Like ``nn.Dropout``; which elements of a sample are dropped follows from the sample's key and the layer's name.
+    """Like ``nn.Dropout`` (rate to 1/65536); what a sample loses follows from its key and the layer's name.
 
     The owner of the layers names them once (:func:`name_dropouts`) and gives the keys around each forward pass
     (:func:`sample_keys`).
@@ -27,9 +27,9 @@ class SampleDropout(nn.Module):
         if not self.training or self.rate == 0:
             return x
         assert self.keys is not None and self.stream, "dropout needs names and sample keys; see sample_keys"
-        position = torch.arange(x[0].numel(), device=x.device)
-        kept = seeds.uniform(0, self.stream, self.keys[:, None], position) >= self.rate
-        return x * (kept.view(x.shape).to(x.dtype) / (1 - self.rate))
+        dropped = min(round(self.rate * 65536), 65535)
+        kept = seeds.lanes(seeds.random_bits(0, self.stream, self.keys), 0, x[0].numel()) >= dropped - 32768
+        return torch.where(kept.view(x.shape), x * (65536 / (65536 - dropped)), 0.0)
 
     def extra_repr(self) -> str:
         """The rate, for prints of the model."""

@@ -2,11 +2,14 @@
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from megavar.config.deepspeed import complete_deepspeed
 from megavar.config.optimizer import OptimizerConfig
@@ -17,6 +20,8 @@ from megavar.training.engine import Divisors, Engine
 from megavar.training.experts import expert_parameters
 from megavar.training.metrics import MetricAccumulator
 from megavar.training.micro_batches import MicroBatches
+
+_log = logging.getLogger(__name__)
 
 Rates = Callable[[str, int], tuple[float, float]]
 """(module, step) -> learning rate and weight decay."""
@@ -58,9 +63,19 @@ def build_engines(
             has_experts=bool(expert_parameters(module)),
             device_type=next(module.parameters()).device.type,
         )
+        _warn_of_global_randomness(name, module)
         rule = functools.partial(recipe.rule, name)
         engines[name] = Engine(name, module, rule=rule, optimizer=optimizer, plan=plan, topology=topology)
     return engines
+
+
+def _warn_of_global_randomness(name: str, module: nn.Module) -> None:
+    found = [path for path, child in module.named_modules() if isinstance(child, _DropoutNd) and child.p > 0]
+    if found:
+        _log.warning(
+            "%s: %s draw from torch's global generator, so what they drop depends on the number of ranks and on the "
+            "micro-batch size. Use megavar's dropout, whose masks belong to samples.", name, ", ".join(found),
+        )  # fmt: skip
 
 
 def train_step(

@@ -173,7 +173,8 @@ class Trainer:
 
     def _train_step(self, micro_batches: list[Batch]) -> bool:
         """Train every active module on one global batch; return whether all updates were applied."""
-        # Our randomness is counter-based; this makes the rest (dropout of a plugin's module) resume exactly, too.
+        # Our randomness is counter-based. A plugin's modules may draw from the global generator, which depends on the
+        # ranks (the log warns of it): with this they resume exactly at least, and ranks draw different numbers.
         torch.manual_seed(int(seeds.random_bits(self.setup.train.seed, "step", self.step, self.topology.data_rank)))
         replaced = [batch.replaced.sum() for batch in micro_batches if batch.replaced is not None]
         if replaced:  # damaged samples whose place others took

@@ -253,9 +253,7 @@ class Backbone(nn.Module, ABC):
                 tapped[f"block.{number}"] = hidden
         return hidden
 
-    def run_block(
-        self, block: nn.Module, hidden: Tensor, condition: Tensor | None, context: ForwardContext
-    ) -> Tensor:
+    def run_block(self, block: nn.Module, hidden: Tensor, condition: Tensor | None, context: ForwardContext) -> Tensor:
         """One block, which the backward pass computes again where the layout says so."""
         if self.recompute != "full" or not hidden.requires_grad:
             return block(hidden, condition, context)

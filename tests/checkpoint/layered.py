@@ -7,6 +7,7 @@ weights, moments and averages of different layouts with ``torch.equal``.
 """
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from megatron.core.transformer import TransformerConfig
@@ -63,6 +64,16 @@ class Pulled(nn.Module):
         return loss
 
 
+class Gated(nn.Module):
+    """Marked as Megatron-core marks a gated network: its first layer holds two matrices."""
+
+    config = SimpleNamespace(gated_linear_unit=True)
+
+
+class GatedPulled(Gated, Pulled):
+    """Stacked experts that are gated."""
+
+
 class Block(nn.Module):
     """One of each kind of parameter."""
 
@@ -80,6 +91,11 @@ class Block(nn.Module):
         for expert in self.listed.experts.local_experts:
             expert.linear_fc1 = Pulled(weight=torch.empty(width, 5))
         self.stacked.experts = Pulled(linear_fc2_weight=torch.empty(e, 7, width))
+        self.gated, self.gated_stack = Gated(), Gated()
+        self.gated.linear_fc1 = Pulled(weight=torch.empty(2 * 6 // t, width), bias=torch.empty(2 * 6 // t))
+        for parameter in self.gated.linear_fc1.parameters():
+            parameter.tensor_model_parallel, parameter.partition_dim = t > 1, 0
+        self.gated_stack.experts = GatedPulled(linear_fc1_weight=torch.empty(e, 2 * 3, width))
         self.fixed = Pulled(weight=torch.empty(5, width)).requires_grad_(False)
         self.register_buffer("seen", torch.zeros(3, dtype=torch.int64))
 

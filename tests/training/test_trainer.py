@@ -1,6 +1,8 @@
 """The loop: losses, resuming, stopping, recovering, on one and two real ranks."""
 
 import dataclasses
+import itertools
+import logging
 import os
 import random
 import signal
@@ -12,6 +14,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from megavar.config.optimizer import CosineSchedule
 from megavar.errors import ClusterError, ConfigError, ExitCode, NonFiniteError
 from megavar.training.trainer import Trainer
 from tests.distributed.harness import run_ranks
@@ -324,3 +327,43 @@ def test_previews_use_the_average_and_leave_the_weights_alone(tmp_path):
     names = [path.name for path in sorted((tmp_path / "samples").iterdir())]
     assert names == ["step-00000004.png", "step-00000006.png"]
     assert torch.equal(after, run_ranks(2, _with_average, tmp_path / "undisturbed")[0][1])
+
+
+def _warms_up(directory):
+    run = tiny.build_run(directory, steps=4)
+    schedule = CosineSchedule(warmup_steps=2, final_lr=1e-3)
+    object.__setattr__(run, "optimizer", run.optimizer.model_copy(update={"schedule": schedule}))
+    trainer, history = Trainer(run), []
+    after_step = trainer.recipe.after_step
+    trainer.recipe.after_step = lambda *arguments: history.append(weights(trainer)) or after_step(*arguments)
+    before = weights(trainer)
+    trainer.run()
+    return [before, *history]
+
+
+def test_the_learning_rate_that_is_logged_is_the_one_of_the_step_taken(tmp_path):
+    """The first step of a warm-up from 0 changes nothing and says so."""
+    history = run_ranks(2, _warms_up, tmp_path)[0]
+    assert [line["learning_rate"] for line in tiny.read_metrics(tmp_path)] == pytest.approx([0, 5e-3, 1e-2, 5.5e-3])
+    moved = [float((after - before).abs().max()) for before, after in itertools.pairwise(history)]
+    assert moved[0] == 0
+    assert moved[1] == pytest.approx(5e-3, rel=0.5) and moved[2] > moved[1] > 0
+
+
+def _drops(directory):
+    class Dropping(tiny.TinyRecipe):
+        def __init__(self):
+            super().__init__()
+            self.model.add_module("noise", torch.nn.Dropout(0.1))
+
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("megavar.training.step").addHandler(handler)
+    Trainer(tiny.build_run(directory, recipe=Dropping()))
+    return messages
+
+
+def test_dropout_that_depends_on_ranks_is_pointed_out(tmp_path):
+    (message,) = run_ranks(1, _drops, tmp_path)[0]
+    assert message.startswith("model: noise draw from torch's global generator")

@@ -75,7 +75,7 @@ def reference(steps, scale=1.0):
     return curve
 
 
-def build_engine(stage, micro_batch=None, precision="fp32", zero=None, module=None, parallel=None):
+def build_engine(stage, micro_batch=None, precision="fp32", zero=None, module=None, parallel=None, rule=rule):
     topology = initialize(parallel or ParallelConfig(), environment())
     micro_batch = micro_batch or GLOBAL_BATCH // topology.data
     plan = complete_deepspeed(

@@ -1,5 +1,6 @@
 """Every implementation of the experts computes the same function and holds the same logical tensors."""
 
+import dataclasses
 import importlib.util
 import sys
 
@@ -15,7 +16,7 @@ from megavar.errors import ConfigError
 from megavar.generators.var import VAR
 from megavar.parallel.logical import initialize_parameters, logical_tensors
 from megavar.transformer.context import ForwardContext
-from megavar.transformer.moe.backends import check_backend, choose_backend
+from megavar.transformer.moe.backends import check_installed, choose_backend
 from megavar.transformer.moe.experts import GroupedExperts
 from megavar.transformer.moe.layer import ExpertFeedForward
 from megavar.transformer.sequence import SequenceLayout
@@ -28,14 +29,16 @@ TUTEL = pytest.param(
 BACKENDS = ["megatron", "grouped", TUTEL, "deepspeed"]
 
 
-def megatron_config(backend, number=4, top_k=2, dtype=torch.float32) -> TransformerConfig:
+def megatron_config(backend, number=4, top_k=2, dtype=torch.float32, **fields) -> TransformerConfig:
     experts = {"number": number, "top_k": top_k, "backend": backend, "balance_coefficient": 0.0}
-    return VAR.layers(tiny.config(experts), ParallelConfig(), dtype)
+    config = VAR.layers(tiny.config(experts), ParallelConfig(), dtype)
+    return dataclasses.replace(config, **fields)
 
 
-def layer(backend, number=4, top_k=2, router="scale_token", dtype=torch.float32):
+def layer(backend, number=4, top_k=2, router="scale_token", dtype=torch.float32, **fields):
     experts = ExpertsChoice.make(number=number, top_k=top_k, backend=backend, router=router, balance_coefficient=0.0)
-    made = ExpertFeedForward(megatron_config(backend, number, top_k, dtype), 0, experts=experts, kinds=len(tiny.SCALES))
+    config = megatron_config(backend, number, top_k, dtype, **fields)
+    made = ExpertFeedForward(config, 0, experts=experts, kinds=len(tiny.SCALES))
     initialize_parameters(made, lambda name, value, generator: value.normal_(std=0.3, generator=generator), seed=2)
     return made
 
@@ -47,6 +50,19 @@ def context():
 def hidden(dtype=torch.float32):
     generator = torch.Generator().manual_seed(4)
     return torch.randn(tiny.TOKENS, 3, tiny.WIDTH, generator=generator).to(dtype).requires_grad_()
+
+
+def expert_by_formula(values, of, token):
+    """One expert of one token, plain or gated, with the biases that exist."""
+
+    def linear(name, x):
+        return values[f"{of}{name}.weight"] @ x + values.get(f"{of}{name}.bias", 0)
+
+    if f"{of}linear_fc1.weight" in values:
+        return linear("linear_fc2", F.gelu(linear("linear_fc1", token), approximate="tanh"))
+    return linear(
+        "linear_fc2", F.gelu(linear("linear_fc1_gate", token), approximate="tanh") * linear("linear_fc1_up", token)
+    )
 
 
 def by_loop(values, x, number, top_k, router):
@@ -61,10 +77,7 @@ def by_loop(values, x, number, top_k, router):
             output = torch.zeros_like(token)
             for expert in scores.topk(top_k).indices.tolist():
                 of = f"moe.experts.{expert}."
-                inner = values[of + "linear_fc1.weight"] @ token + values[of + "linear_fc1.bias"]
-                inner = F.gelu(inner, approximate="tanh")
-                result = values[of + "linear_fc2.weight"] @ inner + values[of + "linear_fc2.bias"]
-                output = output + scores[expert] * result
+                output = output + scores[expert] * expert_by_formula(values, of, token)
             outputs.append(output)
     return torch.stack(outputs).view_as(x)
 
@@ -76,11 +89,22 @@ def logical_leaves(module):
     return {name: value.detach().clone().requires_grad_() for name, value in values.items()}
 
 
-@pytest.mark.parametrize("router", ["scale_token", "scale"])
-@pytest.mark.parametrize(("number", "top_k"), [(4, 2), (8, 3), (3, 3), (2, 1)])
+KINDS_OF_EXPERTS = {
+    "plain": {},
+    "gated": {"gated_linear_unit": True},
+    "gated_without_bias": {"gated_linear_unit": True, "add_bias_linear": False},
+}
+VARIANTS = [
+    *((number, top_k, router, "plain") for number, top_k in [(4, 2), (8, 3), (3, 3), (2, 1)]
+      for router in ("scale_token", "scale")),
+    (4, 2, "scale_token", "gated"), (4, 2, "scale_token", "gated_without_bias"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("number", "top_k", "router", "kind"), VARIANTS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_backend_equals_a_loop_over_tokens_and_experts(backend, number, top_k, router):
-    made, x = layer(backend, number, top_k, router), hidden()
+def test_backend_equals_a_loop_over_tokens_and_experts(backend, number, top_k, router, kind):
+    made, x = layer(backend, number, top_k, router, **KINDS_OF_EXPERTS[kind]), hidden()
     weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
     output = made(x, context())
     (output * weights).sum().backward()
@@ -195,13 +219,14 @@ REFUSED = [
 @pytest.mark.parametrize(("experts", "parallel", "message"), REFUSED)
 def test_what_a_backend_cannot_do_is_refused(experts, parallel, message):
     with pytest.raises(ConfigError, match=message):
-        check_backend(ExpertsChoice.make(**experts), ParallelConfig(**parallel))
+        ExpertsChoice.make(**experts).check(ParallelConfig(**parallel))
 
 
 def test_missing_tutel_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"backend=tutel needs the package tutel.*NO_CUDA=1"):
-        check_backend(ExpertsChoice.make(backend="tutel"), ParallelConfig())
+        check_installed("tutel")
+    check_installed("grouped")
 
 
 def test_tutel_that_does_not_load_is_reported(monkeypatch, tmp_path):

@@ -4,11 +4,11 @@ import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
+from megavar.config.choice import resolve
 from megavar.config.experts.base import ExpertsChoice
 from megavar.config.parallel import ParallelConfig
 from megavar.generators.var import VAR
 from megavar.transformer.context import ForwardContext
-from megavar.transformer.moe.router import ScaleAwareRouter
 from megavar.transformer.moe.routing import top_k_gates
 from megavar.transformer.sequence import SequenceLayout
 from tests.transformer import tiny
@@ -29,7 +29,7 @@ def balance_gradient_scale():
 def router(padding=0, **changes):
     experts = ExpertsChoice.make(number=EXPERTS, top_k=TOP_K, balance_coefficient=COEFFICIENT, **changes)
     config = VAR.layers(tiny.config(experts), ParallelConfig(), torch.float32)
-    made = ScaleAwareRouter(config=config, pg_collection=None, experts=experts, block=1, scales=len(tiny.SCALES))
+    made = resolve(experts)(config, experts, block=1, kinds=len(tiny.SCALES))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in made.parameters():

@@ -5,6 +5,8 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from megavar.config.choice import Choice
+from megavar.config.parallel import ParallelConfig
+from megavar.errors import ConfigError
 
 
 class ExpertsChoice(Choice):
@@ -16,6 +18,8 @@ class ExpertsChoice(Choice):
     discriminator: ClassVar[str] = "router"
     default: ClassVar[str | None] = "scale_token"
     package: ClassVar[str] = "megavar.config.experts"
+    variable_number: ClassVar[bool] = False
+    """Whether the router may give tokens different numbers of experts."""
 
     number: int = Field(8, ge=1)
     """Experts per layer, M (MEPA Table 1)."""
@@ -42,3 +46,47 @@ class ExpertsChoice(Choice):
         if self.top_k > self.number:
             raise ValueError(f"top_k={self.top_k} exceeds number={self.number}: lower top_k or add experts")
         return self
+
+    @property
+    def copies(self) -> float:
+        """Experts that a token meets on average: what plans count with."""
+        return float(self.top_k)
+
+    def check(self, parallel: ParallelConfig) -> None:
+        """Refuse what the experts cannot do under a layout: the only place that says so.
+
+        Raises:
+            ConfigError: the first rule that is broken.
+        """
+        if self.number % parallel.expert:
+            raise ConfigError(
+                f"generator.experts.number={self.number} is not a multiple of parallel.expert={parallel.expert}: every "
+                f"rank holds the same number of experts. Change one of them."
+            )
+        if self.backend in ("tutel", "deepspeed") and parallel.dispatcher != "alltoall":
+            raise ConfigError(
+                f"generator.experts.backend={self.backend} exchanges tokens by its own all-to-all, but "
+                f"parallel.dispatcher={parallel.dispatcher} is asked for. Set parallel.dispatcher=alltoall, or choose "
+                f"the backend megatron or grouped."
+            )
+        if self.backend == "deepspeed" and parallel.tensor > 1:
+            raise ConfigError(
+                f"generator.experts.backend=deepspeed cannot run with parallel.tensor={parallel.tensor}: DeepSpeed-MoE "
+                f"expects every tensor-parallel rank to hold all tokens (deepspeed/moe/sharded_moe.py drops "
+                f"duplicates), while each of ours holds a share of them. Choose the backend megatron, grouped or tutel."
+            )
+        if self.variable_number:
+            self._check_variable_number(parallel)
+
+    def _check_variable_number(self, parallel: ParallelConfig) -> None:
+        router = f"generator.experts.router={self.router} gives tokens different numbers of experts"
+        if self.backend in ("tutel", "deepspeed"):
+            raise ConfigError(
+                f"{router}, but generator.experts.backend={self.backend} has room for exactly top_k={self.top_k} "
+                f"copies of each. Choose the backend megatron or grouped."
+            )
+        if parallel.dispatcher == "alltoall" and max(parallel.expert, parallel.tensor) > 1:
+            raise ConfigError(
+                f"{router}, but Megatron-core's all-to-all sizes its buffers by top_k={self.top_k} "
+                f"(token_dispatcher.py:524). Set parallel.dispatcher=allgather."
+            )

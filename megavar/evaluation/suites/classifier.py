@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from megavar.conditions import ClassConditions
 from megavar.config.suites.classifier import ClassifierSuite
 from megavar.data.build import build_source
 from megavar.errors import ConfigError
@@ -29,6 +30,10 @@ class Classifier(Suite[ClassifierSuite]):
                 f"evaluation.suite.name=classifier needs classes, but data.source.name={source} has none. Use "
                 f"evaluation.suite.name=shapes for captioned shapes, or adm with Inception weights."
             )
+
+    def conditions(self) -> ClassConditions:
+        """The source's classes."""
+        return ClassConditions(build_source(self.data).num_classes)
 
     def score(self, images: ImageSet, device: torch.device, work_directory: Path) -> Scores:
         """All metrics of the suite."""

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from megavar.conditions import ClassConditions
 from megavar.config.suites.digits import DigitsSuite
 from megavar.data.build import build_source
 from megavar.evaluation import digits
@@ -18,6 +19,10 @@ class Digits(Suite[DigitsSuite]):
     def check(self) -> None:
         """Only digits are scored."""
         require_source(self.choice.name, self.data, "digits")
+
+    def conditions(self) -> ClassConditions:
+        """Ten classes."""
+        return ClassConditions(digits.NUM_CLASSES)
 
     def score(self, images: ImageSet, device: torch.device, work_directory: Path) -> Scores:
         """All metrics of the suite."""

@@ -1,7 +1,7 @@
-"""Which implementation of the experts runs, and which layouts it cannot serve.
+"""Which implementation of the experts runs. What each cannot do is said by the choice (``ExpertsChoice.check``).
 
-All of them compute Eq. 6 with our router's raw softmax gates; none is used with its own gate. DeepSpeed's top-2 gate
-and Tutel's default one renormalize, and both divide the balance loss differently from Eq. 10.
+All of them compute Eq. 6 with our routers' raw gates; none is used with its own gate. DeepSpeed's top-2 gate and
+Tutel's default one renormalize, and both divide the balance loss differently from Eq. 10.
 """
 
 import importlib.util
@@ -9,8 +9,6 @@ import importlib.util
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megavar.config.experts.base import ExpertsChoice
-from megavar.config.parallel import ParallelConfig
 from megavar.errors import ConfigError
 
 
@@ -35,30 +33,12 @@ def choose_backend(name: str, config: TransformerConfig) -> str:
     return name
 
 
-def check_backend(experts: ExpertsChoice, parallel: ParallelConfig) -> None:
-    """Refuse what the chosen backend cannot do.
+def check_installed(backend: str) -> None:
+    """Refuse a backend whose package is missing on this machine.
 
     Raises:
-        ConfigError: the layout does not fit, or the package is not installed.
+        ConfigError: it is.
     """
-    backend = experts.backend
-    if experts.number % parallel.expert:
-        raise ConfigError(
-            f"generator.experts.number={experts.number} is not a multiple of parallel.expert={parallel.expert}: every "
-            f"rank holds the same number of experts. Change one of them."
-        )
-    if backend in ("tutel", "deepspeed") and parallel.dispatcher != "alltoall":
-        raise ConfigError(
-            f"generator.experts.backend={backend} exchanges tokens by its own all-to-all, but "
-            f"parallel.dispatcher={parallel.dispatcher} is asked for. Set parallel.dispatcher=alltoall, or choose the "
-            f"backend megatron or grouped."
-        )
-    if backend == "deepspeed" and parallel.tensor > 1:
-        raise ConfigError(
-            f"generator.experts.backend=deepspeed cannot run with parallel.tensor={parallel.tensor}: DeepSpeed-MoE "
-            f"expects every tensor-parallel rank to hold all tokens (deepspeed/moe/sharded_moe.py drops duplicates), "
-            f"while each of ours holds a share of them. Choose the backend megatron, grouped or tutel."
-        )
     if backend == "tutel" and importlib.util.find_spec("tutel") is None:
         raise ConfigError(
             "generator.experts.backend=tutel needs the package tutel, which is not installed. Install it from "

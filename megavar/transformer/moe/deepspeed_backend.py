@@ -13,6 +13,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megavar.parallel.deepspeed_backend import import_deepspeed
+from megavar.transformer.feed_forward import activate
+from megavar.transformer.moe.experts import first_layer_rows
 from megavar.transformer.moe.slots import Slots, assign_slots
 
 
@@ -22,12 +24,13 @@ class _Expert(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         assert config.moe_ffn_hidden_size is not None
-        self.activation = config.activation_func
-        self.linear_fc1 = nn.Linear(config.hidden_size, config.moe_ffn_hidden_size, dtype=config.params_dtype)
-        self.linear_fc2 = nn.Linear(config.moe_ffn_hidden_size, config.hidden_size, dtype=config.params_dtype)
+        self.config = config
+        bias, dtype = config.add_bias_linear, config.params_dtype
+        self.linear_fc1 = nn.Linear(config.hidden_size, first_layer_rows(config), bias, dtype=dtype)
+        self.linear_fc2 = nn.Linear(config.moe_ffn_hidden_size, config.hidden_size, bias, dtype=dtype)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.linear_fc2(self.activation(self.linear_fc1(tokens)))
+        return self.linear_fc2(activate(self.linear_fc1(tokens), self.config))
 
 
 class _PreparedGate:

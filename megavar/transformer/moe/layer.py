@@ -13,13 +13,14 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megavar.config.choice import resolve
 from megavar.config.experts.base import ExpertsChoice
 from megavar.config.parallel import ParallelConfig
 from megavar.transformer.context import ForwardContext
-from megavar.transformer.moe.backends import check_backend, choose_backend
+from megavar.transformer.moe.backends import check_installed, choose_backend
 from megavar.transformer.moe.even import EvenMixture
 from megavar.transformer.moe.experts import GroupedExperts
-from megavar.transformer.moe.router import ScaleAwareRouter
+from megavar.transformer.moe.router import Router
 
 
 class ExpertOutputLinear(RowParallelLinear):
@@ -35,7 +36,8 @@ class ExpertOutputLinear(RowParallelLinear):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.explicit_expert_comm = True
-        self.bias.sequence_parallel = False
+        if self.bias is not None:
+            self.bias.sequence_parallel = False
 
 
 def _build_mixture(backend: str, config: TransformerConfig, router: RouterBuilder, block: int) -> nn.Module:
@@ -73,14 +75,19 @@ class ExpertFeedForward(nn.Module):
     def __init__(self, config: TransformerConfig, number: int, *, experts: ExpertsChoice, kinds: int) -> None:
         """``number``: of the block; ``kinds``: how many kinds of segments routers and statistics tell apart."""
         super().__init__()
-        check_backend(experts, _layout_of(config))
+        experts.check(_layout_of(config))
+        check_installed(experts.backend)
         self.scatter = config.tensor_model_parallel_size > 1 and not config.sequence_parallel
-        if self.scatter:
-            config = copy(config)
-            config.sequence_parallel = True
-        router = functools.partial(ScaleAwareRouter, experts=experts, block=number, scales=kinds)
+        config = copy(config)
+        config.sequence_parallel = config.tensor_model_parallel_size > 1
+        if experts.variable_number and config.tensor_model_parallel_size * config.expert_model_parallel_size == 1:
+            config.moe_token_dispatcher_type = "allgather"  # one rank: the one that counts instead of assuming top_k
+
+        def router(*, config: TransformerConfig, pg_collection: Any) -> Router:
+            return resolve(experts)(config, experts, block=number, kinds=kinds)
+
         self.moe: Any = _build_mixture(choose_backend(experts.backend, config), config, router, number)
-        self._even = functools.partial(EvenMixture, config=config, copies=experts.top_k)
+        self._even = functools.partial(EvenMixture, config=config, copies=experts.copies)
 
     def spread_evenly(self) -> None:
         """Give all experts equal loads whatever the router says, to measure what the layer costs (see ``even.py``)."""

@@ -16,6 +16,7 @@ def test_scores_name_the_source_and_see_copies(tmp_path, as_chunks, extractor_di
     choice = ClassifierSuite(reference_images=400, extractor_cache=str(extractor_directory))
     suite = Classifier(choice, PHOTOGRAPHS)
     suite.check()
+    assert suite.conditions().classes == 10
     scores = suite.score(as_chunks(*real_images(PHOTOGRAPHS)), CPU, tmp_path)
     keys = {f"{key}@photographs-cnn" for key in ("fid", "isc", "precision", "recall", "label_accuracy")}
     assert set(scores.metrics) == keys | {"nearest_train_distance"} == {metric.key for metric in scores.table}

@@ -17,7 +17,7 @@ def test_digits_are_scored_by_class(tmp_path, as_chunks, extractor_directory):
     scores = suite.score(as_chunks(*real_images(DATA)), CPU, tmp_path)
     assert scores.metrics["fd64"] == pytest.approx(19.24, abs=0.1) and len(scores.extractor["sha256"]) == 64
     assert scores.reference["count"] == 1433 and scores.table
-    assert suite.conditions() is None and suite.label == "digits"
+    assert suite.conditions().classes == 10 and suite.label == "digits"
     assert Digits(DigitsSuite(baselines=False), DATA).baselines(50) == {}
 
 

@@ -16,8 +16,8 @@ def flops_per_image(config: Config) -> float:
         UnmeasurableError: the generator cannot be run without values.
     """
     if config.generator is None:
-        cost = tokenizer_cost(config.tokenizer)
-        return 3 * (cost.encode_flops + cost.decode_flops)
+        tokenizer = tokenizer_cost(config.tokenizer)
+        return 3 * (tokenizer.encode_flops + tokenizer.decode_flops)
     (cost,) = measure([Request(config.generator, config.tokenizer.space)])
     return step_flops(cost, config.recipe.passes_of_step)
 

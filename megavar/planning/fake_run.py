@@ -88,11 +88,12 @@ class Laboratory:
         from megavar.transformer import attention, kernels
         from megavar.transformer.moe import layer
 
-        FiniteLogits.require = lambda self: None  # there are no values to look at
-        layer.check_installed = lambda backend: None  # a backend's package need not be installed here
+        nothing: Any = lambda *arguments: None  # noqa: E731
+        FiniteLogits.require = nothing  # there are no values to look at
+        layer.check_installed = nothing  # a backend's package need not be installed here
         layer.choose_backend = lambda name, config: "grouped"  # whose experts are built at once
         on_gpu = torch.device("cuda")
-        attention.choose_kernel = lambda name, visible, device: kernels.choose_kernel(name, visible, on_gpu)
+        attention.choose_kernel = lambda name, visibility, device: kernels.choose_kernel(name, visibility, on_gpu)
         for name, kernel in kernels.KERNELS.items():
             kernels.KERNELS[name] = replace(kernel, function=attention_kernel(name, lambda: self.ledger))
 
@@ -124,8 +125,8 @@ class Laboratory:
 
     def draw(self, request: DrawRequest) -> float:
         """Operations of one drawn image, without those of the tokenizer."""
-        from megavar.config.choice import resolve
         from megavar.conditions import Condition
+        from megavar.config.choice import resolve
         from megavar.sampling.noise import Noise
 
         space, classes = request.tokenizer.space, request.choice.class_count
@@ -269,7 +270,7 @@ def _kinds(choice: GeneratorChoice, space: TokenSpace) -> tuple[list[int], tuple
     for name, parameter in _build(request, 0, depth, first=False, last=False).named_parameters():
         _, number, rest = name.split(".", 2)
         shapes.setdefault(number, []).append((rest, tuple(parameter.shape)))
-    kinds = {}
+    kinds: dict[Any, int] = {}
     kind_of_block = tuple(kinds.setdefault(tuple(shapes[str(number)]), len(kinds)) for number in range(depth))
     return [max(n for n in range(depth) if kind_of_block[n] == kind) for kind in range(len(kinds))], kind_of_block
 

@@ -20,8 +20,8 @@ class _KnownShapes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         if function is torch.ops.aten.bincount.default:  # of ids, over as many bins as there are ids
-            ids, _, bins = (*arguments, *(None, 0)[len(arguments) - 1 :])
-            return ids.new_zeros((options or {}).get("minlength", bins))
+            bins = arguments[2] if len(arguments) > 2 else (options or {})["minlength"]
+            return arguments[0].new_zeros(bins)
         return function(*arguments, **(options or {}))
 
 

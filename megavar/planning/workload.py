@@ -27,7 +27,7 @@ class ParameterCount:
 
     total: int
     activated: int
-    """Those that take part in computing one token: of the experts only those that it meets (MEPA's "activated" parameters)."""
+    """Those that take part in computing one token, of the experts only those that it meets (MEPA's "activated")."""
     per_token: int
     """Weights that are multiplied with every token: attention, activated feed-forward networks, router, head."""
     per_image: int

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from megavar.tokenizers.state_dict_file import read_state_dict
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
@@ -13,7 +14,6 @@ from megavar.assembly import load_tokenizer
 from megavar.config.checkpoint import CheckpointConfig
 from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
 from megavar.errors import CheckpointError
-from megavar.tokenizers.state_dict_file import read_state_dict
 from megavar.training.checkpoint import Checkpointer, manifest, shards, store
 from megavar.training.checkpoint.index import FILE_NAME, read_index
 from megavar.training.checkpoint.manifest import Manifest, ModuleEntry

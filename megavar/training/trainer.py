@@ -267,7 +267,11 @@ class Trainer:
         with self.watchdog.pause(), self.stopwatch.part("preview"), contextlib.ExitStack() as stack, torch.no_grad():
             for average in self.averages.values():
                 stack.enter_context(average.as_weights())
-            images = self.setup.preview(self.step)
+            images = None
+            try:
+                images = self.setup.preview(self.step)
+            except (MegavarError, OSError) as error:  # no run ends for a picture
+                _log.warning("No preview of step %d: %s", self.step, error)
         if images is not None:
             self.monitor.save_grid(self.step, images)
 

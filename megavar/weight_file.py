@@ -66,6 +66,14 @@ def read_metadata(path: Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
+def names_in_export(path: Path) -> set[str]:
+    """Names of the tensors of a ``.safetensors`` file, unread; nothing for other files."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return set()
+    with safe_open(path, framework="pt") as file:
+        return set(file.keys())
+
+
 def read_weights_file(
     path: Path,
     expected: Mapping[str, Shape],

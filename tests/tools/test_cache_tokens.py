@@ -12,6 +12,7 @@ from megavar.data.build import build_source
 from megavar.errors import ConfigError, ExitCode
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
 from tests.sources.originals import content_of, flip_bit, write_class_folders
+from tests.tokenizers.public_files import save_public
 from tools import cache_tokens
 
 CONFIG = """
@@ -43,7 +44,7 @@ def config(tmp_path):
     text = CONFIG.replace("WEIGHTS", str(tmp_path / "tokenizer.pth")).replace("CACHE", str(tmp_path / "cache"))
     path.write_text(text)
     torch.manual_seed(0)
-    torch.save(MultiScaleVQ(load_config(path).tokenizer).reference_state_dict(), tmp_path / "tokenizer.pth")
+    save_public(MultiScaleVQ(load_config(path).tokenizer), tmp_path / "tokenizer.pth")
     return path
 
 

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+import random
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_BUILD_OPS", "0")
@@ -8,9 +9,12 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+from tests import leftovers
 
 torch.set_num_threads(1)
 
@@ -22,6 +26,15 @@ def own_environment() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_left_behind(own_environment: None) -> Iterator[None]:
+    """A file that changes its process for the files after it is an error of that file, in any order of files."""
+    before = leftovers.state()
+    yield
+    left = leftovers.differences(before, leftovers.state())
+    assert not left, "this file leaves behind " + "; ".join(left)
 
 
 @pytest.fixture
@@ -37,6 +50,14 @@ def single_process() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Large files first, so that both workers end together; last what needs the real Slurm, whose jobs are timed."""
-    size_of = Counter(item.path for item in items)
-    items.sort(key=lambda item: (item.path.parent.name == "slurm", -size_of[item.path]))
+    """Large files first, so that both workers end together; last what needs the real Slurm, whose jobs are timed.
+
+    ``MEGAVAR_TEST_ORDER=7`` puts the files into another order, which follows from the number.
+    """
+    seed = os.environ.get("MEGAVAR_TEST_ORDER")
+    files = sorted({item.path for item in items})
+    if seed is not None:
+        random.Random(seed).shuffle(files)
+    size_of = Counter(item.path for item in items) if seed is None else Counter[Path]()
+    place = {path: number for number, path in enumerate(files)}
+    items.sort(key=lambda item: (item.path.parent.name == "slurm", -size_of[item.path], place[item.path]))

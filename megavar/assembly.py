@@ -1,8 +1,11 @@
-"""From a configuration to the objects it describes."""
+"""From a configuration to the objects it describes. Knows no generator, tokenizer or recipe by name."""
 
+import functools
 import importlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,22 +13,20 @@ from torch import Tensor, nn
 from megavar import frozen
 from megavar.conditions import Conditions
 from megavar.config.choice import Choice, resolve
-from megavar.config.generators.var import VARConfig
+from megavar.config.generators.base import GeneratorChoice
 from megavar.config.parallel import ParallelConfig
-from megavar.config.recipes.mepa import MEPAConfig
+from megavar.config.recipes.base import GeneratorRecipeChoice
 from megavar.config.root import Config
 from megavar.config.token_space import TokenSpace
 from megavar.config.tokenizers.base import TokenizerChoice
+from megavar.data.caches import CachedSamples
 from megavar.data.source import Source
 from megavar.errors import CheckpointError, ConfigError
 from megavar.generators.base import Stage
-from megavar.generators.var import VAR
 from megavar.parallel.topology import Topology
 from megavar.recipes.base import Recipe
-from megavar.recipes.next_scale import NextScale
 from megavar.sampling.sampler import Sampler
 from megavar.tokenizers.base import Tokenizer
-from megavar.tokenizers.multiscale_vq import MultiScaleVQ
 from megavar.training.checkpoint.initial import InitialWeights
 from megavar.transformer.moe.backends import check_installed
 from megavar.weight_file import read_weights_file
@@ -34,8 +35,8 @@ from megavar.weight_layout import Shape, WeightLayout
 PARAMETER_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def load_tokenizer(config: TokenizerChoice, weights: str, device: torch.device) -> MultiScaleVQ:
-    """A trained tokenizer in float32, frozen.
+def load_tokenizer(config: TokenizerChoice, weights: str, device: torch.device) -> Any:
+    """A trained tokenizer in float32, frozen: an ``nn.Module`` with the methods of ``megavar.tokenizers.base``.
 
     Args:
         weights: a megavar run or checkpoint of a tokenizer, an export, or a file in a public layout of the tokenizer.
@@ -43,7 +44,7 @@ def load_tokenizer(config: TokenizerChoice, weights: str, device: torch.device) 
     Raises:
         CheckpointError: the weights are missing, damaged, or of another tokenizer.
     """
-    tokenizer = MultiScaleVQ(config)
+    tokenizer = resolve(config)(config)
     path = Path(weights)
     if not path.exists():
         raise CheckpointError(
@@ -54,43 +55,65 @@ def load_tokenizer(config: TokenizerChoice, weights: str, device: torch.device) 
     return tokenizer.eval().requires_grad_(False).to(device)
 
 
-def require_generator(config: Config) -> VARConfig:
+def require_generator(config: Config) -> GeneratorChoice:
     """The generator section.
 
     Raises:
         ConfigError: there is none.
     """
     if config.generator is None:
+        known = ", ".join(GeneratorChoice.alternatives())
         raise ConfigError(
-            f"The recipe {config.recipe.name!r} of run {config.run.name} needs a generator. Add a `generator:` "
-            f"section, for example `generator: {{name: var, depth: 16}}`."
+            f"The recipe {config.recipe.name!r} of run {config.run.name} needs a generator. Add a `generator:` section "
+            f"with a name, one of {known}, for example `generator: {{name: var, depth: 16}}`."
         )
     return config.generator
 
 
+def require_generator_recipe(config: Config) -> GeneratorRecipeChoice:
+    """The recipe section of a run that trains a generator.
+
+    Raises:
+        ConfigError: the run trains something else.
+    """
+    if not isinstance(config.recipe, GeneratorRecipeChoice):
+        raise ConfigError(
+            f"Run {config.run.name} trains a {config.recipe.trains} (recipe {config.recipe.name!r}), which draws no "
+            f"images. Give the configuration of a generator."
+        )
+    return config.recipe
+
+
 def build_generator(
-    config: Config, topology: Topology | None, *, dtype: torch.dtype | None = None, device: torch.device | None = None
+    config: Config,
+    topology: Topology | None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    **options: Any,
 ) -> nn.Module:
     """The part of the generator that this rank holds: a stage, or its list of chunks under virtual pipelining.
 
     Args:
         topology: None builds the whole model on this rank.
         dtype: None takes the one of ``train.precision``.
+        options: handed to the generator: ``taps``, ``heads``.
     """
     generator = require_generator(config)
     parallel = topology.config if topology is not None else ParallelConfig()
+    space, depth = config.tokenizer.space, generator.limits(config.tokenizer.space).depth
     chunks = []
     with device or torch.device("cpu"):
         for chunk in range(parallel.virtual_pipeline):
-            stage = Stage.split(generator.depth, parallel, topology.pipeline_rank if topology is not None else 0, chunk)
             chunks.append(
-                VAR(
+                resolve(generator)(
                     generator,
-                    config.tokenizer.space,
+                    space,
                     parallel=parallel,
-                    stage=stage,
+                    stage=Stage.split(depth, parallel, topology.pipeline_rank if topology is not None else 0, chunk),
                     dtype=dtype or PARAMETER_TYPES[config.train.precision],
                     seed=config.train.seed,
+                    **options,
                 )
             )
     return chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
@@ -104,52 +127,28 @@ def build_sampler(
     return Sampler(generator, tokenizer, procedure, conditions, config.sampling, device)
 
 
-def build_recipe(config: Config, topology: Topology, source: Source, device: torch.device) -> Recipe:
-    """The recipe with freshly initialized modules on ``device``.
-
-    Raises:
-        ConfigError: sections contradict each other or the data.
-    """
-    check_consistency(config, source)
-    if isinstance(config.recipe, MEPAConfig):
-        tokenizer = load_tokenizer(config.tokenizer, config.recipe.tokenizer_weights, device)
-        generator = build_generator(config, topology, device=device)
-        choice = require_generator(config)
-        return NextScale(
-            config.recipe,
-            generator,
-            tokenizer,
-            classes=choice.classes,
-            label_drop=choice.label_drop,
-            seed=config.train.seed,
-        )
-    from megavar.recipes.tokenizer import TokenizerTraining
-
-    fresh = config.initial_weights is None
-    return TokenizerTraining(config.recipe, config.tokenizer, config.train.seed, device, fresh)
-
-
 def check_consistency(config: Config, source: Source) -> None:
     """Compare sections with each other and with the data, before anything is built.
 
     Raises:
         ConfigError: the first contradiction, with both places.
     """
-    tokenizer = config.tokenizer
-    if config.data.image_size != tokenizer.image_side:
+    space = config.tokenizer.space
+    if config.data.image_size != space.image_side:
         raise ConfigError(
-            f"data.image_size={config.data.image_size}, but tokenizer.scales end with {tokenizer.scales[-1]} and "
-            f"tokenizer.channel_multipliers downsample by {tokenizer.downsample}: images must be "
-            f"{tokenizer.image_side} pixels. Change data.image_size or tokenizer.scales."
+            f"data.image_size={config.data.image_size}, but the tokenizer {config.tokenizer.name!r} with sides "
+            f"{list(space.sides)} is made for images of {space.image_side} pixels. Change data.image_size, or the "
+            f"sizes in the section tokenizer."
         )
-    if config.recipe.name == "mepa":
+    if config.recipe.trains == "generator":
         generator = require_generator(config)
-        if generator.experts is not None:
-            generator.experts.check(config.parallel)
-            check_installed(generator.experts.backend)
-        if generator.classes != source.num_classes:
+        experts = generator.limits(space).experts
+        if experts is not None:
+            experts.check(config.parallel)
+            check_installed(experts.backend)
+        if generator.class_count not in (None, source.num_classes):
             raise ConfigError(
-                f"generator.classes={generator.classes}, but the data source {config.data.source.name!r} has "
+                f"generator.classes={generator.class_count}, but the data source {config.data.source.name!r} has "
                 f"{source.num_classes} classes. Set generator.classes={source.num_classes}."
             )
 
@@ -187,3 +186,52 @@ def initial_weights(config: Config) -> InitialWeights | None:
         return read_weights_file(path, expected, layouts, given.layout, fresh, "The file of initial weights")
 
     return InitialWeights(Path(given.path), read, given.fresh, ema=given.weights == "ema")
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """The parts of a run in training; the recipe takes from here what it needs (``megavar.recipes.base.Parts``)."""
+
+    config: Config
+    source: Source
+    """Of the training data."""
+    device: torch.device
+    topology: Topology
+
+    def recipe(self) -> Recipe:
+        """The recipe with freshly initialized modules.
+
+        Raises:
+            ConfigError: sections contradict each other or the data.
+        """
+        check_consistency(self.config, self.source)
+        return resolve(self.config.recipe).build(self)
+
+    def tokenizer(self) -> Any:
+        """The frozen tokenizer whose tokens the run's generator learns.
+
+        Raises:
+            ConfigError: the training data are tokens of another tokenizer.
+            CheckpointError: the weights are missing, damaged, or of another tokenizer.
+        """
+        return self._tokenizer
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        weights = require_generator_recipe(self.config).tokenizer_weights
+        tokenizer = load_tokenizer(self.config.tokenizer, weights, self.device)
+        if isinstance(self.source, CachedSamples):
+            self.source.check_tokenizer(tokenizer)
+        return tokenizer
+
+    def fresh_tokenizer(self) -> Any:
+        """The tokenizer that the run trains, not initialized and on the CPU."""
+        return resolve(self.config.tokenizer)(self.config.tokenizer)
+
+    def generator(self, **options: Any) -> nn.Module:
+        """This rank's part of the generator, initialized; see :func:`build_generator`."""
+        return build_generator(self.config, self.topology, device=self.device, **options)
+
+    def terms(self) -> list[Any]:
+        """The losses that the recipe section adds to the recipe's own: :class:`megavar.recipes.terms.base.Term`."""
+        return [resolve(term).build(term, self) for term in require_generator_recipe(self.config).terms]

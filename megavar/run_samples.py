@@ -15,6 +15,7 @@ from megavar.assembly import build_generator, build_sampler, load_tokenizer, req
 from megavar.chunks import ChunkStore
 from megavar.conditions import ClassConditions, Conditions, SourceCaptions, Unconditional
 from megavar.config.loading import decode, import_plugins
+from megavar.config.recipes.base import GENERATOR_MODULE
 from megavar.config.root import Config
 from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.data.build import build_source
@@ -82,7 +83,7 @@ def _load(config: Config, device: torch.device, untrained: bool) -> tuple[nn.Mod
     if not untrained:
         checkpoint, manifest = find_checkpoint(Path(config.run.path), verify=False)  # loading verifies it
         check_same(identities(manifest.frozen), {TOKENIZER: of_tokenizer}, checkpoint, "train a generator with these.")
-        load_weights(generator, checkpoint, "generator", ema=config.sampling.weights == "ema")
+        load_weights(generator, checkpoint, GENERATOR_MODULE, ema=config.sampling.weights == "ema")
         model = identify(checkpoint).to_json()
     model |= {
         "weights": config.sampling.weights,

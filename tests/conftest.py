@@ -17,6 +17,10 @@ import torch
 from tests import leftovers
 
 torch.set_num_threads(1)
+# A process whose first backward is one of fake tensors (planning) starts autograd's device threads, and no process that
+# is forked from it later can run a backward ("Unable to handle autograd's threading in combination with fork-based
+# multiprocessing"). So the first one is real, whatever file comes first. tests/distributed/test_harness.py shows it.
+torch.ones(1, requires_grad=True).sum().backward()
 
 
 @pytest.fixture(autouse=True, scope="module")

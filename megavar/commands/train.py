@@ -7,33 +7,30 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megavar import logs
-from megavar.assembly import build_recipe, build_sampler, initial_weights
-from megavar.config.data import ImageFolderSource
+from megavar.assembly import Assembly, build_sampler, initial_weights
 from megavar.config.deepspeed import load_deepspeed_json
 from megavar.config.loading import load_config
 from megavar.config.parallel import ParallelConfig
+from megavar.config.recipes.base import GENERATOR_MODULE, TOKENIZER_MODULE
 from megavar.config.root import Config
-from megavar.data.build import build_loader, build_source, build_transform
-from megavar.data.caches import CachedSamples
+from megavar.data.build import build_loader, build_source, build_transform, of_images
 from megavar.data.loader import Loader
 from megavar.data.pixels import to_float, to_uint8
 from megavar.data.reading import stored_images
 from megavar.data.source import Source
 from megavar.errors import ConfigError, DataError, ExitCode, RunInUseError
-from megavar.generators.var import VAR
 from megavar.parallel import topology
 from megavar.parallel.environment import Environment, environment, limit_threads
 from megavar.parallel.rules import check_layout
 from megavar.planning.flops import flops_per_image
 from megavar.planning.hardware import peak_of_device
 from megavar.recipes.base import Recipe
-from megavar.recipes.next_scale import NextScale
-from megavar.recipes.tokenizer import TokenizerTraining
 from megavar.run_samples import default_conditions
 from megavar.storage import write_json_atomic
 from megavar.training.run import Run, micro_batch_size, on_first_rank
@@ -124,15 +121,13 @@ def _train_one(config: Config, place: Environment) -> ExitCode:
     deepspeed = load_deepspeed_json(Path(config.deepspeed))
     check_layout(
         config.parallel,
-        config.generator,
+        config.limits,
         zero_stage=int(deepspeed.get("zero_optimization", {}).get("stage", 0)),
         world_size=place.world_size,
         micro_batches=config.train.global_batch_size // mesh.data // micro_batch_size(config.train, mesh),
-        vocabulary_size=config.tokenizer.vocabulary_size,
     )
-    recipe = build_recipe(config, mesh, source, place.device)
-    if isinstance(source, CachedSamples) and isinstance(recipe, NextScale):
-        source.check_tokenizer(recipe.tokenizer)
+    assembly = Assembly(config, source, place.device, mesh)
+    recipe = assembly.recipe()
     on_first_rank(functools.partial(_check_data, directory, source, config))
 
     def loader(start_step: int, size: int) -> Loader:
@@ -163,7 +158,7 @@ def _train_one(config: Config, place: Environment) -> ExitCode:
             loader=loader,
             topology=mesh,
             initial=initial_weights(config),
-            preview=_preview(config, recipe, mesh, place),
+            preview=_preview(assembly, recipe),
             flops_per_image=flops_per_image(config),
             peak_flops=_peak_flops(config),
         )
@@ -197,27 +192,33 @@ def _peak_flops(config: Config) -> float | None:
     return peak_of_device(torch.cuda.get_device_name(), config.train.precision)
 
 
-def _preview(
-    config: Config, recipe: Recipe, mesh: topology.Topology, place: Environment
-) -> Callable[[int], Tensor | None] | None:
+def _preview(assembly: Assembly, recipe: Recipe) -> Callable[[int], Tensor | None] | None:
     """What to look at while the run goes on: samples of a generator, or originals above their reconstructions."""
-    if isinstance(recipe, NextScale) and isinstance(recipe.generator, VAR) and mesh.config.pipeline == 1:
-        sampler = build_sampler(config, recipe.generator, recipe.tokenizer, default_conditions(config), place.device)
-        return lambda step: sampler.draw(torch.arange(PREVIEW_IMAGES)).images
-    if isinstance(recipe, TokenizerTraining):
-        has_test = not isinstance(config.data.source, ImageFolderSource) or config.data.source.test_path is not None
-        source = build_source(config.data, "test" if has_test else "train")
-        return functools.partial(_reconstructions, config, recipe, source, place.device)
-    return None  # a pipeline stage cannot decode alone: sample from a checkpoint instead
+    config = assembly.config
+    if config.recipe.trains == "tokenizer":
+        tokenizer: Any = recipe.modules()[TOKENIZER_MODULE]
+        return functools.partial(_reconstructions, config, tokenizer, _preview_source(config), assembly.device)
+    if assembly.topology.config.pipeline > 1:
+        return None  # a pipeline stage cannot decode alone: sample from a checkpoint instead
+    generator = recipe.modules()[GENERATOR_MODULE]
+    sampler = build_sampler(config, generator, assembly.tokenizer(), default_conditions(config), assembly.device)
+    return lambda step: sampler.draw(torch.arange(PREVIEW_IMAGES)).images
+
+
+def _preview_source(config: Config) -> Source:
+    """Test images, or training images where there are none."""
+    try:
+        return build_source(config.data, "test")
+    except ConfigError:  # no place of test images is configured
+        return build_source(of_images(config.data))
 
 
 @torch.no_grad()
-def _reconstructions(
-    config: Config, recipe: TokenizerTraining, source: Source, device: torch.device, step: int
-) -> Tensor:
+def _reconstructions(config: Config, tokenizer: Any, source: Source, device: torch.device, step: int) -> Tensor:
     """Rows of ten images, each above a row of their reconstructions: uint8 [N, 3, H, W]."""
     count = min(PREVIEW_IMAGES // 2, len(source))
     originals, _ = stored_images(source, build_transform(config.data, "test"), range(count))
-    reconstructed = to_uint8(recipe.reconstruct(to_float(originals).to(device))).cpu()
+    tokens = tokenizer.tokens(tokenizer.encode(to_float(originals).to(device)))
+    reconstructed = to_uint8(tokenizer.decode(tokens)).cpu()
     rows = zip(originals.split(10), reconstructed.split(10))
     return torch.cat([image for pair in rows for image in pair])

@@ -34,7 +34,8 @@ from megavar.errors import ConfigError
 
 
 def _serialize(value: "Choice", info: SerializationInfo) -> dict[str, Any]:
-    return value.model_dump(mode=info.mode, include=info.include, exclude=info.exclude)
+    selected: dict[str, Any] = {"include": info.include, "exclude": info.exclude}
+    return value.model_dump(mode=info.mode, **selected)
 
 
 class Choice(Section):

@@ -215,7 +215,7 @@ def _section_of(annotation: Any, value: Any) -> type[BaseModel] | None:
     """The section that an annotated field holds where its plain value is ``value``; None: a plain value."""
     section = next(iter(_sections(annotation)), None)
     if section is not None and issubclass(section, Choice) and section.tag() is None and isinstance(value, dict):
-        return section.alternatives().get(value.get(section.discriminator, section.default), section)
+        return section.alternatives().get(str(value.get(section.discriminator, section.default)), section)
     return section
 
 

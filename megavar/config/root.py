@@ -5,7 +5,7 @@ from pydantic import Field, model_validator
 from megavar.config.base import Section
 from megavar.config.data import DataConfig
 from megavar.config.evaluation import EvaluationConfig
-from megavar.config.generators.base import GeneratorChoice
+from megavar.config.generators.base import GeneratorChoice, Limits
 from megavar.config.logging import LoggingConfig
 from megavar.config.optimizer import OptimizerConfig
 from megavar.config.parallel import ParallelConfig
@@ -63,6 +63,11 @@ class Config(Section):
     plugins: tuple[str, ...] = ()
     """Importable modules with a user's own generators, tokenizers, recipes, routers, terms, procedures or suites. They
     are imported before the rest of the file is decoded, so that their alternatives exist."""
+
+    @property
+    def limits(self) -> Limits | None:
+        """What restricts the layouts of the generator; None while a tokenizer is trained."""
+        return None if self.generator is None else self.generator.limits(self.tokenizer.space)
 
     @property
     def initial_weights(self) -> InitialWeightsConfig | None:

@@ -3,7 +3,7 @@
 Every refusal names the keys, the reason and a remedy. Where a library is the reason, its place is named.
 """
 
-from megavar.config.generators.var import VARConfig
+from megavar.config.generators.base import Limits
 from megavar.config.parallel import ParallelConfig
 from megavar.errors import ConfigError
 from megavar.parallel.topology import data_parallel_size
@@ -11,33 +11,31 @@ from megavar.parallel.topology import data_parallel_size
 
 def check_layout(
     parallel: ParallelConfig,
-    generator: VARConfig | None,
+    limits: Limits | None,
     *,
     zero_stage: int,
     world_size: int,
     micro_batches: int,
-    vocabulary_size: int | None = None,
 ) -> None:
     """Refuse a layout that cannot run or would compute something else.
 
     Args:
-        generator: None while a tokenizer is trained.
+        limits: of the generator; None while a tokenizer is trained.
         zero_stage: ZeRO stage that the DeepSpeed JSON asks for.
         world_size: number of ranks.
         micro_batches: micro-batches that a data-parallel rank computes per step.
-        vocabulary_size: of the tokenizer; None leaves the head's rule unchecked.
 
     Raises:
         ConfigError: the first rule that is broken.
     """
     data_parallel_size(parallel, world_size)
-    if generator is None:
+    if limits is None:
         _check_tokenizer(parallel)
         return
-    _check_tensor(parallel, generator, vocabulary_size)
-    _check_pipeline(parallel, generator, micro_batches)
+    _check_tensor(parallel, limits)
+    _check_pipeline(parallel, limits, micro_batches)
     _check_zero(parallel, zero_stage)
-    _check_experts(parallel, generator)
+    _check_experts(parallel, limits)
 
 
 def _check_tokenizer(parallel: ParallelConfig) -> None:
@@ -50,14 +48,9 @@ def _check_tokenizer(parallel: ParallelConfig) -> None:
             )
 
 
-def _check_tensor(parallel: ParallelConfig, generator: VARConfig, vocabulary_size: int | None) -> None:
-    tensor, hidden = parallel.tensor, int(generator.hidden_size * generator.feed_forward_ratio)
-    shared = {"attention heads (generator.heads)": generator.attention_heads}
-    if generator.experts is None:  # experts lie whole on a rank
-        shared["rows of the feed-forward network (generator.width x feed_forward_ratio)"] = hidden
-    if vocabulary_size is not None:
-        shared["codes (tokenizer.vocabulary_size)"] = vocabulary_size
-    for what, number in shared.items():
+def _check_tensor(parallel: ParallelConfig, limits: Limits) -> None:
+    tensor = parallel.tensor
+    for what, number in limits.shared.items():
         if number % tensor:
             raise ConfigError(
                 f"parallel.tensor={tensor} does not divide the {number} {what} that tensor-parallel ranks share. "
@@ -65,18 +58,18 @@ def _check_tensor(parallel: ParallelConfig, generator: VARConfig, vocabulary_siz
             )
 
 
-def _check_pipeline(parallel: ParallelConfig, generator: VARConfig, micro_batches: int) -> None:
+def _check_pipeline(parallel: ParallelConfig, limits: Limits, micro_batches: int) -> None:
     stages, chunks = parallel.pipeline, parallel.virtual_pipeline
     if chunks > 1 and stages == 1:
         raise ConfigError(
             f"parallel.virtual_pipeline={chunks} needs pipeline stages to interleave, but parallel.pipeline=1. Set "
             f"parallel.pipeline above 1 or parallel.virtual_pipeline=1."
         )
-    if generator.depth % (stages * chunks):
+    if limits.depth % (stages * chunks):
         raise ConfigError(
-            f"generator.depth={generator.depth} blocks cannot be split evenly into parallel.pipeline={stages} x "
+            f"generator.depth={limits.depth} blocks cannot be split evenly into parallel.pipeline={stages} x "
             f"parallel.virtual_pipeline={chunks} = {stages * chunks} parts. Choose sizes whose product divides "
-            f"{generator.depth}."
+            f"{limits.depth}."
         )
     if chunks > 1 and micro_batches % stages:
         raise ConfigError(
@@ -96,8 +89,8 @@ def _check_zero(parallel: ParallelConfig, stage: int) -> None:
         )
 
 
-def _check_experts(parallel: ParallelConfig, generator: VARConfig) -> None:
-    experts = generator.experts
+def _check_experts(parallel: ParallelConfig, limits: Limits) -> None:
+    experts = limits.experts
     if experts is None:
         if parallel.expert > 1:
             raise ConfigError(

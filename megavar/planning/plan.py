@@ -160,17 +160,16 @@ def configured_layout(config: Config, world_size: int) -> tuple[Layout, tuple[st
         micro_batch_size=size,
         precision=config.train.precision,
         gradient_clipping=config.optimizer.gradient_clipping,
-        has_experts=config.generator is not None and config.generator.experts is not None,
+        has_experts=config.limits is not None and config.limits.experts is not None,
         device_type="cuda",
     )
     layout = Layout(parallel, Zero.of(content, completed.stage), world_size, config.train.global_batch_size, size)
     check_layout(
         parallel,
-        config.generator,
+        config.limits,
         zero_stage=layout.zero.stage,
         world_size=world_size,
         micro_batches=layout.micro_batches,
-        vocabulary_size=config.tokenizer.vocabulary_size,
     )
     return layout, completed.notes
 

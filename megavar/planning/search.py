@@ -60,11 +60,10 @@ def is_allowed(workload: Workload, layout: Layout) -> bool:
     try:
         check_layout(
             layout.parallel,
-            workload.generator,
+            workload.limits,
             zero_stage=layout.zero.stage,
             world_size=layout.world_size,
             micro_batches=layout.micro_batches,
-            vocabulary_size=workload.vocabulary,
         )
     except ConfigError:
         return False

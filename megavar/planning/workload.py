@@ -3,7 +3,9 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+from megavar.config.generators.base import Limits
 from megavar.config.generators.var import VARConfig
+from megavar.config.token_space import TokenSpace
 from megavar.planning.flops import model_flops, sampling_flops
 from megavar.planning.hardware import FRAGMENTATION, RESERVED
 from megavar.planning.layout import Layout
@@ -55,8 +57,8 @@ class Workload(ABC):
         """What the rules of layouts ask about; None for a tokenizer."""
 
     @property
-    def vocabulary(self) -> int | None:
-        """Codes that the generator's head predicts."""
+    def limits(self) -> Limits | None:
+        """What the rules of layouts ask about; None for a tokenizer."""
         return None
 
     @property
@@ -95,9 +97,10 @@ class GeneratorWorkload(Workload):
         return self.shape.generator
 
     @property
-    def vocabulary(self) -> int:
-        """Codes that the generator's head predicts."""
-        return self.shape.vocabulary
+    def limits(self) -> Limits:
+        """Of the generator."""
+        space = TokenSpace.of_scales(self.shape.scales, self.shape.vocabulary, self.shape.code_dimension, 0)
+        return self.generator.limits(space)
 
     @property
     def parameters(self) -> ParameterCount:

@@ -13,8 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
+from megavar.config.root import Config
 from megavar.data.batch import Batch
 from megavar.parallel.parameter_rule import ParameterRule
 
@@ -71,8 +73,43 @@ class Pass:
         assert (self.carry is None) == (self.following is None), "carry and following need each other"
 
 
+class Parts(Protocol):
+    """What a recipe is built from (``megavar.assembly.Assembly``)."""
+
+    @property
+    def config(self) -> Config:
+        """The run's configuration; ``config.recipe`` is the recipe's own section."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where modules live."""
+        ...
+
+    def tokenizer(self) -> Any:
+        """The frozen tokenizer whose tokens a generator learns (``megavar.tokenizers.base``)."""
+        ...
+
+    def fresh_tokenizer(self) -> Any:
+        """The tokenizer that the run trains, not initialized and on the CPU."""
+        ...
+
+    def generator(self, **options: Any) -> nn.Module:
+        """This rank's part of the generator: a stage, or a ``ModuleList`` of its chunks."""
+        ...
+
+    def terms(self) -> list[Any]:
+        """The losses that the recipe section adds to the recipe's own."""
+        ...
+
+
 class Recipe(Protocol):
     """The interface between a paper and the trainer; :class:`BaseRecipe` has defaults for most of it."""
+
+    @classmethod
+    def build(cls, parts: Parts) -> "Recipe":
+        """The recipe that ``parts.config.recipe`` describes, with freshly initialized modules."""
+        ...
 
     def modules(self) -> dict[str, nn.Module]:
         """Trained modules by name, in the order in which they are stepped."""

@@ -21,8 +21,8 @@ from megavar.generators.base import GeneratorOutput
 from megavar.generators.inputs import ScaleInputs
 from megavar.parallel import seeds
 from megavar.parallel.vocabulary import vocabulary_cross_entropy, vocabulary_hits
-from megavar.recipes.base import BaseRecipe, Losses, Pass, chunks_of
-from megavar.recipes.terms.base import Term, add_terms, prepare_terms
+from megavar.recipes.base import BaseRecipe, Losses, Parts, Pass, chunks_of
+from megavar.recipes.terms.base import Term, add_terms, heads_of, prepare_terms, taps_of
 from megavar.tokenizers.base import Pyramid
 
 
@@ -65,6 +65,21 @@ class NextScale(BaseRecipe):
         self.classes, self.label_drop = classes, label_drop
         self.seed = seed
         self.terms = terms
+
+    @classmethod
+    def build(cls, parts: Parts) -> "NextScale":
+        """See :meth:`Recipe.build`."""
+        config, terms, tokenizer = parts.config, parts.terms(), parts.tokenizer()
+        assert isinstance(config.recipe, MEPAConfig) and config.generator is not None
+        return cls(
+            config.recipe,
+            parts.generator(taps=taps_of(terms), heads=heads_of(terms, tokenizer.space)),
+            tokenizer,
+            classes=config.generator.class_count or 0,
+            label_drop=config.generator.condition_drop,
+            seed=config.train.seed,
+            terms=terms,
+        )
 
     def modules(self) -> dict[str, nn.Module]:
         """The one trained module."""

@@ -32,7 +32,7 @@ from megavar.recipes.adversarial import (
     reconstruction_realism_loss,
     with_gradient,
 )
-from megavar.recipes.base import BaseRecipe, Losses, Pass, WriteRows
+from megavar.recipes.base import BaseRecipe, Losses, Parts, Pass, WriteRows
 from megavar.recipes.codebook import CodebookUpkeep, usage_metrics
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ, Reconstruction
 from megavar.tokenizers.perceptual import PerceptualDistance
@@ -92,6 +92,14 @@ class TokenizerTraining(BaseRecipe):
             name: {parameter: value.ndim for parameter, value in module.named_parameters()}
             for name, module in self.modules().items()
         }
+
+    @classmethod
+    def build(cls, parts: Parts) -> "TokenizerTraining":
+        """See :meth:`Recipe.build`."""
+        config = parts.config
+        assert isinstance(config.recipe, TokenizerTrainingConfig) and isinstance(config.tokenizer, MultiScaleVQConfig)
+        fresh = config.initial_weights is None
+        return cls(config.recipe, config.tokenizer, config.train.seed, parts.device, fresh)
 
     def modules(self) -> dict[str, nn.Module]:
         """The autoencoder, and the discriminator if there is one."""
@@ -209,10 +217,6 @@ class TokenizerTraining(BaseRecipe):
         replacement = self.codebook.after_step(step)
         if replacement is not None:
             write_rows(self.tokenizer.quantizer.embedding.weight, replacement.rows, replacement.vectors)
-
-    def reconstruct(self, images: Tensor) -> Tensor:
-        """Images through the tokenizer and back, for previews: float32 [B, C, H, W] in [-1, 1]."""
-        return self.tokenizer.decode(self.tokenizer.tokens(self.tokenizer.encode(images)))
 
 
 def _sums(total: Tensor, named: dict[str, Tensor], images: int, statistics: dict[str, Tensor] | None = None) -> Losses:

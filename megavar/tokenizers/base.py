@@ -4,7 +4,6 @@ To add one, write a module (``nn.Module``) with these methods and a ``TokenizerC
 to change. Generators see its :class:`TokenSpace` only, recipes and decoding procedures these protocols:
 
 
-* :class:`Tokenizer`: any tokenizer, continuous ones too. Enough to reconstruct, cache, store and decode samples.
 * :class:`Codebook`: tokens are ids of code vectors.
 * :class:`Pyramid`: tokens are square maps of growing side length. Whether a map holds what the coarser ones left over
   (VAR) or is independent of them (FlexVAR) is the tokenizer's affair.

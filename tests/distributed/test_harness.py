@@ -3,6 +3,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.distributed.harness import RankFailure, run_ranks
 
@@ -37,3 +38,16 @@ def test_the_first_traceback_and_its_rank_reach_the_test():
 def test_a_hanging_rank_is_ended_and_its_stack_shown():
     with pytest.raises(RankFailure, match="_one_hangs"):
         run_ranks(2, _one_hangs, timeout=1.5)
+
+
+def _gradient():
+    value = torch.ones(3, requires_grad=True)
+    value.square().sum().backward()
+    return value.grad.tolist()
+
+
+def test_ranks_compute_gradients_after_a_backward_of_fake_tensors():
+    """In whatever order test files run (see tests/conftest.py)."""
+    with FakeTensorMode():
+        torch.ones(3, requires_grad=True).sum().backward()
+    assert run_ranks(1, _gradient) == [[2.0, 2.0, 2.0]]

@@ -5,6 +5,7 @@ import pytest
 from megavar.config.experts.base import ExpertsChoice
 from megavar.config.generators.var import VARConfig
 from megavar.config.parallel import ParallelConfig
+from megavar.config.token_space import TokenSpace
 from megavar.errors import ConfigError
 from megavar.parallel.rules import check_layout
 
@@ -14,8 +15,9 @@ MEPA = VARConfig(depth=16, experts=EXPERTS)
 
 
 def check(layout, generator=DENSE, *, zero_stage=1, world_size=8, micro_batches=4):
-    check_layout(ParallelConfig(**layout), generator, zero_stage=zero_stage, world_size=world_size,
-                 micro_batches=micro_batches, vocabulary_size=4096)  # fmt: skip
+    limits = None if generator is None else generator.limits(TokenSpace.of_scales((1, 2, 4), 4096, 32, 64))
+    check_layout(ParallelConfig(**layout), limits, zero_stage=zero_stage, world_size=world_size,
+                 micro_batches=micro_batches)  # fmt: skip
 
 
 @pytest.mark.parametrize(("layout", "options"), [
@@ -67,4 +69,5 @@ def test_refused_with_reason_and_remedy(layout, options, reason, remedy):
 
 def test_the_head_shares_the_vocabulary():
     with pytest.raises(ConfigError, match="130 codes"):
-        check_layout(ParallelConfig(tensor=4), DENSE, zero_stage=1, world_size=4, micro_batches=1, vocabulary_size=130)
+        check_layout(ParallelConfig(tensor=4), DENSE.limits(TokenSpace.of_scales((1,), 130, 8, 16)), zero_stage=1,
+                     world_size=4, micro_batches=1)  # fmt: skip

@@ -43,6 +43,11 @@ class GeneratorChoice(Choice):
         return None
 
     @property
+    def condition_drop(self) -> float:
+        """Share of the training samples whose condition is replaced by none, for classifier-free guidance."""
+        return 0.0
+
+    @property
     def condition(self) -> Literal["class", "text", "none"]:
         """What images are asked for by; suites that ask for something else are refused."""
         return "none" if self.class_count is None else "class"

@@ -86,6 +86,11 @@ class VARConfig(GeneratorChoice):
         """Number of classes."""
         return self.classes
 
+    @property
+    def condition_drop(self) -> float:
+        """Share of samples without class."""
+        return self.label_drop
+
     def limits(self, space: TokenSpace | None) -> Limits:
         """Heads, rows of dense feed-forward networks and the head's codes are shared by tensor-parallel ranks."""
         shared = {"attention heads (generator.heads)": self.attention_heads}

@@ -5,6 +5,11 @@ from typing import ClassVar, Literal
 from megavar.config.choice import Choice
 from megavar.config.terms.base import TermChoice
 
+GENERATOR_MODULE = "generator"
+"""Name of the module that a run of a generator results in, in recipes, checkpoints and ``optimizer.modules``."""
+TOKENIZER_MODULE = "autoencoder"
+"""Name of the module that a run of a tokenizer results in."""
+
 
 class RecipeChoice(Choice):
     """An algorithm; :class:`megavar.recipes.base.Recipe` is what it configures."""

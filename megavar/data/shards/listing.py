@@ -147,8 +147,8 @@ def _classes(path: Path, labels: list[tuple[int, str]]) -> tuple[tuple[str, ...]
         beside = f", but others are numbers such as {min(counting)}" if counting else ""
         raise DataError(
             f"Line {number} of {path} has the label {label!r}{beside}. Labels are either numbers that count "
-            f"classes from 0 (0, 1, 2, ...), or names on every line: correct or remove what is neither (headers, -1 for "
-            f"unknown classes), or put a letter in front of names that look like numbers."
+            f"classes from 0 (0, 1, 2, ...), or names on every line: correct or remove what is neither (headers, -1 "
+            f"for unknown classes), or put a letter in front of names that look like numbers."
         )
     if counting:
         if (largest := max(map(int, counting))) >= CLASSES:

@@ -9,6 +9,8 @@ progress. The exit code is that of ``megavar.errors.ExitCode``.
 """
 
 import argparse
+import contextlib
+import io
 import os
 import signal
 import socket
@@ -52,6 +54,9 @@ def main(arguments: Sequence[str]) -> int:
     except MegavarError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
+    except (OSError, progress.LedgerError) as error:  # before or between attempts: no rank is running
+        print(f"The run directory cannot be used: {error}. Mend that, and start again.", file=sys.stderr)
+        return ExitCode.PREFLIGHT
 
 
 def run(config_path: str, overrides: Sequence[str], *, processes: int | None, maximum: int) -> ExitCode:
@@ -76,12 +81,15 @@ def run(config_path: str, overrides: Sequence[str], *, processes: int | None, ma
             print(f"{directory} " + ("is finished already." if code == ExitCode.FINISHED else "makes no progress."))
             return code
         logs = directory / f"logs/attempt-{attempt:04d}"
-        logs.mkdir(parents=True, exist_ok=True)
+        try:
+            logs.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            print(f"No logs are kept: {error}", file=sys.stderr)
         with Ranks(command, world_size, logs, {"MEGAVAR_ATTEMPT": str(attempt)}) as ranks:
             status = ranks.wait()
         code, action = progress.end(
             directory, required, maximum=maximum, attempt=attempt, status=status,
-            task_messages=(logs / "tasks.txt").read_text(), stop_requested=ranks.stop_requested,
+            task_messages=ranks.messages, stop_requested=ranks.stop_requested,
         )  # fmt: skip
         print(f"Attempt {attempt} of {directory}: {code.name} ({int(code)}); logs in {logs}", flush=True)
         if action != progress.RESTART or ranks.stop_requested:
@@ -114,6 +122,8 @@ class Ranks:
 
     def __init__(self, command: Sequence[str], world_size: int, logs: Path, variables: Mapping[str, str]) -> None:
         self.stop_requested = False
+        self.messages = ""
+        """How ranks ended, in srun's words; also in ``tasks.txt``."""
         self._logs, self._world_size = logs, world_size
         self._processes: list[subprocess.Popen[bytes]] = []
         self._previous = {number: signal.signal(number, self._forward_stop) for number in STOP_SIGNALS}
@@ -124,19 +134,36 @@ class Ranks:
                 "MASTER_PORT": str(port), "PYTHONUNBUFFERED": "1", "MEGAVAR_LOG_DIRECTORY": str(logs), **variables,
             }  # fmt: skip
             self._start(rank, command, environment)
-        self._first_log = (logs / "rank-0000.log").open(errors="replace")
+        first = logs / "rank-0000.log"
+        self._first_log = first.open(errors="replace") if first.is_file() else io.StringIO()
 
     def _start(self, rank: int, command: Sequence[str], environment: Mapping[str, str]) -> None:
         """Start one rank in a session of its own, which keeps Ctrl-C for the launcher."""
-        with open_to_append(self._logs / f"rank-{rank:04d}.log") as log:
+        with self._open_log(rank) as log:
             self._processes.append(
                 subprocess.Popen(command, stdout=log, stderr=log, env=dict(environment), start_new_session=True)
             )
 
+    def _open_log(self, rank: int) -> io.FileIO:
+        """A file of the launcher's own ends no run: without a place for its log, a rank runs without one."""
+        try:
+            return open_to_append(self._logs / f"rank-{rank:04d}.log")
+        except OSError as error:
+            print(f"Rank {rank} keeps no log: {error}", file=sys.stderr)
+            return io.FileIO(os.devnull, "w")
+
     def _show(self) -> None:
-        """Pass on what rank 0 has written since the last call."""
-        sys.stdout.write(self._first_log.read())
-        sys.stdout.flush()
+        """Pass on what rank 0 has written since the last call, as long as somebody listens."""
+        try:
+            sys.stdout.write(self._first_log.read())
+            sys.stdout.flush()
+        except OSError:  # a closed terminal or pipe, or a log that cannot be read
+            self._first_log = io.StringIO()
+
+    def _note(self, message: str) -> None:
+        self.messages += f"{message}\n"
+        with contextlib.suppress(OSError):
+            append_line(self._logs / "tasks.txt", message)
 
     def _forward_stop(self, number: int, frame: FrameType | None) -> None:
         if not self.stop_requested:
@@ -151,9 +178,10 @@ class Ranks:
 
     def wait(self) -> int:
         """Wait for all ranks; when one fails, end the others. Returns 0, or the status of the first that failed."""
-        messages, failed, deadline = self._logs / "tasks.txt", 0, float("inf")
+        failed, deadline = 0, float("inf")
         ended: set[int] = set()
-        open_to_append(messages).close()
+        with contextlib.suppress(OSError):
+            open_to_append(self._logs / "tasks.txt").close()
         while len(ended) < self._world_size:
             for rank, process in enumerate(self._processes):
                 if rank in ended or process.poll() is None:
@@ -161,7 +189,7 @@ class Ranks:
                 ended.add(rank)
                 status = process.returncode
                 if status != 0:
-                    append_line(messages, f"local: error: {socket.gethostname()}: task {rank}: {describe(status)}")
+                    self._note(f"local: error: {socket.gethostname()}: task {rank}: {describe(status)}")
                 if status != 0 and not failed:
                     failed = status if status > 0 else 128 - status
                     deadline = time.monotonic() + GRACE_SECONDS

@@ -22,12 +22,14 @@ from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.data.caches import CachedSamples
 from megavar.data.source import Source
 from megavar.errors import CheckpointError, ConfigError
+from megavar.frozen import identify
 from megavar.generators.base import Stage
 from megavar.parallel.topology import Topology
 from megavar.recipes.base import Recipe
 from megavar.sampling.sampler import Sampler
 from megavar.tokenizers.base import Tokenizer
-from megavar.training.checkpoint.initial import InitialWeights
+from megavar.training.checkpoint.initial import InitialWeights, read_whole
+from megavar.training.checkpoint.weights import fill, shapes_of
 from megavar.transformer.moe.backends import check_installed
 from megavar.weight_file import read_weights_file
 from megavar.weight_layout import Shape, WeightLayout
@@ -186,6 +188,19 @@ def initial_weights(config: Config) -> InitialWeights | None:
         return read_weights_file(path, expected, layouts, given.layout, fresh, "The file of initial weights")
 
     return InitialWeights(Path(given.path), read, given.fresh, ema=given.weights == "ema")
+
+
+def fill_initial(model: nn.Module, config: Config) -> dict[str, Any]:
+    """Give a whole model on one device the weights with which the run of ``config`` begins.
+
+    Returns:
+        What they are, for the identity of what is made with them: nothing where all are random.
+    """
+    initial = initial_weights(config)
+    if initial is None:
+        return {}
+    fill(model, read_whole(initial, shapes_of(model)))
+    return {"initial": identify(initial.path).to_json(), "fresh": list(initial.fresh)}
 
 
 @dataclass(frozen=True)

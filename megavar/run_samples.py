@@ -11,7 +11,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from megavar.assembly import build_generator, build_sampler, load_tokenizer, require_generator
+from megavar.assembly import (
+    build_generator,
+    build_sampler,
+    fill_initial,
+    load_tokenizer,
+    require_generator,
+    require_generator_recipe,
+)
 from megavar.chunks import ChunkStore
 from megavar.conditions import ClassConditions, Conditions, SourceCaptions, Unconditional
 from megavar.config.loading import decode, import_plugins
@@ -45,12 +52,13 @@ def open_samples(
 
     Args:
         conditions: what they show; None: what the generator is asked for by default, see :func:`default_conditions`.
-        untrained: take the initial weights instead of the run's latest checkpoint.
+        untrained: take the weights with which the run begins (random ones, or ``train.initial_weights``) instead of its
+            latest checkpoint.
 
     Raises:
         ConfigError: the run trains no generator, or its generator cannot be asked for ``conditions``.
     """
-    require_generator_run(config)
+    require_generator_recipe(config)
     conditions = conditions or default_conditions(config)
     check_conditions(config, conditions, "sampling")
     limit_threads(config.train.cpu_threads)
@@ -76,11 +84,13 @@ def open_samples(
 
 def _load(config: Config, device: torch.device, untrained: bool) -> tuple[nn.Module, Tokenizer, dict[str, Any]]:
     """The generator, the tokenizer that it learned from, and what identifies both."""
-    weights = config.recipe.frozen_weights()[TOKENIZER]
+    weights = require_generator_recipe(config).tokenizer_weights
     tokenizer, of_tokenizer = load_tokenizer(config.tokenizer, weights, device), identify(weights)
     generator = build_generator(config, None)
     model: dict[str, Any] = {"checkpoint": "initial weights", "seed": config.train.seed}
-    if not untrained:
+    if untrained:
+        model |= fill_initial(generator, config)
+    else:
         checkpoint, manifest = find_checkpoint(Path(config.run.path), verify=False)  # loading verifies it
         check_same(identities(manifest.frozen), {TOKENIZER: of_tokenizer}, checkpoint, "train a generator with these.")
         load_weights(generator, checkpoint, GENERATOR_MODULE, ema=config.sampling.weights == "ema")
@@ -92,19 +102,6 @@ def _load(config: Config, device: torch.device, untrained: bool) -> tuple[nn.Mod
         "tokenizer": of_tokenizer.to_json(),
     }
     return generator.to(device), tokenizer, model
-
-
-def require_generator_run(config: Config) -> None:
-    """Refuse a run that draws no images.
-
-    Raises:
-        ConfigError: it trains a tokenizer.
-    """
-    if config.recipe.trains != "generator":
-        raise ConfigError(
-            f"Run {config.run.name} trains a tokenizer (recipe {config.recipe.name!r}), which draws no images. Give "
-            f"the configuration of a generator."
-        )
 
 
 def default_conditions(config: Config) -> Conditions:
@@ -151,7 +148,7 @@ def check_conditions(config: Config, conditions: Conditions, asked_by: str) -> N
 
 def describe_decoder(directory: Path, config: Config) -> None:
     """Write down what decodes the tokens of the samples in ``directory``; :func:`stored_decoder` reads it."""
-    weights = Path(config.recipe.frozen_weights()[TOKENIZER])
+    weights = Path(require_generator_recipe(config).tokenizer_weights)
     described = {
         "tokenizer": config.tokenizer.model_dump(mode="json"),
         "space": asdict(config.tokenizer.space),

@@ -6,6 +6,7 @@ points at stays as it is.
 
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
@@ -84,10 +85,10 @@ def drop_link(path: Path) -> None:
         Path(path).unlink(missing_ok=True)
 
 
-def open_to_append(path: Path) -> BinaryIO:
-    """Open a file for appending, a new one where there is none or a link."""
+def open_to_append(path: Path) -> io.FileIO:
+    """Open a file for appending, unbuffered, a new one where there is none or a link."""
     drop_link(path)
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644), "ab")
+    return io.FileIO(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644), "a")
 
 
 def append_line(path: Path, text: str) -> None:

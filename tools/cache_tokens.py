@@ -1,4 +1,4 @@
-"""Run the frozen tokenizer once over the training images, and keep its tokens or features.
+"""Run the frozen tokenizer once over the training images, and keep its tokens or latents.
 
     python -m tools.cache_tokens CONFIG [key=value ...]             make the cache that data.source of CONFIG names
     torchrun --nproc-per-node 8 -m tools.cache_tokens CONFIG        the same on eight GPUs
@@ -25,6 +25,7 @@ from tqdm import tqdm
 from megavar.assembly import load_tokenizer
 from megavar.config.data import CacheSource
 from megavar.config.loading import load_config
+from megavar.config.token_space import TokenSpace
 from megavar.data.build import build_source, build_transform, of_images
 from megavar.data.caches import CachePlan, Content, read_cache_file, weights_sha256
 from megavar.data.caching import (
@@ -37,6 +38,7 @@ from megavar.data.caching import (
     write_cache,
 )
 from megavar.errors import ConfigError, ExitCode
+from megavar.frozen import TOKENIZER
 from megavar.parallel.environment import Environment, environment
 from megavar.tokenizers.base import Tokenizer
 from tools.outcome import outcome
@@ -75,11 +77,11 @@ def _run(options: argparse.Namespace, place: Environment) -> int:
             f"data.source={{name: cache, path: caches/{config.run.name}, images: {{name: {source.name}}}}}."
         )
     folder = Path(source.path)
-    weights = options.tokenizer_weights or getattr(config.recipe, "tokenizer_weights", None)
+    weights = options.tokenizer_weights or config.recipe.frozen_weights().get(TOKENIZER)
     if weights is None:
         raise ConfigError(f"The recipe {config.recipe.name!r} names no tokenizer weights. Give --tokenizer-weights.")
     tokenizer = load_tokenizer(config.tokenizer, weights, place.device)
-    encode = encoder(tokenizer, source.content)
+    encode = encoder(tokenizer, source.content, config.tokenizer.space)
     images = build_source(of_images(config.data))
     transform = build_transform(config.data)
     reader = ViewReader(images, transform, seed=config.train.seed, views=source.views)
@@ -102,6 +104,7 @@ def _run(options: argparse.Namespace, place: Environment) -> int:
         source=images.fingerprint,
         tokenizer_sha256=weights_sha256(tokenizer),
         class_names=images.class_names,
+        wide=source.content == "tokens" and config.tokenizer.space.stored_type == "int32",
     )
     if options.verify or options.repair:
         check_plan(folder, existing, plan)
@@ -116,8 +119,16 @@ def _run(options: argparse.Namespace, place: Environment) -> int:
     return _write(folder, plan, reader, encode, config.data.workers, place)
 
 
-def encoder(tokenizer: Tokenizer, content: Content) -> Callable[[Tensor], Tensor]:
-    """What turns images into the content of a cache."""
+def encoder(tokenizer: Tokenizer, content: Content, space: TokenSpace) -> Callable[[Tensor], Tensor]:
+    """What turns images into the content of a cache.
+
+    Raises:
+        ConfigError: tokens are wanted, but those of this tokenizer are vectors.
+    """
+    if content == "tokens" and space.vocabulary is None:
+        raise ConfigError(
+            "data.source.content=tokens, but the tokens of this tokenizer are vectors. Set data.source.content=latents."
+        )
     if content == "latents":
         return tokenizer.encode
     return lambda images: tokenizer.tokens(tokenizer.encode(images))

@@ -12,7 +12,9 @@ from megavar.run_samples import describe, open_samples, write_grid
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options beside the configuration."""
-    parser.add_argument("--untrained", action="store_true", help="use freshly initialized weights (a baseline)")
+    parser.add_argument(
+        "--untrained", action="store_true", help="use the weights that the run begins with (random, or given ones)"
+    )
 
 
 def run(options: argparse.Namespace) -> ExitCode:

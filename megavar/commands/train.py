@@ -217,7 +217,8 @@ def _preview_source(config: Config) -> Source:
 def _reconstructions(config: Config, tokenizer: Any, source: Source, device: torch.device, step: int) -> Tensor:
     """Rows of ten images, each above a row of their reconstructions: uint8 [N, 3, H, W]."""
     count = min(PREVIEW_IMAGES // 2, len(source))
-    originals, _ = stored_images(source, build_transform(config.data, "test"), range(count))
+    transform = build_transform(config.data, "test")
+    originals, _ = stored_images(source, transform, range(count), config.data.damaged_samples)
     tokens = tokenizer.tokens(tokenizer.encode(to_float(originals).to(device)))
     reconstructed = to_uint8(tokenizer.decode(tokens)).cpu()
     rows = zip(originals.split(10), reconstructed.split(10))

@@ -71,8 +71,8 @@ class CacheSource(Section):
     path: str
     """Folder of the cache of the training samples."""
     content: Literal["tokens", "latents"] = "tokens"
-    """``tokens``: ids of the tokenizer's scales. ``latents``: encoder features, for recipes whose scales change in
-    every step (FlexVAR, SAR)."""
+    """``tokens``: the tokenizer's ids. ``latents``: what it encodes to, for recipes whose scales change in every step
+    (FlexVAR, SAR) and for tokenizers without ids."""
     views: int = Field(1, ge=1)
     """Augmented versions of each sample, one of which is chosen in each epoch. The ten-crop transform has 10; for
     transforms with continuous randomness 8 to 16 are reasonable; without randomness there is 1."""
@@ -171,9 +171,9 @@ class DataConfig(Section):
     """Height and width in pixels of the images that models see."""
     transform: TransformConfig = NoTransform()
     """Resize, crop and mirror; each is exactly that of a reference implementation."""
-    workers: int = Field(0, ge=0)
+    workers: int = Field(0, ge=0, le=256)
     """Processes per rank that read and decode; 0 reads in the training process (right for small sources)."""
-    prefetch: int = Field(4, ge=1)
+    prefetch: int = Field(4, ge=1, le=1024)
     """Micro-batches that each worker process prepares ahead."""
     damaged_samples: Literal["fail", "skip-and-count"] = "fail"
     """A sample that cannot be read or decoded ends the run, or its place is taken by another sample of the source.

@@ -58,7 +58,7 @@ class CosineSchedule(_Warmup):
     """Linear warm-up from 0, then half a cosine from the peak to ``final_lr`` (RAR, reAR, TiTok)."""
 
     name: Literal["cosine"] = "cosine"
-    final_lr: float = Field(1e-5, ge=0)
+    final_lr: float = Field(1e-5, ge=0, le=100.0)
     """Learning rate at the end of the run. RAR: 1e-5 with peak 4e-4, 62500 of 250000 steps of warm-up."""
 
 
@@ -67,14 +67,20 @@ ScheduleConfig = Annotated[
 ]
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+"""A decay rate of Adam: the share of an old average that a step keeps."""
+LARGEST_RATE = 100.0
+"""Of learning rates: beyond it there is a slip of the pen, never a training."""
+
+
 class OptimizerOverrides(Section):
     """Values of one module where they differ from the others' (a discriminator's learning rate)."""
 
-    lr: float | None = Field(None, gt=0)
+    lr: float | None = Field(None, gt=0, le=LARGEST_RATE)
     """Peak learning rate of this module."""
-    weight_decay: float | None = Field(None, ge=0)
+    weight_decay: float | None = Field(None, ge=0, le=LARGEST_RATE)
     """Weight decay of this module."""
-    betas: tuple[float, float] | None = Field(None, strict=False)
+    betas: tuple[Beta, Beta] | None = Field(None, strict=False)
     """Adam's decay rates for this module."""
     gradient_clipping: float | None = Field(None, ge=0)
     """Largest global gradient norm of this module; 0 does not clip."""
@@ -83,18 +89,18 @@ class OptimizerOverrides(Section):
 class OptimizerConfig(Section):
     """AdamW. The defaults are VAR's (train.py:117-121, arg_util.py:260-264)."""
 
-    lr: float | None = Field(None, gt=0)
+    lr: float | None = Field(None, gt=0, le=LARGEST_RATE)
     """Peak learning rate as it is. Give this or ``base_lr``."""
-    base_lr: float | None = Field(None, gt=0)
+    base_lr: float | None = Field(None, gt=0, le=LARGEST_RATE)
     """Peak learning rate for a global batch of 256 images; the peak is ``base_lr * train.global_batch_size / 256``.
     Without ``lr`` and ``base_lr`` it is VAR's 1e-4."""
-    betas: tuple[float, float] = Field((0.9, 0.95), strict=False)
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False)
     """Adam's decay rates."""
-    epsilon: float = Field(1e-8, gt=0)
+    epsilon: float = Field(1e-8, gt=0, lt=1)
     """Adam's epsilon."""
-    weight_decay: float = Field(0.05, ge=0)
+    weight_decay: float = Field(0.05, ge=0, le=LARGEST_RATE)
     """Weight decay of the parameters that the recipe lets decay."""
-    final_weight_decay: float | None = Field(None, ge=0)
+    final_weight_decay: float | None = Field(None, ge=0, le=LARGEST_RATE)
     """Weight decay at the last step, reached along half a cosine (VAR-d30: 0.08). Default: constant."""
     gradient_clipping: float = Field(2.0, ge=0)
     """Largest global gradient norm; 0 does not clip."""

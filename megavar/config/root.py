@@ -76,6 +76,19 @@ class Config(Section):
         return self.train.initial_weights if path is None else InitialWeightsConfig(path=path)
 
     @model_validator(mode="after")
+    def _warm_up_ends(self) -> "Config":
+        """As far as the file says; where epochs and steps are mixed, the trainer compares them."""
+        schedule, train = self.optimizer.schedule, self.train
+        for unit, length in (("steps", train.steps), ("epochs", train.epochs)):
+            warmup = getattr(schedule, f"warmup_{unit}")
+            if warmup is not None and length is not None and warmup > length:
+                raise ValueError(
+                    f"optimizer.schedule.warmup_{unit}={warmup} is longer than the run of train.{unit}={length}: the "
+                    f"peak learning rate would never be reached. Shorten the warm-up or lengthen the run"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _one_beginning(self) -> "Config":
         if self.train.initial_weights is not None and self.recipe.initial_weights_path() is not None:
             raise ValueError(

@@ -97,7 +97,7 @@ class TrainConfig(Section):
     """Losses and gradients that are not finite."""
     watchdog: WatchdogConfig = WatchdogConfig()
     """Hanging steps."""
-    cpu_threads: int | None = Field(None, ge=1)
+    cpu_threads: int | None = Field(None, ge=1, le=1024)
     """Threads of each process for operations on the CPU; default: as many as PyTorch likes. Small models are faster
     with 1, and much faster where other processes use the cores, because waiting threads spin."""
     agreement_interval: int = Field(1, ge=1)

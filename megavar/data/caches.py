@@ -3,8 +3,9 @@
 A cache folder holds ``cache.json`` and parts ``part-00000.bin``, ... of ``rows_per_part`` rows each (the last one may
 be shorter). Row r of the cache is sample r of the source. A row is an int32 label followed by K views, little endian::
 
-    tokens   uint16  [K, L]         ids of all scales, one after the other, row-major within a scale
-    latents  float16 [K, C, h, w]   encoder features, for recipes whose scales change in every step (FlexVAR, SAR)
+    tokens   uint16  [K, L]         the tokenizer's ids; int32 where 65536 do not suffice
+    latents  float16 [K, C, h, w]   what it encodes to, for recipes whose scales change in every step (FlexVAR, SAR) and
+                                    for tokenizers without ids; [K, ...] of any shape
 
 so ``numpy.memmap(part, dtype=[("label", "<i4"), ("views", "<u2", (K, L))])`` reads a part. View v is what the training
 transform makes of the sample in epoch v (of the ten-crop transform: its view v). Training in epoch e takes view
@@ -31,6 +32,7 @@ FORMAT = "megavar cache 1"
 FILE_NAME = "cache.json"
 Content = Literal["tokens", "latents"]
 ELEMENTS: dict[str, str] = {"tokens": "<u2", "latents": "<f2"}
+WIDE_IDS = "<i4"
 MAPPED_PARTS = 512
 """Parts that a process keeps mapped; each keeps a file open, and systems commonly allow a process 1024."""
 
@@ -42,7 +44,7 @@ class CachePlan:
     content: Content
     views: int
     shape: tuple[int, ...]
-    """Of one view: (L,) or (C, h, w)."""
+    """Of one view: (L,), or that of the latents."""
     rows: int
     rows_per_part: int
     batch_rows: int
@@ -56,11 +58,14 @@ class CachePlan:
     """Fingerprint of the images."""
     tokenizer_sha256: str
     class_names: tuple[str, ...]
+    wide: bool = False
+    """Whether ids need more than 16 bits."""
 
     @property
     def row(self) -> np.dtype:
         """Type of one row."""
-        return np.dtype([("label", "<i4"), ("views", ELEMENTS[self.content], (self.views, *self.shape))])
+        element = WIDE_IDS if self.wide else ELEMENTS[self.content]
+        return np.dtype([("label", "<i4"), ("views", element, (self.views, *self.shape))])
 
     @property
     def parts(self) -> int:
@@ -81,7 +86,10 @@ class Cache:
 
     def encode(self) -> bytes:
         """The one byte sequence that represents this cache's ``cache.json``."""
-        content: dict[str, Any] = {"format": FORMAT, **asdict(self.plan), "part_sha256": self.part_sha256}
+        plan = asdict(self.plan)
+        if not self.plan.wide:  # a key that most caches do without, and that older versions do not know
+            del plan["wide"]
+        content: dict[str, Any] = {"format": FORMAT, **plan, "part_sha256": self.part_sha256}
         content["checksum"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         return (json.dumps(content, indent=1) + "\n").encode()
 
@@ -93,6 +101,7 @@ def part_name(part: int) -> str:
 
 def plan_from_json(content: dict[str, Any]) -> CachePlan:
     """The inverse of ``asdict``, for plans that went through JSON; other keys are ignored."""
+    content = {"wide": False, **content}
     values = {name: content[name] for name in CachePlan.__dataclass_fields__}
     return CachePlan(**values | {"shape": tuple(values["shape"]), "class_names": tuple(values["class_names"])})
 
@@ -158,6 +167,9 @@ class CachedSamples:
         content = hashlib.sha256(self.cache.encode()).hexdigest()
         self.fingerprint = f"cache-{split}-{len(self)}-{content[:16]}"
         self._parts: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._verified: set[int] = set()
+        self.vocabulary: int | None = None
+        """Ids are below it, where the tokenizer is known."""
         plan = self.cache.plan
         self._captioned = open_images() if open_images is not None and not self.class_names else None
         if self._captioned is not None and self._captioned.fingerprint != plan.source:
@@ -186,20 +198,46 @@ class CachedSamples:
         if part not in self._parts:
             while len(self._parts) >= MAPPED_PARTS:
                 self._parts.popitem(last=False)
-            mapped = np.memmap(self.folder / part_name(part), dtype=plan.row, mode="r")
-            self._parts[part] = np.asarray(mapped)  # indexing the subclass is slow
+            self._parts[part] = self._map(part)
         self._parts.move_to_end(part)
         stored = self._parts[part][row]
         caption = None if self._captioned is None else self._captioned.read(index).caption
         sample = Sample(key=f"{part_name(part)}[{row}]", label=int(stored["label"]), caption=caption)
         return replace(sample, **{plan.content: stored["views"]})
 
-    def check_tokenizer(self, tokenizer: nn.Module) -> None:
-        """Make sure that the cache was made with ``tokenizer``.
+    def _map(self, part: int) -> np.ndarray:
+        """The rows of a part. Its bytes are compared with their hash when this process maps it for the first time.
+
+        Raises:
+            DataError: they are others, or say what no tokenizer and no source of this cache can have said.
+        """
+        plan, path = self.cache.plan, self.folder / part_name(part)
+        again = "Make it again: `python -m tools.cache_tokens CONFIG --repair` with the run that the cache is for."
+        rows = np.asarray(np.memmap(path, dtype=plan.row, mode="r"))  # indexing the subclass is slow
+        if part in self._verified:
+            return rows
+        if hashlib.sha256(rows.view(np.uint8)).hexdigest() != self.cache.part_sha256[part]:
+            raise DataError(f"The cache part {path} is not as it was written: its hash is another one. {again}")
+        if plan.content == "tokens" and self.vocabulary is not None and rows["views"].max() >= self.vocabulary:
+            raise DataError(
+                f"The cache part {path} holds the token id {rows['views'].max()}, but the tokenizer has only "
+                f"{self.vocabulary}. {again}"
+            )
+        if rows["label"].max() >= max(self.num_classes, 0) or rows["label"].min() < -1:
+            raise DataError(
+                f"The cache part {path} holds labels from {rows['label'].min()} to {rows['label'].max()}, but the "
+                f"cache has {self.num_classes} classes. {again}"
+            )
+        self._verified.add(part)
+        return rows
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Make sure that the cache was made with ``tokenizer``; from now on its ids must be those of its vocabulary.
 
         Raises:
             ConfigError: it was not.
         """
+        self.vocabulary = tokenizer.space.vocabulary
         if weights_sha256(tokenizer) != self.cache.plan.tokenizer_sha256:
             raise ConfigError(
                 f"The cache {self.folder} was made with another tokenizer than the one that this run loads. Make a "

@@ -36,7 +36,7 @@ from megavar.storage import atomic_file, refuse_link, remove, sha256_of_file, wr
 
 PLAN = "plan.json"
 Encode = Callable[[Tensor], Tensor]
-"""Images, float32 [B, 3, H, W] in [-1, 1], to token ids, integers [B, L], or to features [B, C, h, w]."""
+"""Images, float32 [B, 3, H, W] in [-1, 1], to token ids, integers [B, L], or to latents [B, ...]."""
 
 
 def check_views(transform: Transform, views: int) -> None:
@@ -167,15 +167,18 @@ def write_cache(
 
 def _to_rows(plan: CachePlan, views: np.ndarray, labels: list[int]) -> np.ndarray:
     assert views.shape[1:] == (plan.views, *plan.shape), (views.shape, plan)
-    if plan.content == "tokens" and (views.min() < 0 or views.max() >= 2**16):
-        raise ConfigError(
-            f"The tokenizer gave the id {views.max()}, but caches store ids below 65536. Encode online instead."
-        )
+    if plan.content == "tokens":
+        limit = 2**31 if plan.wide else 2**16
+        if views.dtype.kind not in "iu" or views.min() < 0 or views.max() >= limit:
+            raise ConfigError(
+                f"The tokenizer gave {views.dtype} tokens from {views.min()} to {views.max()}, but its token space "
+                f"says ids below {limit}. Correct the space of its TokenizerChoice."
+            )
     rows = np.zeros(len(labels), dtype=plan.row)
     rows["label"] = labels
     rows["views"] = views
     if plan.content == "latents" and not np.isfinite(rows["views"]).all():
-        raise ConfigError("The tokenizer's features do not fit into float16. Encode online instead.")
+        raise ConfigError("The tokenizer's latents do not fit into float16. Encode online instead.")
     return rows
 
 

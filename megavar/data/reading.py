@@ -165,12 +165,17 @@ def stack(prepared: list[Prepared]) -> Batch:
     )
 
 
-def stored_images(source: Source, transform: Transform, indices: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+def stored_images(
+    source: Source, transform: Transform, indices: Sequence[int] | None = None, damaged: DamagePolicy = "fail"
+) -> tuple[Tensor, Tensor]:
     """Read images of a source for evaluation, in the order of ``indices`` (default: all).
 
+    Args:
+        damaged: what a damaged sample means; scores take nothing but ``fail``.
+
     Returns:
-        uint8 [N, 3, H, W] and labels int64 [N]. A damaged sample is an error.
+        uint8 [N, 3, H, W] and labels int64 [N].
     """
     chosen = torch.arange(len(source)) if indices is None else torch.as_tensor(indices, dtype=torch.int64)
-    batch = SampleReader(source, transform, seed=0).read(torch.zeros_like(chosen), chosen)
+    batch = SampleReader(source, transform, seed=0, damaged=damaged).read(torch.zeros_like(chosen), chosen)
     return batch.require_images(), batch.labels

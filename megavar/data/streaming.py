@@ -33,10 +33,12 @@ from megavar.data.batch import Batch, concatenate
 from megavar.data.loader import Loader
 from megavar.data.order import Order
 from megavar.data.reading import REMEDY, STAND_IN_ATTEMPTS, DamagePolicy, Preparation, Prepared, stack
-from megavar.data.shards.index import IMAGE_EXTENSIONS
-from megavar.data.shards.manifest import Manifest, read_manifest
+from megavar.data.shards.checksum import KEY, checksum
+from megavar.data.shards.index import IMAGE_EXTENSIONS, Index, index_path
+from megavar.data.shards.manifest import FILE_NAME, Manifest, read_manifest
 from megavar.data.source import DamagedSampleError, Sample, Split
 from megavar.data.transforms import Transform
+from megavar.data.webdataset import INDEXES, decode_caption, read_index
 from megavar.errors import ConfigError, DataError, MegavarError
 
 OPENINGS = 3
@@ -63,7 +65,9 @@ class ShardStreams:
             ConfigError: more lanes than shards, or a url without ``{shard}``.
         """
         self.split: Split = split
-        self.manifest: Manifest = read_manifest(Path(path))
+        self.folder = Path(path)
+        self.manifest: Manifest = read_manifest(self.folder)
+        self._indexes: dict[int, Index | None] = {}
         self.class_names = tuple(self.manifest.class_names)
         self.lanes = lanes
         self.fingerprint = f"streams-{split}-{len(self)}-{self.manifest.checksum[:16]}-{lanes}"
@@ -93,6 +97,39 @@ class ShardStreams:
             "data.source.order is stream, which cannot read single samples. Use order: index for evaluation and caches."
         )
 
+    def check(self, shard: int, found: Raw) -> Sample:
+        """The sample that was found at a place of a shard, if it is the one that was written there.
+
+        Where the folder holds the index of the shard, image, caption and class are compared with it. Otherwise the
+        checksum in the sample's own ``.json`` member counts; tars of other tools have none, and of theirs only the
+        first and the last key of each shard are known.
+
+        Raises:
+            DamagedSampleError: image, caption or class are not as they were written, or absent.
+            DataError: the stream is that of another shard.
+        """
+        (place, members), entry = found, self.manifest.shards[shard]
+        key = str(members["__key__"])
+        for known, expected in ((0, entry.first_key), (entry.samples - 1, entry.last_key)):
+            if place == known and key != expected:
+                raise DataError(
+                    f"The stream of {entry.file} is that of another shard: its sample {place} is called {key}, and "
+                    f"{self.folder / FILE_NAME} says {expected}. Correct data.source.url, or restore the shard."
+                )
+        sample = _to_sample(members, entry.file, bool(self.class_names), self.manifest)
+        if shard not in self._indexes:
+            while len(self._indexes) >= INDEXES:
+                self._indexes.pop(next(iter(self._indexes)))
+            has_index = index_path(self.folder / entry.file).is_file()
+            self._indexes[shard] = read_index(self.folder, entry) if has_index else None
+        index = self._indexes[shard]
+        if index is not None:
+            assert isinstance(sample.image, bytes)
+            same = index.agrees(place, sample.image, members.get("txt", b""))
+            if not same or int(index.records[place]["label"]) not in (sample.label, -1):
+                raise DamagedSampleError(f"{sample.key}: image, caption or class is not as it was written (index)")
+        return sample
+
     def open(self, shard: int) -> Iterator[dict[str, Any]]:
         """The samples of one shard as webdataset reads them. Ends early where the stream breaks off."""
         file = self.manifest.shards[shard].file
@@ -104,8 +141,13 @@ class ShardStreams:
 
         samples = webdataset.DataPipeline(lambda: [{"url": url}], webdataset.tarfile_to_samples(handler=note))
         for sample, following in itertools.pairwise(itertools.chain(samples, [None])):
-            if following is not None or _image(sample) is not None:  # the last one may be torn
+            if following is not None or self._is_complete(sample):  # the last one may be torn
                 yield sample
+
+    def _is_complete(self, members: dict[str, Any]) -> bool:
+        """Whether a sample has all members that this tool writes; of other tools' samples, an image."""
+        own = set() if self.manifest.foreign else {"json", "cls" if self.class_names else "txt"}
+        return _image(members) is not None and own <= members.keys()
 
 
 def _image(members: dict[str, Any]) -> bytes | None:
@@ -147,7 +189,7 @@ def _shard_samples(
 
     def prepared(place: int, found: Raw) -> Prepared:
         index = streams.starts[shard] + found[0]
-        sample = _to_sample(found[1], entry.file, bool(streams.class_names))
+        sample = streams.check(shard, found)
         result = prepare(sample, epoch, index, lambda: draws[found[0]])
         return replace(result, replaced=True) if found[0] != place else result
 
@@ -204,25 +246,41 @@ def _circle(streams: ShardStreams, shard: int, damaged: DamagePolicy) -> Iterato
         yield from itertools.islice(enumerate(streams.open(shard)), available)
 
 
-def _to_sample(members: dict[str, Any], file: str, has_classes: bool) -> Sample:
+def _to_sample(members: dict[str, Any], file: str, has_classes: bool, manifest: Manifest) -> Sample:
     """Check and convert a sample as webdataset reads it.
 
     Raises:
-        DamagedSampleError: the image or class is absent, or the image is not the one whose hash was noted.
+        DamagedSampleError: the image or class is absent, or something is not as it was written.
     """
     key = f"{file}/{members['__key__']}"
     image = _image(members)
     if image is None:
         raise DamagedSampleError(f"{key}: it has no image")
+    _check_members(members, key, manifest)
     try:
         label = int(members["cls"]) if has_classes else -1
-        expected = json.loads(members["json"]).get("sha256") if "json" in members else None
-    except (KeyError, ValueError, AttributeError) as error:
-        raise DamagedSampleError(f"{key}: its class or json member cannot be read") from error
-    if expected is not None and hashlib.sha256(image).hexdigest() != expected:
-        raise DamagedSampleError(f"{key}: the image is not as it was written (hash)")
-    caption = members.get("txt", b"").decode(errors="replace") if not has_classes else None
+    except (KeyError, ValueError) as error:
+        raise DamagedSampleError(f"{key}: its class cannot be read") from error
+    if has_classes and not 0 <= label < len(manifest.class_names):
+        raise DamagedSampleError(f"{key}: its class {label} is not one of the {len(manifest.class_names)} classes")
+    caption = decode_caption(members.get("txt", b""), key) if not has_classes else None
     return Sample(key=key, label=label, image=image, caption=caption)
+
+
+def _check_members(members: dict[str, Any], key: str, manifest: Manifest) -> None:
+    """Compare members with what the ``.json`` member says, if our tool wrote it; others mean other things by it."""
+    contents = {name: content for name, content in members.items() if not name.startswith("__")}
+    try:
+        facts = json.loads(contents.get("json", b""))
+        facts = facts if isinstance(facts, dict) else {}
+    except ValueError:
+        facts = {}
+    if KEY in facts or (manifest.version >= 2 and not manifest.foreign):
+        same = facts.get(KEY) == checksum(contents, facts)
+    else:
+        same = manifest.foreign or facts.get("sha256") == hashlib.sha256(_image(members) or b"").hexdigest()
+    if not same:
+        raise DamagedSampleError(f"{key}: image, caption, class or json is not as it was written (checksum)")
 
 
 class LaneReads(torch.utils.data.IterableDataset):

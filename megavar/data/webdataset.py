@@ -2,14 +2,13 @@
 
 import hashlib
 import os
-import zlib
 from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 
-from megavar.data.shards.index import decode_index, index_path
-from megavar.data.shards.manifest import read_manifest
+from megavar.data.shards.index import Index, decode_index, index_path
+from megavar.data.shards.manifest import ShardEntry, read_manifest
 from megavar.data.source import DamagedSampleError, Sample, Split
 from megavar.errors import DataError
 
@@ -18,6 +17,34 @@ OPEN_FILES = 128
 INDEXES = 2048
 """Indexes that a process keeps in memory, 40 kB each for shards of 1250 samples. Mapped files would stay open."""
 TAR_HEADER = 512
+
+
+def read_index(folder: Path, entry: ShardEntry) -> Index:
+    """The index of a shard, as the manifest knows it.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    path = index_path(folder / entry.file)
+    content = path.read_bytes() if path.is_file() else None
+    if content is None or hashlib.sha256(content).hexdigest() != entry.index_sha256:
+        raise DataError(
+            f"The index {path} is {'missing' if content is None else 'damaged'}. Rebuild it with "
+            f"`python -m tools.verify_shards {folder} --repair`."
+        )
+    return decode_index(content, path)
+
+
+def decode_caption(text: bytes, key: str) -> str:
+    """The text of a caption.
+
+    Raises:
+        DamagedSampleError: it is not UTF-8.
+    """
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise DamagedSampleError(f"{key}: its caption is not UTF-8 text ({error})") from error
 
 
 class ShardFolder:
@@ -36,7 +63,7 @@ class ShardFolder:
         self.fingerprint = f"shards-{split}-{len(self)}-{self.manifest.checksum[:16]}"
         self.starts = np.cumsum([0, *(shard.samples for shard in self.manifest.shards)])
         """int64 [shards + 1]: index of the first sample of each shard."""
-        self._indexes: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._indexes: OrderedDict[int, Index] = OrderedDict()
         self._files: OrderedDict[int, int] = OrderedDict()
         self._process = os.getpid()
 
@@ -51,7 +78,8 @@ class ShardFolder:
     def read(self, index: int) -> Sample:
         """Sample ``index`` with its encoded image."""
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
-        record = self._index(shard)[index - self.starts[shard]]
+        indexed, place = self._index(shard), index - int(self.starts[shard])
+        record = indexed.records[place]
         # The tar header before the image names the sample; reading it along costs nothing.
         offset, size = int(record["image_offset"]) - TAR_HEADER, int(record["image_size"])
         content = self._read(shard, offset, TAR_HEADER + size)
@@ -60,29 +88,22 @@ class ShardFolder:
         image = content[TAR_HEADER:]
         if len(image) != size:
             raise DamagedSampleError(f"{self._path(shard)} ends before it, at byte {offset + len(content)}")
-        if zlib.crc32(image) != int(record["image_crc32"]):
-            raise DamagedSampleError(f"{key}: the image is not as it was written (checksum)")
-        caption = None
-        if not self.class_names:
+        text = b""
+        if not self.class_names or indexed.version >= 2:
             text = self._read(shard, int(record["caption_offset"]), int(record["caption_size"]))
-            caption = text.decode(errors="replace")
+        if not indexed.agrees(place, image, text):
+            raise DamagedSampleError(f"{key}: the image or its caption is not as it was written (checksum)")
+        caption = None if self.class_names else decode_caption(text, key)
         return Sample(key=key, label=int(record["label"]), image=image, caption=caption)
 
     def _path(self, shard: int) -> Path:
         return self.root / self.manifest.shards[shard].file
 
-    def _index(self, shard: int) -> np.ndarray:
+    def _index(self, shard: int) -> Index:
         if shard not in self._indexes:
-            path, entry = index_path(self._path(shard)), self.manifest.shards[shard]
-            content = path.read_bytes() if path.is_file() else None
-            if content is None or hashlib.sha256(content).hexdigest() != entry.index_sha256:
-                raise DataError(
-                    f"The index {path} is {'missing' if content is None else 'damaged'}. Rebuild it with "
-                    f"`python -m tools.verify_shards {self.root} --repair`."
-                )
             while len(self._indexes) >= INDEXES:
                 self._indexes.popitem(last=False)
-            self._indexes[shard] = decode_index(content, path)
+            self._indexes[shard] = read_index(self.root, self.manifest.shards[shard])
         self._indexes.move_to_end(shard)
         return self._indexes[shard]
 

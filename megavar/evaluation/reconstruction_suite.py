@@ -14,7 +14,6 @@ from tqdm import tqdm
 from megavar.chunks import ChunkStore, share
 from megavar.config.data import DataConfig
 from megavar.config.evaluation import PerceptualWeights, ReconstructionConfig
-from megavar.config.recipes.tokenizer import PerceptualConfig
 from megavar.data.build import build_source
 from megavar.data.pixels import quantize, to_float
 from megavar.data.shapes_grammar import evaluation_prompts
@@ -24,7 +23,6 @@ from megavar.evaluation.base import Scores
 from megavar.evaluation.classes import class_extractor, class_reference
 from megavar.evaluation.classifier import load_network
 from megavar.evaluation.digits import digits_extractor
-from megavar.evaluation.image_quality import AlexNetDistance
 from megavar.evaluation.inception import ADMInception
 from megavar.evaluation.reconstruction import (
     METRICS,
@@ -37,7 +35,7 @@ from megavar.evaluation.reference import check_reference, load_reference
 from megavar.evaluation.shape_eval import tokenizer_ceiling
 from megavar.parallel.environment import Environment
 from megavar.storage import sha256_of_file
-from megavar.tokenizers.perceptual import PerceptualDistance
+from megavar.tokenizers.perceptual import ALEXNET, VGG16, PerceptualDistance
 
 _CLASSIFIER_IMAGES = 4096
 _CEILING_PROMPTS_PER_TAG = 50
@@ -138,13 +136,12 @@ def _instruments(
     """What measures, the network of rFID, and what identifies all of it."""
     perceptual: dict[str, nn.Module] = {}
     files: dict[str, Any] = {}
-    if config.lpips_vgg is not None:
-        weights = PerceptualConfig(vgg16_weights=config.lpips_vgg.backbone, lpips_weights=config.lpips_vgg.linear)
-        perceptual["lpips_vgg"] = PerceptualDistance(weights).to(device)
-        files["lpips_vgg"] = _hashes(config.lpips_vgg)
-    if config.lpips_alex is not None:
-        perceptual["lpips_alex"] = AlexNetDistance(config.lpips_alex.backbone, config.lpips_alex.linear).to(device)
-        files["lpips_alex"] = _hashes(config.lpips_alex)
+    for name, network in (("lpips_vgg", VGG16), ("lpips_alex", ALEXNET)):
+        given: PerceptualWeights | None = getattr(config, name)
+        if given is not None:
+            keys = f"evaluation.reconstruction.{name}.backbone", f"evaluation.reconstruction.{name}.linear"
+            perceptual[name] = PerceptualDistance(network, given.backbone, given.linear, keys=keys).to(device)
+            files[name] = _hashes(given)
     if config.inception_weights is not None:
         inception = ADMInception(Path(config.inception_weights), unofficial=config.unofficial_weights).to(device)
         identity = {"name": inception.name, "sha256": inception.weights_sha256, **files}

@@ -11,7 +11,8 @@ there were one process, and runs under every layout. Take a class-conditional ra
                    decoding: as many tokens as the inputs hold.
 * ``embed``        the class's row, then the rows of all tokens but the last, each plus its position: [B, 256, C].
 * ``spec``         which norm, modulation, attention and feed-forward network block i is made of.
-* ``build_last``   the last norm and a ``ColumnParallelLinear`` to the vocabulary. Only the last stage has them.
+* ``build_last``   the last norm and a ``ColumnParallelLinear`` to the vocabulary, both built with ``self.unsharded``:
+                   outside the blocks every rank has all tokens. Only the last stage has them.
 * ``predict``      from hidden states [256, B, C] to logits: ``self.head(self.norm(hidden))[0].transpose(0, 1)``.
 * ``example``      inputs of so many images, for the planner, benchmarks and dry runs.
 
@@ -19,8 +20,9 @@ Its section of the configuration is a subclass of ``GeneratorChoice`` that names
 layouts (``limits``). There is nothing else to register.
 
 What may be left out has a default: ``condition_rows`` and ``modulating`` (no conditions but those in the tokens),
-``initial_value`` and ``own_rule`` (PyTorch's scale; decay on all but biases and norms), ``kinds`` (one kind of
-segment), ``gather`` (the last dimension of the prediction is shared by tensor-parallel ranks).
+``initial_value`` and ``own_rule`` (PyTorch's scale; decay on all but biases and norms), ``kinds_of`` (one kind of
+segment), ``gather`` (the last dimension of the prediction is shared by tensor-parallel ranks). Decoding is ``step``: it
+calls the same methods with inputs that hold the newest tokens only.
 
 Three rules keep every layout equal to one process: draw nothing from a global random state (dropout is counter-based,
 ``transformer/dropout.py``), read parameters in ``forward`` of the module that owns them (ZeRO-3 gathers them there),

@@ -154,10 +154,6 @@ class Recipe(Protocol):
         """Called on every rank after the optimizer steps of all modules (for example to revive dead codes)."""
         ...
 
-    def preview(self, indices: Tensor) -> Tensor | None:
-        """Images to look at while the run goes on, uint8 [N, 3, H, W], one for each of ``indices``; None: none."""
-        ...
-
 
 @runtime_checkable
 class KnowsRules(Protocol):
@@ -165,6 +161,16 @@ class KnowsRules(Protocol):
 
     def rule(self, name: str) -> ParameterRule:
         """The rule of its logical tensor ``name``."""
+        ...
+
+
+@runtime_checkable
+class RecordsRouting(Protocol):
+    """A module with routers, as generators are."""
+
+    def collect_routing(self) -> dict[str, Tensor]:
+        """``load`` [blocks, kinds, experts], ``balance`` and ``passes`` [blocks] since the last call; see
+        :meth:`megavar.transformer.backbone.Backbone.collect_routing`."""
         ...
 
 
@@ -197,21 +203,36 @@ class BaseRecipe:
         return True
 
     def collect(self) -> dict[str, Tensor]:
-        """Nothing beside what the losses say."""
-        return {}
+        """What routers of experts recorded; sums, zero for blocks of other stages."""
+        collected: dict[str, Tensor] = {}
+        for module in self.modules().values():
+            for chunk in chunks_of(module):
+                for key, value in chunk.collect_routing().items() if isinstance(chunk, RecordsRouting) else ():
+                    collected[key] = collected[key] + value if key in collected else value
+        return collected
 
     def summarize(self, statistics: dict[str, Tensor]) -> dict[str, float]:
-        """No metrics beside the losses."""
-        return {}
+        """Of experts the mean balance loss, and each one's share of the tokens."""
+        return routing_metrics(statistics)
 
     def after_step(self, step: int, write_rows: WriteRows) -> None:
         """Nothing to do."""
-
-    def preview(self, indices: Tensor) -> Tensor | None:
-        """No images."""
-        return None
 
 
 def chunks_of(module: nn.Module) -> list[nn.Module]:
     """The parts of a module on this pipeline stage: several under virtual pipelining (an ``nn.ModuleList``)."""
     return list(module) if isinstance(module, nn.ModuleList) else [module]
+
+
+def routing_metrics(statistics: dict[str, Tensor]) -> dict[str, float]:
+    """Balance loss and share of tokens of each expert, from what routers recorded on all ranks; nothing if dense."""
+    if "load" not in statistics:
+        return {}
+    load = statistics["load"]
+    share = load.sum((0, 1)) / load.sum().clamp(min=1)
+    by_layer = load.sum(1) / load.sum((1, 2)).clamp(min=1)[:, None]
+    metrics = {"balance": float((statistics["balance"] / statistics["passes"].clamp(min=1)).mean())}
+    metrics |= {f"expert_share/{number}": float(value) for number, value in enumerate(share)}
+    metrics["expert_share/largest_in_a_layer"] = float(by_layer.max())
+    metrics["expert_share/smallest_in_a_layer"] = float(by_layer.min())
+    return metrics

@@ -21,7 +21,7 @@ from megavar.generators.base import GeneratorOutput
 from megavar.generators.inputs import ScaleInputs
 from megavar.parallel import seeds
 from megavar.parallel.vocabulary import vocabulary_cross_entropy, vocabulary_hits
-from megavar.recipes.base import BaseRecipe, Losses, Parts, Pass, chunks_of
+from megavar.recipes.base import BaseRecipe, Losses, Parts, Pass
 from megavar.recipes.terms.base import Term, add_terms, heads_of, prepare_terms, taps_of
 from megavar.tokenizers.base import Pyramid
 
@@ -120,25 +120,3 @@ class NextScale(BaseRecipe):
                 means[f"accuracy/scale_{side:02d}"] = (hit.sum(), hit.numel())
         losses = Losses(total, {"loss": total.detach(), "accuracy": hits.sum()}, means=means)
         return add_terms(losses, self.terms, output, inputs.terms, len(inputs.targets))
-
-    def collect(self) -> dict[str, Tensor]:
-        """Routing statistics of this rank since the last call; sums, zero for blocks of other stages."""
-        collected: dict[str, Tensor] = {}
-        chunks: list[Any] = chunks_of(self.generator)
-        for chunk in chunks:
-            for key, value in chunk.collect_routing().items():
-                collected[key] = collected[key] + value if key in collected else value
-        return collected
-
-    def summarize(self, statistics: dict[str, Tensor]) -> dict[str, float]:
-        """Balance loss and share of tokens of each expert, from statistics summed over all ranks."""
-        if "load" not in statistics:
-            return {}
-        load = statistics["load"]
-        share = load.sum((0, 1)) / load.sum().clamp(min=1)
-        by_layer = load.sum(1) / load.sum((1, 2), keepdim=False).clamp(min=1)[:, None]
-        metrics = {"balance": float((statistics["balance"] / statistics["passes"].clamp(min=1)).mean())}
-        metrics |= {f"expert_share/{number}": float(value) for number, value in enumerate(share)}
-        metrics["expert_share/largest_in_a_layer"] = float(by_layer.max())
-        metrics["expert_share/smallest_in_a_layer"] = float(by_layer.min())
-        return metrics

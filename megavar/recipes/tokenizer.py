@@ -35,7 +35,7 @@ from megavar.recipes.adversarial import (
 from megavar.recipes.base import BaseRecipe, Losses, Parts, Pass, WriteRows
 from megavar.recipes.codebook import CodebookUpkeep, usage_metrics
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ, Reconstruction
-from megavar.tokenizers.perceptual import PerceptualDistance
+from megavar.tokenizers.perceptual import VGG16, PerceptualDistance
 
 _PEAK_TO_PEAK = 2.0  # images are in [-1, 1]
 
@@ -81,7 +81,11 @@ class TokenizerTraining(BaseRecipe):
         self.tokenizer = MultiScaleVQ(tokenizer)
         self.tokenizer.initialize(generator(seed, "initial_autoencoder"))
         self.tokenizer.to(device)
-        self.perceptual = None if config.perceptual is None else PerceptualDistance(config.perceptual).to(device)
+        self.perceptual: PerceptualDistance | None = None
+        if config.perceptual is not None:
+            files = config.perceptual.vgg16_weights, config.perceptual.lpips_weights
+            keys = "recipe.perceptual.vgg16_weights", "recipe.perceptual.lpips_weights"
+            self.perceptual = PerceptualDistance(VGG16, *files, keys=keys).to(device)
         self.discriminator: PatchDiscriminator | None = None
         if config.adversarial is not None:
             self.discriminator = PatchDiscriminator(config.adversarial, tokenizer.image_channels, tokenizer.image_side)

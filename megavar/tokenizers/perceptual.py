@@ -1,21 +1,84 @@
-"""LPIPS: perceptual distance of images on VGG-16 features (Zhang et al. 2018, arXiv:1801.03924).
+"""LPIPS: perceptual distance of images on the features of a classifier (Zhang et al. 2018, arXiv:1801.03924).
 
-    features = VGG-16 activations after the last ReLU of each of the five stages
+    features = activations of a network after the last ReLU of each of its five stages
     d(x, y)  = sum over stages, mean over positions of  w . (x_l / |x_l| - y_l / |y_l|)^2      (channel-wise unit norm)
 
-Both weight files are read from disk: torchvision's ``vgg16`` state dict and the LPIPS package's ``v0.1/vgg.pth``.
+VGG-16 is what tokenizers are trained with, AlexNet what most papers report. Both weight files are read from disk:
+torchvision's state dict of the network, and the LPIPS package's weights ``w`` of every channel.
 """
+
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megavar.config.recipes.tokenizer import PerceptualConfig
 from megavar.errors import CheckpointError
 from megavar.weight_file import differences, read_state_dict
 
-_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-"""Output channels of the convolutions of VGG-16's stages (Simonyan and Zisserman 2015, configuration D)."""
+
+class Convolution(NamedTuple):
+    """A convolution before a ReLU."""
+
+    position: int
+    """Inside torchvision's ``features``: names its keys."""
+    width: int
+    kernel: int = 3
+    stride: int = 1
+    padding: int = 1
+
+
+@dataclass(frozen=True)
+class FeatureNetwork:
+    """Five stages of convolutions, some of which begin with a max pool."""
+
+    name: str
+    stages: tuple[tuple[Convolution, ...], ...]
+    pool: int
+    """Kernel of the pools, whose stride is 2."""
+    pooled: tuple[int, ...]
+    """Stages that begin with a pool."""
+    published: str
+    """Where torchvision has the weights."""
+    linear: str
+    """Name of the LPIPS package's file."""
+
+
+def _vgg_stage(first: int, *widths: int) -> tuple[Convolution, ...]:
+    return tuple(Convolution(first + 2 * number, width) for number, width in enumerate(widths))
+
+
+VGG16 = FeatureNetwork(
+    "VGG-16",
+    (
+        _vgg_stage(0, 64, 64),
+        _vgg_stage(5, 128, 128),
+        _vgg_stage(10, 256, 256, 256),
+        _vgg_stage(17, 512, 512, 512),
+        _vgg_stage(24, 512, 512, 512),
+    ),
+    pool=2,
+    pooled=(1, 2, 3, 4),
+    published="torchvision.models.vgg16, ImageNet weights",
+    linear="lpips/weights/v0.1/vgg.pth",
+)
+"""Simonyan and Zisserman 2015, configuration D. Images of at least 16 pixels."""
+ALEXNET = FeatureNetwork(
+    "AlexNet",
+    (
+        (Convolution(0, 64, 11, 4, 2),),
+        (Convolution(3, 192, 5, 1, 2),),
+        (Convolution(6, 384),),
+        (Convolution(8, 256),),
+        (Convolution(10, 256),),
+    ),
+    pool=3,
+    pooled=(1, 2),
+    published="torchvision.models.alexnet, ImageNet weights",
+    linear="lpips/weights/v0.1/alex.pth",
+)
+"""torchvision's variant of Krizhevsky 2014. Images of at least 63 pixels."""
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
 """LPIPS' normalization of images in [-1, 1]: ImageNet's mean and deviation in that range."""
@@ -28,15 +91,20 @@ class PerceptualDistance(nn.Module):
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, config: PerceptualConfig) -> None:
+    def __init__(self, network: FeatureNetwork, weights: str, linear: str, *, keys: tuple[str, str]) -> None:
         """Read the weights.
+
+        Args:
+            weights: torchvision's state dict of ``network``; its classifier is ignored.
+            linear: the LPIPS package's file for it.
+            keys: of the configuration that name both files, for errors.
 
         Raises:
             CheckpointError: a file is missing or holds something else.
         """
         super().__init__()
-        self.stages = nn.ModuleList(_build_stages(config.vgg16_weights))
-        self.linear = nn.ParameterList(_read_linear(config.lpips_weights))
+        self.stages = nn.ModuleList(_build_stages(network, weights, keys[0]))
+        self.linear = nn.ParameterList(_read_linear(network, linear, keys[1]))
         self.register_buffer("shift", torch.tensor(_SHIFT).view(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor(_SCALE).view(1, 3, 1, 1))
         self.eval().requires_grad_(False)
@@ -51,7 +119,7 @@ class PerceptualDistance(nn.Module):
         return result
 
     def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
-        """Distance of each pair: float [B, 3, H, W] in [-1, 1] twice, sides of at least 16 pixels -> float32 [B].
+        """Distance of each pair: float [B, 3, H, W] in [-1, 1] twice -> float32 [B].
 
         The gradient reaches ``reconstruction`` only.
         """
@@ -63,36 +131,34 @@ class PerceptualDistance(nn.Module):
         return distance
 
 
-def _build_stages(path: str) -> list[nn.Module]:
-    """VGG-16's five convolutional stages with the weights of a torchvision state dict."""
+def _build_stages(network: FeatureNetwork, path: str, key: str) -> list[nn.Module]:
+    """The convolutional stages with the weights of a torchvision state dict."""
     stages: list[nn.Module] = []
     numbered: dict[str, nn.Module] = {}
-    position, channels = 0, 3  # position: index inside torchvision's `features`, which names the keys
-    for number, widths in enumerate(_STAGES):
-        layers: list[nn.Module] = [nn.MaxPool2d(2)] if number else []
-        position += bool(number)
-        for width in widths:
-            convolution = nn.Conv2d(channels, width, 3, padding=1)
+    channels = 3
+    for number, convolutions in enumerate(network.stages):
+        layers: list[nn.Module] = [nn.MaxPool2d(network.pool, 2)] if number in network.pooled else []
+        for place, width, kernel, stride, padding in convolutions:
+            convolution = nn.Conv2d(channels, width, kernel, stride, padding)
             layers += [convolution, nn.ReLU()]
-            numbered[str(position)] = convolution
-            position, channels = position + 2, width
+            numbered[str(place)], channels = convolution, width
         stages.append(nn.Sequential(*layers))
-    tensors = read_state_dict(path, "VGG-16 weights (recipe.perceptual.vgg16_weights)")
-    network = nn.ModuleDict(numbered)
-    features = {
-        name.removeprefix("features."): tensor for name, tensor in tensors.items() if name.startswith("features.")
-    }
-    _check("VGG-16 weights", path, network.state_dict(), features, "torchvision.models.vgg16, ImageNet weights")
-    network.load_state_dict(features)
+    what = f"{network.name} weights"
+    tensors = read_state_dict(path, f"{what} ({key})")
+    named = nn.ModuleDict(numbered)
+    prefix = "features."
+    features = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    _check(what, path, named.state_dict(), features, network.published)
+    named.load_state_dict(features)
     return stages
 
 
-def _read_linear(path: str) -> list[nn.Parameter]:
+def _read_linear(network: FeatureNetwork, path: str, key: str) -> list[nn.Parameter]:
     """LPIPS' weight of every channel of the five stages, [1, C_l, 1, 1]."""
-    tensors = read_state_dict(path, "LPIPS weights (recipe.perceptual.lpips_weights)")
-    names = [f"lin{number}.model.1.weight" for number in range(len(_STAGES))]
-    expected = {name: torch.empty(1, widths[-1], 1, 1) for name, widths in zip(names, _STAGES)}
-    _check("LPIPS weights", path, expected, tensors, "lpips/weights/v0.1/vgg.pth of the LPIPS package")
+    tensors = read_state_dict(path, f"LPIPS weights ({key})")
+    names = [f"lin{number}.model.1.weight" for number in range(len(network.stages))]
+    expected = {name: torch.empty(1, stage[-1].width, 1, 1) for name, stage in zip(names, network.stages)}
+    _check("LPIPS weights", path, expected, tensors, f"{network.linear} of the LPIPS package")
     return [nn.Parameter(tensors[name].float()) for name in names]
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -31,6 +32,7 @@ class MetricsFile:
         if path.exists():
             self._keep_until(step)
         self._file = storage.open_to_append(path)
+        self._waiting = bytearray()
 
     def _keep_until(self, step: int) -> None:
         kept: list[bytes] = []
@@ -47,9 +49,13 @@ class MetricsFile:
             storage.write_bytes_atomic(self.path, b"".join(kept))
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one line."""
-        self._file.write(json.dumps(record).encode() + b"\n")
-        self._file.flush()
+        """Append one line. A full disk ends no run: the line waits in memory, and goes out with a later one."""
+        self._waiting += json.dumps(record).encode() + b"\n"
+        try:
+            while self._waiting:
+                del self._waiting[: self._file.write(self._waiting)]
+        except OSError as error:
+            _log.warning("%s cannot be written: %s. Its newest lines are kept in memory.", self.path, error)
 
     def close(self) -> None:
         """Close the file."""
@@ -136,10 +142,10 @@ class Monitor:
             _log.warning("wandb is not installed; metrics go to %s only.", self.directory.metrics)
             return None
         place = self.directory.path / "wandb_id"
-        identity = place.read_text().strip() if place.exists() else secrets.token_hex(4)
-        storage.write_text_atomic(place, identity + "\n")
         settings = self.config.wandb
         try:
+            identity = (place.read_text().strip() if place.exists() else "") or secrets.token_hex(4)
+            storage.write_text_atomic(place, identity + "\n")
             return wandb.init(
                 project=settings.project, entity=settings.entity, name=self.name, id=identity, resume="allow",
                 mode=settings.mode, dir=str(self.directory.path), config=config, reinit="finish_previous",
@@ -181,10 +187,14 @@ class Monitor:
             self._bar.set_postfix_str(self._latest, refresh=False)
         self._log_to_wandb(record["step"], {k: v for k, v in record.items() if k not in ("step", "time")})
 
-    def _log_to_wandb(self, step: int, values: dict[str, Any]) -> None:
+    def _log_to_wandb(self, step: int, values: dict[str, Any], grid: np.ndarray | None = None) -> None:
         if self._wandb is None:
             return
         try:
+            if grid is not None:  # making the picture writes a file of W&B's own
+                import wandb
+
+                values = {"samples": wandb.Image(grid)}
             self._wandb.log(values, step=step)
         except Exception as error:  # its service is a process of its own, and SIGTERM reaches all processes of a job
             _log.warning("W&B is lost (%s); metrics go to %s only.", error, self.directory.metrics)
@@ -196,7 +206,7 @@ class Monitor:
             self._metrics.write({"time": round(time.time(), 3), "step": step, "event": event, **facts})
 
     def save_grid(self, step: int, images: torch.Tensor) -> None:
-        """Write uint8 [N, 3, H, W] as ``samples/step-<step>.png``."""
+        """Write uint8 [N, 3, H, W] as ``samples/step-<step>.png``. A picture that cannot be written ends no run."""
         if not self.is_writer:
             return
         from PIL import Image
@@ -205,12 +215,13 @@ class Monitor:
 
         grid = image_grid(images, columns=10)
         path = self.directory.samples / f"step-{step:08d}.png"
-        with storage.atomic_file(path) as file:
-            Image.fromarray(grid).save(file, format="PNG")
+        try:
+            with storage.atomic_file(path) as file:
+                Image.fromarray(grid).save(file, format="PNG")
+        except OSError as error:
+            _log.warning("The preview %s cannot be written: %s", path, error)
         if self._wandb is not None:
-            import wandb
-
-            self._log_to_wandb(step, {"samples": wandb.Image(grid)})
+            self._log_to_wandb(step, {}, grid)
 
     def close(self) -> None:
         """Finish all outputs."""

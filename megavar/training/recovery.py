@@ -34,14 +34,14 @@ class Recovery:
         """Rollbacks since the last new checkpoint."""
         self._losses: deque[float] = deque(maxlen=config.spike_window)
 
-    def judge(self, applied: bool) -> Verdict:
-        """Take in whether the step was applied."""
+    def judge(self, applied: bool, last: bool = False) -> Verdict:
+        """Take in whether the step was applied. The ``last`` of a run must be: it may not be skipped."""
         if applied:
             self.consecutive = 0
             return Verdict.CONTINUE
         self.consecutive += 1
         self.skipped += 1
-        if self.consecutive <= self.config.skips:
+        if self.consecutive <= self.config.skips and not last:
             return Verdict.CONTINUE
         return Verdict.ROLL_BACK if self.rollbacks < self.config.rollbacks else Verdict.STOP
 
@@ -52,9 +52,9 @@ class Recovery:
         self._losses.clear()
 
     def saved(self) -> None:
-        """The trainer has saved a new checkpoint."""
-        if self.consecutive == 0:
-            self.rollbacks = 0
+        """The trainer has saved a new checkpoint, which it does after an applied step only."""
+        assert self.consecutive == 0
+        self.rollbacks = 0
 
     def spike(self, loss: float | None) -> float | None:
         """Take in a logged loss; return the median of the recent past if this one stands out above it.

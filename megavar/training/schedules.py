@@ -10,6 +10,7 @@ from megavar.config.optimizer import (
     ScheduleConfig,
     VarCosineSchedule,
 )
+from megavar.errors import ConfigError
 
 _VAR_BASE_LR = 1e-4  # VAR's tblr (utils/arg_util.py)
 _VAR_WARMUP = 1 / 50  # VAR's warm-up: ep / 50 epochs
@@ -42,6 +43,20 @@ def warmup_steps(schedule: ScheduleConfig, steps: int, steps_per_epoch: float) -
     if schedule.warmup_fraction is not None:
         return round(schedule.warmup_fraction * steps)
     return round(_VAR_WARMUP * steps) if isinstance(schedule, Lin0Schedule | VarCosineSchedule) else 0
+
+
+def check_warmup(schedule: ScheduleConfig, steps: int, steps_per_epoch: float) -> None:
+    """Refuse a warm-up that is longer than the run of ``steps`` steps.
+
+    Raises:
+        ConfigError: it is.
+    """
+    warmup = warmup_steps(schedule, steps, steps_per_epoch)
+    if warmup > steps:
+        raise ConfigError(
+            f"optimizer.schedule warms up for {warmup} steps, but the run has {steps} steps: the peak learning rate "
+            f"would never be reached. Shorten the warm-up, or lengthen the run (train.steps or train.epochs)."
+        )
 
 
 def learning_rate(schedule: ScheduleConfig, peak: float, step: int, steps: int, steps_per_epoch: float) -> float:

@@ -47,6 +47,7 @@ class Trainer:
         train = run.train
         self.total_steps = schedules.total_steps(train.steps, train.epochs, run.samples, train.global_batch_size)
         self.steps_per_epoch = run.samples / train.global_batch_size
+        schedules.check_warmup(run.optimizer.schedule, self.total_steps, self.steps_per_epoch)
         self.micro_batch_size = micro_batch_size(train, run.topology)
         self.engines = build_engines(
             run.recipe,
@@ -73,6 +74,8 @@ class Trainer:
         """Global batches gone through: ``step``, plus those that rollbacks have passed over."""
         self._kept_step = 0
         """The step that the newest checkpoint holds."""
+        self._save_owed = False
+        """A save is due, and waits for the end of a streak of steps that are not applied."""
         self._batches: Iterator[list[Batch]] = iter(())
 
     def run(self) -> ExitCode:
@@ -124,18 +127,20 @@ class Trainer:
             self.stopwatch.step_done()
             self.watchdog.beat(self.step)
             logs.set_step(self.step)
-            if not self._recovered(applied):
-                continue
             last = self.step == self.total_steps
+            if not self._recovered(applied, last):
+                continue
             if last or self._due(reports.interval):
                 self._log()
             self.monitor.advance(self.step)
             stopping = self._due(train.agreement_interval) and self.stop.agreed() and not last
-            if last or stopping or self._due(train.checkpoint.interval):
+            self._save_owed |= last or stopping or self._due(train.checkpoint.interval)
+            if self._save_owed:
                 self._save()
             if stopping:
                 self.checkpointer.close()
-                _log.info("Stopped and saved after step %d of %d, as agreed.", self.step, self.total_steps)
+                _log.info("Stopped after step %d of %d, as agreed; step %d is saved.", self.step, self.total_steps,
+                          self._kept_step)  # fmt: skip
                 return ExitCode.PREEMPTED
             if last or self._due(reports.samples_interval):
                 self._preview()
@@ -207,9 +212,9 @@ class Trainer:
     def _due(self, interval: int | None) -> bool:
         return interval is not None and self.step % interval == 0
 
-    def _recovered(self, applied: bool) -> bool:
+    def _recovered(self, applied: bool, last: bool) -> bool:
         """Deal with a step that was not applied. False after a rollback."""
-        verdict = self.recovery.judge(applied)
+        verdict = self.recovery.judge(applied, last)
         if applied:
             return True
         failed_at, reached = self.step, self.data_step
@@ -262,7 +267,11 @@ class Trainer:
         with self.watchdog.pause(), self.stopwatch.part("preview"), contextlib.ExitStack() as stack, torch.no_grad():
             for average in self.averages.values():
                 stack.enter_context(average.as_weights())
-            images = self.setup.preview(self.step)
+            images = None
+            try:
+                images = self.setup.preview(self.step)
+            except (MegavarError, OSError) as error:  # no run ends for a picture
+                _log.warning("No preview of step %d: %s", self.step, error)
         if images is not None:
             self.monitor.save_grid(self.step, images)
 
@@ -289,6 +298,15 @@ class Trainer:
         return {name: ModuleState(engine.deepspeed, averages.get(name)) for name, engine in self.engines.items()}
 
     def _save(self) -> None:
+        """Save, unless steps are not being applied: such a checkpoint holds nothing new, and would push good ones out.
+
+        The step after the streak saves instead; a run that ends meanwhile continues from the checkpoint before it.
+        """
+        if self.recovery.consecutive:
+            _log.warning("Not saving after step %d: the last %d steps were not applied.", self.step,
+                         self.recovery.consecutive)  # fmt: skip
+            return
+        self._save_owed = False
         state = {"step": self.step, "data_step": self.data_step, "recovery": self.recovery.state()}
         with self.watchdog.pause(), self.stopwatch.part("checkpoint"):
             on_first_rank(self.directory.check_held)

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -105,3 +106,18 @@ def test_a_tokenizer_begins_with_its_own_key(runs):
     (runs / "new" / "DONE").unlink()
     assert train(runs, "new", *given, source="tokenizer") == [0]  # the codebook is not drawn anew, nor the file read
     assert train(runs, "both", *given, "train.initial_weights.path=tokenizer", source="tokenizer") == [2]
+
+
+def test_given_weights_are_sampled_without_training(runs):
+    """What ``--untrained`` draws from an export is what the run that was exported draws."""
+    assert convert([str(runs / "generator"), str(runs / "g.safetensors"), "--ema"]) == 0
+    arguments = ("sample", "generator/config.yaml", "sampling.number=6")
+    assert run_ranks(1, command, runs, *arguments, "sampling.weights=ema") == [0]
+    given = [*arguments, "--untrained", "run.directory=new", "train.initial_weights.path=g.safetensors"]
+    assert run_ranks(1, command, runs, *given) == [0]
+    (first,) = (runs / "generator" / "generated").glob("step-00000003-*")
+    (second,) = (runs / "new" / "generated").glob("untrained-*")
+    chunks = [np.load(next(directory.glob("chunk_*.npz")))["tokens"] for directory in (first, second)]
+    assert np.array_equal(*chunks)
+    assert run_ranks(1, command, runs, *given[:-1]) == [0]
+    assert len(list((runs / "new" / "generated").glob("untrained-*"))) == 2

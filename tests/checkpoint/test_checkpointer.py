@@ -1,7 +1,10 @@
 """The protocol carried out by several ranks: death at every phase, damage, refusal, background saves."""
 
+import errno
 import logging
+import resource
 import shutil
+import signal
 
 import pytest
 import torch
@@ -211,6 +214,61 @@ def test_a_failure_of_one_rank_reaches_all_and_costs_no_checkpoint(tmp_path, asy
         assert len(messages) == 1
         assert "step-00000002 failed on rank 1: [Errno 28] No space left on device" in messages[0]
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000001", "step-00000003"]
+
+
+def _save_on_a_disk_that_fills(root, full_rank, asynchronous):
+    """The real thing, inside DCP: no file of this process may grow beyond 100 kB, as if the disk were full."""
+    run = Run(TWO, width=64)
+    checkpointer = Checkpointer(root, CheckpointConfig(asynchronous=asynchronous))
+    checkpointer.save(1, {"model": run.state}, {})
+    checkpointer.wait()
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == full_rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    messages = []
+    try:
+        checkpointer.save(2, {"model": run.state}, {})
+        checkpointer.wait()
+    except CheckpointError as error:
+        assert error.exit_code == ExitCode.FAILED, "a launcher starts the run again"
+        messages.append(str(error))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    dist.barrier()
+    left = sorted(path.name for path in root.glob("step-*"))
+    checkpointer.save(3, {"model": run.state}, {})
+    checkpointer.close()
+    return messages, left
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("full_rank", [0, 1])
+def test_a_disk_that_fills_inside_dcp_is_an_error_like_others(tmp_path, full_rank, asynchronous):
+    """DCP's exception is no Exception: it passed every handler, left the attempt behind, and said nothing."""
+    for messages, left in run_ranks(2, _save_on_a_disk_that_fills, tmp_path, full_rank, asynchronous):
+        assert len(messages) == 1 and "step-00000002 failed on rank" in messages[0]
+        assert "File too large" in messages[0]
+        assert left == ["step-00000001"], "the attempt is discarded"
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000001", "step-00000003"]
+
+
+def test_errors_of_dcp_in_reading_are_errors_for_people(root, monkeypatch):
+    """A file system that fails under DCP, and shards that are not what the index says."""
+
+    def fails(self, *_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    path = root / "step-00000004"
+    keys = shards.index(path)
+    templates = {key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in keys.items()}
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.distributed.checkpoint.filesystem.FileSystemReader._slice_file", fails)
+        with pytest.raises(OSError, match="Input/output error"):
+            shards.read(path, templates)
+    for shard in path.glob("*.distcp"):
+        shard.write_bytes(bytes(shard.stat().st_size))
+    with pytest.raises(CheckpointError, match=r"on rank 0"):
+        shards.read(path, templates)
 
 
 def _skip_a_parameter(root, load_first):

@@ -54,7 +54,7 @@ class Raster(Generator):
         return transformer_config(
             parallel, dtype, depth=DEPTH, width=WIDTH, heads=HEADS, feed_forward=48,
             num_query_groups=None if per_position else 2, activation_func=F.gelu if per_position else F.silu,
-            gated_linear_unit=False, add_bias_linear=per_position,
+            gated_linear_unit=not per_position, add_bias_linear=per_position,
         )  # fmt: skip
 
     def build_first(self):

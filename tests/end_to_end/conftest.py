@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TINY_TOKENIZER = ("train.steps=6", "train.checkpoint.interval=6", "logging.samples_interval=6")
+TINY_TOKENIZER = (
+    "train.steps=6", "train.checkpoint.interval=6", "logging.samples_interval=6", "optimizer.schedule.warmup_steps=2",
+)  # fmt: skip
 TINY = (
     "run.requires=[]", "generator.depth=2", "generator.width=32", "train.steps=20", "train.global_batch_size=16",
     "train.checkpoint.interval=5", "logging.interval=1", "logging.samples_interval=20",

@@ -13,12 +13,13 @@ from megavar.assembly import load_tokenizer
 from megavar.config.checkpoint import CheckpointConfig
 from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
 from megavar.errors import CheckpointError
-from megavar.tokenizers.state_dict_file import read_state_dict
 from megavar.training.checkpoint import Checkpointer, manifest, shards, store
 from megavar.training.checkpoint.index import FILE_NAME, read_index
 from megavar.training.checkpoint.manifest import Manifest, ModuleEntry
-from megavar.training.checkpoint.weights import read_weights, write_weights
+from megavar.training.checkpoint.weights import read_weights
+from megavar.weight_file import read_state_dict
 from tests.checkpoint.layered import Layout, Run
+from tests.checkpoint.written import write_weights
 from tests.distributed.harness import run_ranks
 
 TENSORS = {"first.weight": torch.arange(12.0).view(3, 4), "second": torch.tensor([5.0])}
@@ -26,7 +27,7 @@ TENSORS = {"first.weight": torch.arange(12.0).view(3, 4), "second": torch.tensor
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    return write_weights(tmp_path / "checkpoints", "generator", TENSORS, {})
+    return write_weights(tmp_path / "checkpoints", "generator", TENSORS)
 
 
 def sign(checkpoint, **changes):
@@ -124,7 +125,7 @@ def test_pieces_lie_in_the_checkpoint_and_nowhere_else(checkpoint, outside, tmp_
         with pytest.raises(CheckpointError, match="no shard of this checkpoint"):
             read_weights(checkpoint)
         shutil.rmtree(checkpoint)
-        write_weights(checkpoint.parent, "generator", TENSORS, {})
+        write_weights(checkpoint.parent, "generator", TENSORS)
 
 
 def test_bytes_entries_are_refused(checkpoint, outside):
@@ -172,7 +173,7 @@ def test_files_of_a_manifest_lie_in_the_checkpoint(checkpoint, outside):
 
 
 def test_a_tokenizer_of_a_run_directory_does_not_run_code(tmp_path, outside):
-    checkpoint = write_weights(tmp_path / "run" / "checkpoints", "autoencoder", TENSORS, {})
+    checkpoint = write_weights(tmp_path / "run" / "checkpoints", "autoencoder", TENSORS)
     replace_index(checkpoint, pickle.dumps(outside.payload))
     with pytest.raises(CheckpointError, match="Nothing in it was run"):
         load_tokenizer(MultiScaleVQConfig(), str(tmp_path / "run"), torch.device("cpu"))

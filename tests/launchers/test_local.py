@@ -40,6 +40,27 @@ def test_ranks_have_torchruns_environment_and_a_log_each(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["RANK"] == "0", "rank 0 also speaks to the terminal"
 
 
+def test_files_of_the_launcher_end_no_run(tmp_path, capsys):
+    """As on a full disk: the ranks run to their ends, and how they ended is known."""
+    (tmp_path / "logs").mkdir()
+    for name in ("rank-0000.log", "rank-0001.log", "tasks.txt"):
+        (tmp_path / "logs" / name).mkdir()
+    with ranks(tmp_path, f"time.sleep(0.2); open(r'{tmp_path}/done-' + str(rank), 'w'); sys.exit(3 * rank)") as two:
+        assert two.wait() == 3
+    assert sorted(path.name for path in tmp_path.glob("done-*")) == ["done-0", "done-1"]
+    assert "task 1: Exited with exit code 3" in two.messages
+    assert "Rank 0 keeps no log" in capsys.readouterr().err
+
+
+def test_a_closed_terminal_ends_no_run(tmp_path, monkeypatch):
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with ranks(tmp_path, f"print('x' * 10000); open(r'{tmp_path}/done-' + str(rank), 'w')") as two:
+            assert two.wait() == 0
+        monkeypatch.undo()
+    assert len(list(tmp_path.glob("done-*"))) == 2
+
+
 def test_one_failing_rank_ends_all_and_keeps_its_code(tmp_path):
     with ranks(tmp_path, "sys.exit(7) if rank == 1 else time.sleep(600)") as two:
         assert two.wait() == 7
@@ -95,7 +116,7 @@ def test_a_wrong_configuration_ends_with_its_code_at_once(tmp_path):
 def test_a_real_run_dies_in_a_save_is_restarted_and_finishes(tmp_path, monkeypatch):
     """The first attempt dies when its checkpoint is in place but not announced; the second finds that it is enough."""
     monkeypatch.setenv("MEGAVAR_FAULT", "before_latest")
-    arguments = ("train.steps=2", "train.global_batch_size=8", "--processes", "1")
+    arguments = ("train.steps=2", "optimizer.schedule.warmup_steps=1", "train.global_batch_size=8", "--processes", "1")
     result = run_local(tmp_path, *arguments)
     assert result.returncode == ExitCode.FINISHED, result.stdout + result.stderr
     found = doctor.find_attempts(tmp_path / "run")

@@ -55,9 +55,9 @@ def test_the_run_directory_is_self_contained(site, tmp_path, monkeypatch, capsys
     monkeypatch.setenv("NCCL_DEBUG", "it's 'WARN'")
     monkeypatch.setenv("NCCL_API_KEY", "a8c13f-not-for-others")
     monkeypatch.setenv("WANDB_API_KEY", "a8c13f-not-for-others")
-    assert submit("run.directory=here", "train.steps=7") == 0
+    assert submit("run.directory=here", "train.steps=70") == 0
     run = tmp_path / "here"
-    assert load_config(run / "config.yaml").train.steps == 7
+    assert load_config(run / "config.yaml").train.steps == 70
     assert load_config(run / "config.yaml").run.directory == str(run)
     assert site.calls("sbatch") == [["--parsable", str(run / "submit.sbatch")]]
     recorded = json.loads((run / "environment.json").read_text())

@@ -1,5 +1,6 @@
 """Caches of a small real tokenizer: bytes, resume, damage, and training from them."""
 
+import hashlib
 import json
 import random
 from dataclasses import replace
@@ -146,6 +147,39 @@ def test_latents_in_half_precision_give_the_same_tokens(tmp_path):
     assert (cached == exact).float().mean() > 0.98
 
 
+@pytest.mark.parametrize(("ids", "wide"), [(2**16, False), (2**16 + 1, True), (2**31, True)])
+def test_ids_of_large_vocabularies_are_kept(ids, wide, tmp_path):
+    """A line of 5 tokens, of which the last is the largest id."""
+    config = configure(tmp_path)
+    plan, reader, _ = prepare(config)
+
+    def encode(images):
+        means = (images.mean((1, 2, 3)) * 1000).long().abs()[:, None]
+        return torch.cat([means + torch.arange(4), torch.full_like(means, ids - 1)], dim=1)
+
+    plan = replace(plan, shape=(5,), wide=wide)
+    write_cache(tmp_path, plan, reader, encode)
+    assert ("wide" in json.loads((tmp_path / FILE_NAME).read_text())) == wide
+    source = build_source(config)
+    assert source.read(3).tokens.dtype == (np.int32 if wide else np.uint16)
+    assert (source.read(3).tokens[:, 4] == ids - 1).all()
+    assert verify_cache(tmp_path, reader, encode, rows=20).problems == ()
+    (batch,) = next(iter(build_loader(config, source, seed=1, global_batch_size=4, micro_batch_size=4, stop_step=1)))
+    assert batch.tokens.dtype == torch.int64 and (batch.tokens[:, 4] == ids - 1).all()
+    if not wide:
+        with pytest.raises(ConfigError, match="its token space says ids below 65536"):
+            write_cache(tmp_path / "other", plan, reader, lambda images: encode(images) + 1)
+
+
+def test_latents_may_have_any_shape(tmp_path):
+    """Of a tokenizer without ids: a row of 6 vectors."""
+    config = configure(tmp_path, content="latents")
+    plan, reader, _ = prepare(config)
+    write_cache(tmp_path, replace(plan, shape=(6, 8)), reader, lambda images: images[:, 0, :6, :8])
+    batch = next(iter(build_loader(config, build_source(config), seed=1, global_batch_size=4, micro_batch_size=4)))[0]
+    assert batch.latents.shape == (4, 6, 8)
+
+
 def test_ten_crop_views_are_the_ten_crops(tmp_path):
     config = configure(tmp_path, views=10, transform=TenCropTransform())
     make(config)
@@ -226,6 +260,71 @@ def test_every_flipped_bit_is_found_and_repaired(cache):
     forget_parts(folder, damaged_parts(folder))
     write_cache(folder, plan, reader, encode)
     assert content_of(folder) == expected
+
+
+def read_all(config):
+    source = build_source(config)
+    source.check_tokenizer(TOKENIZER)
+    return [source.read(index) for index in range(len(source))]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_notices_every_damage(cache, workers):
+    """A part is compared with its hash when it is mapped: flipped bits, a file of zeros, two parts exchanged."""
+    folder, chance = folder_of(cache), random.Random(2)
+    config = cache.model_copy(update={"workers": workers})
+
+    def train():
+        loader = build_loader(config, build_source(config), seed=0, global_batch_size=10, micro_batch_size=10,
+                              stop_step=5)  # fmt: skip
+        return [batch for step in loader for batch in step]
+
+    for _ in range(30 if not workers else 3):
+        path = folder / part_name(chance.randrange(7))
+        bit = chance.randrange(path.stat().st_size * 8)
+        flip_bit(path, bit)
+        with pytest.raises(DataError, match=rf"{path.name} is not as it was written.*--repair"):
+            train()
+        flip_bit(path, bit)
+    path = folder / part_name(3)
+    content = path.read_bytes()
+    path.write_bytes(bytes(len(content)))
+    with pytest.raises(DataError, match=r"part-00003\.bin is not as it was written"):
+        train()
+    path.write_bytes(content)
+    first, second = (folder / part_name(part) for part in (1, 2))
+    aside = first.rename(folder / "aside")
+    second.rename(first)
+    aside.rename(second)
+    with pytest.raises(DataError, match=r"part-0000[12]\.bin is not as it was written"):
+        train()
+    aside = first.rename(folder / "aside")
+    second.rename(first)
+    aside.rename(second)
+    assert len(train()) == 5
+
+
+def rewrite(folder, part, change):
+    """Write rows of a part anew, with a hash that agrees: who makes a cache makes its hashes."""
+    cache = read_cache_file(folder)
+    rows = np.fromfile(folder / part_name(part), dtype=cache.plan.row)
+    change(rows)
+    rows.tofile(folder / part_name(part))
+    hashes = list(cache.part_sha256)
+    hashes[part] = hashlib.sha256(rows.tobytes()).hexdigest()
+    (folder / FILE_NAME).write_bytes(replace(cache, part_sha256=tuple(hashes)).encode())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [("views", 300, "token id 300, but the tokenizer has only 300"), ("views", 65535, "token id 65535"),
+     ("label", 10, "labels from .* to 10, but the cache has 10 classes"), ("label", -2, "labels from -2")],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_although_its_hash_is_right(cache, name, value, message):
+    assert len(read_all(cache)) == 50
+    rewrite(folder_of(cache), 2, lambda rows: rows[name].__setitem__(Ellipsis, value))
+    with pytest.raises(DataError, match=rf"part-00002\.bin holds .*{message}"):
+        read_all(cache)
 
 
 def test_verification_encodes_rows_again(made):

@@ -1,7 +1,11 @@
 """Shards read as streams: the order is exact, whatever reads it and wherever it resumes."""
 
+import io
+import json
 import logging
+import random
 import shutil
+import tarfile
 
 import pytest
 import torch
@@ -10,14 +14,16 @@ from megavar.config.data import DataConfig, VarTransform, WebDatasetSource
 from megavar.data.build import build_loader, build_source
 from megavar.data.pixels import to_float
 from megavar.data.reading import SampleReader
-from megavar.data.shards.index import build_index
+from megavar.data.shards.index import build_index, index_path, walk_tar
 from megavar.data.shards.listing import list_originals
+from megavar.data.shards.manifest import read_manifest
+from megavar.data.shards.verification import adopt_shards, repair_shards, verify_shards
 from megavar.data.shards.writing import Plan, write_shards
 from megavar.data.streaming import ShardStreams
 from megavar.data.transforms import Var
 from megavar.data.webdataset import ShardFolder
 from megavar.errors import ConfigError, DataError
-from tests.sources.originals import flip_bit, shard, write_pairs
+from tests.sources.originals import content_of, flip_bit, shard, write_pairs
 
 STEPS, BATCH, LANES = 16, 12, 4
 
@@ -213,3 +219,111 @@ def test_captions_travel_with_their_images(tmp_path):
                 assert caption_of.setdefault(index, caption) == caption
     assert sorted(caption_of) == list(range(12))
     assert sorted(caption_of.values()) == sorted(path.read_text().strip() for path in pairs.rglob("*.txt"))
+
+
+def remote(folder, tmp_path):
+    """The folder of the manifest, without indexes: only the stream itself can tell what is damaged."""
+    place = tmp_path / "manifest"
+    place.mkdir(exist_ok=True)
+    shutil.copy(folder / "manifest.json", place)
+    return configure(place, url=f"file:{folder}/{{shard}}")
+
+
+MEMBERS = ("cls", "json", "txt", "image")
+
+
+def place_of(path, member):
+    """First byte and number of bytes of a member of the second sample."""
+    sample = walk_tar(path)[1]
+    return sample.image if member == "image" else sample.members[member]
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize("has_index", [True, False])
+def test_every_flipped_bit_of_a_sample_is_found(tmp_path, originals, member, has_index):
+    """Of its caption, class and json too; with the index at hand or with the stream alone."""
+    if member == "txt":
+        write_shards(Plan(list_originals("pairs", write_pairs(tmp_path / "pairs", 12)), 4), tmp_path / "out")
+    else:
+        shard(originals, tmp_path / "out")
+    folder, path = tmp_path / "out", tmp_path / "out" / "shard-000000.tar"
+    place, size = place_of(path, member)
+    config = configure(folder) if has_index else remote(folder, tmp_path)
+    bits = random.Random(member).sample(range(8 * size), min(8, 8 * size))
+    if member == "json":
+        whole = path.read_bytes()[place : place + size]
+        bits += [8 * whole.index(b"checksum") + 1, 8 * whole.index(b"sha256") + 1]
+    for bit in bits:
+        flip_bit(path, 8 * place + bit)
+        with pytest.raises(DataError, match=r"shard-000000\.tar.*not as it was written"):
+            read(config, stop_step=5)
+        flip_bit(path, 8 * place + bit)
+    read(config, stop_step=5)
+
+
+@pytest.mark.parametrize("damaged", ["fail", "skip-and-count"])
+def test_swapped_tars_are_noticed(copy, tmp_path, damaged):
+    """By stream alone, under every policy: samples of another shard stand in for nothing."""
+    first, second = copy / "shard-000001.tar", copy / "shard-000002.tar"
+    first.rename(tmp_path / "aside")
+    second.rename(first)
+    (tmp_path / "aside").rename(second)
+    for config in (configure(copy, damaged=damaged), remote(copy, tmp_path)):
+        with pytest.raises(DataError, match=r"stream of shard-00000[12]\.tar is that of another shard"):
+            read(config)
+
+
+IMG2DATASET = {
+    "caption": "a cat", "url": "http://example.invalid/0.jpg", "key": "000000000", "status": "success",
+    "sha256": "145688a600f1a584b645165bdd485243e6eb77111c0af8d4081f1eedda6c6b8b",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("facts", [IMG2DATASET, [1, 2], "text", None, 5, {}, {"sha256": 7}])
+def test_what_other_tools_say_in_json_is_theirs(tmp_path, originals, facts):
+    """img2dataset's hash is that of the download, before it was resized."""
+    images = sorted(originals.rglob("*.JPEG"))
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    for number in range(4):
+        with tarfile.open(folder / f"{number:05d}.tar", "w") as tar:
+            for index in range(3):
+                key, image = f"{number}{index:03d}", images[3 * number + index].read_bytes()
+                for name, content in (("jpg", image), ("json", json.dumps(facts).encode()), ("txt", b"a cat")):
+                    member = tarfile.TarInfo(f"{key}.{name}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    adopt_shards(folder)
+    ids, _, images, _ = read(configure(folder))
+    assert ids.unique().numel() == 12 and verify_shards(folder, full=True) == []
+
+    image, size = walk_tar(folder / "00002.tar")[1].image  # the index knows what the json does not say
+    caption, _ = walk_tar(folder / "00002.tar")[1].members["txt"]
+    for place in (image + size // 2, caption):
+        flip_bit(folder / "00002.tar", 8 * place)
+        with pytest.raises(DataError, match=r"00002\.tar.*not as it was written"):
+            read(configure(folder))
+        flip_bit(folder / "00002.tar", 8 * place)
+
+
+def test_shards_of_format_1_are_read_and_verified(tmp_path, originals):
+    """Written before captions and classes were checksummed."""
+    folder = shard(originals, tmp_path / "old", version=1)
+    assert "format" not in read_manifest(folder).arguments
+    assert b"checksum" not in (folder / "shard-000000.tar").read_bytes()
+    assert index_path(folder / "shard-000000.tar").read_bytes().startswith(b"megavar index 1\n")
+    assert verify_shards(folder, full=True) == []
+    before = content_of(folder)
+    assert read(configure(folder))[0].unique().numel() == 60
+    assert len({ShardFolder("train", folder).read(index).image for index in range(60)}) == 60
+    path = folder / "shard-000001.tar"
+    index_path(path).unlink()
+    (folder / "shard-000002.tar").unlink()
+    repair_shards(folder, source=list_originals("class_folders", originals))
+    assert content_of(folder) == before
+    write_shards(Plan(list_originals("class_folders", originals), 5), folder)  # the same command again
+    assert content_of(folder) == before
+    record = build_index(path)[0][4]
+    flip_bit(path, 8 * (int(record["image_offset"]) + 100))
+    with pytest.raises(DataError, match="not as it was written"):
+        read(configure(folder))

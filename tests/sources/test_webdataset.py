@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from megavar.data.loader import Loader
-from megavar.data.shards.index import build_index
+from megavar.data.shards.index import build_index, walk_tar
+from megavar.data.shards.listing import list_originals
+from megavar.data.shards.writing import Plan, write_shards
+from megavar.data.source import DamagedSampleError
 from megavar.data.transforms import Var
 from megavar.data.webdataset import ShardFolder
 from megavar.errors import DataError
-from tests.sources.originals import flip_bit, shard
+from tests.sources.originals import flip_bit, shard, write_pairs
 
 STEPS, BATCH = 12, 12
 
@@ -144,3 +147,17 @@ def test_what_is_missing_altogether_ends_the_run(copy):
         ShardFolder("train", copy / "nowhere")
     with pytest.raises(DataError, match=r"no manifest\.json"):
         ShardFolder("train", copy.parent)
+
+
+def test_every_flipped_bit_of_a_caption_is_found(tmp_path):
+    """Read by index; UTF-8 would accept most of them."""
+    write_shards(Plan(list_originals("pairs", write_pairs(tmp_path / "pairs", 8)), 1), tmp_path / "out")
+    path = tmp_path / "out" / "shard-000000.tar"
+    source = ShardFolder("train", tmp_path / "out")
+    place, size = walk_tar(path)[3].members["txt"]
+    for bit in range(0, 8 * size, 7):
+        flip_bit(path, 8 * place + bit)
+        with pytest.raises(DamagedSampleError, match="not as it was written"):
+            source.read(3)
+        flip_bit(path, 8 * place + bit)
+    assert "number" in source.read(3).caption

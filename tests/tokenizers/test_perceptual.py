@@ -6,11 +6,14 @@ import pytest
 import torch
 import torchvision
 
-from megavar.config.recipes.tokenizer import PerceptualConfig
 from megavar.errors import CheckpointError
-from megavar.tokenizers.perceptual import PerceptualDistance
+from megavar.tokenizers.perceptual import ALEXNET, VGG16, FeatureNetwork, PerceptualDistance
 
 CHANNELS = (64, 128, 256, 512, 512)
+
+
+def build(weights: str, linear: str, network: FeatureNetwork = VGG16) -> PerceptualDistance:
+    return PerceptualDistance(network, weights, linear, keys=("the.network", "the.linear"))
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,7 @@ def files(tmp_path_factory, reference, linear) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def distance(files) -> PerceptualDistance:
-    return PerceptualDistance(PerceptualConfig(vgg16_weights=str(files[0]), lpips_weights=str(files[1])))
+    return build(*map(str, files))
 
 
 def images(seed: int, side: int = 16) -> torch.Tensor:
@@ -85,11 +88,42 @@ def test_grey_images(distance):
 
 def test_missing_or_wrong_files_are_named(files, tmp_path):
     vgg, lpips = map(str, files)
-    with pytest.raises(CheckpointError, match=r"vgg16_weights\).*absent.pth does not exist"):
-        PerceptualDistance(PerceptualConfig(vgg16_weights=str(tmp_path / "absent.pth"), lpips_weights=lpips))
-    with pytest.raises(CheckpointError, match=r"lpips_weights\).*absent.pth does not exist"):
-        PerceptualDistance(PerceptualConfig(vgg16_weights=vgg, lpips_weights=str(tmp_path / "absent.pth")))
+    with pytest.raises(CheckpointError, match=r"the\.network\).*absent.pth does not exist"):
+        build(str(tmp_path / "absent.pth"), lpips)
+    with pytest.raises(CheckpointError, match=r"the\.linear\).*absent.pth does not exist"):
+        build(vgg, str(tmp_path / "absent.pth"))
     with pytest.raises(CheckpointError, match=r"does not hold VGG-16 weights: keys missing.*torchvision.models.vgg16"):
-        PerceptualDistance(PerceptualConfig(vgg16_weights=lpips, lpips_weights=lpips))
+        build(lpips, lpips)
     with pytest.raises(CheckpointError, match=r"does not hold LPIPS weights: .*lin0.model.1.weight.*LPIPS package"):
-        PerceptualDistance(PerceptualConfig(vgg16_weights=vgg, lpips_weights=vgg))
+        build(vgg, vgg)
+
+
+@pytest.fixture(scope="module")
+def alexnet_files(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("alexnet")
+    torch.manual_seed(0)
+    network = torchvision.models.alexnet(weights=None)
+    torch.save(network.state_dict(), directory / "alexnet.pth")
+    linear = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1) for i, c in enumerate((64, 192, 384, 256, 256))}
+    torch.save(linear, directory / "alex.pth")
+    return directory, network.eval(), linear
+
+
+def test_alexnet_distance_is_its_definition_on_torchvisions_network(alexnet_files):
+    directory, network, linear = alexnet_files
+    distance = build(str(directory / "alexnet.pth"), str(directory / "alex.pth"), ALEXNET)
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.rand(2, 3, 64, 64, generator=generator) * 2 - 1 for _ in range(2))
+    assert torch.equal(distance(x, x), torch.zeros(2))
+    expected = torch.zeros(2)
+    shift, scale = torch.tensor([-0.03, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.45])
+    features = [(z - shift.view(1, 3, 1, 1)) / scale.view(1, 3, 1, 1) for z in (x, y)]
+    stage = 0
+    for layer in network.features[:12]:
+        features = [layer(z) for z in features]
+        if isinstance(layer, torch.nn.ReLU):
+            one, other = (z / z.norm(dim=1, keepdim=True) for z in features)
+            expected += ((one - other) ** 2 * linear[f"lin{stage}.model.1.weight"]).sum(1).mean((1, 2))
+            stage += 1
+    assert stage == 5
+    torch.testing.assert_close(distance(x, y), expected)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from megavar.config.loading import load_config
+from megavar.config.token_space import TokenSpace
 from megavar.data.build import build_source
-from megavar.errors import ExitCode
+from megavar.errors import ConfigError, ExitCode
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
 from tests.sources.originals import content_of, flip_bit
 from tools import cache_tokens
@@ -91,3 +92,9 @@ def test_what_is_wrong_is_one_paragraph(config, tmp_path, capsys):
     torch.save({}, tmp_path / "tokenizer.pth")
     assert cache_tokens.main([str(config)]) == ExitCode.CONFIGURATION
     assert not list((tmp_path / "cache").glob(".progress"))
+
+
+def test_vectors_are_cached_as_latents(config):
+    space = TokenSpace("latent", (4,), 16, None, 8, 16)
+    with pytest.raises(ConfigError, match=r"tokens of this tokenizer are vectors. Set data\.source\.content=latents"):
+        cache_tokens.encoder(None, "tokens", space)

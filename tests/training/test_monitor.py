@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,6 +93,44 @@ def test_wandb_offline_keeps_its_run_id(tmp_path):
     assert len(runs) >= 1 and all(name.endswith(identity) for name in runs)
 
 
+def test_a_full_disk_loses_neither_the_run_nor_its_metrics(tmp_path, monkeypatch, caplog):
+    shown = monitor(tmp_path, progress="none")
+    shown.open(0, {})
+    shown.log({"step": 1, "loss": 1.0})
+    file = shown._metrics._file
+    with Path("/dev/full").open("ab", buffering=0) as full:
+        shown._metrics._file = full
+        shown.log({"step": 2, "loss": 2.0})
+        shown.event(2, "something")
+    assert "No space left on device" in caplog.text
+    shown._metrics._file = file
+    shown.log({"step": 3, "loss": 3.0})
+    (tmp_path / "samples").write_text("in the way")
+    shown.save_grid(3, torch.zeros((4, 3, 8, 8), dtype=torch.uint8))
+    assert "preview" in caplog.text
+    shown.close()
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2, 2, 3]
+
+
+def test_a_picture_that_wandb_cannot_take_ends_no_run(tmp_path, monkeypatch, caplog):
+    class Service:
+        def log(self, *_, **__):
+            raise AssertionError("not reached")
+
+        def finish(self):
+            pass
+
+    def fails(*_):
+        raise OSError(28, "No space left on device")
+
+    shown = monitor(tmp_path, progress="none")
+    shown.open(0, {})
+    shown._wandb = Service()
+    monkeypatch.setattr("wandb.Image", fails)
+    shown.save_grid(3, torch.zeros((4, 3, 8, 8), dtype=torch.uint8))
+    assert "W&B is lost" in caplog.text and (tmp_path / "samples" / "step-00000003.png").exists()
+
+
 def test_recovery_counts():
     recovery = Recovery(RecoveryConfig(skips=2, rollbacks=1))
     assert [recovery.judge(ok) for ok in (True, False, False, True, False, False)] == [Verdict.CONTINUE] * 6
@@ -102,6 +141,8 @@ def test_recovery_counts():
     recovery.saved()
     assert [recovery.judge(False) for _ in range(3)][-1] is Verdict.ROLL_BACK
     assert recovery.skipped == 11
+    recovery.judge(True)
+    assert recovery.judge(False, last=True) is Verdict.ROLL_BACK, "a run does not end with a skipped step"
 
 
 @pytest.mark.parametrize(

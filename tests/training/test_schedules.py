@@ -12,7 +12,15 @@ from megavar.config.optimizer import (
     OptimizerOverrides,
     VarCosineSchedule,
 )
-from megavar.training.schedules import learning_rate, peak_learning_rate, total_steps, warmup_steps, weight_decay
+from megavar.errors import ConfigError
+from megavar.training.schedules import (
+    check_warmup,
+    learning_rate,
+    peak_learning_rate,
+    total_steps,
+    warmup_steps,
+    weight_decay,
+)
 
 PEAK = 3e-4
 
@@ -99,3 +107,12 @@ def test_lengths():
     assert warmup_steps(Lin0Schedule(), 333_637, 1668.2) == 6673  # ep / 50 of VAR-d16's 200 epochs
     with pytest.raises(ValueError, match="contradict"):
         Lin0Schedule(warmup_steps=1, warmup_epochs=1.0)
+
+
+@pytest.mark.parametrize("schedule", [ConstantSchedule(warmup_epochs=3.0), CosineSchedule(warmup_steps=11)])
+def test_a_warm_up_beyond_the_run_is_refused(schedule):
+    """Also where the configuration cannot tell, because it mixes epochs and steps."""
+    with pytest.raises(ConfigError, match=r"warms up for .* the run has 10 steps"):
+        check_warmup(schedule, 10, 5.0)
+    check_warmup(schedule, 15, 5.0)
+    check_warmup(ConstantSchedule(warmup_epochs=2.0), 10, 5.0)

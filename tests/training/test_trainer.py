@@ -271,12 +271,12 @@ def _rolls_back(directory, bad_steps, steps):
 def test_repeated_bad_steps_roll_back_and_continue_with_later_data(tmp_path):
     results = run_ranks(2, _rolls_back, tmp_path, (5, 6), 8)
     for code, step, data_step, _ in results:
-        # Steps 5 and 6 are bad. The checkpoint of step 6 was taken after the first skip and holds good weights.
-        assert (code, step, data_step) == (ExitCode.FINISHED, 8, 9)
+        # Steps 5 and 6 are bad. Nothing was saved after step 6, of which nothing was applied: back to step 4.
+        assert (code, step, data_step) == (ExitCode.FINISHED, 8, 11)
     assert torch.equal(results[0][3], results[1][3])
     lines = tiny.read_metrics(tmp_path)
     rolled = [line for line in lines if line.get("event") == "rolled_back"]
-    assert [(line["step"], line["from_step"], line["data_step"]) for line in rolled] == [(6, 7, 7)]
+    assert [(line["step"], line["from_step"], line["data_step"]) for line in rolled] == [(4, 7, 7)]
     steps = [line["step"] for line in lines if "event" not in line]
     assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
 
@@ -287,6 +287,55 @@ def test_a_run_that_stays_bad_ends_alike_on_all_ranks(tmp_path):
     assert results[0][0] == "stopped"
     assert "train.recovery.rollbacks=1 are used up" in results[0][3]
     assert not (tmp_path / "DONE").exists()
+
+
+LONG = {"checkpoint": {"interval": 2, "keep_last": 1}, "recovery": {"skips": 50, "rollbacks": 1}}
+
+
+def _streak(directory, bad_steps, steps, stop_at=None):
+    poison = [step * tiny.GLOBAL_BATCH + 7 for step in bad_steps]
+    trainer = Trainer(tiny.build_run(directory, steps=steps, recipe=tiny.TinyRecipe(poison), train=LONG))
+    saved = []
+    save = trainer.checkpointer.save
+
+    def note(step, *arguments):
+        saved.append(step)
+        save(step, *arguments)
+        if step == stop_at:
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+    trainer.checkpointer.save = note
+    try:
+        code = trainer.run()
+    except NonFiniteError as error:
+        code = str(error)
+    kept = sorted(path.name for path in (directory / "checkpoints").glob("step-*"))
+    return code, saved, kept, trainer.step
+
+
+def test_nothing_is_saved_while_steps_are_not_applied(tmp_path):
+    """Four due saves fall into the streak: the first good step after it saves once, and the last good one survives."""
+    for code, saved, kept, _ in run_ranks(2, _streak, tmp_path, range(5, 13), 18):
+        assert (code, saved) == (ExitCode.FINISHED, [2, 4, 14, 16, 18])
+        assert kept == ["step-00000018"]
+
+
+def test_an_agreed_stop_within_a_streak_keeps_the_good_checkpoint(tmp_path):
+    for code, saved, kept, step in run_ranks(2, _streak, tmp_path, range(4, 40), 40, 4):
+        assert (code, saved, kept) == (ExitCode.PREEMPTED, [2, 4], ["step-00000004"])
+        assert step == 5
+
+
+def test_the_end_of_a_run_needs_an_applied_step(tmp_path):
+    """Going back and past the bad batch; a run that cannot does not finish."""
+    for code, saved, kept, step in run_ranks(2, _streak, tmp_path / "one", [9], 10):
+        assert (code, saved, kept, step) == (ExitCode.FINISHED, [2, 4, 6, 8, 10], ["step-00000010"], 10)
+    lines = tiny.read_metrics(tmp_path / "one")
+    assert [(line["step"], line["data_step"]) for line in lines if line.get("event") == "rolled_back"] == [(8, 10)]
+    for code, saved, kept, _ in run_ranks(2, _streak, tmp_path / "all", range(9, 99), 10):
+        assert "train.recovery.rollbacks=1 are used up" in code
+        assert (saved, kept) == ([2, 4, 6, 8], ["step-00000008"])
+        assert not (tmp_path / "all" / "DONE").exists()
 
 
 def test_without_a_checkpoint_a_bad_start_ends_the_run(tmp_path):

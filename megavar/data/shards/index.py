@@ -1,27 +1,28 @@
 """The ``.idx`` file beside a shard: where each sample's image and caption lie, for random access.
 
-Format, little endian: 16 bytes ``megavar index 1\\n``, the number of samples as uint64, 8 zero bytes, then per sample,
+Format, little endian: 16 bytes ``megavar index 2\\n``, the number of samples as uint64, 8 zero bytes, then per sample,
 in the order of the tar, a record of 32 bytes (:data:`RECORD`). Sizes are in bytes, offsets count from the start of the
-tar. The CRC-32 of the image bytes lets a reader notice damage that a JPEG decoder would accept.
+tar. The CRC-32 of image and caption lets a reader notice damage that a JPEG decoder would accept (``checksum.py``); in
+files of format 1 it is of the image alone.
 """
 
 import tarfile
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from megavar.data.shards.checksum import FORMAT, crc_of
 from megavar.errors import DataError
 
-MAGIC = b"megavar index 1\n"
+MAGIC = b"megavar index "
 HEADER_BYTES = 32
 RECORD = np.dtype(
     [
         ("image_offset", "<u8"),
         ("caption_offset", "<u8"),
         ("image_size", "<u4"),
-        ("image_crc32", "<u4"),
+        ("crc32", "<u4"),
         ("caption_size", "<u4"),
         ("label", "<i4"),
     ]
@@ -37,21 +38,39 @@ def index_path(shard: Path) -> Path:
     return shard.with_suffix(".idx")
 
 
-def encode_index(records: np.ndarray) -> bytes:
+def encode_index(records: np.ndarray, version: int = FORMAT) -> bytes:
     """The content of an index file for ``records`` of type :data:`RECORD`."""
-    return MAGIC + np.uint64(len(records)).tobytes() + bytes(8) + records.astype(RECORD).tobytes()
+    return _magic(version) + np.uint64(len(records)).tobytes() + bytes(8) + records.astype(RECORD).tobytes()
 
 
-def decode_index(content: bytes, path: Path) -> np.ndarray:
-    """The records in the ``content`` of the index file ``path``.
+def _magic(version: int) -> bytes:
+    return MAGIC + f"{version}\n".encode()
+
+
+@dataclass(frozen=True)
+class Index:
+    """A decoded index file."""
+
+    records: np.ndarray
+    """Of type :data:`RECORD`."""
+    version: int
+
+    def agrees(self, place: int, image: bytes, caption: bytes) -> bool:
+        """Whether image and caption of the sample at ``place`` are as they were written."""
+        return crc_of(image, caption, self.version) == int(self.records[place]["crc32"])
+
+
+def decode_index(content: bytes, path: Path) -> Index:
+    """The ``content`` of the index file ``path``.
 
     Raises:
         DataError: the file is not a whole index.
     """
     count = int.from_bytes(content[16:24], "little")
-    if content[:16] != MAGIC or len(content) != HEADER_BYTES + count * RECORD.itemsize or count == 0:
+    version = next((version for version in range(1, FORMAT + 1) if content[:16] == _magic(version)), None)
+    if version is None or len(content) != HEADER_BYTES + count * RECORD.itemsize or count == 0:
         raise DataError(f"{path} is not a whole shard index. Rebuild it with tools/verify_shards.py --repair.")
-    return np.frombuffer(content, dtype=RECORD, offset=HEADER_BYTES)
+    return Index(np.frombuffer(content, dtype=RECORD, offset=HEADER_BYTES), version)
 
 
 @dataclass
@@ -104,8 +123,11 @@ def walk_tar(path: Path) -> list[TarSample]:
     return samples
 
 
-def build_index(path: Path) -> tuple[np.ndarray, list[str]]:
+def build_index(path: Path, version: int = FORMAT) -> tuple[np.ndarray, list[str]]:
     """Index an existing shard by walking through it.
+
+    Args:
+        version: format of the index.
 
     Returns:
         records of type :data:`RECORD`, and the keys.
@@ -128,8 +150,9 @@ def build_index(path: Path) -> tuple[np.ndarray, list[str]]:
             if sample.image is None:
                 raise DataError(f"Sample {sample.key} of {path} has no image ({', '.join(IMAGE_EXTENSIONS)}).")
             record["image_offset"], record["image_size"] = sample.image
-            record["image_crc32"] = zlib.crc32(content(sample.image))
-            record["caption_offset"], record["caption_size"] = sample.members.get("txt", (0, 0))
+            caption = sample.members.get("txt", (0, 0))
+            record["caption_offset"], record["caption_size"] = caption
+            record["crc32"] = crc_of(content(sample.image), content(caption), version)
             record["label"] = -1
             if "cls" in sample.members:
                 label = content(sample.members["cls"]).strip()

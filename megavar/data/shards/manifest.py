@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megavar.data.shards import checksum
 from megavar.errors import DataError
 from megavar.storage import write_bytes_atomic
 
@@ -50,6 +51,16 @@ class Manifest:
     """How the shards were made; the same arguments and originals give the same bytes."""
     class_names: list[str]
     shards: list[ShardEntry]
+
+    @property
+    def version(self) -> int:
+        """Format of samples and indexes (``checksum.py``)."""
+        return self.arguments.get("format", 1)
+
+    @property
+    def foreign(self) -> bool:
+        """Whether another tool has written the tars."""
+        return self.arguments.get("kind") == "existing"
 
     @property
     def samples(self) -> int:
@@ -141,6 +152,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _check_entries(path: Path, manifest: Manifest) -> None:
     """A checksum shows damage, not good will: whoever made the shards made it, too."""
+    if not isinstance(manifest.arguments, dict) or manifest.version not in range(1, checksum.FORMAT + 1):
+        raise DataError(f"{path} describes shards of a format that this version of megavar does not know. Update it.")
     for entry in manifest.shards:
         if not is_plain_name(entry.file):
             raise DataError(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from megavar.data.progress import PROGRESS, in_processes
+from megavar.data.shards.checksum import FORMAT
 from megavar.data.shards.index import MAGIC, RECORD, build_index, encode_index, index_path
 from megavar.data.shards.listing import Listing, list_originals
 from megavar.data.shards.manifest import FILE_NAME, Manifest, ShardEntry, is_plain_name, read_manifest, write_manifest
@@ -73,7 +74,7 @@ def verify_shards(
         progress(manifest.shards[shard].samples)
     for shard in range(len(manifest.shards)):
         problems += found[shard].problems
-    if manifest.arguments["kind"] == "existing":  # other tools may count anew in every shard
+    if manifest.foreign:  # other tools may count anew in every shard
         return problems
     keys = np.sort(np.concatenate([findings.key_hashes for findings in found.values()]))
     twice = keys[1:][keys[1:] == keys[:-1]]
@@ -116,7 +117,7 @@ def _findings(folder: Path, manifest: Manifest, entry: ShardEntry) -> _Findings:
     if path.name not in damaged and sha256_of_file(path) != entry.sha256:
         problems.append(Problem(path.name, "its hash is not the one in the manifest"))
     try:
-        records, keys = build_index(path)
+        records, keys = build_index(path, manifest.version)
     except DataError as error:
         return _Findings([*problems, Problem(path.name, str(error))], np.zeros(0, dtype=np.int64))
     problems += [Problem(path.name, message) for message in _content_problems(path, manifest, entry, records, keys)]
@@ -128,7 +129,7 @@ def _content_problems(
     path: Path, manifest: Manifest, entry: ShardEntry, records: np.ndarray, keys: list[str]
 ) -> list[str]:
     messages = []
-    if hashlib.sha256(encode_index(records)).hexdigest() != entry.index_sha256:
+    if hashlib.sha256(encode_index(records, manifest.version)).hexdigest() != entry.index_sha256:
         messages.append("its samples do not agree with its index")
     if (len(keys), keys[0], keys[-1]) != (entry.samples, entry.first_key, entry.last_key):
         messages.append(
@@ -158,7 +159,7 @@ def list_sharded(manifest: Manifest, path: Path) -> Listing:
     Raises:
         DataError: the shards were made by another tool, or nothing is there.
     """
-    if manifest.arguments["kind"] == "existing":
+    if manifest.foreign:
         raise DataError("These shards were made by another tool: make damaged ones again with that, not with --source.")
     return list_originals(manifest.arguments["kind"], path, manifest.arguments["damaged"])
 
@@ -217,7 +218,7 @@ class _Repair:
 
 def _original_plan(manifest: Manifest, source: Listing) -> Plan:
     arguments = manifest.arguments
-    plan = Plan(source, arguments["shards"], arguments["seed"], arguments["damaged"])
+    plan = Plan(source, arguments["shards"], arguments["seed"], arguments["damaged"], manifest.version)
     if plan.arguments() != arguments:
         raise DataError(
             f"{source.root} is not what the shards were made from: it lists {len(source.originals)} images (manifest: "
@@ -239,7 +240,7 @@ def _repair(
         only_index = False
     if only_index:
         index = index_path(path)
-        write_bytes_atomic(index, encode_index(build_index(path)[0]))
+        write_bytes_atomic(index, encode_index(build_index(path, manifest.version)[0], manifest.version))
         return _Repair(done=f"{index.name}: rebuilt from {path.name}")
     if remake is None:
         return _Repair(hopeless=entry.file)
@@ -297,7 +298,7 @@ def adopt_shards(
             f"example in {bare[0].file}, but others have one. Give each or none a class."
         )
     names = [str(label) for label in range(largest + 1)]
-    manifest = Manifest({"kind": "existing"}, names, [entries[shard] for shard in range(len(files))])
+    manifest = Manifest({"kind": "existing", "format": FORMAT}, names, [entries[shard] for shard in range(len(files))])
     write_manifest(folder, manifest)
     return manifest
 

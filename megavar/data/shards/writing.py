@@ -10,10 +10,9 @@ import hashlib
 import io
 import json
 import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +21,7 @@ import torch
 
 from megavar.data.image_folder import IMAGE_SUFFIXES
 from megavar.data.progress import PROGRESS, in_processes, only_one, publish, read_record
+from megavar.data.shards.checksum import FORMAT, KEY, checksum, crc_of
 from megavar.data.shards.index import RECORD, encode_index, index_path
 from megavar.data.shards.listing import Damaged, Listing, Original
 from megavar.data.shards.manifest import FILE_NAME, Manifest, ShardEntry, read_manifest
@@ -42,10 +42,13 @@ class Plan:
     shards: int
     seed: int = 0
     damaged: Damaged = "fail"
+    version: int = FORMAT
+    """Format of samples and indexes (``checksum.py``)."""
 
     def arguments(self) -> dict[str, Any]:
         """The part of the plan that the manifest records."""
-        return {
+        version = {} if self.version == 1 else {"format": self.version}
+        return version | {
             "kind": self.listing.kind,
             "listing_sha256": self.listing.sha256(),
             "listed": len(self.listing.originals),
@@ -87,7 +90,7 @@ class _HashingFile(io.RawIOBase):
         return self.size
 
 
-def _members(root: Path, original: Original) -> dict[str, bytes]:
+def _members(root: Path, original: Original, version: int) -> dict[str, bytes]:
     """Extension -> content of the members of one sample, in the order of the tar.
 
     Raises:
@@ -109,18 +112,25 @@ def _members(root: Path, original: Original) -> dict[str, bytes]:
         raise DamagedSampleError(f"its caption is not UTF-8 text ({error})") from error
     width, height = decode(image).size
     facts = {"height": height, "path": original.path, "sha256": hashlib.sha256(image).hexdigest(), "width": width}
-    members = {"jpg" if suffix == ".jpeg" else suffix[1:]: image, "json": json.dumps(facts).encode()}
+    members = {"jpg" if suffix == ".jpeg" else suffix[1:]: image}
     if original.label >= 0:
         members["cls"] = str(original.label).encode()
     if caption is not None:
         members["txt"] = caption.encode()
+    if version >= 2:
+        facts[KEY] = checksum(members, facts)
+    members["json"] = json.dumps(facts).encode()
     return dict(sorted(members.items()))
 
 
-def _add_sample(tar: tarfile.TarFile, key: str, label: int, members: dict[str, bytes]) -> np.ndarray:
+def _add_sample(
+    tar: tarfile.TarFile, key: str, label: int, members: dict[str, bytes], version: int
+) -> np.ndarray:
     """Append one sample and return its index record."""
     record = np.zeros((), dtype=RECORD)
     record["label"] = label
+    image = next(content for name, content in members.items() if name not in ("cls", "json", "txt"))
+    record["crc32"] = crc_of(image, members.get("txt", b""), version)
     for extension, content in members.items():
         header = tarfile.TarInfo(f"{key}.{extension}")  # mtime, uid and gid are 0, mode is 0644
         header.size = len(content)
@@ -130,7 +140,6 @@ def _add_sample(tar: tarfile.TarFile, key: str, label: int, members: dict[str, b
             record["caption_offset"], record["caption_size"] = offset, len(content)
         elif extension not in ("cls", "json"):
             record["image_offset"], record["image_size"] = offset, len(content)
-            record["image_crc32"] = zlib.crc32(content)
     return record
 
 
@@ -150,17 +159,17 @@ def write_shard(plan: Plan, permutation: np.ndarray, shard: int, folder: Path) -
             for place in plan.places(shard):
                 original = plan.listing.originals[permutation[place]]
                 try:
-                    members = _members(plan.listing.root, original)
+                    members = _members(plan.listing.root, original, plan.version)
                 except DamagedSampleError as error:
                     if plan.damaged == "fail":
                         raise DamagedSampleError(f"{plan.listing.root / original.path} is damaged: {error}") from error
                     left_out.append(f"{original.path}: {error}")
                     continue
-                records.append(_add_sample(tar, f"{place:09d}", original.label, members))
+                records.append(_add_sample(tar, f"{place:09d}", original.label, members, plan.version))
                 keys.append(f"{place:09d}")
     if not records:
         raise DataError(f"Every image of {path.name} is damaged, for example {left_out[0]}. Use fewer shards.")
-    index = encode_index(np.stack(records))
+    index = encode_index(np.stack(records), plan.version)
     write_bytes_atomic(folder / PROGRESS / index_path(path).name, index)
     publish(folder, path.name, index_path(path).name)
     counts = Counter(int(record["label"]) for record in records)
@@ -228,6 +237,7 @@ def write_shards(
     Raises:
         DataError: the folder holds something else, or an original is damaged.
     """
+    plan = replace(plan, version=_version_of(folder, plan.version))
     arguments = plan.arguments()
     _claim(folder, arguments)
     own = range(part[0], plan.shards, part[1])
@@ -248,6 +258,14 @@ def write_shards(
             publish(folder, FILE_NAME)
         remove(folder / PROGRESS)
     return read_manifest(folder)
+
+
+def _version_of(folder: Path, new: int) -> int:
+    """The format in which work in ``folder`` was begun, or ``new``."""
+    if (folder / FILE_NAME).exists():
+        return read_manifest(folder).version
+    under_way = read_record(folder, PLAN)
+    return new if under_way is None else under_way.get("format", 1)
 
 
 def _claim(folder: Path, arguments: dict[str, Any]) -> None:

@@ -18,14 +18,20 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from megavar.config.terms.base import TermChoice
 from megavar.config.token_space import TokenSpace
 from megavar.data.batch import Batch
 from megavar.generators.base import GeneratorOutput, Head
-from megavar.recipes.base import Losses
+from megavar.recipes.base import Losses, Parts
 
 
 class Term(Protocol):
     """A loss that a recipe adds to its own."""
+
+    @classmethod
+    def build(cls, choice: TermChoice, parts: Parts) -> "Term":
+        """The term that a section of ``recipe.terms`` describes, with its frozen networks on ``parts.device``."""
+        ...
 
     @property
     def name(self) -> str:

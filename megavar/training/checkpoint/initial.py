@@ -28,7 +28,7 @@ from megavar.training.checkpoint.state import (
     tensor_place,
     to_local,
 )
-from megavar.training.checkpoint.weights import find_checkpoint, module_of, stored_key
+from megavar.training.checkpoint.weights import find_checkpoint, module_of, read_weights, stored_key
 from megavar.weight_layout import Shape, differences
 
 ReadFile = Callable[[Path, Mapping[str, Shape], tuple[str, ...]], dict[str, Tensor]]
@@ -85,6 +85,21 @@ def begin(name: str, state: ModuleState, initial: InitialWeights, ranks: Ranks) 
         failed = failure
     ranks.agree(failed, f"Reading {initial.path}")
     restorer.finish()
+
+
+def read_whole(initial: InitialWeights, model: Mapping[str, Shape]) -> dict[str, Tensor]:
+    """The tensors with which a run of a whole ``model`` (shapes by name) would begin, without those that stay random.
+
+    Raises:
+        CheckpointError: as :func:`begin`.
+    """
+    if not initial.path.is_dir():
+        _check_fresh(initial, set(model))
+        return initial.read_file(initial.path, model, initial.fresh)
+    path, _ = find_checkpoint(initial.path)
+    tensors = read_weights(path, None, initial.ema, verify=False)
+    taken = _check_taken(initial, path, model, {name: tuple(value.shape) for name, value in tensors.items()})
+    return {name: tensors[name] for name in taken}
 
 
 def _fill(name: str, restorer: Restorer, source: _Source, staged: Mapping[str, Tensor], state: ModuleState) -> None:
@@ -148,6 +163,20 @@ def _open_checkpoint(initial: InitialWeights, model: Mapping[str, Shape], ranks:
     stored = shards.index(path)
     there = {name: tuple(shape) for name, shape in entry.tensors.items()}
     there |= {name: tuple(stored[key(module, BUFFER, name)][0]) for name in entry.buffers}
+    taken = _check_taken(initial, path, model, there)
+
+    def read(templates: dict[str, Tensor], logical: Mapping[str, Any]) -> None:
+        keys = {name: stored_key(stored.keys(), module, name, initial.ema) for name in logical.keys() & templates}
+        keys |= {name: key(module, BUFFER, name) for name in templates.keys() - logical.keys()}
+        shards.read(path, {keys[name]: template for name, template in templates.items()})
+
+    return _Source(taken, read)
+
+
+def _check_taken(
+    initial: InitialWeights, path: Path, model: Mapping[str, Shape], there: Mapping[str, Shape]
+) -> set[str]:
+    """The names of what a checkpoint with the tensors ``there`` gives to ``model``, after checking that they fit."""
     _check_fresh(initial, set(model) | set(there))
     expected, given = ({n: s for n, s in of.items() if not n.startswith(initial.fresh)} for of in (model, there))
     problems = differences(expected, given)
@@ -156,10 +185,4 @@ def _open_checkpoint(initial: InitialWeights, model: Mapping[str, Shape], ranks:
             f"{path} is a checkpoint of another model: {'; '.join(problems)}. Give the configuration that it was "
             f"trained with, or name the parts that may stay fresh in train.initial_weights.fresh."
         )
-
-    def read(templates: dict[str, Tensor], logical: Mapping[str, Any]) -> None:
-        keys = {name: stored_key(stored.keys(), module, name, initial.ema) for name in logical.keys() & templates}
-        keys |= {name: key(module, BUFFER, name) for name in templates.keys() - logical.keys()}
-        shards.read(path, {keys[name]: template for name, template in templates.items()})
-
-    return _Source(set(given), read)
+    return set(given)

@@ -17,9 +17,10 @@ import torch
 from tests import leftovers
 
 torch.set_num_threads(1)
-# A process whose first backward is one of fake tensors (planning) starts autograd's device threads, and no process that
-# is forked from it later can run a backward ("Unable to handle autograd's threading in combination with fork-based
-# multiprocessing"). So the first one is real, whatever file comes first. tests/distributed/test_harness.py shows it.
+# Entering FakeTensorMode (planning) makes torch believe in a CUDA device. If a process has its first backward after it,
+# autograd starts threads for the device, and no process that is forked later can run a backward ("Unable to handle
+# autograd's threading in combination with fork-based multiprocessing"): a test of planning and one with a backward
+# would break all tests on ranks after them. So the first backward is here. tests/distributed/test_harness.py shows it.
 torch.ones(1, requires_grad=True).sum().backward()
 
 

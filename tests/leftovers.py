@@ -13,8 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Not SIGALRM, which pytest-timeout uses.
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""Not SIGALRM, which pytest-timeout uses, nor SIGCHLD, for which torch's DataLoader leaves a handler that looks after
+its own workers only."""
 
 
 def state() -> dict[str, Any]:
@@ -31,7 +32,6 @@ def state() -> dict[str, Any]:
         "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
         "garbage collection": gc.isenabled(),
         "log handlers": {name: list(logging.getLogger(name).handlers) for name in ("", "megavar")},
-        "import path": list(sys.path),
     }
     if "megatron.core.parallel_state" in sys.modules:
         groups = vars(sys.modules["megatron.core.parallel_state"])

@@ -1,10 +1,11 @@
 """The mixture-of-experts feed-forward network: our router before one of several implementations of the experts."""
 
+import functools
 from copy import copy
 from typing import Any
 
 from megatron.core import tensor_parallel
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules, RouterBuilder
@@ -16,12 +17,14 @@ from megavar.config.choice import resolve
 from megavar.config.experts.base import ExpertsChoice
 from megavar.config.parallel import ParallelConfig
 from megavar.transformer.context import ForwardContext
+from megavar.transformer.linear import RowLinear
 from megavar.transformer.moe.backends import check_installed, choose_backend
+from megavar.transformer.moe.even import EvenMixture
 from megavar.transformer.moe.experts import GroupedExperts
 from megavar.transformer.moe.router import Router
 
 
-class ExpertOutputLinear(RowParallelLinear):
+class ExpertOutputLinear(RowLinear):
     """Second layer of an expert, which lies whole on its rank.
 
     Two things in Megatron-core 0.16 are meant for layers whose output is a sum over tensor-parallel ranks. Without
@@ -85,6 +88,11 @@ class ExpertFeedForward(nn.Module):
             return resolve(experts)(config, experts, block=number, kinds=kinds)
 
         self.moe: Any = _build_mixture(choose_backend(experts.backend, config), config, router, number)
+        self._even = functools.partial(EvenMixture, config=config, copies=experts.copies)
+
+    def spread_evenly(self) -> None:
+        """Give all experts equal loads whatever the router says, to measure what the layer costs (see ``even.py``)."""
+        self.moe = self._even(self.moe.router)
 
     def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
         """[L, B, C] -> [L, B, C]."""

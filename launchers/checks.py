@@ -128,21 +128,12 @@ def checkpoint_bytes(config: Config, run_directory: Path) -> int:
 
     That is 12 bytes per parameter (float32 weights and two moments of Adam), 16 with a moving average.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from megavar.planning.parameters import count_parameters
-    from megavar.planning.shape import GeneratorShape
-    from megavar.tokenizers.multiscale_vq import MultiScaleVQ
+    from megavar.planning.efficiency import trained_parameters
 
     manifests = manifests_in(run_directory)
     if manifests:
         return sum(file.stat().st_size for file in manifests[-1].parent.rglob("*") if file.is_file())
-    if config.generator is not None:
-        parameters = count_parameters(GeneratorShape.of(config)).total
-    else:
-        with FakeTensorMode():  # nothing is allocated
-            parameters = sum(parameter.numel() for parameter in MultiScaleVQ(config.tokenizer).parameters())
-    return parameters * (12 if config.train.ema is None else 16)
+    return trained_parameters(config) * (12 if config.train.ema is None else 16)
 
 
 def free_space(run_directory: Path, size: int, existing: int = 0) -> Finding:

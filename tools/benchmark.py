@@ -23,7 +23,8 @@ from megavar.parallel import topology
 from megavar.parallel.environment import environment
 from megavar.planning.hardware import peak_of_device
 from megavar.storage import write_json_atomic
-from tools.benchmark_cases import PARTS, Bench, Part
+from tools.benchmark_bench import Bench, Part
+from tools.benchmark_cases import PARTS
 from tools.benchmark_timing import Timing, machine, measure, memory_snapshot, trace
 
 

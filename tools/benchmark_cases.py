@@ -1,143 +1,52 @@
-"""What ``tools/benchmark.py`` measures: each part gives alternatives that do the same work in different ways."""
+"""The parts of ``tools/benchmark.py``: each gives alternatives that do the same work in different ways."""
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megavar.assembly import PARAMETER_TYPES, build_generator, build_sampler
-from megavar.config.deepspeed import load_deepspeed_json
+from megavar.assembly import build_generator, build_sampler
 from megavar.config.experts.base import ExpertsChoice
-from megavar.config.generators.var import VARConfig
-from megavar.config.parallel import ParallelConfig
-from megavar.config.recipes.mepa import MEPAConfig
-from megavar.config.root import Config
 from megavar.data.batch import Batch
 from megavar.errors import ConfigError
-from megavar.generators.var import VAR
 from megavar.parallel import seeds
-from megavar.parallel.topology import Topology
-from megavar.planning.flops import forward_flops, model_flops, sampling_flops
-from megavar.planning.shape import GeneratorShape
-from megavar.planning.tokenizer_cost import autoencoder_cost
-from megavar.recipes.next_scale import NextScale, NextScaleInputs
+from megavar.planning.attention_cost import attention_pairs
+from megavar.recipes.base import Recipe
 from megavar.run_samples import default_conditions
-from megavar.tokenizers.multiscale_vq import MultiScaleVQ
 from megavar.training.engine import Divisors, Engine
 from megavar.training.metrics import MetricAccumulator
 from megavar.training.micro_batches import MicroBatches
 from megavar.training.optimizer import build_optimizer, parameter_groups, parameter_rules, set_rates
-from megavar.training.step import build_engines, train_step
+from megavar.training.step import train_step, valid_of_step
 from megavar.transformer.context import ForwardContext
 from megavar.transformer.feed_forward import FeedForward
 from megavar.transformer.kernels import KERNELS, Visibility
 from megavar.transformer.moe.layer import ExpertFeedForward
 from megavar.transformer.sequence import SequenceLayout
+from tools.benchmark_bench import Bench, Part, trained_module
 
 EXPERT_BACKENDS = ("megatron", "grouped", "tutel", "deepspeed")
 LEARNING_RATE, WEIGHT_DECAY = 1e-6, 0.0
 
 
-@dataclass
-class Part:
-    """Alternatives to compare."""
-
-    name: str
-    alternatives: dict[str, Callable[[], Any]] = field(default_factory=dict)
-    images: int = 1
-    """Images of one call."""
-    flops: dict[str, float] = field(default_factory=dict)
-    """Model FLOPs of one call, by alternative."""
-    skipped: dict[str, str] = field(default_factory=dict)
-    """Alternatives that cannot run here, with the reason."""
-    baseline: str | None = None
-    """Alternative to which the others' times are related."""
-
-
-@dataclass
-class Bench:
-    """The run that is measured, on one device."""
-
-    config: Config
-    topology: Topology
-    device: torch.device
-    batch: int
-    """Images of a micro-batch."""
-
-    @property
-    def generator(self) -> VARConfig:
-        """Its generator."""
-        assert self.config.generator is not None
-        return self.config.generator
-
-    @property
-    def shape(self) -> GeneratorShape:
-        """Its sizes."""
-        return GeneratorShape.of(self.config)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of weights and activations."""
-        return PARAMETER_TYPES[self.config.train.precision]
-
-    def random(self, *shape: int, gradient: bool = True) -> Tensor:
-        """Normal values in the run's type."""
-        values = torch.randn(*shape, device=self.device, dtype=self.dtype)
-        return values.requires_grad_(gradient)
-
-    def tokenizer(self) -> MultiScaleVQ:
-        """A tokenizer with fresh weights, frozen: speed does not depend on them."""
-        return MultiScaleVQ(self.config.tokenizer).eval().requires_grad_(False).to(self.device)
-
-    def images(self) -> Batch:
-        """A random micro-batch."""
-        side, count = self.config.tokenizer.image_side, torch.arange(self.batch, device=self.device)
-        pixels = torch.rand(self.batch, self.config.tokenizer.image_channels, side, side, device=self.device) * 2 - 1
-        return Batch(pixels, count % self.generator.classes, count, torch.zeros_like(count))
-
-    def tokens(self) -> Batch:
-        """The same from a token cache."""
-        batch = self.images()
-        ids = torch.randint(self.config.tokenizer.vocabulary_size, (self.batch, self.shape.tokens), device=self.device)
-        return Batch(None, batch.labels, batch.sample_ids, batch.epochs, tokens=ids)
-
-    def recipe(self) -> NextScale:
-        """The recipe with fresh weights."""
-        model = build_generator(self.config, self.topology, device=self.device).train()
-        recipe = self.config.recipe
-        settings = recipe if isinstance(recipe, MEPAConfig) else MEPAConfig(tokenizer_weights="")
-        choice = self.generator
-        return NextScale(
-            settings, model, self.tokenizer(), classes=choice.classes, label_drop=choice.label_drop,
-            seed=self.config.train.seed,
-        )  # fmt: skip
-
-    def engines(self, recipe: NextScale) -> dict[str, Engine]:
-        """The engine around a recipe's generator."""
-        return build_engines(
-            recipe,
-            optimizer=self.config.optimizer,
-            deepspeed=load_deepspeed_json(Path(self.config.deepspeed)),
-            deepspeed_origin=self.config.deepspeed,
-            global_batch_size=self.batch * self.topology.data,
-            micro_batch_size=self.batch,
-            precision=self.config.train.precision,
-            topology=self.topology,
-        )
+def _layout(bench: Bench) -> SequenceLayout:
+    """Of the generator's sequences in training."""
+    with bench.device:
+        layout: SequenceLayout = bench.shell.sequence(bench.shell.example(bench.batch)).layout
+    return layout
 
 
 def attention(bench: Bench) -> Part:
-    """Each kernel of scale-causal attention, forward and backward, of one block."""
-    shape = bench.shape
-    seen = Visibility(SequenceLayout.of_scales(shape.scales))
-    sizes = (bench.batch, shape.heads, shape.tokens, shape.width // shape.heads)
-    q, k, v = (bench.random(*sizes) for _ in range(3))
+    """Each kernel that serves the generator's sequences, forward and backward, of one block."""
+    layout, config = _layout(bench), bench.shell.config
+    seen, heads, size = Visibility(layout), config.num_attention_heads, config.kv_channels
+    q = bench.random(bench.batch, heads, layout.length, size)
+    k, v = (bench.random(bench.batch, config.num_query_groups, layout.length, size) for _ in range(2))
     upstream = torch.randn_like(q)
-    needed = 4.0 * shape.visible_pairs * shape.width * bench.batch
+    needed = 4.0 * attention_pairs(layout, "visible") * heads * size * bench.batch
     part = Part("attention of one block, forward and backward", images=bench.batch, baseline="dense")
 
     def both(kernel: str) -> None:
@@ -159,47 +68,42 @@ def attention(bench: Bench) -> Part:
 
 def experts(bench: Bench) -> Part:
     """Each expert backend, forward and backward, beside a dense network of the same activated FLOPs."""
-    shape = bench.shape
-    settings = bench.generator.experts or ExpertsChoice.make()
-    wide = bench.generator.model_copy(
-        update={"experts": None, "feed_forward_ratio": bench.generator.feed_forward_ratio * settings.top_k}
-    )
-    layout = SequenceLayout.of_scales(shape.scales)
-    context = ForwardContext(layout)
-    hidden = bench.random(shape.tokens, bench.batch, shape.width)
+    part = Part("experts of one block, forward and backward", images=bench.batch)
+    if "experts" not in type(bench.generator).model_fields:
+        part.skipped["all backends"] = f"generator.name={bench.generator.name} takes no experts"
+        return part
+    settings = bench.generator.limits(bench.space).experts or ExpertsChoice.make()
+    layout = _layout(bench)
+    context, wide = ForwardContext(layout), copy(bench.layers(experts=None))
+    wide.ffn_hidden_size *= settings.top_k
+    hidden = bench.random(layout.length, bench.batch, wide.hidden_size)
     upstream = torch.randn_like(hidden)
-    dense_name = f"dense, {settings.top_k} x as wide"
-    part = Part("experts of one block, forward and backward", images=bench.batch, baseline=dense_name)
+    part.baseline = f"dense, {settings.top_k} x as wide"
 
     def layer_of(backend: str | None) -> nn.Module:
         with bench.device:
             if backend is None:
-                return FeedForward(VAR.layers(wide, ParallelConfig(), bench.dtype))
+                return FeedForward(wide)
             chosen = settings.model_copy(update={"backend": backend})
-            config = bench.generator.model_copy(update={"experts": chosen})
-            return ExpertFeedForward(
-                VAR.layers(config, ParallelConfig(), bench.dtype), 0, experts=chosen, kinds=len(shape.scales)
-            )
+            return ExpertFeedForward(bench.layers(experts=chosen), 0, experts=chosen, kinds=bench.shell.kinds)
 
-    for name, backend in {dense_name: None, **{backend: backend for backend in EXPERT_BACKENDS}}.items():
+    weights = 0
+    for name, backend in {part.baseline: None, **{backend: backend for backend in EXPERT_BACKENDS}}.items():
         try:
             layer = layer_of(backend)
         except ConfigError as error:
             part.skipped[name] = str(error).split(". ")[0]
             continue
         _fill(layer)
+        if backend is None:
+            weights = sum(parameter.numel() for parameter in layer.parameters() if parameter.ndim > 1)
 
         def both(layer: nn.Module = layer) -> None:
             layer(hidden, context).backward(upstream)
 
         part.alternatives[name] = both
-        part.flops[name] = 3 * forward_flops(_with_experts(shape, settings)).feed_forward / shape.depth * bench.batch
+        part.flops[name] = 3 * 2.0 * layout.length * bench.batch * weights
     return part
-
-
-def _with_experts(shape: GeneratorShape, settings: ExpertsChoice) -> GeneratorShape:
-    generator = shape.generator.model_copy(update={"experts": settings})
-    return GeneratorShape(generator, shape.scales, shape.code_dimension, shape.vocabulary)
 
 
 @torch.no_grad()
@@ -210,45 +114,53 @@ def _fill(module: nn.Module) -> None:
 
 def train(bench: Bench) -> Part:
     """The train step of this configuration, from images and from cached tokens."""
-    recipe = bench.recipe()
-    engine = bench.engines(recipe)["generator"]
-    images, tokens = bench.images(), bench.tokens()
-    flops = model_flops(bench.shape) * bench.batch
+    recipe = bench.assembly().recipe()
+    engines = bench.engines(recipe)
     part = Part("train step of one micro-batch", images=bench.batch)
-    part.alternatives["from images"] = lambda: _step(recipe, engine, recipe.prepare(images, 0))
-    part.alternatives["from cached tokens"] = lambda: _step(recipe, engine, recipe.prepare(tokens, 0))
+    images = bench.images()
+    batches = {"from images": images, "from cached tokens": bench.tokens()}
+    for name, batch in batches.items():
+        if batch is None:
+            part.skipped[name] = "tokens are vectors, which no token cache holds"
+        else:
+            part.alternatives[name] = functools.partial(_prepared_step, recipe, engines, batch)
     part.alternatives["encoding alone"] = lambda: recipe.prepare(images, 0)
-    part.flops = {"from images": flops, "from cached tokens": flops}
-    part.flops["encoding alone"] = autoencoder_cost(bench.config.tokenizer).encode_flops * bench.batch
+    known = bench.operations
+    flops = dict.fromkeys(part.alternatives, known.step)
+    part.flops = bench.known({**flops, "encoding alone": known.encoding})
     return part
 
 
-def _step(recipe: NextScale, engine: Engine, inputs: NextScaleInputs) -> None:
-    images = len(inputs.targets) * engine.topology.data
-    engine.run(recipe.passes("generator", 0), MicroBatches.of([inputs]), Divisors(inputs.targets.numel(), images))
+def _prepared_step(recipe: Recipe, engines: dict[str, Engine], batch: Batch) -> None:
+    _step(recipe, engines, batch, recipe.prepare(batch, 0))
+
+
+def _step(recipe: Recipe, engines: dict[str, Engine], batch: Batch, inputs: Any) -> None:
+    """A step of the recipe's first module on inputs that are prepared."""
+    name, _ = trained_module(recipe)
+    engine = engines[name]
+    divisors = Divisors(valid_of_step([recipe.valid(batch, 0)], engine.topology), len(batch) * engine.topology.data)
+    engine.run(recipe.passes(name, 0), MicroBatches.of([inputs]), divisors)
     engine.step(LEARNING_RATE, WEIGHT_DECAY)
 
 
 def overhead(bench: Bench) -> Part:
-    """What the trainer adds to a bare loop of forward, backward, clipping and AdamW over the same model."""
-    bare, driven = bench.recipe(), bench.recipe()
+    """What the trainer adds to a bare loop of the recipe's passes, clipping and AdamW over the same model."""
+    bare, driven = bench.assembly().recipe(), bench.assembly().recipe()
     engines, metrics = bench.engines(driven), MetricAccumulator()
-    rules = parameter_rules(bare.generator, functools.partial(bare.rule, "generator"))
-    optimizer = build_optimizer(bench.config.optimizer, "generator", parameter_groups(bare.generator, rules))
+    name, model = trained_module(bare)
+    rules = parameter_rules(model, functools.partial(bare.rule, name))
+    optimizer = build_optimizer(bench.config.optimizer, name, parameter_groups(model, rules))
     set_rates(optimizer, LEARNING_RATE, WEIGHT_DECAY)
-    batch = bench.tokens()
-    inputs = bare.prepare(batch, 0)
-    clipping = bench.config.optimizer.gradient_clipping or float("inf")
-    assert isinstance(bare.generator, VAR)
-    model = bare.generator
+    batch = bench.tokens() or bench.images()
+    inputs, clipping = bare.prepare(batch, 0), bench.config.optimizer.gradient_clipping or float("inf")
 
     def bare_step() -> None:
-        logits = model(inputs.model).prediction
-        nn.functional.cross_entropy(logits.flatten(0, 1), inputs.targets.flatten()).backward()
+        _bare_passes(bare, name, model, batch, inputs)
         nn.utils.clip_grad_norm_(model.parameters(), clipping)
         optimizer.step()
         optimizer.zero_grad()
-        model.collect_routing()
+        bare.collect()
 
     def trainer_step() -> None:
         train_step(
@@ -257,31 +169,40 @@ def overhead(bench: Bench) -> Part:
         )  # fmt: skip
         metrics.add_statistics(driven.collect())
 
-    def engine_step() -> None:
-        _step(driven, engines["generator"], inputs)
+    part = Part("trainer over a bare loop", images=bench.batch, baseline="bare loop")
+    part.alternatives = {
+        "bare loop": bare_step,
+        "engine": lambda: _step(driven, engines, batch, inputs),
+        "engine, metrics": trainer_step,
+    }
+    part.flops = bench.known(dict.fromkeys(part.alternatives, bench.operations.step))
+    return part
 
-    flops = model_flops(bench.shape) * bench.batch
-    return Part(
-        "trainer over a bare loop",
-        {"bare loop": bare_step, "engine": engine_step, "engine, metrics": trainer_step},
-        images=bench.batch,
-        flops={"bare loop": flops, "engine": flops, "engine, metrics": flops},
-        baseline="bare loop",
-    )
+
+def _bare_passes(recipe: Recipe, name: str, model: nn.Module, batch: Batch, inputs: Any) -> None:
+    """Forward and backward as anyone would write them for one process."""
+    for one in recipe.passes(name, 0):
+        with torch.set_grad_enabled(one.loss is not None):
+            output = one.forward(model, inputs)
+        if one.loss is not None:
+            losses = one.loss(output, inputs)
+            total: Tensor = losses.total / recipe.valid(batch, 0)
+            if losses.per_image is not None:
+                total = total + losses.per_image / len(batch)
+            total.backward()
+        if one.carry is not None and one.following is not None:
+            with torch.no_grad():
+                inputs = one.following(inputs, one.carry(output, inputs))
 
 
 def sampling(bench: Bench) -> Part:
-    """Drawing images scale by scale with the configured guidance, decoder included."""
+    """Drawing images with the configured procedure and guidance, decoder included."""
     model = build_generator(bench.config, None, device=bench.device)
-    conditions = default_conditions(bench.config)
-    sampler = build_sampler(bench.config, model, bench.tokenizer(), conditions, bench.device)
-    settings = bench.config.sampling
+    conditions, tokenizer = default_conditions(bench.config), bench.assembly().tokenizer()
+    sampler = build_sampler(bench.config, model, tokenizer, conditions, bench.device)
     indices = torch.arange(bench.batch)
-    decoder = autoencoder_cost(bench.config.tokenizer).decode_flops
-    flops = (sampling_flops(bench.shape, settings.guided) + decoder) * bench.batch
-    return Part(
-        "sampling", {"drawing": lambda: sampler.draw(indices)}, images=bench.batch, flops={"drawing": flops}
-    )
+    flops = bench.known({"drawing": bench.operations.drawing})
+    return Part("sampling", {"drawing": lambda: sampler.draw(indices)}, images=bench.batch, flops=flops)
 
 
 PARTS: dict[str, Callable[[Bench], Part]] = {

@@ -3,12 +3,17 @@
 import argparse
 import json
 import sys
+import time
+from collections.abc import Callable
 
 from megavar.config.loading import load_config
 from megavar.errors import ExitCode
 from megavar.planning.hardware import ACCELERATORS
 from megavar.planning.plan import plan
 from megavar.planning.report import format_plan, plan_values
+
+PATIENCE = 2.0
+"""Seconds without a sign of life."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +37,20 @@ def run(options: argparse.Namespace) -> ExitCode:
         gpus_per_node=options.gpus_per_node,
         images=options.images,
         job_seconds=options.hours * 3600 if options.hours else None,
+        progress=progress_line(),
     )
     text = json.dumps(plan_values(predicted), indent=2) if options.json else format_plan(predicted)
     print(text, file=sys.stdout)
     return ExitCode.FINISHED
+
+
+def progress_line() -> Callable[[int, int], None]:
+    """Shows on standard error how far measuring is, where it takes longer than :data:`PATIENCE`."""
+    began = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        if time.monotonic() - began > PATIENCE:
+            end = "\n" if done == total else ""
+            print(f"\rmeasuring the model: {done} of {total} ranks", end=end, file=sys.stderr, flush=True)
+
+    return show

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 _LISTED_EXPERT = re.compile(r"(?<![^.])experts\.(?:local_experts|deepspeed_experts)\.(\d+)\.")
 _STACKED_EXPERT = re.compile(r"(?<![^.])experts\.(linear_fc[12])_(weight|bias)$")
@@ -156,8 +157,8 @@ def initialize_parameters(module: nn.Module, rule: InitializationRule, seed: int
     with torch.no_grad():
         for tensor in logical_tensors(module):
             parameter = parameters[tensor.parameter]
-            if parameter.is_meta:
-                continue
+            if parameter.is_meta or isinstance(parameter, FakeTensor):
+                continue  # there is nothing to fill
             full = torch.empty(tensor.shape, dtype=torch.float32)
             rule(tensor.name, full, seeds.generator(seed, f"initialize/{tensor.name}"))
             tensor.local(parameter).copy_(tensor.shard(full, tensor_rank, tensor_size))

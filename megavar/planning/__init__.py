@@ -1,12 +1,12 @@
 """Predicts what a run costs before it is submitted: parameters, FLOPs, memory, time, and layouts that fit.
 
-Attributes are loaded on first use, so that the FLOP model is at hand without importing DeepSpeed.
+Attributes are loaded on first use, so that FLOPs per image are at hand without importing DeepSpeed.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megavar.planning.flops import flops_per_image
+    from megavar.planning.efficiency import flops_per_image
     from megavar.planning.hardware import peak_of_device
     from megavar.planning.plan import Plan, plan
     from megavar.planning.report import format_plan
@@ -15,7 +15,7 @@ __all__ = ["Plan", "flops_per_image", "format_plan", "peak_of_device", "plan"]
 
 _HOMES = {
     "Plan": "plan",
-    "flops_per_image": "flops",
+    "flops_per_image": "efficiency",
     "format_plan": "report",
     "peak_of_device": "hardware",
     "plan": "plan",

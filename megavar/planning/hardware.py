@@ -47,6 +47,9 @@ ACCELERATORS = {
 
 EXPERTS_UTILIZATION = 0.6
 """Utilization with experts over that of a dense generator: small experts wait for their dispatch."""
+EXPERT_IMBALANCE = 1.25
+"""Tokens of the busiest rank's experts over the mean, under expert parallelism. An assumption; a working balance loss
+keeps it near 1."""
 TOKENIZER_UTILIZATION = 0.3
 """Share of the TF32 peak that the frozen tokenizer's convolutions reach."""
 LINK_EFFICIENCY = 0.7

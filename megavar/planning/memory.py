@@ -16,14 +16,13 @@ number of ranks that hold the same experts. DeepSpeed keeps the fp32 master copy
 tensors of real engines in tests/planning/test_memory.py.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from megavar.planning.activations import MicroBatch, activation_bytes, working_bytes
-from megavar.planning.hardware import FRAGMENTATION, RESERVED
+from megavar.config.parallel import ParallelConfig
+from megavar.planning.breakdown import Breakdown
+from megavar.planning.cost import Cost, RankParameters, TokenizerCost
+from megavar.planning.hardware import EXPERT_IMBALANCE, FRAGMENTATION, RESERVED
 from megavar.planning.layout import Layout
-from megavar.planning.parameters import RankParameters, rank_parameters
-from megavar.planning.shape import GeneratorShape
-from megavar.planning.tokenizer_cost import TokenizerCost
 
 FLOAT32 = 4
 SEARCH_BYTES = 2**28
@@ -31,7 +30,7 @@ SEARCH_BYTES = 2**28
 
 
 @dataclass(frozen=True)
-class Memory:
+class Memory(Breakdown):
     """Bytes on the device at the fullest moment of a step, by what they hold."""
 
     weights: float
@@ -53,15 +52,6 @@ class Memory:
     """What encoding a micro-batch takes beyond the room that training leaves at that moment."""
     reserved: float = 0.0
     """CUDA context, libraries, fragmentation."""
-
-    @property
-    def total(self) -> float:
-        """All of it."""
-        return sum(getattr(self, field.name) for field in fields(self))
-
-    def parts(self) -> dict[str, float]:
-        """By name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 @dataclass(frozen=True)
@@ -107,13 +97,59 @@ def bucket_bytes(parameters: RankParameters, layout: Layout, element: int) -> fl
     return zero.bucket * element * zero.buckets + gathered
 
 
+def imbalance(parallel: ParallelConfig) -> float:
+    """Tokens of the busiest rank's experts over the mean."""
+    return EXPERT_IMBALANCE if parallel.expert > 1 else 1.0
+
+
+def chunks_in_flight(parallel: ParallelConfig, pipeline_rank: int, micro_batches: int) -> int:
+    """Forward passes of a model chunk whose backward pass is still to come, at most (Megatron-core's schedules)."""
+    stages, chunks = parallel.pipeline, parallel.virtual_pipeline
+    if chunks == 1:
+        return min(micro_batches, stages - pipeline_rank)
+    warmup = (stages - pipeline_rank - 1) * 2 + (chunks - 1) * stages
+    return min(micro_batches * chunks, warmup + 1)
+
+
+@dataclass(frozen=True)
+class ActivationBytes(Breakdown):
+    """What forward and backward passes hold on a rank at its fullest moment."""
+
+    blocks: float
+    """Kept by the blocks of all micro-batches whose backward pass is still to come."""
+    head: float
+    """Head, logits and loss; none on earlier pipeline stages."""
+    working: float
+    """Inside the fullest block, beyond the room that the head leaves, which is done by then."""
+
+
+def activation_bytes(cost: Cost, layout: Layout, pipeline_rank: int, busiest: float | None = None) -> ActivationBytes:
+    """Activations of a rank.
+
+    Args:
+        busiest: tokens of this rank's experts over the mean; None assumes :func:`imbalance`.
+    """
+    parallel, images = layout.parallel, layout.micro_batch
+    spread = imbalance(parallel) if busiest is None else busiest
+    is_last = pipeline_rank == parallel.pipeline - 1
+    held = cost.stage(parallel, pipeline_rank)
+    blocks = held[pipeline_rank == 0 : len(held) - is_last]
+    kept = sum(block.saved.at(images) + block.routed.at(images) * spread for block in blocks)
+    kept /= parallel.virtual_pipeline  # of one chunk
+    if parallel.pipeline > 1:
+        kept += cost.packed.at(images)
+    head = cost.head.peak.at(images) if is_last else 0.0
+    working = max(block.peak.at(images) + (spread - 1) * block.routed.at(images) for block in blocks)
+    in_flight = chunks_in_flight(parallel, pipeline_rank, layout.micro_batches)
+    return ActivationBytes(kept * in_flight, head, max(0.0, working - head))
+
+
 def rank_memory(
-    shape: GeneratorShape,
+    cost: Cost,
     layout: Layout,
     *,
     pipeline_rank: int,
     element: int,
-    kernel: str,
     ema: bool,
     tokenizer: TokenizerCost | None,
     image_bytes: float,
@@ -121,20 +157,17 @@ def rank_memory(
     """Memory of a rank of one pipeline stage.
 
     Args:
-        element: bytes of a weight and of an activation.
-        kernel: attention kernel.
+        cost: of the generator under the layout's tensor-parallel size and recomputation.
+        element: bytes of a weight.
         ema: whether a moving average of the weights is kept.
         tokenizer: costs of the frozen tokenizer; None where tokens are cached.
         image_bytes: of one prepared image: pixels, tokens, features.
     """
-    batch = MicroBatch(shape, layout.parallel, layout.micro_batch, element, kernel)
-    recompute = layout.parallel.recompute
-    parameters = rank_parameters(shape, layout.parallel, pipeline_rank)
+    parameters = cost.parameters(layout.parallel, pipeline_rank)
     state = state_bytes(parameters, layout, element, ema=ema)
-    parts = activation_bytes(batch, recompute, pipeline_rank, layout.micro_batches)
+    activations = activation_bytes(cost, layout, pipeline_rank)
     buckets = bucket_bytes(parameters, layout, element)
-    working = max(0.0, working_bytes(batch, recompute) - parts["head"] - parts["logits"])
-    training = state.gradients + buckets + sum(parts.values()) + working
+    training = state.gradients + buckets + activations.total
     encoding = 0.0 if tokenizer is None else layout.micro_batch * tokenizer.encode_bytes + SEARCH_BYTES
     inputs = layout.micro_batch * layout.micro_batches * image_bytes
     return Memory(
@@ -143,9 +176,9 @@ def rank_memory(
         optimizer=state.optimizer,
         ema=state.ema,
         buckets=buckets,
-        activations=parts["blocks"],
-        logits=parts["head"] + parts["logits"],
-        working=working,
+        activations=activations.blocks,
+        logits=activations.head,
+        working=activations.working,
         tokenizer=inputs + (0.0 if tokenizer is None else tokenizer.parameters * FLOAT32),
         encoding=max(0.0, encoding - training),
         reserved=RESERVED + FRAGMENTATION * max(training, encoding),

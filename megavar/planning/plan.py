@@ -7,19 +7,17 @@ from typing import Any
 
 from megavar.config.data import CacheSource
 from megavar.config.deepspeed import complete_deepspeed, load_deepspeed_json
-from megavar.config.recipes.tokenizer import TokenizerTrainingConfig
 from megavar.config.root import Config
 from megavar.errors import ConfigError
 from megavar.parallel.rules import check_layout
 from megavar.parallel.topology import Topology, data_parallel_size
 from megavar.planning.hardware import EXPERTS_UTILIZATION, TOKENIZER_UTILIZATION, accelerator
 from megavar.planning.layout import Layout, Zero
+from megavar.planning.measure import DrawRequest, drawing_flops, tokenizer_cost
 from megavar.planning.memory import FLOAT32
-from megavar.planning.search import suggest
-from megavar.planning.shape import GeneratorShape
+from megavar.planning.search import allowed_candidates, suggest
 from megavar.planning.timing import Machine
-from megavar.planning.tokenizer_cost import autoencoder_cost
-from megavar.planning.workload import AutoencoderWorkload, GeneratorWorkload, Prediction, Workload
+from megavar.planning.workload import GeneratorWorkload, Prediction, Progress, TokenizerWorkload, Workload
 from megavar.training.run import micro_batch_size
 from megavar.training.schedules import total_steps
 
@@ -34,7 +32,7 @@ class Plan:
     assumed_utilization: bool
     """Whether the utilization is our assumption and not the user's."""
     sample_flops: float | None
-    """FLOPs per drawn image without the decoder; None for a tokenizer."""
+    """FLOPs per drawn image without the tokenizer; None for a tokenizer, and where they cannot be measured."""
     prediction: Prediction
     """The configuration as it is."""
     better: tuple[Prediction, ...]
@@ -82,6 +80,7 @@ def plan(
     images: int | None = None,
     job_seconds: float | None = None,
     suggestions: int = 5,
+    progress: Progress = lambda done, total: None,
 ) -> Plan:
     """Predict a training run.
 
@@ -92,6 +91,7 @@ def plan(
         images: length of the training data; None asks the data source.
         job_seconds: time limit of one job; None leaves out the number of jobs.
         suggestions: number of other layouts to suggest.
+        progress: told how many of the ranks that must be measured are.
 
     Raises:
         ConfigError: the configuration is not trainable on so many GPUs, or nothing is known of the GPU.
@@ -103,22 +103,22 @@ def plan(
         )
     workload = _workload(config, Machine(accelerator(gpu), min(gpus_per_node, gpus)), mfu)
     layout, notes = configured_layout(config, gpus)
-    if isinstance(config.recipe, TokenizerTrainingConfig) and (config.recipe.perceptual or config.recipe.adversarial):
-        notes += ("the discriminator and the perceptual network are not counted",)
+    notes += tuple(f"{network} is not counted" for network in config.recipe.uncounted)
     count = _length(config) if images is None else images
     if config.train.steps is None and count is None:
         raise ConfigError(
             "The length of the run is given in epochs, but the training data cannot be opened here to count its "
             "images. Give their number, for example --images 1281167."
         )
+    workload.prepare([layout, *(allowed_candidates(workload, layout) if suggestions else ())], progress)
     return Plan(
         name=config.run.name,
         gpus=gpus,
         workload=workload,
         assumed_utilization=mfu is None,
-        sample_flops=workload.sample_flops(config.sampling.guided)
-        if isinstance(workload, GeneratorWorkload)
-        else None,
+        sample_flops=None
+        if config.generator is None
+        else drawing_flops(DrawRequest(config.generator, config.tokenizer, config.sampling)),
         prediction=workload.predict(layout),
         better=tuple(suggest(workload, layout, suggestions)) if suggestions else (),
         steps=total_steps(config.train.steps, config.train.epochs, count or 0, config.train.global_batch_size),
@@ -130,15 +130,24 @@ def plan(
 
 def _workload(config: Config, machine: Machine, mfu: float | None) -> Workload:
     element = 2 if config.train.precision == "bf16" else FLOAT32
-    ema, image_bytes = config.train.ema is not None, _image_bytes(config)
+    ema, image_bytes, space = config.train.ema is not None, _image_bytes(config), config.tokenizer.space
     if config.generator is None:
-        cost = autoencoder_cost(config.tokenizer)
-        return AutoencoderWorkload(machine, mfu or TOKENIZER_UTILIZATION, element, ema, image_bytes, cost)
-    shape = GeneratorShape.of(config)
-    assumed = machine.gpu.utilization * (EXPERTS_UTILIZATION if shape.experts is not None else 1.0)
-    tokenizer = None if reads_tokens(config) else autoencoder_cost(config.tokenizer)
-    kernel = shape.generator.attention_kernel
-    return GeneratorWorkload(machine, mfu or assumed, element, ema, image_bytes, shape, kernel, tokenizer)
+        cost = tokenizer_cost(config.tokenizer)
+        return TokenizerWorkload(machine, mfu or TOKENIZER_UTILIZATION, element, ema, image_bytes, cost)
+    has_experts = config.generator.limits(space).experts is not None
+    assumed = machine.gpu.utilization * (EXPERTS_UTILIZATION if has_experts else 1.0)
+    tokenizer = None if reads_tokens(config) else tokenizer_cost(config.tokenizer)
+    return GeneratorWorkload(
+        machine,
+        mfu or assumed,
+        element,
+        ema,
+        image_bytes,
+        config.generator,
+        space,
+        tokenizer,
+        passes=config.recipe.passes_of_step,
+    )
 
 
 def configured_layout(config: Config, world_size: int) -> tuple[Layout, tuple[str, ...]]:
@@ -185,10 +194,10 @@ def reads_tokens(config: Config) -> bool:
 
 
 def _image_bytes(config: Config) -> float:
-    """Pixels, tokens and teacher-forcing features of one prepared image."""
-    tokens = sum(side * side for side in config.tokenizer.scales)
-    pixels = 0 if reads_tokens(config) else config.tokenizer.image_channels * config.data.image_size**2 * 4
-    return pixels + tokens * (8 + 4 * config.tokenizer.code_dimension)
+    """Pixels, tokens and their vectors of one prepared image."""
+    space = config.tokenizer.space
+    pixels = 0 if reads_tokens(config) else space.image_channels * config.data.image_size**2 * 4
+    return pixels + space.length * (8 + 4 * space.channels)
 
 
 def _length(config: Config) -> int | None:

@@ -34,7 +34,7 @@ def _head(plan: Plan) -> list[str]:
         describe(plan.prediction.layout.parallel, plan.gpus).splitlines()[0],
         f"utilization while blocks compute: {workload.utilization:.0%} ({source})",
     ]
-    if plan.assumed_utilization and workload.generator is not None and workload.generator.experts is not None:
+    if plan.assumed_utilization and workload.limits is not None and workload.limits.experts is not None:
         lines[-1] += f"; {EXPERTS_UTILIZATION:g} of a dense model's"
     return lines + [f"note: {note}" for note in plan.notes]
 
@@ -49,8 +49,9 @@ def _model(plan: Plan) -> list[str]:
         f"  parameters          {count.total / 1e6:10.1f} M   activated per token {count.activated / 1e6:.1f} M",
         f"  weights per token   {count.per_token / 1e6:10.1f} M   once per image {count.per_image / 1e6:.1f} M",
         training,
-        f"  sampling            {(plan.sample_flops or 0) / 1e12:10.3f} TFLOP per image, guidance included",
     ]
+    if plan.sample_flops is not None:
+        lines.append(f"  sampling            {plan.sample_flops / 1e12:10.3f} TFLOP per image, guidance included")
     if workload.tokenizer is None:
         return [*lines, "  tokens are cached: nothing is encoded while training"]
     encode = workload.tokenizer.encode_flops

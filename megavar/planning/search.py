@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 from megavar.errors import ConfigError
@@ -24,12 +24,12 @@ def _sizes(largest: int) -> Iterator[int]:
 
 
 def candidates(workload: Workload, base: Layout) -> Iterator[Layout]:
-    """Layouts that the rules allow for the same ranks and the same global batch, simplest first."""
-    generator, world = workload.generator, base.world_size
-    experts = 1 if generator is None or generator.experts is None else generator.experts.number
-    recomputations = RECOMPUTE if generator is not None else RECOMPUTE[:1]
-    for tensor in _sizes(min(world, workload.machine.gpus_per_node) if generator is not None else 1):
-        for pipeline in _sizes(min(world // tensor, generator.depth) if generator is not None else 1):
+    """Layouts of the same ranks and the same global batch, simplest first; the rules may forbid some."""
+    limits, world = workload.limits, base.world_size
+    experts = 1 if limits is None or limits.experts is None else limits.experts.number
+    recomputations = RECOMPUTE if limits is not None else RECOMPUTE[:1]
+    for tensor in _sizes(min(world, workload.machine.gpus_per_node) if limits is not None else 1):
+        for pipeline in _sizes(min(world // tensor, limits.depth) if limits is not None else 1):
             for expert in _sizes(min(world // pipeline, experts)):
                 parallel = base.parallel.model_copy(
                     update={"tensor": tensor, "sequence": tensor > 1, "pipeline": pipeline, "virtual_pipeline": 1,
@@ -70,6 +70,11 @@ def is_allowed(workload: Workload, layout: Layout) -> bool:
     return True
 
 
+def allowed_candidates(workload: Workload, base: Layout) -> list[Layout]:
+    """:func:`candidates` that the rules allow."""
+    return [layout for layout in candidates(workload, base) if is_allowed(workload, layout)]
+
+
 def _mesh(layout: Layout) -> tuple:
     parallel = layout.parallel
     return parallel.tensor, parallel.pipeline, parallel.expert, layout.zero.stage
@@ -93,14 +98,11 @@ def suggest(workload: Workload, base: Layout, count: int) -> list[Prediction]:
 
     Where nothing fits, the same with ZeRO-3 and everything offloaded is tried last.
     """
-    found = _fitting(workload, candidates(workload, base))
+    allowed = allowed_candidates(workload, base)
+    found = _fitting(workload, allowed)
     if not found:
         offloaded = Zero(3, offload_optimizer=True, offload_parameters=True)
-        layouts = (
-            dataclasses.replace(layout, zero=offloaded)
-            for layout in candidates(workload, base)
-            if layout.zero.stage == 3
-        )
+        layouts = [dataclasses.replace(layout, zero=offloaded) for layout in allowed if layout.zero.stage == 3]
         found = _fitting(workload, layouts)
     best: dict[tuple, Prediction] = {}
     for prediction in found:
@@ -112,10 +114,9 @@ def suggest(workload: Workload, base: Layout, count: int) -> list[Prediction]:
     return chosen[:count]
 
 
-def _fitting(workload: Workload, layouts: Iterator[Layout]) -> list[Prediction]:
+def _fitting(workload: Workload, layouts: Iterable[Layout]) -> list[Prediction]:
     capacity = workload.machine.gpu.memory
-    allowed = (workload.predict(layout) for layout in layouts if is_allowed(workload, layout))
-    fitting = [prediction for prediction in allowed if prediction.fits(capacity)]
+    fitting = [prediction for prediction in map(workload.predict, layouts) if prediction.fits(capacity)]
 
     def rank(prediction: Prediction) -> tuple:
         return round(math.log(prediction.time.total) / EQUAL), complexity(prediction.layout)

@@ -3,10 +3,10 @@
 Nothing is assumed to overlap: ZeRO stages 0 and 1 reduce gradients after the last micro-batch in this trainer.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from megavar.planning.activations import MicroBatch, expert_tokens
-from megavar.planning.flops import hardware_flops, model_flops
+from megavar.planning.breakdown import Breakdown
+from megavar.planning.cost import Cost, RankParameters, TokenizerCost
 from megavar.planning.hardware import (
     HOST_RATE,
     KERNELS_PER_BLOCK,
@@ -16,15 +16,13 @@ from megavar.planning.hardware import (
     Accelerator,
 )
 from megavar.planning.layout import Layout
-from megavar.planning.parameters import RankParameters, rank_parameters
-from megavar.planning.shape import GeneratorShape
-from megavar.planning.tokenizer_cost import TokenizerCost
+from megavar.planning.memory import imbalance
 
 _ADAM_BYTES = 30  # read and written per parameter: master, moments, gradient, weight
 
 
 @dataclass(frozen=True)
-class StepTime:
+class StepTime(Breakdown):
     """Seconds of one optimizer step on the slowest rank."""
 
     compute: float
@@ -43,15 +41,6 @@ class StepTime:
     """Gradients and weights between data-parallel ranks."""
     optimizer: float = 0.0
     """The update, with transfers where it is offloaded."""
-
-    @property
-    def total(self) -> float:
-        """All of it."""
-        return sum(getattr(self, field.name) for field in fields(self))
-
-    def parts(self) -> dict[str, float]:
-        """By name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 @dataclass(frozen=True)
@@ -72,81 +61,100 @@ class Machine:
         return min(self.gpu.link, self.gpu.network * members) * LINK_EFFICIENCY
 
 
+def step_flops(cost: Cost, passes: tuple[int, int], repetition: float = 1.0) -> float:
+    """Model FLOPs of an image in all passes of a step.
+
+    Args:
+        cost: of the undivided generator.
+        passes: with a loss, and forward only.
+        repetition: factor by which recomputation prolongs the former.
+    """
+    trained, rolled_out = passes
+    return trained * cost.model_flops * repetition + rolled_out * cost.forward_flops
+
+
 def step_time(
-    shape: GeneratorShape,
+    cost: Cost,
     layout: Layout,
     machine: Machine,
     *,
+    whole: Cost,
+    passes: tuple[int, int],
     utilization: float,
     element: int,
-    kernel: str,
     tokenizer: TokenizerCost | None,
 ) -> StepTime:
     """Time of a step.
 
     Args:
+        cost: of the generator under the layout's tensor-parallel size and recomputation.
+        whole: of the undivided generator.
+        passes: of a step over the generator, with a loss and forward only.
         utilization: model FLOPs over peak while blocks compute, without communication and encoding.
-        element: bytes of a weight and of an activation.
-        kernel: attention kernel.
+        element: bytes of a weight.
         tokenizer: of the frozen tokenizer; None where tokens are cached.
     """
     parallel, gpu = layout.parallel, machine.gpu
-    batch = MicroBatch(shape, parallel, layout.micro_batch, element, kernel)
     share = layout.micro_batch * layout.micro_batches
     peak = gpu.bf16 if element == 2 else gpu.fp32
     # Utilization counts model FLOPs; what is computed twice takes its time besides.
-    repeated = hardware_flops(shape, kernel, parallel.recompute) / hardware_flops(shape, kernel, "none")
-    one_image = model_flops(shape) * repeated / (parallel.tensor * parallel.pipeline) / (peak * utilization)
-    launches = shape.depth / parallel.pipeline * KERNELS_PER_BLOCK * LAUNCH_SECONDS
+    flops = step_flops(whole, passes, cost.repetition) / (parallel.tensor * parallel.pipeline)
+    one_image = flops / (peak * utilization)
+    blocks = len(cost.kind_of_block) / parallel.pipeline
+    launches = blocks * KERNELS_PER_BLOCK * LAUNCH_SECONDS
     compute = layout.micro_batches * max(layout.micro_batch * one_image, launches)
     encode = 0.0 if tokenizer is None else share * tokenizer.encode_flops / (gpu.tf32 * TOKENIZER_UTILIZATION)
     stages, chunks = parallel.pipeline, parallel.virtual_pipeline
-    held = rank_parameters(shape, parallel, 0)
+    held = cost.parameters(parallel, 0)
+    exchanges = _exchanges(cost, layout, passes)
     return StepTime(
         compute=compute,
         encode=encode,
         bubble=compute * (stages - 1) / (layout.micro_batches * chunks),
-        tensor=_tensor_seconds(batch, layout, machine),
-        expert=_expert_seconds(batch, layout, machine),
-        pipeline=_pipeline_seconds(batch, layout, machine),
+        tensor=_tensor_seconds(cost, layout, machine) * exchanges,
+        expert=_expert_seconds(cost, layout, machine) * exchanges,
+        pipeline=_pipeline_seconds(cost, layout, machine) * (passes[0] + passes[1] / 2),
         data=data_seconds(held, layout, machine, element),
         optimizer=optimizer_seconds(held, layout, machine),
     )
 
 
-def _tensor_seconds(batch: MicroBatch, layout: Layout, machine: Machine) -> float:
-    """Two all-reduces a block forward and two backward (or as many pairs of gather and scatter)."""
-    parallel = batch.parallel
-    if parallel.tensor == 1:
-        return 0.0
-    passes = 6 if parallel.recompute == "full" else 4
-    blocks = batch.shape.depth / parallel.pipeline
-    traffic = 2 * (parallel.tensor - 1) / parallel.tensor * batch.unit * passes * blocks
-    return layout.micro_batches * traffic / machine.rate(parallel.tensor, 1)
+def _exchanges(cost: Cost, layout: Layout, passes: tuple[int, int]) -> float:
+    """How often a rank's blocks exchange activations in a step: twice forward, twice backward, and when repeated."""
+    trained, rolled_out = passes
+    each = (6 if layout.parallel.recompute == "full" else 4) * trained + 2 * rolled_out
+    return layout.micro_batches * len(cost.kind_of_block) / layout.parallel.pipeline * each
 
 
-def _expert_seconds(batch: MicroBatch, layout: Layout, machine: Machine) -> float:
-    """Tokens to their experts and back, forward and backward."""
-    parallel = batch.parallel
-    if batch.shape.experts is None or parallel.expert == 1:
+def _tensor_seconds(cost: Cost, layout: Layout, machine: Machine) -> float:
+    """One all-reduce (or pair of gather and scatter) of hidden states."""
+    tensor = layout.parallel.tensor
+    if tensor == 1:
         return 0.0
-    blocks = batch.shape.depth / parallel.pipeline
-    away = (parallel.expert - 1) / parallel.expert
+    return 2 * (tensor - 1) / tensor * cost.hidden.at(layout.micro_batch) / machine.rate(tensor, 1)
+
+
+def _expert_seconds(cost: Cost, layout: Layout, machine: Machine) -> float:
+    """Tokens on their way to experts, or back."""
+    parallel = layout.parallel
+    if parallel.expert == 1:
+        return 0.0
     if parallel.dispatcher == "alltoall":
-        traffic = expert_tokens(batch) * batch.shape.width * batch.element * away
+        away = (parallel.expert - 1) / parallel.expert
+        traffic = cost.exchanged.at(layout.micro_batch) * imbalance(parallel) * away
     else:
-        traffic = batch.unit / parallel.tensor * (parallel.expert - 1)
-    passes = 6 if parallel.recompute == "full" else 4
-    return layout.micro_batches * blocks * passes * traffic / machine.rate(parallel.expert, 1)
+        traffic = cost.hidden.at(layout.micro_batch) / parallel.tensor * (parallel.expert - 1)
+    return traffic / machine.rate(parallel.expert, 1)
 
 
-def _pipeline_seconds(batch: MicroBatch, layout: Layout, machine: Machine) -> float:
-    parallel = batch.parallel
+def _pipeline_seconds(cost: Cost, layout: Layout, machine: Machine) -> float:
+    """Transfers between stages of a pass forward and backward over all micro-batches."""
+    parallel = layout.parallel
     if parallel.pipeline == 1:
         return 0.0
     stride = layout.world_size // parallel.pipeline
     transfers = 2 * layout.micro_batches * parallel.virtual_pipeline
-    return transfers * batch.unit / batch.between / machine.rate(parallel.pipeline, stride)
+    return transfers * cost.packed.at(layout.micro_batch) / machine.rate(parallel.pipeline, stride)
 
 
 def data_seconds(held: RankParameters, layout: Layout, machine: Machine, element: int) -> float:

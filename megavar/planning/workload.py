@@ -1,22 +1,37 @@
 """What is trained, apart from how it is spread: predicts the costs of any layout of it."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
 
-from megavar.config.generators.base import Limits
-from megavar.config.generators.var import VARConfig
+from megavar.config.generators.base import GeneratorChoice, Limits
+from megavar.config.parallel import ParallelConfig
 from megavar.config.token_space import TokenSpace
-from megavar.planning.flops import model_flops, sampling_flops
+from megavar.planning.cost import Cost, RankParameters, TokenizerCost
 from megavar.planning.hardware import FRAGMENTATION, RESERVED
 from megavar.planning.layout import Layout
+from megavar.planning.measure import Precision, Request, measure
 from megavar.planning.memory import FLOAT32, SEARCH_BYTES, Memory, bucket_bytes, rank_memory, state_bytes
-from megavar.planning.parameters import ParameterCount, RankParameters, count_parameters, rank_parameters
-from megavar.planning.shape import GeneratorShape
-from megavar.planning.timing import Machine, StepTime, data_seconds, optimizer_seconds, step_time
-from megavar.planning.tokenizer_cost import TokenizerCost
+from megavar.planning.timing import Machine, StepTime, data_seconds, optimizer_seconds, step_flops, step_time
 
 HEADROOM = 0.95
 """Share of the device's memory that a layout may fill."""
+Progress = Callable[[int, int], None]
+"""Called with the number of measurements done and of all."""
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Scalars of a whole model."""
+
+    total: int
+    activated: int
+    """Those that take part in computing one token, of the experts only those that it meets (MEPA's "activated")."""
+    per_token: int
+    """Weights that are multiplied with every token: attention, activated feed-forward networks, router, head."""
+    per_image: int
+    """Weights that are multiplied once per image: modulation networks."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +68,8 @@ class Workload(ABC):
 
     @property
     @abstractmethod
-    def generator(self) -> VARConfig | None:
-        """What the rules of layouts ask about; None for a tokenizer."""
-
-    @property
     def limits(self) -> Limits | None:
         """What the rules of layouts ask about; None for a tokenizer."""
-        return None
 
     @property
     @abstractmethod
@@ -75,6 +85,10 @@ class Workload(ABC):
     def predict(self, layout: Layout) -> Prediction:
         """Costs of a layout that the rules allow."""
 
+    def prepare(self, layouts: Iterable[Layout], progress: Progress) -> None:
+        """Measure what predictions of ``layouts`` need, all at once."""
+        return  # nothing that depends on the layout
+
     @property
     def peak(self) -> float:
         """Operations per second of a GPU in the run's precision."""
@@ -83,48 +97,57 @@ class Workload(ABC):
 
 @dataclass(frozen=True)
 class GeneratorWorkload(Workload):
-    """A next-scale generator on the tokens of a frozen tokenizer."""
+    """A generator on the tokens of a frozen tokenizer."""
 
-    shape: GeneratorShape
-    kernel: str
-    """Attention kernel."""
+    choice: GeneratorChoice
+    space: TokenSpace
     tokenizer: TokenizerCost | None
     """None where tokens are cached."""
+    passes: tuple[int, int] = (1, 0)
+    """Of a step over the generator: with a loss, and forward only."""
+    _costs: dict[tuple[int, bool, str], Cost] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    @property
-    def generator(self) -> VARConfig:
-        """The generator."""
-        return self.shape.generator
-
-    @property
+    @cached_property
     def limits(self) -> Limits:
         """Of the generator."""
-        space = TokenSpace.of_scales(self.shape.scales, self.shape.vocabulary, self.shape.code_dimension, 0)
-        return self.generator.limits(space)
+        return self.choice.limits(self.space)
 
     @property
     def parameters(self) -> ParameterCount:
         """Of the generator."""
-        return count_parameters(self.shape)
+        return count_parameters(self.limits, self.cost(ParallelConfig()))
 
     @property
     def train_flops(self) -> float:
         """Of the generator; the frozen tokenizer is not counted."""
-        return model_flops(self.shape)
+        return step_flops(self.cost(ParallelConfig()), self.passes)
 
-    def sample_flops(self, guidance: bool) -> float:
-        """Per drawn image, without the tokenizer's decoder."""
-        return sampling_flops(self.shape, guidance)
+    def _request(self, parallel: ParallelConfig) -> Request:
+        precision: Precision = "bf16" if self.element == 2 else "fp32"
+        is_sharded = parallel.sequence and parallel.tensor > 1
+        return Request(self.choice, self.space, parallel.tensor, is_sharded, parallel.recompute, precision)
+
+    def cost(self, parallel: ParallelConfig) -> Cost:
+        """Of one rank."""
+        key = (parallel.tensor, parallel.sequence, parallel.recompute)
+        if key not in self._costs:
+            (self._costs[key],) = measure([self._request(parallel)])
+        return self._costs[key]
+
+    def prepare(self, layouts: Iterable[Layout], progress: Progress) -> None:
+        """Measure the ranks of all layouts and of the undivided model."""
+        parallels = [ParallelConfig(), *(layout.parallel for layout in layouts)]
+        measure([self._request(parallel) for parallel in parallels], progress)
 
     def predict(self, layout: Layout) -> Prediction:
         """Costs of a layout: memory of the fuller one of the first and the last pipeline stage."""
+        cost = self.cost(layout.parallel)
         memories = {
             stage: rank_memory(
-                self.shape,
+                cost,
                 layout,
                 pipeline_rank=stage,
                 element=self.element,
-                kernel=self.kernel,
                 ema=self.ema,
                 tokenizer=self.tokenizer,
                 image_bytes=self.image_bytes,
@@ -133,27 +156,35 @@ class GeneratorWorkload(Workload):
         }
         fullest = max(memories, key=lambda stage: memories[stage].total)
         time = step_time(
-            self.shape,
+            cost,
             layout,
             self.machine,
+            whole=self.cost(ParallelConfig()),
+            passes=self.passes,
             utilization=self.utilization,
             element=self.element,
-            kernel=self.kernel,
             tokenizer=self.tokenizer,
         )
-        held = rank_parameters(self.shape, layout.parallel, fullest)
-        host = state_bytes(held, layout, self.element, ema=self.ema).host
+        host = state_bytes(cost.parameters(layout.parallel, fullest), layout, self.element, ema=self.ema).host
         return Prediction(layout, memories[fullest], fullest, time, host)
 
 
+def count_parameters(limits: Limits, cost: Cost) -> ParameterCount:
+    """Scalars of a generator, from the costs of a rank that holds all of it."""
+    held = cost.parameters(ParallelConfig(), 0)
+    unused = 0 if limits.experts is None else 1 - limits.experts.copies / limits.experts.number
+    activated = held.total - round(held.experts * unused)
+    return ParameterCount(held.total, activated, cost.weights_per_token, cost.weights_per_image)
+
+
 @dataclass(frozen=True)
-class AutoencoderWorkload(Workload):
+class TokenizerWorkload(Workload):
     """A tokenizer in training: its autoencoder, without discriminator and perceptual network."""
 
     cost: TokenizerCost
 
     @property
-    def generator(self) -> None:
+    def limits(self) -> None:
         """None."""
         return None
 
@@ -196,4 +227,3 @@ class AutoencoderWorkload(Workload):
             optimizer=optimizer_seconds(held, layout, self.machine),
         )
         return Prediction(layout, memory, 0, time, state.host)
-

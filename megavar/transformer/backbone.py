@@ -248,12 +248,13 @@ class Backbone(nn.Module, ABC):
         """All blocks of this stage; what is tapped goes into ``tapped``."""
         condition = self.modulating(conditions)
         for number, block in self.blocks.items():
-            hidden = self._run_block(block, hidden, condition, context)
+            hidden = self.run_block(block, hidden, condition, context)
             if f"block.{number}" in self.tapped:
                 tapped[f"block.{number}"] = hidden
         return hidden
 
-    def _run_block(self, block: nn.Module, hidden: Tensor, condition: Tensor | None, context: ForwardContext) -> Tensor:
+    def run_block(self, block: nn.Module, hidden: Tensor, condition: Tensor | None, context: ForwardContext) -> Tensor:
+        """One block, which the backward pass computes again where the layout says so."""
         if self.recompute != "full" or not hidden.requires_grad:
             return block(hidden, condition, context)
         passes = itertools.count()

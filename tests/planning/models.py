@@ -1,9 +1,8 @@
-"""Real generators whose costs are measured, without the time their initialization and products would take."""
+"""Real generators to hold measured costs against, without the time that initialization and products would take."""
 
 from unittest import mock
 
 import torch
-from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megavar.config.experts.base import ExpertsChoice
@@ -11,7 +10,7 @@ from megavar.config.generators.var import SCALES
 from megavar.config.token_space import TokenSpace
 from megavar.generators.var import VAR
 from megavar.parallel.vocabulary import vocabulary_cross_entropy
-from megavar.planning.shape import GeneratorShape
+from megavar.planning.measure import Request, measure
 from megavar.transformer import backbone
 
 MEPA = ExpertsChoice.make(number=8, top_k=3, backend="megatron")
@@ -19,24 +18,18 @@ CODE_DIMENSION, VOCABULARY = 32, 4096
 aten = torch.ops.aten
 
 
-def shape_of(config, resolution=256, scales=None):
-    return GeneratorShape(config, scales or SCALES[resolution], CODE_DIMENSION, VOCABULARY)
-
-
-def space_of(scales):
+def space_of(scales=SCALES[256]):
     return TokenSpace.of_scales(scales, VOCABULARY, CODE_DIMENSION, 16 * scales[-1])
+
+
+def cost_of(config, scales=SCALES[256], **options):
+    return measure([Request(config, space_of(scales), **options)])[0]
 
 
 def build(config, scales, **options):
     """A VAR whose parameters stay as the allocator gave them: initialization takes minutes for a large one."""
     with mock.patch.object(backbone, "initialize_parameters", lambda *arguments: None):
         return VAR(config, space_of(scales), **options)
-
-
-def without_memory(config, scales):
-    """A VAR of any size whose tensors have shapes but no memory."""
-    with FakeTensorMode():
-        return build(config, scales)
 
 
 class SkipProducts(TorchDispatchMode):
@@ -55,11 +48,7 @@ class SkipProducts(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
-def inputs(model, images):
-    return model.example(images)
-
-
-def forward_loss(model, images):
-    output = model(inputs(model, images))
-    targets = torch.zeros(images, model.space.length, dtype=torch.long)
+def forward_loss(generator, images):
+    output = generator(generator.example(images))
+    targets = torch.zeros(images, generator.space.length, dtype=torch.long)
     return vocabulary_cross_entropy(output.prediction, targets).mean()

@@ -11,14 +11,14 @@ from megavar.config.generators.var import VARConfig
 from megavar.config.optimizer import OptimizerConfig
 from megavar.config.parallel import ParallelConfig
 from megavar.config.train import EmaConfig
-from megavar.planning.activations import MicroBatch, activation_bytes, working_bytes
 from megavar.planning.layout import Layout, Zero
-from megavar.planning.memory import state_bytes
-from megavar.planning.parameters import rank_parameters
-from megavar.planning.tokenizer_cost import LiveBytes
+from megavar.planning.ledger import LiveBytes
+from megavar.planning.measure import Request
+from megavar.planning.measure import measure as measure_costs
+from megavar.planning.memory import activation_bytes, state_bytes
 from tests.distributed.harness import run_ranks
 from tests.loops import run_pass
-from tests.planning.models import build, forward_loss, inputs, shape_of, space_of
+from tests.planning.models import build, forward_loss, space_of
 
 SCALES = (1, 2)
 BUCKET = 400_000  # elements; the largest parameter fits
@@ -77,7 +77,7 @@ def measure(stage, precision, parallel, experts):
 
     def forward_backward():
         run_pass(
-            engine, [inputs(model, 2)], lambda call, item: call(item),
+            engine, [model.example(2)], lambda call, item: call(item),
             lambda output, item: vocabulary_cross_entropy(output.prediction, targets).mean(),
         )  # fmt: skip
 
@@ -96,10 +96,9 @@ def measure_all():
     return [measure(stage, precision, ParallelConfig(**layout), experts) for stage, precision, layout, experts in CASES]
 
 
-def predict(stage, precision, layout, experts, pipeline_rank):
+def predict(cost, stage, precision, layout, pipeline_rank):
     parallel, element = ParallelConfig(**layout), TYPES[precision].itemsize
-    shape = shape_of(config_of(experts), scales=SCALES)
-    parameters = rank_parameters(shape, parallel, pipeline_rank)
+    parameters = cost.parameters(parallel, pipeline_rank)
     place = Layout(parallel, Zero(stage, bucket=BUCKET), world_size=2, global_batch=4, micro_batch=2)
     state = state_bytes(parameters, place, element, ema=True)
     kept = state.weights + state.optimizer
@@ -111,30 +110,50 @@ def predict(stage, precision, layout, experts, pipeline_rank):
 
 @pytest.mark.distributed
 def test_state_of_real_engines():
+    costs = measure_costs(
+        Request(config_of(experts), space_of(SCALES), layout.get("tensor", 1)) for _, _, layout, experts in CASES
+    )
     for rank in run_ranks(2, measure_all):
-        for case, (pipeline_rank, *measured) in zip(CASES, rank, strict=True):
+        for case, cost, (pipeline_rank, *measured) in zip(CASES, costs, rank, strict=True):
             # Stage 2 releases its bucket after the backward pass, unless a part of it holds gradients.
             tolerance = 0.12 if case[0] == 2 else 2e-3
-            assert predict(*case, pipeline_rank) == pytest.approx(tuple(measured), rel=tolerance), case
+            assert predict(cost, *case[:3], pipeline_rank) == pytest.approx(tuple(measured), rel=tolerance), case
 
 
-@pytest.mark.parametrize("width", [64, 384])  # the logits are the fullest moment, or a block
-@pytest.mark.parametrize(("experts", "recompute", "precision"), [
+PEAKS = [
     (None, "none", "bf16"), (None, "full", "fp32"), (EXPERTS, "none", "fp32"), (EXPERTS, "full", "bf16"),
-])  # fmt: skip
-def test_peak_of_a_forward_and_backward_pass(single_process, experts, recompute, precision, width):
+]  # fmt: skip
+WIDTHS = (64, 384)  # the logits are the fullest moment, or a block
+PEAK_SCALES, PEAK_IMAGES = (1, 2, 4, 6), 8
+
+
+def wide(experts, width):
+    return VARConfig(depth=3, width=width, heads=4, classes=10, experts=experts, attention_kernel="prefix")
+
+
+@pytest.fixture(scope="module")
+def peaks():
+    cases = list(itertools.product(PEAKS, WIDTHS))
+    requests = [
+        Request(wide(experts, width), space_of(PEAK_SCALES), recompute=recompute, precision=precision)
+        for (experts, recompute, precision), width in cases
+    ]
+    return dict(zip(((PEAKS.index(case), width) for case, width in cases), measure_costs(requests), strict=True))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("case", range(len(PEAKS)))
+def test_peak_of_a_forward_and_backward_pass(single_process, peaks, case, width):
     """What is alive at the fullest moment beyond weights and gradients, from the second micro-batch on."""
-    images, scales, parallel = 8, (1, 2, 4, 6), ParallelConfig(recompute=recompute)
-    config = VARConfig(depth=3, width=width, heads=4, classes=10, experts=experts, attention_kernel="prefix")
-    model = build(config, scales, parallel=parallel, dtype=TYPES[precision]).train()
+    experts, recompute, precision = PEAKS[case]
+    parallel = ParallelConfig(recompute=recompute)
+    model = build(wide(experts, width), PEAK_SCALES, parallel=parallel, dtype=TYPES[precision]).train()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     forward_loss(model, 1).backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     with LiveBytes([*model.parameters(), *gradients]) as memory:
-        forward_loss(model, images).backward()
-    element = TYPES[precision].itemsize
-    batch = MicroBatch(shape_of(config, scales=scales), parallel, images, element, "prefix")
-    parts = activation_bytes(batch, recompute)
-    predicted = parts["blocks"] + max(parts["head"] + parts["logits"], working_bytes(batch, recompute))
+        forward_loss(model, PEAK_IMAGES).backward()
+    layout = Layout(parallel, Zero(1), 1, PEAK_IMAGES, PEAK_IMAGES)
+    predicted = activation_bytes(peaks[case, width], layout, 0).total
     assert predicted == pytest.approx(memory.peak, rel=0.15 if recompute == "full" else 0.04)

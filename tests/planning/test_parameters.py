@@ -1,53 +1,45 @@
-"""Closed-form parameter counts equal those of the real modules."""
+"""Measured parameter counts are the published ones."""
 
 import pytest
 
-from megavar.config.experts.base import ExpertsChoice
 from megavar.config.generators.var import SCALES, VARConfig
-from megavar.planning.parameters import count_parameters
-from tests.planning.models import MEPA, shape_of, without_memory
+from megavar.config.parallel import ParallelConfig
+from megavar.planning.measure import Request, measure
+from megavar.planning.workload import count_parameters
+from tests.planning.models import MEPA, space_of
 
-D36 = VARConfig(depth=36, shared_adaptive_norm=True)
-
-
-@pytest.fixture(autouse=True)
-def _single(single_process):
-    pass
-
-
-@pytest.mark.parametrize(
-    ("config", "resolution", "published"),
-    [
-        (VARConfig(depth=12), 256, 133_186_960),
-        (VARConfig(depth=16), 256, 310_283_520),
-        (VARConfig(depth=20), 256, 600.917e6),
-        (VARConfig(depth=24), 256, 1033.399e6),
-        (VARConfig(depth=30), 256, 2010.020e6),
-        (D36, 512, 2353.894e6),
-        (VARConfig(depth=12, experts=MEPA), 256, 529.9e6),
-        (VARConfig(depth=16, experts=MEPA), 256, 1250.5e6),
-        (VARConfig(depth=20, experts=MEPA), 256, 2.44e9),
-    ],
-)
-def test_total_equals_the_real_model_and_the_published_one(config, resolution, published):
-    real = sum(parameter.numel() for parameter in without_memory(config, SCALES[resolution]).parameters())
-    counted = count_parameters(shape_of(config, resolution)).total
-    assert counted == real
-    assert counted == pytest.approx(published, rel=2e-3 if published == 2.44e9 else 1e-4)
+PUBLISHED = [
+    (VARConfig(depth=12), 256, 133_186_960, None),
+    (VARConfig(depth=16), 256, 310_283_520, None),
+    (VARConfig(depth=20), 256, 600.917e6, None),
+    (VARConfig(depth=24), 256, 1033.399e6, None),
+    (VARConfig(depth=30), 256, 2010.020e6, None),
+    (VARConfig(depth=36, shared_adaptive_norm=True), 512, 2353.894e6, None),
+    (VARConfig(depth=12, experts=MEPA), 256, 529.9e6, 246.60e6),
+    (VARConfig(depth=16, experts=MEPA), 256, 1250.5e6, 579.01e6),
+    (VARConfig(depth=20, experts=MEPA), 256, 2.44e9, 1.126e9),
+]
+SMALL = VARConfig(depth=4, width=64, heads=4, experts=MEPA)
 
 
-@pytest.mark.parametrize(("depth", "published"), [(12, 246.60e6), (16, 579.01e6), (20, 1.126e9)])
-def test_activated_parameters_are_those_of_mepa(depth, published):
-    counted = count_parameters(shape_of(VARConfig(depth=depth, experts=MEPA))).activated
-    assert counted == pytest.approx(published, rel=5e-4)
+@pytest.fixture(scope="module")
+def costs():
+    requests = [Request(config, space_of(SCALES[resolution])) for config, resolution, _, _ in PUBLISHED]
+    return measure([*requests, Request(SMALL, space_of((1, 2)))])
 
 
-@pytest.mark.parametrize("options", [
-    {"qk_l2_norm": False}, {"feed_forward_ratio": 2.5}, {"width": 96, "heads": 3}, {"shared_adaptive_norm": True},
-    {"experts": ExpertsChoice.make(number=6, top_k=2, router="scale", backend="megatron")},
-    {"experts": ExpertsChoice.make(number=4, top_k=4, scale_embedding_in_router=True, backend="grouped")},
-])  # fmt: skip
-def test_variants_equal_the_real_model(options):
-    config = VARConfig(depth=3, classes=10, **options)
-    real = sum(parameter.numel() for parameter in without_memory(config, (2, 3, 4)).parameters())
-    assert count_parameters(shape_of(config, scales=(2, 3, 4))).total == real
+@pytest.mark.parametrize("number", range(len(PUBLISHED)))
+def test_counts_are_the_published_ones(costs, number):
+    config, resolution, total, activated = PUBLISHED[number]
+    counted = count_parameters(config.limits(space_of(SCALES[resolution])), costs[number])
+    assert counted.total == pytest.approx(total, rel=2e-3 if total == 2.44e9 else 1e-4)
+    assert counted.activated == (counted.total if activated is None else pytest.approx(activated, rel=5e-4))
+
+
+def test_pipeline_stages_hold_the_whole_model_together(costs):
+    cost = costs[-1]
+    whole = cost.parameters(ParallelConfig(), 0)
+    for layout in (ParallelConfig(pipeline=2), ParallelConfig(pipeline=2, virtual_pipeline=2)):
+        held = [cost.parameters(layout, rank) for rank in range(2)]
+        assert sum(stage.replicated for stage in held) == whole.replicated
+        assert sum(stage.experts for stage in held) == whole.experts

@@ -12,9 +12,9 @@ from megavar.config.loading import load_config
 from megavar.config.parallel import ParallelConfig
 from megavar.errors import ConfigError, ExitCode
 from megavar.planning import flops_per_image, format_plan, peak_of_device
-from megavar.planning.activations import chunks_in_flight
 from megavar.planning.hardware import GIB, accelerator
 from megavar.planning.layout import Zero
+from megavar.planning.memory import chunks_in_flight
 from megavar.planning.plan import configured_layout, plan
 from megavar.planning.report import yaml_lines
 from megavar.planning.search import complexity
@@ -89,7 +89,7 @@ def test_memory_follows_the_settings(config_file):
         return predict(config_file, *overrides).memory
 
     base = parts("train.micro_batch_size=24")
-    assert parts("train.micro_batch_size=12").activations == pytest.approx(base.activations / 2, rel=1e-6)
+    assert parts("train.micro_batch_size=12").activations == pytest.approx(base.activations / 2, rel=1e-4)
     assert parts("train.micro_batch_size=24", "parallel.recompute=full").activations < base.activations / 20
     third = parts("train.micro_batch_size=24", "deepspeed=configs/deepspeed/zero3.json")
     assert third.weights == pytest.approx(base.weights / 8)
@@ -198,8 +198,6 @@ def test_the_command_prints_text_and_values(config_file, capsys):
     assert memory["total"] == pytest.approx(sum(size for name, size in memory.items() if name != "total"))
     assert main([*arguments, "--mfu", "40"]) == ExitCode.CONFIGURATION
     assert "between 0 and 1" in capsys.readouterr().err
-
-
 
 
 def test_a_tokenizer_in_training(capsys):

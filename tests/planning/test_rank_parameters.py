@@ -1,12 +1,12 @@
-"""Closed-form parameter counts of a rank equal what real ranks of every kind of layout hold."""
+"""Measured parameter counts of a rank equal what real ranks of every kind of layout hold."""
 
 import pytest
 
 from megavar.config.generators.var import VARConfig
 from megavar.config.parallel import ParallelConfig
-from megavar.planning.parameters import rank_parameters
+from megavar.planning.measure import Request, measure
 from tests.distributed.harness import run_ranks
-from tests.planning.models import MEPA, shape_of, space_of
+from tests.planning.models import MEPA, space_of
 
 LAYOUTS = [
     ({"tensor": 2}, None, False), ({"tensor": 2, "sequence": True}, None, True),
@@ -43,8 +43,12 @@ def held():
 
 @pytest.mark.distributed
 def test_each_rank_holds_what_was_counted():
+    layouts = [ParallelConfig(**layout) for layout, _, _ in LAYOUTS]
+    costs = measure(
+        Request(config_of(experts, shared), space_of((1, 2)), layout.tensor, layout.sequence)
+        for layout, (_, experts, shared) in zip(layouts, LAYOUTS, strict=True)
+    )
     for rank in run_ranks(2, held):
-        for (layout, experts, shared), (stage, replicated, held_experts) in zip(LAYOUTS, rank, strict=True):
-            shape = shape_of(config_of(experts, shared), scales=(1, 2))
-            counted = rank_parameters(shape, ParallelConfig(**layout), stage)
-            assert (counted.replicated, counted.experts) == (replicated, held_experts), layout
+        for layout, cost, (stage, replicated, experts) in zip(layouts, costs, rank, strict=True):
+            counted = cost.parameters(layout, stage)
+            assert (counted.replicated, counted.experts) == (replicated, experts), layout

@@ -47,6 +47,11 @@ class ExpertsChoice(Choice):
             raise ValueError(f"top_k={self.top_k} exceeds number={self.number}: lower top_k or add experts")
         return self
 
+    @property
+    def copies(self) -> float:
+        """Experts that a token meets on average: what plans count with."""
+        return float(self.top_k)
+
     def check(self, parallel: ParallelConfig) -> None:
         """Refuse what the experts cannot do under a layout: the only place that says so.
 

@@ -29,6 +29,16 @@ class RecipeChoice(Choice):
         """Paths of the weights that are used and not trained, by what they are: they are part of a run's identity."""
         return {}
 
+    @property
+    def passes_of_step(self) -> tuple[int, int]:
+        """Passes of a step over the trained network, for plans and utilization: with a loss, and forward only."""
+        return 1, 0
+
+    @property
+    def uncounted(self) -> tuple[str, ...]:
+        """Networks whose costs a plan leaves out, in words."""
+        return ()
+
 
 class GeneratorRecipeChoice(RecipeChoice):
     """An algorithm that trains a generator on the tokens of a frozen tokenizer."""

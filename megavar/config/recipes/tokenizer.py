@@ -125,3 +125,9 @@ class TokenizerTrainingConfig(RecipeChoice):
         if self.perceptual is None:
             return {}
         return {"vgg16": self.perceptual.vgg16_weights, "lpips": self.perceptual.lpips_weights}
+
+    @property
+    def uncounted(self) -> tuple[str, ...]:
+        """The networks that judge reconstructions."""
+        networks = {"the discriminator": self.adversarial, "the perceptual network": self.perceptual}
+        return tuple(name for name, section in networks.items() if section is not None)

@@ -1,5 +1,6 @@
 """The mixture-of-experts feed-forward network: our router before one of several implementations of the experts."""
 
+import functools
 from copy import copy
 from typing import Any
 
@@ -17,6 +18,7 @@ from megavar.config.experts.base import ExpertsChoice
 from megavar.config.parallel import ParallelConfig
 from megavar.transformer.context import ForwardContext
 from megavar.transformer.moe.backends import check_installed, choose_backend
+from megavar.transformer.moe.even import EvenMixture
 from megavar.transformer.moe.experts import GroupedExperts
 from megavar.transformer.moe.router import Router
 
@@ -85,6 +87,11 @@ class ExpertFeedForward(nn.Module):
             return resolve(experts)(config, experts, block=number, kinds=kinds)
 
         self.moe: Any = _build_mixture(choose_backend(experts.backend, config), config, router, number)
+        self._even = functools.partial(EvenMixture, config=config, copies=experts.copies)
+
+    def spread_evenly(self) -> None:
+        """Give all experts equal loads whatever the router says, to measure what the layer costs (see ``even.py``)."""
+        self.moe = self._even(self.moe.router)
 
     def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
         """[L, B, C] -> [L, B, C]."""

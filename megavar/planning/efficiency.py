@@ -1,0 +1,34 @@
+"""Sizes of a run that others ask for: what utilization in its log is measured in, and how much is trained."""
+
+from megavar.config.parallel import ParallelConfig
+from megavar.config.root import Config
+from megavar.planning.measure import Request, measure, tokenizer_cost
+from megavar.planning.timing import step_flops
+
+
+def flops_per_image(config: Config) -> float:
+    """Model FLOPs per trained image, forward and backward.
+
+    The frozen tokenizer's encoder is not counted. While a tokenizer is trained, its autoencoder is counted but not the
+    discriminator or the perceptual network.
+
+    Raises:
+        UnmeasurableError: the generator cannot be run without values.
+    """
+    if config.generator is None:
+        tokenizer = tokenizer_cost(config.tokenizer)
+        return 3 * (tokenizer.encode_flops + tokenizer.decode_flops)
+    (cost,) = measure([Request(config.generator, config.tokenizer.space)])
+    return step_flops(cost, config.recipe.passes_of_step)
+
+
+def trained_parameters(config: Config) -> int:
+    """Scalars of the generator, or of the tokenizer that is trained.
+
+    Raises:
+        UnmeasurableError: the generator cannot be run without values.
+    """
+    if config.generator is None:
+        return tokenizer_cost(config.tokenizer).parameters
+    (cost,) = measure([Request(config.generator, config.tokenizer.space)])
+    return cost.parameters(ParallelConfig(), 0).total

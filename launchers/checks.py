@@ -102,17 +102,20 @@ def data(config: Config, world_size: int) -> str:
     return f"{len(source)} samples in {source.num_classes} classes"
 
 
-def weights(config: Config) -> str:
-    """The tokenizer's weights exist, or a run that is required will make them."""
-    path = getattr(config.recipe, "tokenizer_weights", None)
-    if path is None:
-        return "the recipe needs none"
-    if Path(path).exists():
-        return f"{path} exists"
-    coming = [load_config(required).run.path for required in config.run.requires]
-    if Path(path).absolute() in [Path(run).absolute() for run in coming]:
-        return f"{path} will be trained first"
-    raise CheckpointError(f"recipe.tokenizer_weights: {path} does not exist and no required run makes it.")
+def weights(config: Config, run_directory: Path) -> str:
+    """Frozen weights exist, or a run that is required will make them; so do those that a new run begins with."""
+    wanted = config.recipe.frozen_weights()
+    if config.initial_weights is not None and not manifests_in(run_directory):
+        wanted["initial weights"] = config.initial_weights.path
+    coming = [Path(load_config(required).run.path).absolute() for required in config.run.requires]
+    for name, path in wanted.items():
+        if not Path(path).exists() and Path(path).absolute() not in coming:
+            raise CheckpointError(
+                f"The weights of {name!r} in {path} do not exist and no required run makes them. Correct the path in "
+                f"the configuration (recipe, train.initial_weights), or list the run that makes them in run.requires."
+            )
+    found = [f"{path} {'exists' if Path(path).exists() else 'will be trained first'}" for path in wanted.values()]
+    return ", ".join(found) or "the run needs none"
 
 
 # -- the run directory ------------------------------------------------------------------------------------------------

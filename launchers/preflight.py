@@ -192,7 +192,7 @@ class Preflight:
     def _files(self, config: Config) -> None:
         directory = Path(config.run.path).absolute()
         self._check("data", lambda: checks.data(config, self.options.world_size), 4 * _CHECK_SECONDS)
-        self._check("weights", lambda: checks.weights(config))
+        self._check("weights", lambda: checks.weights(config, directory))
         if newest_checkpoint_step(directory) >= 0:  # it had them when it began: now the file system lacks them
             self.findings = [replace(item, of_the_run=item.of_the_run and item.check not in ("data", "weights"))
                              for item in self.findings]  # fmt: skip

@@ -50,12 +50,12 @@ class Identity:
         """The inverse of :meth:`to_json`; other keys are ignored.
 
         Raises:
-            ValueError: the record is not one of an identity.
+            CheckpointError: the record is not one of an identity.
         """
         for kind, hash_key in _HASH_KEYS.items():
-            if kind in record and hash_key in record:
-                return Identity(kind, record[kind], record[hash_key])  # type: ignore[arg-type]
-        raise ValueError(f"{dict(record)} does not identify weights")
+            if isinstance(record, Mapping) and kind in record and hash_key in record:
+                return Identity(kind, str(record[kind]), str(record[hash_key]))  # type: ignore[arg-type]
+        raise CheckpointError(f"{record!r} does not identify weights: what holds it is damaged. Restore it.")
 
 
 def identify(path: Path | str) -> Identity:

@@ -25,8 +25,9 @@ def test_a_checkpoint_is_itself_under_any_path(tmp_path):
 def test_identities_go_through_json():
     for identity in (Identity("file", "vae.pth", "12"), Identity("checkpoint", "step-00000007", "34")):
         assert Identity.from_json({"path": "x", **identity.to_json()}) == identity
-    with pytest.raises(ValueError, match="does not identify weights"):
-        Identity.from_json({"path": "x"})
+    for record in ({"path": "x"}, "x", None):
+        with pytest.raises(CheckpointError, match="does not identify weights"):
+            Identity.from_json(record)
 
 
 def test_files_are_hashed_once_until_they_change(tmp_path, monkeypatch):

@@ -176,4 +176,6 @@ def _gaussian(
                 f"{name} {found} in {path}, but Inception statistics hold {name} of shape {list(shape)}: "
                 f"the file is not ADM's, or was made with another network"
             )
+        if content[name].dtype.kind not in "fiu" or not np.isfinite(content[name]).all():
+            raise DataError(f"{name} in {path} holds values that are not finite numbers: make or fetch the file again")
     return Gaussian(torch.from_numpy(content[mean]).double(), torch.from_numpy(content[covariance]).double(), count)

@@ -44,6 +44,7 @@ def _mixed(x: int | Tensor) -> int | Tensor:
     return _mix(x) if isinstance(x, Tensor) else _mix_number(x)
 
 
+@torch.compiler.assume_constant_result  # of seed and stream, which a compiled block guards
 def _stream_key(seed: int, stream: str) -> int:
     return _signed(int.from_bytes(hashlib.sha256(f"{seed}/{stream}".encode()).digest()[:8], "little"))
 

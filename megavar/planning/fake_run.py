@@ -89,7 +89,7 @@ class Laboratory:
         from megavar.transformer.moe import layer
 
         nothing: Any = lambda *arguments: None  # noqa: E731
-        FiniteLogits.require = nothing  # there are no values to look at
+        FiniteLogits.require = nothing  # type: ignore[method-assign]  # there are no values to look at
         layer.check_installed = nothing  # a backend's package need not be installed here
         layer.choose_backend = lambda name, config: "grouped"  # whose experts are built at once
         on_gpu = torch.device("cuda")

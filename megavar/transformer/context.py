@@ -1,8 +1,7 @@
 """What the blocks of one forward pass share besides hidden states."""
 
 from copy import copy
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -42,16 +41,21 @@ class ForwardContext:
     routing: "list[RoutingRecord] | None" = None
     """Collects one record per mixture-of-experts layer."""
 
+    _visibility: Visibility | None = field(init=False, default=None)
+    _drawn: dict[str, Tensor] = field(init=False, default_factory=dict)
+
+    @property
+    def visibility(self) -> Visibility:
+        """Which rows see which; made once, with its masks, for all blocks."""
+        if self._visibility is None or self._visibility.valid is not self.valid:
+            self._visibility = Visibility(self.sequence, self.valid)
+        return self._visibility
+
     def silent(self) -> "ForwardContext":
         """The same context for a recomputation, which must not be recorded twice."""
-        other = copy(self)  # shares the masks that were made
+        other = copy(self)  # shares the masks that were made and the numbers that were drawn
         other.routing = None
         return other
-
-    @cached_property
-    def visibility(self) -> Visibility:
-        """Which rows see which; made once and used by all blocks."""
-        return Visibility(self.sequence, self.valid)
 
     def first_row(self, rows: int) -> int:
         """Number of the first of this rank's ``rows`` rows of the sequence."""
@@ -62,12 +66,17 @@ class ForwardContext:
         assert rows * parallel_state.get_tensor_model_parallel_world_size() == self.sequence.length
         return rows * parallel_state.get_tensor_model_parallel_rank()
 
-    def keep_mask(self, stream: str, block: int, rate: float) -> Tensor | None:
-        """Drop-path multipliers [B] (0 or 1/keep), a function of (seed, sample, block); None means keep all."""
+    def keep_mask(self, stream: str, block: int, depth: int, rate: float) -> Tensor | None:
+        """Drop-path multipliers [B] (0 or 1/keep), a function of (seed, sample, block); None means keep all.
+
+        The first block draws for all ``depth`` of them: some seventy kernels on [depth, B] numbers instead of on [B].
+        """
         if self.sample_keys is None or rate == 0.0:
             return None
-        kept = seeds.uniform(self.seed, stream, block, self.sample_keys) >= rate
-        return kept.to(torch.float32) / (1.0 - rate)
+        if stream not in self._drawn:
+            blocks = torch.arange(depth, device=self.sample_keys.device)
+            self._drawn[stream] = seeds.uniform(self.seed, stream, blocks[:, None], self.sample_keys)
+        return (self._drawn[stream][block] >= rate).to(torch.float32) / (1.0 - rate)
 
 
 @dataclass

@@ -37,12 +37,12 @@ class DropPath(nn.Module):
 
     def __init__(self, config: TransformerConfig, number: int, depth: int, *, rate: float = 0.0) -> None:
         super().__init__()
-        self.number = number
+        self.number, self.depth = number, depth
         self.rate = rate * number / max(depth - 1, 1)
 
     def forward(self, branch: Tensor, half: str, context: ForwardContext) -> Tensor:
         """[L, B, C] -> [L, B, C]; ``half`` is "attention" or "feed_forward"."""
-        keep = context.keep_mask(f"drop_path/{half}", self.number, self.rate)
+        keep = context.keep_mask(f"drop_path/{half}", self.number, self.depth, self.rate)
         return branch if keep is None else branch * keep.to(branch.dtype)[:, None]
 
 

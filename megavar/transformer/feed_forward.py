@@ -1,13 +1,14 @@
 """The dense feed-forward network."""
 
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megavar.transformer.context import ForwardContext
 from megavar.transformer.dropout import dropout
+from megavar.transformer.linear import RowLinear
 
 
 def activate(inner: Tensor, config: TransformerConfig) -> Tensor:
@@ -25,7 +26,7 @@ class FeedForward(nn.Module):
     def __init__(self, config: TransformerConfig, number: int = 0, *, dropout: float = 0.0) -> None:
         super().__init__()
         self.config, self.number, self.dropout = config, number, dropout
-        submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowLinear)
         self.mlp = MLP(config, submodules, ffn_hidden_size=config.ffn_hidden_size)
 
     def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:

@@ -43,7 +43,17 @@ class QKVLinear(ColumnParallelLinear):
         return output + torch.stack([q_bias, torch.zeros_like(q_bias), v_bias], dim=1).flatten(), None
 
 
-class BiasedRowLinear(RowParallelLinear):
+class RowLinear(RowParallelLinear):
+    """Megatron-core's row-parallel layer, which hands on its group.
+
+    Megatron-core 0.16 looks for it at every call and warns (``layers.py:1280``): a compiled block breaks there.
+    """
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **options: Any) -> Tensor:
+        return super()._forward_impl(input, weight, *args, **(options | {"tp_group": self.tp_group}))
+
+
+class BiasedRowLinear(RowLinear):
     """A row-parallel layer with a bias although ``add_bias_linear`` is off (AliTok's attention output)."""
 
     def __init__(self, *args: Any, **options: Any) -> None:

@@ -14,9 +14,9 @@ No token sees a row of padding; a row of padding sees every token, and nobody re
 """
 
 import functools
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 import torch
@@ -60,9 +60,28 @@ class SequenceLayout:
     padding: int = 0
     """Rows that make the length divisible by the number of tensor-parallel ranks."""
 
+    tokens: int = field(init=False, compare=False)
+    """Tokens without padding, L."""
+    length: int = field(init=False, compare=False)
+    """Rows of the sequence, padding included."""
+    bounds: tuple[tuple[int, int], ...] = field(init=False, compare=False)
+    """(first row, row after the last) of each segment."""
+    unmasked: bool = field(init=False, compare=False)
+    """Whether every row sees every token."""
+
     def __post_init__(self) -> None:
         if self.kinds is None:
             object.__setattr__(self, "kinds", tuple(range(len(self.sizes))))
+        ends = (0, *itertools.accumulate(self.sizes))
+        one = len(self.sizes) == 1 and self.rule != "causal"
+        derived = {  # computed here and not when first used: a compiled block could not trace that
+            "tokens": ends[-1],
+            "length": ends[-1] + self.padding,
+            "bounds": tuple(itertools.pairwise(ends)),
+            "unmasked": self.rule == "full" or one or ends[-1] == 1,
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
         assert self.kinds is not None and len(self.kinds) == len(self.sizes), f"{self.kinds} name {self.sizes}"
         assert min(self.kinds, default=0) >= 0 and min(self.sizes, default=1) > 0
 
@@ -84,25 +103,6 @@ class SequenceLayout:
         """Square token maps of these side lengths, one after the other, padded to a multiple of ``multiple`` rows."""
         return SequenceLayout.padded(tuple(side * side for side in sides), multiple, kinds=kinds, rule=rule)
 
-    @cached_property
-    def tokens(self) -> int:
-        """Tokens without padding, L."""
-        return sum(self.sizes)
-
-    @cached_property
-    def length(self) -> int:
-        """Rows of the sequence, padding included."""
-        return self.tokens + self.padding
-
-    @cached_property
-    def bounds(self) -> tuple[tuple[int, int], ...]:
-        """(first row, row after the last) of each segment."""
-        bounds, start = [], 0
-        for size in self.sizes:
-            bounds.append((start, start + size))
-            start += size
-        return tuple(bounds)
-
     def segment_index(self, device: torch.device | None = None) -> Tensor:
         """Number of the segment of each row, int64 [length]; rows of padding count as one more segment."""
         return _segment_index(self, device)
@@ -117,11 +117,6 @@ class SequenceLayout:
         One form for all rules and one tensor, so that a compiled kernel depends on neither rule nor layout.
         """
         return _levels(self, device)
-
-    @cached_property
-    def unmasked(self) -> bool:
-        """Whether every row sees every token."""
-        return self.rule == "full" or self.tokens == 1 or (self.rule != "causal" and len(self.sizes) == 1)
 
 
 def visible(levels: Tensor, query: Tensor, key: Tensor) -> Tensor:

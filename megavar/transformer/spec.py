@@ -19,7 +19,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 
@@ -27,7 +27,7 @@ from megavar.config.experts.base import ExpertsChoice
 from megavar.transformer.attention import AttentionCore, BlockAttention, UnitLength, UnitLengthWithTemperature
 from megavar.transformer.dropout import Dropout, DropPath
 from megavar.transformer.feed_forward import FeedForward
-from megavar.transformer.linear import BiasedRowLinear, QKVLinear
+from megavar.transformer.linear import BiasedRowLinear, QKVLinear, RowLinear
 from megavar.transformer.modulation import ImageModulation, PositionModulation, SharedModulation
 from megavar.transformer.moe.layer import ExpertFeedForward
 from megavar.transformer.norms import AffineLayerNorm, PlainNorm, RMSNorm
@@ -49,7 +49,7 @@ def attention(
     kernel: str,
     *,
     linear_qkv: Any = ColumnParallelLinear,
-    linear_proj: Any = RowParallelLinear,
+    linear_proj: Any = RowLinear,
     query_norm: type | None = None,
     key_norm: type | None = None,
     pairs: Pairs = "half",
@@ -72,7 +72,7 @@ def attention(
 
 
 def feed_forward(experts: ExpertsChoice | None = None, kinds: int = 1, dropout: float = 0.0) -> ModuleSpec:
-    """The dense network, or experts whose routers know ``kinds`` kinds of segments."""
+    """The dense network with ``dropout`` of its inner channels, or experts (without it) for ``kinds`` of segments."""
     if experts is None:
         return ModuleSpec(module=FeedForward, params={"dropout": dropout})
     return ModuleSpec(module=ExpertFeedForward, params={"experts": experts, "kinds": kinds})
@@ -141,7 +141,7 @@ def llama_block(
         dropout: of both branches.
     """
     norm = RMSNorm if head_norm else None
-    output = BiasedRowLinear if projection_bias else RowParallelLinear
+    output = BiasedRowLinear if projection_bias else RowLinear
     return BlockSpec(
         norm=ModuleSpec(module=RMSNorm),
         modulation=None,

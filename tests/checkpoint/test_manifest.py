@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import json
 
 import pytest
@@ -95,24 +96,31 @@ def test_identity_depends_on_names_and_shapes_only():
     assert one.identity != ModuleEntry({"a": [1, 2], "c": [3]}, 5).identity
 
 
-def _as_format(directory, number):
-    """Rewrite the manifest as another version would have written it."""
+def _rewrite(directory, remove=(), **changes):
+    """Write the manifest as another version or program would have done, with the right checksum."""
     path = directory / "manifest.json"
-    content = json.loads(path.read_text())
-    del content["checksum"]
-    content["format"] = number
-    if number == 1:
-        del content["frozen"]
-    path.write_text(json.dumps({"checksum": manifests._checksum(content), **content}))
+    content = {name: value for name, value in json.loads(path.read_text()).items() if name not in ("checksum", *remove)}
+    content |= changes
+    checksum = hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    path.write_text(json.dumps({"checksum": checksum, **content}))
 
 
 def test_an_older_format_is_read(directory):
-    _as_format(directory, 1)
+    _rewrite(directory, remove=["frozen"], format=1)
     assert manifests.read(directory).frozen == {}
 
 
+@pytest.mark.parametrize(
+    "change", [{"format": "2"}, {"unknown": 1}, {"modules": []}, {"files": [{"name": "a"}]}, {"remove": ["format"]}]
+)
+def test_what_no_version_writes_is_damage(change, directory):
+    _rewrite(directory, **change)
+    with pytest.raises(DamagedError, match=r"manifest\.json is not a manifest"):
+        manifests.read(directory)
+
+
 def test_a_newer_format_is_not_taken_for_damage(directory):
-    _as_format(directory, manifests.FORMAT + 1)
+    _rewrite(directory, format=manifests.FORMAT + 1, something=[])
     with pytest.raises(CheckpointError, match="written by a newer megavar"):
         manifests.read(directory)
     assert store.readable(directory) is None  # so it neither counts towards keep_last nor is deleted

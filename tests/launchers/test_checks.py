@@ -12,6 +12,7 @@ from launchers.checks import Finding, guarded
 from launchers.judgement import add_silent_nodes, bad_nodes, compare, exit_code, slow, table
 from launchers.rates import matmul_rate
 from megavar.config.loading import load_config
+from megavar.config.train import InitialWeightsConfig
 from megavar.errors import CheckpointError, ConfigError, DataAccessError, DataError, ExitCode
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
 from tests.launchers.test_preflight import CONFIG
@@ -104,12 +105,19 @@ def test_checkpoint_size_is_that_of_the_newest_or_estimated(tmp_path):
 def test_weights_must_exist_or_be_trained_first(tmp_path):
     quickstart = CONFIG.parents[1] / "quickstart.yaml"
     config = load_config(quickstart)
-    assert "runs/quickstart-tokenizer" in checks.weights(config)
+    assert "runs/quickstart-tokenizer" in checks.weights(config, tmp_path)
     run = config.run.model_copy(update={"requires": ()})
     recipe = config.recipe.model_copy(update={"tokenizer_weights": str(tmp_path / "x")})
     alone = config.model_copy(update={"run": run, "recipe": recipe})
-    with pytest.raises(CheckpointError, match="no required run makes it"):
-        checks.weights(alone)
+    with pytest.raises(CheckpointError, match="of 'tokenizer' in .*/x do not exist and no required run makes them"):
+        checks.weights(alone, tmp_path)
+    train = config.train.model_copy(update={"initial_weights": InitialWeightsConfig(path=str(tmp_path / "y"))})
+    begun = config.model_copy(update={"train": train})
+    with pytest.raises(CheckpointError, match="of 'initial weights' in .*/y do not exist"):
+        checks.weights(begun, tmp_path)
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-00000001" / "manifest.json").write_text("{}")
+    assert "tokenizer" in checks.weights(begun, tmp_path)  # it has them
 
 
 def test_shared_memory(tmp_path):

@@ -1,5 +1,6 @@
 """Weights go from a checkpoint to exports and public layouts, and back, without a bit being lost."""
 
+import functools
 import json
 import re
 
@@ -12,14 +13,17 @@ from safetensors.torch import load_file, save_file
 from megavar.assembly import build_trained, weight_layouts
 from megavar.config.loading import load_config
 from megavar.config.parallel import ParallelConfig
+from megavar.errors import CheckpointError
 from megavar.parallel import topology
 from megavar.parallel.environment import Environment
 from megavar.training.checkpoint import read_weights
+from megavar.training.checkpoint.initial import InitialWeights, read_whole
 from megavar.training.checkpoint.weights import fill, shapes_of
 from megavar.weight_file import read_weights_file
 from tests.checkpoint.conftest import assert_same
 from tests.checkpoint.old_runs import unpack
 from tests.checkpoint.written import write_weights
+from tests.tokenizers.public_files import load_public
 from tools.convert_checkpoint import main
 
 DENSE = {
@@ -91,6 +95,21 @@ def test_a_dense_var_goes_out_and_comes_back(dense, tmp_path):
     assert_same(torch.load(again, weights_only=True), public)
 
 
+def test_heads_of_a_checkpoint_are_passed_over_if_one_says_so(dense):
+    """A run of another recipe begins with the model alone, from a run or from an export that kept them."""
+    assert convert(dense, dense / "all.safetensors", "--keep-heads") == 0
+    shapes = shapes_of(build(load_config(dense / "config.yaml"), "meta"))
+    for path in (dense, dense / "all.safetensors"):
+
+        def begin(fresh, path=path):
+            read = functools.partial(read_weights_file, layouts={})
+            return read_whole(InitialWeights(path, lambda *given: read(*given[:2], fresh=given[2]), fresh), shapes)
+
+        with pytest.raises(CheckpointError, match=r"keys unknown to the model: heads\.guidance\.weight"):
+            begin(())
+        assert_same(begin(("heads.",)), without_heads(read_weights(dense)))
+
+
 def test_heads_are_kept_if_one_asks(dense, tmp_path):
     assert convert(dense, tmp_path / "all.safetensors", "--keep-heads") == 0
     assert_same(load_file(tmp_path / "all.safetensors"), read_weights(dense))
@@ -132,7 +151,7 @@ def test_a_tokenizer_goes_out_and_comes_back_with_its_buffers(old, tmp_path):
         assert_same(load_file(tmp_path / f"{name}.safetensors"), expected)
     for name in ("vae.pth", "ours.safetensors"):
         tokenizer = MultiScaleVQ(load_config(config).tokenizer)
-        tokenizer.load_reference(tmp_path / name)
+        load_public(tokenizer, tmp_path / name)
         assert_same(dict(tokenizer.state_dict()), expected)
 
 

@@ -29,6 +29,7 @@ from megavar.training.checkpoint.state import (
     to_local,
 )
 from megavar.training.checkpoint.weights import find_checkpoint, module_of, read_weights, stored_key
+from megavar.weight_file import names_in_export
 from megavar.weight_layout import Shape, differences
 
 ReadFile = Callable[[Path, Mapping[str, Shape], tuple[str, ...]], dict[str, Tensor]]
@@ -94,8 +95,7 @@ def read_whole(initial: InitialWeights, model: Mapping[str, Shape]) -> dict[str,
         CheckpointError: as :func:`begin`.
     """
     if not initial.path.is_dir():
-        _check_fresh(initial, set(model))
-        return initial.read_file(initial.path, model, initial.fresh)
+        return _read_file(initial, model)
     path, _ = find_checkpoint(initial.path)
     tensors = read_weights(path, None, initial.ema, verify=False)
     taken = _check_taken(initial, path, model, {name: tuple(value.shape) for name, value in tensors.items()})
@@ -141,9 +141,14 @@ def _check_fresh(initial: InitialWeights, names: set[str]) -> None:
             )
 
 
-def _open_file(initial: InitialWeights, model: Mapping[str, Shape]) -> _Source:
-    _check_fresh(initial, set(model))
+def _read_file(initial: InitialWeights, model: Mapping[str, Shape]) -> dict[str, Tensor]:
     tensors = initial.read_file(initial.path, model, initial.fresh)
+    _check_fresh(initial, set(model) | names_in_export(initial.path))
+    return tensors
+
+
+def _open_file(initial: InitialWeights, model: Mapping[str, Shape]) -> _Source:
+    tensors = _read_file(initial, model)
     rank, size = tensor_place()
 
     def read(templates: dict[str, Tensor], logical: Mapping[str, Any]) -> None:

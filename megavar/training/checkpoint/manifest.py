@@ -117,19 +117,10 @@ def read(directory: Path) -> Manifest:
         raise DamagedError(f"{path} is not a manifest ({error})") from None
     if _checksum(content) != checksum:
         raise DamagedError(f"{path} does not match its own checksum")
-    if content["format"] > FORMAT:
-        by = content.get("provenance", {})
-        raise CheckpointError(
-            f"{path} was written by a newer megavar (version {by.get('megavar', 'unknown')}, commit "
-            f"{by.get('commit') or 'unknown'}): it has format {content['format']}, this version reads formats 1 to "
-            f"{FORMAT}. Use that version, or continue the run in a copy of its directory without this checkpoint."
-        )
-    content["format"] = FORMAT
-    for module in content["modules"].values():
-        module.pop("identity")
-    content["modules"] = {name: ModuleEntry(**module) for name, module in content["modules"].items()}
-    content["files"] = tuple(FileEntry(**entry) for entry in content["files"])
-    manifest = Manifest(**content)
+    try:
+        manifest = _decode(path, content)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{path} is not a manifest ({error})") from None
     named = _STEP.match(directory.name)
     if named and int(named[1]) != manifest.step:
         raise DamagedError(f"{directory} was renamed: its manifest is that of step {manifest.step}")
@@ -138,6 +129,21 @@ def read(directory: Path) -> Manifest:
             raise DamagedError(f"{path} lists {entry.name!r}, which is no file of a checkpoint")
         _check_size(directory, entry)
     return manifest
+
+
+def _decode(path: Path, content: dict[str, Any]) -> Manifest:
+    if content["format"] > FORMAT:
+        by = content.get("provenance", {})
+        raise CheckpointError(
+            f"{path} was written by a newer megavar (version {by.get('megavar', 'unknown')}, commit "
+            f"{by.get('commit') or 'unknown'}): it has format {content['format']}, this version reads formats 1 to "
+            f"{FORMAT}. Use that version, or continue the run in a copy of its directory without this checkpoint."
+        )
+    for module in content["modules"].values():
+        module.pop("identity")
+    modules = {name: ModuleEntry(**module) for name, module in content["modules"].items()}
+    files = tuple(FileEntry(**entry) for entry in content["files"])
+    return Manifest(**content | {"modules": modules, "files": files, "format": FORMAT})
 
 
 def _patiently(read: Callable[[], T]) -> T:

@@ -5,7 +5,7 @@ from copy import copy
 from typing import Any
 
 from megatron.core import tensor_parallel
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules, RouterBuilder
@@ -17,13 +17,14 @@ from megavar.config.choice import resolve
 from megavar.config.experts.base import ExpertsChoice
 from megavar.config.parallel import ParallelConfig
 from megavar.transformer.context import ForwardContext
+from megavar.transformer.linear import RowLinear
 from megavar.transformer.moe.backends import check_installed, choose_backend
 from megavar.transformer.moe.even import EvenMixture
 from megavar.transformer.moe.experts import GroupedExperts
 from megavar.transformer.moe.router import Router
 
 
-class ExpertOutputLinear(RowParallelLinear):
+class ExpertOutputLinear(RowLinear):
     """Second layer of an expert, which lies whole on its rank.
 
     Two things in Megatron-core 0.16 are meant for layers whose output is a sum over tensor-parallel ranks. Without

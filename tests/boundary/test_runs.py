@@ -130,10 +130,10 @@ def test_it_is_planned(finished: Path) -> None:
     assert predicted.workload.parameters.total == trained
 
 
-def test_it_is_benchmarked(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_is_benchmarked(finished: Path, tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
-    arguments = [str(finished), "--parts", "train", "sampling", "--batch", "2", "--repeats", "1", "--json", str(figures)]
-    assert run_ranks(1, benchmark.main, arguments) in ([0], [None])
+    options = ["--parts", "train", "sampling", "--batch", "2", "--repeats", "1", "--json", str(figures)]
+    assert run_ranks(1, benchmark.main, [str(finished), *options]) in ([0], [None])
     assert json.loads(figures.read_text())
 
 

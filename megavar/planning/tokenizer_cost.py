@@ -49,7 +49,7 @@ def measure_tokenizer(config: TokenizerChoice) -> TokenizerCost:
         encode_flops, encode_bytes = _count(encode, parameters)
         decode_flops, _ = _count(lambda: tokenizer.decode(tokens), parameters)
         training_bytes: int | None = None
-        if getattr(type(tokenizer), "forward", nn.Module.forward) is not nn.Module.forward:
+        if type(tokenizer).forward is not nn.Module.forward:  # else no recipe trains it
             with _KnownShapes():
                 training_bytes = saved_bytes(lambda: tokenizer.train()(images), [*parameters, images])
     count = sum(parameter.numel() for parameter in parameters)

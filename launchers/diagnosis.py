@@ -115,7 +115,10 @@ class Attempt:
     def failed_checks(self) -> list[tuple[str, str, str]]:
         """(node, check, what it said) of what preflight found wrong."""
         path = self.directory / "preflight.json"
-        report = json.loads(path.read_text()) if path.exists() else {}
+        try:
+            report = json.loads(path.read_text()) if path.exists() else {}
+        except (OSError, ValueError):  # cut off: what it says is in the logs, too
+            report = {}
         return [(node, item["check"], item["detail"]) for node, items in report.items() for item in items
                 if item["status"] == "fail"]  # fmt: skip
 

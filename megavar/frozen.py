@@ -6,18 +6,21 @@ the same path; the same bytes under another path are welcome. A recipe's section
 (``RecipeChoice.frozen_weights``), by a name that says what each is: ``tokenizer``, ``vgg16``, ``guidance.teacher``.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-from torch import nn
+from typing import TYPE_CHECKING, Literal
 
 from megavar.errors import CheckpointError
 from megavar.storage import sha256_of_file
-from megavar.weight_file import AUTO, read_weights_file
-from megavar.weight_layout import WeightLayout
+
+if TYPE_CHECKING:  # identities are compared on login nodes, too, which need no torch
+    from torch import nn
+
+    from megavar.weight_layout import WeightLayout
 
 TOKENIZER = "tokenizer"
 """Name of the tokenizer whose tokens a generator learns, in every recipe that has one."""
@@ -37,7 +40,7 @@ class Identity:
     def __str__(self) -> str:
         return f"{self.name} ({'SHA-256' if self.kind == 'file' else 'SHA-256 of its manifest'} {self.sha256})"
 
-    def same(self, other: "Identity") -> bool:
+    def same(self, other: Identity) -> bool:
         """Whether both are the same bytes, under whatever name."""
         return (self.kind, self.sha256) == (other.kind, other.sha256)
 
@@ -46,7 +49,7 @@ class Identity:
         return {self.kind: self.name, _HASH_KEYS[self.kind]: self.sha256}
 
     @staticmethod
-    def from_json(record: Mapping[str, str]) -> "Identity":
+    def from_json(record: Mapping[str, str]) -> Identity:
         """The inverse of :meth:`to_json`; other keys are ignored.
 
         Raises:
@@ -85,7 +88,7 @@ def _sha256_of(path: str, size: int, modified: int, inode: int) -> str:
 
 
 def load(
-    target: nn.Module, path: Path, layouts: Mapping[str, WeightLayout], layout: str = AUTO, what: str = "The file"
+    target: nn.Module, path: Path, layouts: Mapping[str, WeightLayout], layout: str = "auto", what: str = "The file"
 ) -> None:
     """Fill a whole network from a run, a checkpoint, an export, or a file in one of its public layouts.
 
@@ -98,6 +101,7 @@ def load(
         CheckpointError: the weights are missing, damaged, or of another network, which is then unchanged.
     """
     from megavar.training.checkpoint.weights import fill, load_weights, shapes_of
+    from megavar.weight_file import read_weights_file
 
     if Path(path).is_dir():
         load_weights(target, path)

@@ -3,6 +3,8 @@
 import functools
 import hashlib
 import json
+import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,8 @@ from megavar.tokenizers.base import Tokenizer
 from megavar.training.checkpoint.weights import find_checkpoint, load_weights
 
 DECODER = "decoder.json"
+PLUGINS = "MEGAVAR_PLUGINS"
+"""Environment variable: modules, separated by commas, that may be imported to decode stored samples."""
 """Beside the chunks of samples: what decodes their tokens."""
 GRID_COLUMNS = 10
 GRID_IMAGES = 100
@@ -175,7 +179,8 @@ def stored_decoder(directory: Path, device: torch.device) -> Decoder:
     The tokenizer is loaded when the first tokens are decoded: not at all where all images are stored.
 
     Raises:
-        DataError: (then) nothing says which tokenizer it is, or its weights are gone.
+        DataError: (then) nothing says which tokenizer it is, its weights are gone, or it needs modules that nobody but
+            the file asks for.
         CheckpointError: (then) its weights are others now.
     """
 
@@ -184,21 +189,42 @@ def stored_decoder(directory: Path, device: torch.device) -> Decoder:
         path = Path(directory) / DECODER
         try:
             described: dict[str, Any] = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise DataError(f"{path} cannot be read ({error}), so nothing says what decodes these tokens") from error
-        weights = Path(described["weights"])
+            weights, rounding, section = Path(described["weights"]), described["rounding"], described["tokenizer"]
+            before = identities({TOKENIZER: described["identity"]})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{path} cannot be read ({type(error).__name__}: {error}), so nothing says what decodes these tokens. "
+                f"Restore it, or sample again."
+            ) from error
         if not weights.exists():
             raise DataError(
                 f"The tokens in {directory} are decoded by the tokenizer weights {weights}, which do not exist: "
                 f"restore them, correct their path in {path}, or sample again."
             )
-        import_plugins(described, str(path))
-        tokenizer = load_tokenizer(decode(described["tokenizer"], TokenizerChoice, str(path)), str(weights), device)
-        before = identities({TOKENIZER: described["identity"]})
+        _check_plugins(described, path)
+        tokenizer = load_tokenizer(decode(section, TokenizerChoice, str(path)), str(weights), device)
         check_same(before, {TOKENIZER: identify(weights)}, directory, "sample again.")
-        return TokenDecoder(tokenizer, device, described["rounding"])
+        return TokenDecoder(tokenizer, device, rounding)
 
     return lambda tokens: load()(tokens)
+
+
+def _check_plugins(described: dict[str, Any], path: Path) -> None:
+    """Import the modules that a tokenizer needs, if somebody else than a file beside samples says so.
+
+    Raises:
+        DataError: nobody does.
+    """
+    wanted = described.get("plugins", [])
+    named = os.environ.get(PLUGINS, "").split(",")
+    foreign = [name for name in wanted if name not in sys.modules and name not in named]
+    if foreign:
+        names = ",".join(map(str, foreign))
+        raise DataError(
+            f"{path} asks for the modules {names}, and a file beside samples is no reason to run code. If they are "
+            f"yours, set {PLUGINS}={names} and start again."
+        )
+    import_plugins(described, str(path))
 
 
 def describe(samples: Samples) -> str:

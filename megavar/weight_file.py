@@ -7,6 +7,9 @@ such a file, or one in a public weight layout of the model, into the same names 
 """
 
 import json
+import pickle
+import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -155,19 +158,55 @@ def read_state_dict(path: str | Path, what: str) -> dict[str, Tensor]:
             f"{what} {path} does not exist. Give the path of a downloaded or exported state dict (.pth, .safetensors)."
         )
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else _load_pickle(path)
+        content = load_file(path) if _is_safetensors(path) else _load_pickle(path)
     except Exception as error:  # a file that is no pickle may raise almost anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"{what} {path} cannot be read ({reason}). It is truncated or not a state dict of tensors: fetch or export "
-            "it again."
-        ) from error
+        raise CheckpointError(f"{what} {path} cannot be read: {_reason(path, error)}") from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(
             f"{what} {path} is not a plain state dict (names to tensors). If it is a training checkpoint, extract the "
             "model's state dict from it first."
         )
     return dict(content)
+
+
+_TEXTS = {
+    b"version https://git-lfs": "it is a Git LFS pointer, not the file itself. Fetch it with `git lfs pull`.",
+    b"<": "it is a web page: the download was answered with a message. Look into it, and fetch the weights again.",
+    b"{": "it is JSON, not weights. Name the file of the weights.",
+}
+_FOREIGN = re.compile(r"GLOBAL (\S+)|class(?:es)? (\S+)|type (\S+)")
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """What is wrong with a file of weights, and what to do. Never torch's advice, which is to load it unsafely."""
+    with path.open("rb") as file:
+        beginning = file.read(24)
+    if not beginning:
+        return "it is empty. Fetch or export it again."
+    text = beginning.lstrip() if all(32 <= byte < 127 or byte in b"\t\r\n" for byte in beginning) else b""
+    for start, reason in _TEXTS.items():
+        if text.startswith(start):
+            return reason
+    if beginning.startswith(b"\x1f\x8b"):
+        return "it is compressed with gzip. Decompress it first."
+    if beginning.startswith(b"PK") and not zipfile.is_zipfile(path):
+        return "it is a truncated PyTorch file. Fetch or export it again."
+    if isinstance(error, pickle.UnpicklingError) and (found := _FOREIGN.search(str(error))):
+        named = next(group for group in found.groups() if group)
+        return (
+            f"beside tensors it holds objects ({named.rstrip('.,')}) that could run code, so it is not opened. If it "
+            f"is a training checkpoint of yours, export the plain state dict of its model first."
+        )
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    first = "" if "weights_only" in first else f"{first}. "
+    return f"{first}It is truncated, damaged or not a state dict of tensors: fetch or export it again."
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By content, because files are renamed: eight bytes of length, and the JSON of the header."""
+    with path.open("rb") as file:
+        beginning = file.read(9)
+    return path.suffix == ".safetensors" or (beginning[8:] == b"{" and not beginning.startswith((b"PK", b"\x80")))
 
 
 def _load_pickle(path: Path) -> object:

@@ -1,3 +1,6 @@
+import json
+import shutil
+
 import numpy as np
 import pytest
 
@@ -82,3 +85,60 @@ def test_damaged_chunks_are_named(tmp_path, damage):
             store.path(1).write_bytes(store.path(0).read_bytes())
     with pytest.raises(DataError, match=r"chunk_000001\.npz.*again"):
         list(store.read_all())
+
+
+def test_a_chunk_of_another_model_is_no_result(tmp_path):
+    """Copied among those of this one, with the same images of the same shapes."""
+    ours, theirs = (ChunkStore.open(tmp_path / name, count=4, size=2, identity={"model": name}) for name in "ab")
+    for store in (ours, theirs):
+        for chunk in (0, 1):
+            store.write(chunk, {"value": np.arange(2.0)})
+    shutil.copy(theirs.path(1), ours.path(1))
+    for store in (ours, ChunkStore.existing(ours.directory)):
+        assert store.read(0)["value"].tolist() == [0.0, 1.0]
+        with pytest.raises(DataError, match=r"chunk_000001\.npz belongs to other work"):
+            store.read(1)
+    again = ChunkStore.open(tmp_path / "elsewhere", count=4, size=2, identity={"model": "a"})
+    shutil.copy(ours.path(0), again.path(0))  # the same work, wherever it was done
+    assert again.read(0)["value"].tolist() == [0.0, 1.0]
+
+
+def test_chunks_from_before_they_named_their_work_are_read(tmp_path):
+    store = ChunkStore.open(tmp_path, count=4, size=2, identity={"model": "a"})
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    del manifest["format"]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    np.savez(store.path(0), index=np.arange(2), value=np.ones(2))
+    store = ChunkStore.open(tmp_path, count=4, size=2, identity={"model": "a"})
+    store.write(1, {"value": np.zeros(2)})
+    assert [arrays["value"].tolist() for arrays in store.read_all()] == [[1, 1], [0, 0]]
+    other = ChunkStore.open(tmp_path / "other", count=4, size=2, identity={"model": "b"})
+    other.write(0, {"value": np.ones(2)})
+    shutil.copy(other.path(0), store.path(0))
+    with pytest.raises(DataError, match="belongs to other work"):
+        store.read(0)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", "{", '{"count": 0, "chunk_size": 1}', '{"count": "x", "chunk_size": 1}']
+)
+def test_a_damaged_manifest_is_named(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(DataError, match=r"manifest\.json"):
+        ChunkStore.existing(tmp_path)
+    with pytest.raises(DataError, match=r"manifest\.json"):
+        ChunkStore.open(tmp_path, count=4, size=2, identity={})
+
+
+def test_no_flipped_bit_of_a_chunk_escapes(tmp_path):
+    store = ChunkStore.open(tmp_path, count=2, size=2, identity={})
+    store.write(0, {"value": np.arange(2.0)})
+    content = store.path(0).read_bytes()
+    for bit in range(0, 8 * len(content), 13):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        store.path(0).write_bytes(damaged)
+        try:
+            assert store.read(0)["value"].tolist() == [0.0, 1.0]  # a time stamp, or padding
+        except (DataError, KeyError) as error:
+            assert isinstance(error, DataError) or str(error) == "'value'"  # the name itself

@@ -27,6 +27,7 @@ from megavar.sampling.sampler import Sampler
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
 from tests.distributed.harness import RankFailure, run_ranks
 from tests.evaluation.conftest import SmallInception
+from tests.tokenizers.public_files import save_public
 from tools import evaluate_fid
 
 pytestmark = pytest.mark.distributed
@@ -40,7 +41,7 @@ def inputs(tmp_path_factory):
     directory = tmp_path_factory.mktemp("inputs")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        torch.save(MultiScaleVQ(load_config(CONFIG).tokenizer).reference_state_dict(), directory / "vae.pth")
+        save_public(MultiScaleVQ(load_config(CONFIG).tokenizer), directory / "vae.pth")
         real = torch.randint(0, 256, (40, 3, 16, 16)).to(torch.uint8)
     network = SmallInception()
     features = network(real)

@@ -84,7 +84,8 @@ def _run(options: argparse.Namespace, place: Environment) -> int:
     encode = encoder(tokenizer, source.content, config.tokenizer.space)
     images = build_source(of_images(config.data))
     transform = build_transform(config.data)
-    reader = ViewReader(images, transform, seed=config.train.seed, views=source.views)
+    reader = ViewReader(images, transform, seed=config.train.seed, views=source.views,
+                        damaged=config.data.damaged_samples)  # fmt: skip
     sizes = options.rows_per_part, max(1, options.batch // source.views)
     if options.verify or options.repair:
         if place.world_size > 1:

@@ -176,7 +176,13 @@ def _check_data(directory: RunDirectory, source: Source, config: Config) -> None
     path = directory.path / "data.json"
     described = {"source": config.data.source.name, "samples": len(source), "fingerprint": source.fingerprint}
     if path.exists() and not config.train.fresh:
-        before = json.loads(path.read_text())
+        try:
+            before = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{path} is damaged ({error}), so nothing says which data the run began with. Restore it from a "
+                f"backup; or remove it, and the next start takes the data that it finds for those of the run."
+            ) from error
         if before != described:
             raise DataError(
                 f"The data of {config.run.name} have changed since the run began: {path} says {before}, the source now "

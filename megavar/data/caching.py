@@ -6,6 +6,8 @@ do not depend on ranks or interruptions. While work is under way, ``.progress/``
 finished part; whichever rank finds all records writes ``cache.json`` and removes it.
 """
 
+import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -27,7 +30,7 @@ from megavar.data.caches import (
 from megavar.data.loader import leave_signals_to_parent
 from megavar.data.pixels import to_float
 from megavar.data.progress import PROGRESS, only_one, publish, read_record
-from megavar.data.reading import Preparation
+from megavar.data.reading import REMEDY, STAND_IN_ATTEMPTS, DamagePolicy, Preparation
 from megavar.data.source import DamagedSampleError, Source
 from megavar.data.transforms import TenCrop, Transform, decode
 from megavar.errors import ConfigError, DataError, MegavarError
@@ -35,6 +38,7 @@ from megavar.parallel.seeds import random_bits
 from megavar.storage import atomic_file, refuse_link, remove, sha256_of_file, write_bytes_atomic, write_json_atomic
 
 PLAN = "plan.json"
+log = logging.getLogger(__name__)
 Encode = Callable[[Tensor], Tensor]
 """Images, float32 [B, 3, H, W] in [-1, 1], to token ids, integers [B, L], or to latents [B, ...]."""
 
@@ -57,27 +61,52 @@ def check_views(transform: Transform, views: int) -> None:
 class ViewReader(Dataset):
     """Reads all views of some rows: sample indices -> images, uint8 [rows * views, 3, H, W], and labels."""
 
-    def __init__(self, source: Source, transform: Transform, *, seed: int, views: int) -> None:
+    def __init__(
+        self, source: Source, transform: Transform, *, seed: int, views: int, damaged: DamagePolicy = "fail"
+    ) -> None:
         check_views(transform, views)
         self.source = source
+        self.damaged: DamagePolicy = damaged
         self.prepare = Preparation(transform, seed)
         self.views = views
 
     def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, list[int]] | MegavarError:
         try:
-            samples = [self.source.read(index) for index in indices]
-            images = [self._views(index, sample.image) for index, sample in zip(indices, samples)]
+            read = [self._read(index) for index in indices]
         except MegavarError as error:
             return error
-        stacked = torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2).contiguous()
-        return stacked, [sample.label for sample in samples]
+        stacked = torch.from_numpy(np.concatenate([views for views, _ in read])).permute(0, 3, 1, 2).contiguous()
+        return stacked, [label for _, label in read]
 
-    def _views(self, index: int, encoded: np.ndarray | bytes | None) -> np.ndarray:
-        assert encoded is not None
+    def _read(self, index: int) -> tuple[np.ndarray, int]:
+        """Views and label of a row. Another sample stands in for a damaged one, if the policy allows that; which one
+        depends on the seed and the row alone, so that the bytes of the cache do not depend on ranks."""
         try:
-            image = decode(encoded)
+            return self._load(index)
         except DamagedSampleError as error:
-            raise DataError(f"Sample {index} of {self.source.fingerprint} is damaged: {error}. Repair it.") from error
+            name = f"Sample {index} of {self.source.fingerprint} is damaged: {error}"
+        if self.damaged == "fail":
+            raise DataError(f"{name}. {REMEDY}")
+        for attempt in range(STAND_IN_ATTEMPTS):
+            stand_in = int(random_bits(self.prepare.seed, "stand_in", 0, index, attempt) % len(self.source))
+            with contextlib.suppress(DamagedSampleError):
+                found = self._load(stand_in)
+                log.warning("%s. Sample %d stands in for it.", name, stand_in)
+                return found
+        raise DataError(f"{name}, and so are {STAND_IN_ATTEMPTS} others that were tried in its place. {REMEDY}")
+
+    def _load(self, index: int) -> tuple[np.ndarray, int]:
+        try:
+            sample = self.source.read(index)
+        except OSError as error:
+            raise DamagedSampleError(f"it cannot be read ({error})") from error
+        assert sample.image is not None
+        try:
+            return self._views(index, decode(sample.image)), sample.label
+        except DamagedSampleError as error:
+            raise DamagedSampleError(f"{sample.key}: {error}") from error
+
+    def _views(self, index: int, image: Image) -> np.ndarray:
         transform = self.prepare.transform
         if isinstance(transform, TenCrop):
             views = transform.views(image)

@@ -19,6 +19,8 @@ from megavar.errors import DataError
 
 BICUBIC = Image.Resampling.BICUBIC
 LANCZOS = Image.Resampling.LANCZOS
+LONGEST = 100
+"""Longer side of an image over the shorter one, at most."""
 
 
 class Transform(Protocol):
@@ -47,6 +49,10 @@ def decode(image: np.ndarray | bytes) -> Image.Image:
         return Image.fromarray(image)
     with _damage():
         decoded = Image.open(io.BytesIO(image))
+        if max(decoded.size) > LONGEST * min(decoded.size):  # resized, a line of pixels would fill the memory
+            raise DamagedSampleError(
+                f"the image has {decoded.width}x{decoded.height} pixels: more than {LONGEST} times as long as wide"
+            )
         decoded.load()
         if decoded.mode.startswith("I"):  # 16 bits of grey, of which Pillow would cut values above 255 off
             return Image.fromarray((np.asarray(decoded) >> 8).astype(np.uint8)).convert("RGB")
@@ -70,7 +76,7 @@ def _damage() -> Iterator[None]:
         yield
     except UnidentifiedImageError as error:  # its message names a place in memory, another one in every run
         raise DamagedSampleError("these bytes are not an image") from error
-    except MemoryError:
+    except (MemoryError, DamagedSampleError):
         raise
     except Exception as error:
         raise DamagedSampleError(f"the image cannot be decoded ({error or type(error).__name__})") from error

@@ -125,16 +125,22 @@ def save_reference(path: Path, reference: Reference, network: ADMInception) -> N
 
 
 def _own(path: Path, content: dict[str, np.ndarray], network: ADMInception, identity: dict[str, Any]) -> Reference:
-    meta = json.loads(content["meta"].tobytes())
-    if meta["weights_sha256"] != network.weights_sha256:
+    try:
+        meta = json.loads(content["meta"].tobytes())
+        count = int(meta["count"] or 0)
+        made_with = str(meta["weights_sha256"])
+        features = torch.from_numpy(content["pool"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({type(error).__name__}: {error}): make the reference again") from error
+    if made_with != network.weights_sha256:
         raise DataError(
-            f"{path} was made with Inception weights {meta['weights_sha256'][:8]}, but the loaded ones are "
+            f"{path} was made with Inception weights {made_with[:8]}, but the loaded ones are "
             f"{network.weights_sha256[:8]}: use the same weights, or make the reference again"
         )
-    pool = _gaussian(path, content, "mu", "sigma", network.pool_dimensions, meta["count"] or 0)
-    spatial = _gaussian(path, content, "mu_s", "sigma_s", network.spatial_dimensions, meta["count"] or 0)
+    pool = _gaussian(path, content, "mu", "sigma", network.pool_dimensions, count)
+    spatial = _gaussian(path, content, "mu_s", "sigma_s", network.spatial_dimensions, count)
     origin = {key: value for key, value in meta.items() if key != "weights_sha256"}
-    return Reference(pool, spatial, torch.from_numpy(content["pool"]), {**identity, "kind": "megavar", "of": origin})
+    return Reference(pool, spatial, features, {**identity, "kind": "megavar", "of": origin})
 
 
 def _adm(
@@ -176,4 +182,6 @@ def _gaussian(
                 f"{name} {found} in {path}, but Inception statistics hold {name} of shape {list(shape)}: "
                 f"the file is not ADM's, or was made with another network"
             )
+        if content[name].dtype.kind not in "fiu" or not np.isfinite(content[name]).all():
+            raise DataError(f"{name} in {path} holds values that are not finite numbers: make or fetch the file again")
     return Gaussian(torch.from_numpy(content[mean]).double(), torch.from_numpy(content[covariance]).double(), count)

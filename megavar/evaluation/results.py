@@ -68,7 +68,7 @@ def read_result(path: Path) -> dict[str, Any]:
     """Read what ``write_result`` wrote."""
     try:
         content = json.loads(Path(path).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} is not a result file of megavar ({error}): evaluate again") from error
     if not isinstance(content, Mapping) or content.get("format") != FORMAT:
         raise DataError(f"{path} is not a result file of format {FORMAT}: evaluate again with this version of megavar")

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -48,7 +48,9 @@ def measure_tokenizer(config: TokenizerChoice) -> TokenizerCost:
         tokens = encode()
         encode_flops, encode_bytes = _count(encode, parameters)
         decode_flops, _ = _count(lambda: tokenizer.decode(tokens), parameters)
-        with _KnownShapes():
-            training_bytes = saved_bytes(lambda: tokenizer.train()(images), [*parameters, images])
+        training_bytes = 0.0
+        if type(tokenizer).forward is not nn.Module.forward:  # else no recipe trains it
+            with _KnownShapes():
+                training_bytes = saved_bytes(lambda: tokenizer.train()(images), [*parameters, images])
     count = sum(parameter.numel() for parameter in parameters)
     return TokenizerCost(count, encode_flops, decode_flops, encode_bytes, training_bytes)

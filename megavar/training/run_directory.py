@@ -170,7 +170,13 @@ class RunDirectory:
             ConfigError: a key differs that decides what is trained.
             CheckpointError: a path differs, and it holds other weights.
         """
-        stored = _flatten(self._complete(yaml.safe_load(self.config.read_text())))
+        tree = self._stored_config()
+        if foreign := sorted(set(map(str, tree.get("plugins") or ())) - set(config.get("plugins") or ())):
+            raise ConfigError(
+                f"{self.path} belongs to a run with another configuration: its plugins are {foreign[0]!r} there and "
+                f"not here, and a run directory is no reason to run code. Name them here if they are yours."
+            )
+        stored = _flatten(self._complete(tree))
         given = _flatten(json.loads(json.dumps(config)))
         differing = sorted(
             key for key in stored.keys() | given.keys()
@@ -185,6 +191,24 @@ class RunDirectory:
                 f"{given.get(key)!r} here{more}. Use another directory (run.directory=... or run.name=...), or restore "
                 f"the value to continue that run."
             )
+
+    def _stored_config(self) -> dict[str, Any]:
+        """The configuration that the directory was created with.
+
+        Raises:
+            ConfigError: it is damaged.
+        """
+        try:
+            tree = yaml.safe_load(self.config.read_text())
+            if isinstance(tree, dict):
+                return tree
+            problem = "it holds no keys"
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            problem = " ".join(str(error).split())
+        raise ConfigError(
+            f"{self.config} is damaged ({problem}), so nothing says whether this run is the one that began there. "
+            f"Restore it from a backup; or remove it, and the next start takes its own configuration for the run's."
+        )
 
     def _has_moved(self, before: Any, now: Any, fresh: bool) -> bool:
         """Whether these values of a key are two places of the same frozen weights.
@@ -261,7 +285,7 @@ class RunDirectory:
 
     def note_fresh_start(self) -> None:
         """``train.fresh`` is done: whoever starts the kept configuration from now on continues the run."""
-        config = yaml.safe_load(self.config.read_text())
+        config = self._stored_config()
         config["train"]["fresh"] = False
         storage.write_text_atomic(self.config, yaml.safe_dump(config, sort_keys=False, width=120))
 

@@ -19,12 +19,11 @@ from megavar.generators.var import VAR
 from megavar.parallel import seeds, topology
 from megavar.parallel.environment import environment
 from megavar.parallel.logical import initialize_parameters
-from megavar.recipes.base import BaseRecipe, Recipe
+from megavar.recipes.base import Recipe
 from megavar.recipes.next_scale import NextScale
 from megavar.recipes.terms.base import Term, heads_of, taps_of
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
-from megavar.training.engine import Engine
-from tests.loops import EngineLoop, bare_loop
+from tests.loops import BatchesOf, EngineLoop, bare_loop
 
 STEPS = 10
 BATCH = 8
@@ -150,22 +149,15 @@ def zero_section(setup: Setup) -> dict[str, Any]:
     return zero
 
 
-def engine_of(setup: Setup, module: torch.nn.Module, mesh: topology.Topology) -> Engine:
-    """An engine around a generator without a recipe."""
-
-    class Around(BaseRecipe):
-        def modules(self) -> dict[str, torch.nn.Module]:
-            return {"generator": module}
-
-    return engine_loop(setup, Around(), mesh).engines["generator"]
-
-
-def engine_loop(setup: Setup, recipe: Recipe, mesh: topology.Topology) -> EngineLoop:
-    """Trains ``recipe`` under ``setup``."""
+def engine_loop(
+    setup: Setup, recipe: Recipe, mesh: topology.Topology, batches_of: BatchesOf | None = None
+) -> EngineLoop:
+    """Trains ``recipe`` under ``setup``, on :func:`batches` unless others are given."""
     size = setup.micro_batch_size or BATCH // mesh.data
+    given = batches_of or (lambda step: list(batches(step, mesh.data_rank, mesh.data, size)))
     return EngineLoop(
-        recipe, mesh, lambda step: list(batches(step, mesh.data_rank, mesh.data, size)), optimizer=optimizer(),
-        zero=zero_section(setup), global_batch_size=BATCH, micro_batch_size=size, precision=setup.precision,
+        recipe, mesh, given, optimizer=optimizer(), zero=zero_section(setup), global_batch_size=BATCH,
+        micro_batch_size=size, precision=setup.precision,
     )  # fmt: skip
 
 

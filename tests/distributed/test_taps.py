@@ -31,7 +31,7 @@ def reference(dense, shared):
 @pytest.mark.parametrize("setup", LAYOUTS, ids=str)
 def test_taps_and_heads_are_those_of_one_process(setup):
     expected = reference(setup.dense, setup.shared)
-    assert min(step["norm"] for step in expected) > CLIPPING
+    assert min(step["gradient_norm"] for step in expected) > CLIPPING
     assert {len(step["taps"]) for step in expected} == {len(tapped.TAPS)}
     ranks = run_ranks(setup.world_size, steps.engine_steps, setup, tapped.CASE)
     steps.assert_same(setup, ranks, expected)

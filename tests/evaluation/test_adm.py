@@ -204,6 +204,18 @@ def test_own_reference_of_other_weights_is_refused(files, small_inception):
         load_reference(directory / "own.npz", other, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("name", ["mu", "sigma", "mu_s", "sigma_s"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_statistics_that_are_not_finite_are_refused(files, small_inception, tmp_path, name, value):
+    with np.load(files[0] / "own.npz") as file:
+        content = dict(file)
+    content[name] = content[name].copy()
+    content[name].flat[3] = value
+    np.savez(tmp_path / "x.npz", **content)
+    with pytest.raises(DataError, match=rf"{name} in .*x\.npz holds values that are not finite"):
+        load_reference(tmp_path / "x.npz", small_inception, torch.device("cpu"))
+
+
 def test_files_that_are_no_reference_are_refused(tmp_path, small_inception):
     np.savez(tmp_path / "small.npz", mu=np.zeros(64), sigma=np.eye(64))
     np.savez(tmp_path / "other.npz", x=np.zeros(3))

@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 import torch
-from megavar.tokenizers.state_dict_file import read_state_dict
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 

@@ -14,6 +14,7 @@ from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ, phi_indices
 from megavar.tokenizers.multiscale_vq.layers import AttentionBlock, Downsample, ResidualBlock, Upsample
 from megavar.tokenizers.multiscale_vq.quantizer import MultiScaleQuantizer, ScaleStep
+from tests.tokenizers.public_files import load_public, public_state
 
 from .cases import Case, cases, each_case
 
@@ -181,8 +182,8 @@ def test_autoencoder_key_layout_round_trip(case: Case, tmp_path) -> None:
     path = tmp_path / "reference.pth"
     torch.save(weights, path)
     model = MultiScaleVQ(autoencoder_config(case.config))
-    model.load_reference(path)
-    exported = model.reference_state_dict()
+    load_public(model, path)
+    exported = public_state(model)
     assert exported.keys() == weights.keys()
     assert all(torch.equal(exported[name], weights[name].float()) for name in weights)
 

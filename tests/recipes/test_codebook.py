@@ -5,7 +5,7 @@ import torch
 
 from megavar.config.recipes.tokenizer import CodebookConfig
 from megavar.parallel.seeds import random_bits
-from megavar.recipes.codebook import CodebookUpkeep, usage_metrics
+from megavar.recipes.tokenizer.codebook import CodebookUpkeep, usage_metrics
 from megavar.tokenizers.multiscale_vq import MultiScaleQuantizer
 from tests.distributed.harness import run_ranks
 from tests.recipes.digit_images import TOKENIZER

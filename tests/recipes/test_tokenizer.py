@@ -6,9 +6,9 @@ import torch
 
 from megavar.config.recipes.tokenizer import AdversarialConfig, CodebookConfig, TokenizerTrainingConfig
 from megavar.errors import ConfigError
-from megavar.recipes.adversarial import reconstruction_realism_loss
 from megavar.recipes.base import Losses
-from megavar.recipes.tokenizer import TokenizerTraining
+from megavar.recipes.tokenizer.adversarial import reconstruction_realism_loss
+from megavar.recipes.tokenizer.recipe import TokenizerTraining
 from tests.recipes.digit_images import TOKENIZER, digit_batch, digit_images
 
 CPU = torch.device("cpu")

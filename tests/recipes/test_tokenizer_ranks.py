@@ -10,7 +10,7 @@ from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
 from megavar.data.batch import Batch
 from megavar.parallel.environment import environment
 from megavar.parallel.topology import initialize
-from megavar.recipes.tokenizer import TokenizerTraining
+from megavar.recipes.tokenizer.recipe import TokenizerTraining
 from tests.distributed.harness import run_ranks
 from tests.loops import EngineLoop
 from tests.recipes.digit_images import TOKENIZER, digit_batch

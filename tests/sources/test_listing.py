@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import tarfile
 import tempfile
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from megavar.data.image_folder import ImageFolder
 from megavar.data.shards.listing import list_originals
-from megavar.data.shards.verification import verify_shards
+from megavar.data.shards.verification import adopt_shards, list_sharded, repair_shards, verify_shards
 from megavar.data.shards.writing import Plan, write_shards
 from megavar.data.webdataset import ShardFolder
 from megavar.errors import DataError
@@ -129,3 +130,34 @@ def test_captions_keep_every_character(tmp_path):
     write_shards(Plan(list_originals("pairs", tmp_path / "pairs.jsonl"), 2), tmp_path / "out")
     source = ShardFolder("train", tmp_path / "out")
     assert sorted(source.read(index).caption for index in range(5)) == sorted(captions)
+
+
+def test_pairs_without_a_readable_caption_are_left_out_if_asked_for(tmp_path):
+    pairs = write_pairs(tmp_path / "pairs", 8)
+    (pairs / "part" / "03.txt").unlink()
+    (pairs / "04.txt").write_bytes(b"caf\xe9")
+    listing = list_originals("pairs", pairs, "leave-out")
+    manifest = write_shards(Plan(listing, 1, damaged="leave-out"), tmp_path / "out")
+    left_out = manifest.shards[0].left_out
+    assert manifest.samples == 6 and len(left_out) == 2
+    assert any("part/03.jpg: there is no 03.txt" in text for text in left_out)
+    assert any("04.jpg: its caption is not UTF-8" in text for text in left_out)
+    (tmp_path / "out" / "shard-000000.tar").unlink()
+    repair_shards(tmp_path / "out", source=list_sharded(manifest, pairs))
+    assert verify_shards(tmp_path / "out", full=True) == []
+
+    lines = [json.dumps({"image": f"pairs/{name}.jpg", "caption": name}).encode() for name in ("00", "02", "06")]
+    lines[1:1] = [b'{"image": "pairs/04.jpg", "caption": "caf\xe9"}', b'{"image": "pairs/part/03.jpg"}', b"{", b"[]"]
+    (tmp_path / "list.jsonl").write_bytes(b"\n".join(lines))
+    listing = list_originals("pairs", tmp_path / "list.jsonl", "leave-out")
+    manifest = write_shards(Plan(listing, 1, damaged="leave-out"), tmp_path / "lines")
+    assert (manifest.samples, len(manifest.shards[0].left_out)) == (3, 4)
+    assert any("pairs/part/03.jpg: line 3 of the list" in text for text in manifest.shards[0].left_out)
+
+
+@pytest.mark.parametrize("name, word", [("a.tar", "gzip"), ("a.tar.gz", "compressed ones such as a.tar.gz")])
+def test_compressed_tars_are_named_as_such(tmp_path, name, word):
+    with tarfile.open(tmp_path / name, "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("0.jpg"))
+    with pytest.raises(DataError, match=f"{word}.*Decompress"):
+        adopt_shards(tmp_path)

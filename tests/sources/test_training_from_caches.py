@@ -13,6 +13,7 @@ from megavar.errors import ExitCode
 from megavar.parallel.environment import environment
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
 from tests.distributed.harness import run_ranks
+from tests.tokenizers.public_files import save_public
 from tools import cache_tokens
 
 pytestmark = pytest.mark.distributed
@@ -55,7 +56,7 @@ def test_images_tokens_and_features_train_alike(tmp_path):
     }
     configs = {name: configure(tmp_path, name, source | {"images": IMAGES}) for name, source in caches.items()}
     torch.manual_seed(0)
-    torch.save(MultiScaleVQ(configs["tokens"].tokenizer).reference_state_dict(), tmp_path / "tokenizer.pth")
+    save_public(MultiScaleVQ(configs["tokens"].tokenizer), tmp_path / "tokenizer.pth")
     for name, config in configs.items():
         path = tmp_path / f"{name}.json"
         path.write_text(config.model_dump_json())  # JSON is YAML

@@ -1,15 +1,21 @@
 """Transforms against images whose pixels are their own coordinates, and against torchvision where references use it."""
 
+import contextlib
 import io
+import random
+import struct
+import warnings
+import zlib
 
 import numpy as np
 import pytest
 import torchvision.transforms.functional as reference
-from PIL import Image
+from PIL import Image, features
 from torchvision.transforms import InterpolationMode
 
 from megavar.data import transforms
 from megavar.data.source import DamagedSampleError
+from megavar.data.transforms import Var, decode
 from megavar.errors import DataError
 
 ALMOST_ONE = 1 - 2**-53
@@ -153,3 +159,49 @@ def test_bytes_that_are_no_image_are_a_damaged_sample():
         transforms.decode(b"not an image")
     with pytest.raises(DamagedSampleError, match="cannot be decoded"):
         transforms.decode(encoded(noise(50, 50), "JPEG")[:-100])
+
+
+class TestDamage:
+    """Whatever a decoder raises means that the image is damaged; policies then apply."""
+
+    def test_every_kind_of_error(self, monkeypatch):
+        content = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(content, "PNG")
+        for error in (RuntimeError("x"), KeyError("x"), IndexError(), struct.error("x"), EOFError(), TypeError("x"),
+                      zlib.error("x"), NotImplementedError(), OverflowError("x"), AssertionError()):  # fmt: skip
+            def fails(self, error=error):
+                raise error
+
+            with monkeypatch.context() as patch:
+                patch.setattr("PIL.PngImagePlugin.PngImageFile.load", fails)
+                with pytest.raises(DamagedSampleError, match="cannot be decoded"):
+                    decode(content.getvalue())
+        assert decode(content.getvalue()).size == (8, 8)
+
+    @pytest.mark.parametrize("kind", ["AVIF", "JPEG", "PNG", "WEBP", "GIF", "BMP"])
+    def test_no_flipped_bit_escapes(self, kind):
+        if not features.check(kind.lower()) and kind in ("AVIF", "WEBP"):
+            pytest.skip(f"Pillow without {kind}")
+        buffer = io.BytesIO()
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)).save(buffer, kind)
+        chance = random.Random(kind)
+        for _ in range(300):
+            content = bytearray(buffer.getvalue())
+            for _ in range(chance.choice((1, 2, 8))):
+                content[chance.randrange(min(len(content), 120))] ^= 1 << chance.randrange(8)
+            with contextlib.suppress(DamagedSampleError), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                decode(bytes(content))
+
+    @pytest.mark.parametrize("size", [(1, 4000), (4000, 1), (2, 30000)])
+    def test_lines_of_pixels_are_damaged(self, size):
+        """Resized to 256 pixels they would take hundreds of megabytes, or all memory."""
+        buffer = io.BytesIO()
+        Image.new("RGB", size).save(buffer, "PNG")
+        with pytest.raises(DamagedSampleError, match=f"{size[0]}x{size[1]} pixels"):
+            decode(buffer.getvalue())
+
+    def test_long_images_are_not(self):
+        buffer = io.BytesIO()
+        Image.new("RGB", (10, 1000)).save(buffer, "PNG")
+        assert Var(16)(decode(buffer.getvalue()), [0.5, 0.5, 0.5]).size == (16, 16)

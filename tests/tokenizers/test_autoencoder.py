@@ -9,6 +9,7 @@ from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
 from megavar.errors import CheckpointError
 from megavar.tokenizers.base import Pyramid
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
+from tests.tokenizers.public_files import load_public, public_state, save_public
 
 TINY = MultiScaleVQConfig(scales=(1, 2, 4), vocabulary_size=16, code_dimension=8, base_channels=8, norm_groups=4,
                           channel_multipliers=(1, 2, 2), residual_blocks=1)  # fmt: skip
@@ -115,62 +116,56 @@ def test_fresh_parameters_are_a_function_of_the_generator(tiny):
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_reference_layout_round_trip(tiny, tmp_path, suffix):
-    exported = tiny.reference_state_dict()
+    exported = public_state(tiny)
     path = tmp_path / f"model{suffix}"
     torch.save(exported, path) if suffix == ".pth" else save_file(exported, path)
     other = MultiScaleVQ(TINY)
-    other.load_reference(path)
-    loaded = other.reference_state_dict()
+    load_public(other, path)
+    loaded = public_state(other)
     assert exported.keys() == loaded.keys()
     assert all(torch.equal(exported[name], loaded[name]) for name in exported)
     assert torch.equal(tiny.tokens(tiny.encode(images())), other.tokens(other.encode(images())))
 
 
-def test_exported_tensors_are_copies(tiny):
-    exported = tiny.reference_state_dict()
-    exported["encoder.conv_in.weight"].zero_()
-    assert tiny.encoder.conv_in.weight.any()
-
-
 def test_usage_counts_of_another_number_of_scales_are_accepted(tiny, tmp_path):
     tiny.quantizer.ema_vocab_hit_SV.fill_(3)
     path = tmp_path / "model.pth"
-    torch.save(tiny.reference_state_dict() | {"quantize.ema_vocab_hit_SV": torch.ones(10, 16)}, path)
-    tiny.load_reference(path)
+    torch.save(public_state(tiny) | {"quantize.ema_vocab_hit_SV": torch.ones(10, 16)}, path)
+    load_public(tiny, path)
     assert torch.equal(tiny.quantizer.ema_vocab_hit_SV, torch.full((3, 16), 3.0))
-    torch.save(tiny.reference_state_dict() | {"quantize.ema_vocab_hit_SV": torch.ones(3, 17)}, path)
+    torch.save(public_state(tiny) | {"quantize.ema_vocab_hit_SV": torch.ones(3, 17)}, path)
     with pytest.raises(CheckpointError, match="ema_vocab_hit_SV is 3x17 in the file and 3x16 in the model"):
-        tiny.load_reference(path)
+        load_public(tiny, path)
 
 
 def test_checkpoint_of_another_model_is_refused_with_the_differences(tiny, tmp_path):
     path = tmp_path / "other.pth"
     wider = TINY.model_copy(update={"code_dimension": 4, "refinement": "shared", "residual_blocks": 2})
-    torch.save(MultiScaleVQ(wider).reference_state_dict(), path)
-    before = tiny.reference_state_dict()
+    save_public(MultiScaleVQ(wider), path)
+    before = public_state(tiny)
     with pytest.raises(CheckpointError) as error:
-        tiny.load_reference(path)
+        load_public(tiny, path)
     message = str(error.value)
     for part in ("keys missing from the file: quantize.quant_resi.qresi_ls.0.bias", "and 4 more", str(path),
                  "keys unknown to the model: decoder.up.0.block.2.conv1.bias", "set the tokenizer keys",
                  "decoder.conv_in.weight is 16x4x3x3 in the file and 16x8x3x3 in the model"):  # fmt: skip
         assert part in message
     assert "\n" not in message
-    after = tiny.reference_state_dict()
+    after = public_state(tiny)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_files_that_are_no_state_dict_are_refused(tiny, tmp_path):
     missing, truncated, nested = tmp_path / "absent.pth", tmp_path / "truncated.pth", tmp_path / "nested.pth"
-    torch.save(tiny.reference_state_dict(), truncated)
+    save_public(tiny, truncated)
     truncated.write_bytes(truncated.read_bytes()[:5000])
-    torch.save({"epoch": 3, "trainer": tiny.reference_state_dict()}, nested)
+    torch.save({"epoch": 3, "trainer": public_state(tiny)}, nested)
     text = tmp_path / "text.safetensors"
     text.write_text("not tensors")
     for path, reason in [(missing, "does not exist"), (truncated, "cannot be read"), (text, "cannot be read"),
                          (nested, "not a plain state dict")]:  # fmt: skip
         with pytest.raises(CheckpointError, match=reason) as error:
-            tiny.load_reference(path)
+            load_public(tiny, path)
         assert str(path) in str(error.value)
         assert "\n" not in str(error.value)
 

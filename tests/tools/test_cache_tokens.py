@@ -11,7 +11,8 @@ from megavar.config.token_space import TokenSpace
 from megavar.data.build import build_source
 from megavar.errors import ConfigError, ExitCode
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
-from tests.sources.originals import content_of, flip_bit
+from tests.sources.originals import content_of, flip_bit, write_class_folders
+from tests.tokenizers.public_files import save_public
 from tools import cache_tokens
 
 CONFIG = """
@@ -43,7 +44,7 @@ def config(tmp_path):
     text = CONFIG.replace("WEIGHTS", str(tmp_path / "tokenizer.pth")).replace("CACHE", str(tmp_path / "cache"))
     path.write_text(text)
     torch.manual_seed(0)
-    torch.save(MultiScaleVQ(load_config(path).tokenizer).reference_state_dict(), tmp_path / "tokenizer.pth")
+    save_public(MultiScaleVQ(load_config(path).tokenizer), tmp_path / "tokenizer.pth")
     return path
 
 
@@ -98,3 +99,27 @@ def test_vectors_are_cached_as_latents(config):
     space = TokenSpace("latent", (4,), 16, None, 8, 16)
     with pytest.raises(ConfigError, match=r"tokens of this tokenizer are vectors. Set data\.source\.content=latents"):
         cache_tokens.encoder(None, "tokens", space)
+
+
+def test_damage_is_named_and_has_the_outcome_of_the_policy(config, tmp_path, capsys, caplog):
+    """Truncated, empty and HTML files among images; which sample stands in does not depend on workers."""
+    images = write_class_folders(tmp_path / "images", 20)
+    paths = sorted(path for path in images.rglob("*.*"))
+    whole = paths[3].read_bytes()
+    for path, content in ((paths[3], whole[: len(whole) // 2]), (paths[7], b""), (paths[11], b"<html>no</html>")):
+        path.write_bytes(content)
+
+    def source(name):
+        folder = f"{{name: image_folder, path: {images}}}"
+        return f"data.source={{name: cache, path: {tmp_path / name}, views: 2, images: {folder}}}"
+
+    assert cache_tokens.main([str(config), source("cache")]) == ExitCode.CONFIGURATION
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert paths[3].relative_to(images).as_posix() in said and "skip-and-count" in said
+    contents = []
+    for workers in (0, 1):
+        given = [str(config), source(str(workers)), "data.damaged_samples=skip-and-count"]
+        assert cache_tokens.main([*given, f"data.workers={workers}"]) == ExitCode.FINISHED
+        contents.append(content_of(tmp_path / str(workers)))
+    assert contents[0] == contents[1]
+    assert caplog.text.count("stands in for it") >= 3

@@ -23,6 +23,7 @@ from megavar.weight_file import read_weights_file
 from tests.checkpoint.conftest import assert_same
 from tests.checkpoint.old_runs import unpack
 from tests.checkpoint.written import write_weights
+from tests.tokenizers.public_files import load_public
 from tools.convert_checkpoint import main
 
 DENSE = {
@@ -150,7 +151,7 @@ def test_a_tokenizer_goes_out_and_comes_back_with_its_buffers(old, tmp_path):
         assert_same(load_file(tmp_path / f"{name}.safetensors"), expected)
     for name in ("vae.pth", "ours.safetensors"):
         tokenizer = MultiScaleVQ(load_config(config).tokenizer)
-        tokenizer.load_reference(tmp_path / name)
+        load_public(tokenizer, tmp_path / name)
         assert_same(dict(tokenizer.state_dict()), expected)
 
 

@@ -1,4 +1,5 @@
 import hashlib
+import importlib
 import json
 import os
 
@@ -224,3 +225,24 @@ def test_a_key_that_the_stored_configuration_lacks_counts_as_its_default(tmp_pat
         open_directory(tmp_path, CONFIG | {"deep": {"new": 2}}, complete=complete)
     directory = open_directory(tmp_path, CONFIG | {"deep": {"new": 1}}, complete=complete)
     assert yaml.safe_load(directory.config.read_text())["deep"] == {"new": 1}
+
+
+@pytest.mark.parametrize("content", [b"", b"- 1", b"a: [", b"\xff\xfe\x00", b"text", b"a: &x [*x"])
+def test_a_damaged_configuration_is_named(tmp_path, content):
+    open_directory(tmp_path)
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config\.yaml is damaged.*Restore it") as caught:
+        open_directory(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_plugins_of_a_directory_alone_are_not_imported(tmp_path, monkeypatch):
+    """Somebody else's run directory is no reason to run somebody else's code."""
+    (tmp_path / "evil_plugin.py").write_text(f"from pathlib import Path; Path(r'{tmp_path}/ran').touch()")
+    monkeypatch.syspath_prepend(tmp_path)
+    directory = RunDirectory(tmp_path / "run", complete=lambda tree: importlib.import_module(tree["plugins"][0]))
+    directory.open(CONFIG | {"plugins": ["evil_plugin"]}, {}, {})
+    for given in (CONFIG, CONFIG | {"plugins": ["another"]}):
+        with pytest.raises(ConfigError, match=r"plugins are 'evil_plugin' there.*no reason to run code"):
+            directory.open(given, {}, {})
+    assert not (tmp_path / "ran").exists()

@@ -103,7 +103,7 @@ def _adversarial(stage, directory):
     from megavar.config.recipes.tokenizer import AdversarialConfig, TokenizerTrainingConfig
     from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
     from megavar.data.batch import Batch
-    from megavar.recipes.tokenizer import TokenizerTraining
+    from megavar.recipes.tokenizer.recipe import TokenizerTraining
 
     mesh = topology.initialize(ParallelConfig(), environment())
     tokenizer = MultiScaleVQConfig(

@@ -89,7 +89,7 @@ class CodebookConfig(Section):
 class TokenizerTrainingConfig(RecipeChoice):
     """Training of a multi-scale VQ tokenizer: VAR Eq. 5."""
 
-    implementation: ClassVar[str] = "megavar.recipes.tokenizer:TokenizerTraining"
+    implementation: ClassVar[str] = "megavar.recipes.tokenizer.recipe:TokenizerTraining"
     trains: ClassVar[Literal["generator", "tokenizer"]] = "tokenizer"
 
     name: Literal["tokenizer"] = "tokenizer"

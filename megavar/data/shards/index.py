@@ -86,6 +86,14 @@ class TarSample:
         return next((self.members[name] for name in IMAGE_EXTENSIONS if name in self.members), None)
 
 
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd"}
+
+
+def _begins(path: Path, start: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(start)) == start
+
+
 def walk_tar(path: Path) -> list[TarSample]:
     """Group the members of a WebDataset tar by key: the name up to the first dot of its last component.
 
@@ -112,6 +120,10 @@ def walk_tar(path: Path) -> list[TarSample]:
                 samples[-1].members[extension.lower()] = (member.offset_data, member.size)
             end = tar.offset
     except tarfile.TarError as error:
+        if beginning := next((name for start, name in _COMPRESSED.items() if _begins(path, start)), None):
+            raise DataError(
+                f"{path} is compressed with {beginning}, which offers no random access. Decompress it first."
+            ) from error
         raise DataError(f"{path} is not a whole tar file ({error}). Make it again from the originals.") from error
     with path.open("rb") as file:
         file.seek(end)

@@ -165,7 +165,8 @@ def _read_json_lines(path: Path, damaged: Damaged) -> Listing:
         image = caption = None
         try:
             entry = json.loads(line or "")
-            image, caption = entry["image"], entry["caption"]
+            image = entry["image"]
+            caption = entry["caption"]
         except (ValueError, KeyError, TypeError):
             pass
         if isinstance(image, str) and _skip(image, ignored):

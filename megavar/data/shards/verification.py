@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from megavar.data.transforms import decode
 from megavar.errors import DataError
 from megavar.storage import fsync_directory, refuse_link, remove, sha256_of_file, write_bytes_atomic
 
+_PACKED = re.compile(r"\.(tgz|tar\.(gz|bz2|xz|zst))$")
 _REPAIR = "repair"
 """Where shards are made again."""
 
@@ -277,7 +279,12 @@ def adopt_shards(
         raise DataError(f"{folder} has a {FILE_NAME} already. Remove it first if it does not describe these shards.")
     files = sorted(path.name for path in folder.glob("*.tar"))
     if not files:
-        raise DataError(f"{folder} contains no .tar files. Name the folder of the WebDataset shards.")
+        packed = next((path.name for path in sorted(folder.iterdir()) if _PACKED.search(path.name)), None)
+        raise DataError(
+            f"{folder} contains no .tar files, but compressed ones such as {packed}. Decompress them first."
+            if packed
+            else f"{folder} contains no .tar files. Name the folder of the WebDataset shards."
+        )
     odd = [file for file in files if not is_plain_name(file)]
     if odd:
         raise DataError(

@@ -8,7 +8,6 @@ Attribute names are the published checkpoints' key names.
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from megavar.config.token_space import TokenSpace
 from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
 from megavar.tokenizers.dropout import name_dropouts, sample_keys
-from megavar.tokenizers.multiscale_vq import published
 from megavar.tokenizers.multiscale_vq.layers import AttentionBlock, Downsample, ResidualBlock, Upsample
 from megavar.tokenizers.multiscale_vq.quantizer import MultiScaleQuantizer, QuantizerOutput, Scale, height_width
 
@@ -272,14 +270,6 @@ class MultiScaleVQ(nn.Module):
         The tokens of the first few scales alone give what these scales alone reconstruct.
         """
         return self.decode_features(self.quantize.accumulate(self.quantize.split(tokens, sides), sides)[-1])
-
-    def reference_state_dict(self) -> dict[str, Tensor]:
-        """The state dict in the published key layout, on CPU, float32; see :mod:`.published`."""
-        return published.export(self)
-
-    def load_reference(self, path: str | Path) -> None:
-        """Load a published checkpoint (``.pth`` or ``.safetensors``); see :func:`.published.load`."""
-        published.load(self, path)
 
 
 def level_widths(config: MultiScaleVQConfig) -> list[int]:

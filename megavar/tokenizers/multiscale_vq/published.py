@@ -4,13 +4,9 @@ Such a file is a plain state dict. Our modules carry its key names, so nothing i
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from megavar.errors import CheckpointError
-from megavar.weight_file import read_state_dict
 from megavar.weight_layout import NamedLayout, Shape
 
 _USAGE = "quantize.ema_vocab_hit_SV"
@@ -44,26 +40,3 @@ class MultiScaleVQLayout(NamedLayout):
             state = {name: value for name, value in state.items() if name != _USAGE}
             expected = {name: shape for name, shape in expected.items() if name != _USAGE}
         return super().load(state, expected, passed)
-
-
-def export(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict in the published layout: float32 tensors on the CPU that share no memory with the model."""
-    return {
-        name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
-        for name, tensor in model.state_dict().items()
-    }
-
-
-def load(model: nn.Module, path: str | Path) -> None:
-    """Load a published checkpoint into ``model``, strictly.
-
-    Raises:
-        CheckpointError: the file is missing, is not a state dict, or belongs to a model of another configuration; the
-            model is then unchanged.
-    """
-    own, state = model.state_dict(), read_state_dict(path, "Tokenizer checkpoint")
-    try:
-        tensors = MultiScaleVQLayout(None, None).load(state, {name: tuple(value.shape) for name, value in own.items()})
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    model.load_state_dict(own | tensors, strict=True)

@@ -23,7 +23,8 @@ from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
 from megavar.data.batch import Batch
 from megavar.parallel.parameter_rule import ParameterRule
 from megavar.parallel.seeds import generator, random_bits
-from megavar.recipes.adversarial import (
+from megavar.recipes.base import BaseRecipe, Losses, Parts, Pass, WriteRows
+from megavar.recipes.tokenizer.adversarial import (
     PatchDiscriminator,
     adaptive_weight,
     discriminator_loss,
@@ -32,8 +33,7 @@ from megavar.recipes.adversarial import (
     reconstruction_realism_loss,
     with_gradient,
 )
-from megavar.recipes.base import BaseRecipe, Losses, Parts, Pass, WriteRows
-from megavar.recipes.codebook import CodebookUpkeep, usage_metrics
+from megavar.recipes.tokenizer.codebook import CodebookUpkeep, usage_metrics
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ, Reconstruction
 from megavar.tokenizers.perceptual import VGG16, PerceptualDistance
 

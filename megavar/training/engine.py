@@ -137,6 +137,7 @@ class Engine:
             observe: is told the losses of every micro-batch and pass.
             keep_inputs: whether ``inputs`` are needed afterwards (another module of the recipe follows).
         """
+        assert any(one.loss is not None for one in passes), f"no pass over {self.name} has a loss"
         for number, one in enumerate(passes):
             last = number == len(passes) - 1
             carried = self._run_pass(one, inputs, divisors, observe, keep_inputs or not last)

@@ -2,13 +2,12 @@
 
 import functools
 import importlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from megavar import frozen
 from megavar.conditions import Conditions
@@ -22,17 +21,13 @@ from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.data.caches import CachedSamples
 from megavar.data.source import Source
 from megavar.errors import CheckpointError, ConfigError
-from megavar.frozen import identify
 from megavar.generators.base import Stage
 from megavar.parallel.topology import Topology
 from megavar.recipes.base import Recipe
 from megavar.sampling.sampler import Sampler
 from megavar.tokenizers.base import Tokenizer
-from megavar.training.checkpoint.initial import InitialWeights, read_whole
-from megavar.training.checkpoint.weights import fill, shapes_of
 from megavar.transformer.moe.backends import check_installed
-from megavar.weight_file import read_weights_file
-from megavar.weight_layout import Shape, WeightLayout
+from megavar.weight_layout import WeightLayout
 
 PARAMETER_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -175,32 +170,6 @@ def build_trained(config: Config, device: torch.device) -> nn.Module:
         return build_generator(config, None, dtype=torch.float32, device=device)
     with device:
         return resolve(config.tokenizer)(config.tokenizer)
-
-
-def initial_weights(config: Config) -> InitialWeights | None:
-    """The weights with which the run begins; None: random ones."""
-    given = config.initial_weights
-    if given is None:
-        return None
-    layouts = weight_layouts(trained_choice(config), config.tokenizer.space)
-
-    def read(path: Path, expected: Mapping[str, Shape], fresh: tuple[str, ...]) -> dict[str, Tensor]:
-        return read_weights_file(path, expected, layouts, given.layout, fresh, "The file of initial weights")
-
-    return InitialWeights(Path(given.path), read, given.fresh, ema=given.weights == "ema")
-
-
-def fill_initial(model: nn.Module, config: Config) -> dict[str, Any]:
-    """Give a whole model on one device the weights with which the run of ``config`` begins.
-
-    Returns:
-        What they are, for the identity of what is made with them: nothing where all are random.
-    """
-    initial = initial_weights(config)
-    if initial is None:
-        return {}
-    fill(model, read_whole(initial, shapes_of(model)))
-    return {"initial": identify(initial.path).to_json(), "fresh": list(initial.fresh)}
 
 
 @dataclass(frozen=True)

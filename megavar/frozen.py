@@ -6,38 +6,45 @@ the same path; the same bytes under another path are welcome. A recipe's section
 (``RecipeChoice.frozen_weights``), by a name that says what each is: ``tokenizer``, ``vgg16``, ``guidance.teacher``.
 """
 
+from __future__ import annotations
+
 import functools
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-from torch import nn
+from typing import TYPE_CHECKING, Literal
 
 from megavar.errors import CheckpointError
 from megavar.storage import sha256_of_file
-from megavar.weight_file import AUTO, read_weights_file
-from megavar.weight_layout import WeightLayout
+
+if TYPE_CHECKING:  # identities are compared on login nodes, too, which need no torch
+    from torch import nn
+
+    from megavar.weight_layout import WeightLayout
 
 TOKENIZER = "tokenizer"
 """Name of the tokenizer whose tokens a generator learns, in every recipe that has one."""
-_HASH_KEYS = {"file": "sha256", "checkpoint": "manifest_sha256"}
+_HASH_KEYS = {"file": "sha256", "checkpoint": "manifest_sha256", "folder": "files_sha256"}
+_WEIGHT_FILES = (".safetensors", ".bin", ".pth", ".pt")
 
 
 @dataclass(frozen=True)
 class Identity:
     """What tells weights from all others."""
 
-    kind: Literal["file", "checkpoint"]
+    kind: Literal["file", "checkpoint", "folder"]
     name: str
-    """Of the file or of the checkpoint's directory: for people, it does not distinguish."""
+    """Of the file or directory: for people, it does not distinguish."""
     sha256: str
-    """Of the file, or of the checkpoint's manifest, which holds the hashes of its files."""
+    """Of the file; of the checkpoint's manifest, which holds the hashes of its files; of names and hashes of a folder's
+    files."""
 
     def __str__(self) -> str:
-        return f"{self.name} ({'SHA-256' if self.kind == 'file' else 'SHA-256 of its manifest'} {self.sha256})"
+        of = {"file": "", "checkpoint": " of its manifest", "folder": " of its files"}[self.kind]
+        return f"{self.name} (SHA-256{of} {self.sha256})"
 
-    def same(self, other: "Identity") -> bool:
+    def same(self, other: Identity) -> bool:
         """Whether both are the same bytes, under whatever name."""
         return (self.kind, self.sha256) == (other.kind, other.sha256)
 
@@ -46,7 +53,7 @@ class Identity:
         return {self.kind: self.name, _HASH_KEYS[self.kind]: self.sha256}
 
     @staticmethod
-    def from_json(record: Mapping[str, str]) -> "Identity":
+    def from_json(record: Mapping[str, str]) -> Identity:
         """The inverse of :meth:`to_json`; other keys are ignored.
 
         Raises:
@@ -59,7 +66,8 @@ class Identity:
 
 
 def identify(path: Path | str) -> Identity:
-    """The identity of the weights in ``path``: a file, a checkpoint, or a run (its newest checkpoint).
+    """The identity of the weights in ``path``: a file, a checkpoint, a run (its newest checkpoint), or a folder with
+    files of weights, as transformers keeps a network.
 
     Raises:
         CheckpointError: there are none.
@@ -69,8 +77,24 @@ def identify(path: Path | str) -> Identity:
     path = Path(path)
     if path.is_file():
         return Identity("file", path.name, _sha256(path))
-    checkpoint, _ = find_checkpoint(path, verify=False)  # loading verifies it
+    try:
+        checkpoint, _ = find_checkpoint(path, verify=False)  # loading verifies it
+    except CheckpointError:
+        if path.is_dir() and any(file.suffix in _WEIGHT_FILES for file in path.iterdir()):
+            return Identity("folder", path.name, _sha256_of_folder(path))
+        raise
     return Identity("checkpoint", checkpoint.name, _sha256(checkpoint / "manifest.json"))
+
+
+def _sha256_of_folder(path: Path) -> str:
+    """Of its visible files, by name: the network's configuration counts, too."""
+    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    names = [file.relative_to(path) for file in files]
+    listed = [
+        f"{_sha256(file)} {name.as_posix()}\n" for file, name in zip(files, names)
+        if not any(part.startswith(".") for part in name.parts)
+    ]  # fmt: skip
+    return hashlib.sha256("".join(listed).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:
@@ -85,7 +109,7 @@ def _sha256_of(path: str, size: int, modified: int, inode: int) -> str:
 
 
 def load(
-    target: nn.Module, path: Path, layouts: Mapping[str, WeightLayout], layout: str = AUTO, what: str = "The file"
+    target: nn.Module, path: Path, layouts: Mapping[str, WeightLayout], layout: str = "auto", what: str = "The file"
 ) -> None:
     """Fill a whole network from a run, a checkpoint, an export, or a file in one of its public layouts.
 
@@ -98,6 +122,7 @@ def load(
         CheckpointError: the weights are missing, damaged, or of another network, which is then unchanged.
     """
     from megavar.training.checkpoint.weights import fill, load_weights, shapes_of
+    from megavar.weight_file import read_weights_file
 
     if Path(path).is_dir():
         load_weights(target, path)

@@ -16,11 +16,11 @@ from torch import nn
 from megavar.assembly import (
     build_generator,
     build_sampler,
-    fill_initial,
     load_tokenizer,
     require_generator,
     require_generator_recipe,
 )
+from megavar.beginning import fill_initial
 from megavar.chunks import ChunkStore
 from megavar.conditions import ClassConditions, Conditions, SourceCaptions, Unconditional
 from megavar.config.loading import decode, import_plugins

@@ -104,12 +104,8 @@ def read_weights_file(
     metadata = read_metadata(path)
     passed = {name: shape for name, shape in expected.items() if name.startswith(fresh)}
     expected = {name: shape for name, shape in expected.items() if name not in passed}
-    if layout == AUTO:
-        candidates = () if metadata.get("format") == OURS else tuple(layouts)
-        if not candidates or state.keys() >= expected.keys():
-            candidates = (*candidates, OURS)
-    else:
-        candidates = (layout,)
+    ours = state.keys() >= expected.keys()
+    candidates = _candidates(metadata, layouts, ours) if layout == AUTO else (layout,)
     problems = []
     for name in candidates:
         try:
@@ -121,6 +117,19 @@ def read_weights_file(
         except CheckpointError as error:
             problems.append(f"{error}" if len(candidates) == 1 else f"As {name!r}: {error}")
     raise CheckpointError(f"{what} {path} cannot be used: {' '.join(problems)}")
+
+
+def _candidates(metadata: Mapping[str, str], layouts: Mapping[str, WeightLayout], ours: bool) -> tuple[str, ...]:
+    """The weight layouts that a file may have, the likeliest first.
+
+    Args:
+        ours: whether the file has all of our names.
+    """
+    if metadata.get("format") == OURS:
+        return (OURS,)
+    if metadata.get("weight_layout") in layouts:
+        return (metadata["weight_layout"],)
+    return (*layouts, OURS) if ours or not layouts else tuple(layouts)
 
 
 def _read_ours(

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from megavar import logs
-from megavar.assembly import Assembly, build_sampler, initial_weights
+from megavar.assembly import Assembly, build_sampler
+from megavar.beginning import initial_weights, warn_of_differences
 from megavar.config.deepspeed import load_deepspeed_json
 from megavar.config.loading import load_config
 from megavar.config.parallel import ParallelConfig
@@ -128,6 +129,8 @@ def _train_one(config: Config, place: Environment) -> ExitCode:
     )
     assembly = Assembly(config, source, place.device, mesh)
     recipe = assembly.recipe()
+    if place.rank == 0 and not directory.checkpoints.exists():
+        warn_of_differences(config)
     on_first_rank(functools.partial(_check_data, directory, source, config))
 
     def loader(start_step: int, size: int) -> Loader:

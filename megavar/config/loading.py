@@ -18,33 +18,8 @@ from pydantic import BaseModel, ValidationError
 
 from megavar.config.choice import Choice
 from megavar.config.root import Config
+from megavar.config.yaml_text import parse_yaml, read_text
 from megavar.errors import ConfigError
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads ``3e-4`` as a string and knows duplicates no error; we read it as a number and refuse them."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} appears twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$"), list("-+.0123456789")
-)
-
-
-def parse_yaml(text: str, origin: str) -> Any:
-    """Parse YAML; ``origin`` names the text in errors."""
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{origin} is not valid YAML: {error}") from None
 
 
 def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -52,14 +27,7 @@ def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     path = Path(path)
     if path.resolve() in seen:
         raise ConfigError(f"{path} is its own base (through {' -> '.join(map(str, seen))}). Remove one `base:` line.")
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise ConfigError(
-            f"The configuration {path} cannot be read: {error.strerror}. Give the path of a YAML file, for example "
-            f"configs/quickstart.yaml."
-        ) from None
-    tree = parse_yaml(text, str(path))
+    tree = parse_yaml(read_text(path), str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} does not hold keys and values at its top level. Start from configs/quickstart.yaml.")
     base = tree.pop("base", None)
@@ -136,7 +104,7 @@ def decode(tree: Mapping[str, Any], model: type[Model], origin: str) -> Model:
     except ValidationError as error:
         problems = [_explain(problem, model, tree) for problem in error.errors(include_url=False)]
         raise ConfigError(f"{origin}: " + " ".join(problems)) from None
-    except TypeError as error:
+    except (TypeError, ValueError, RecursionError) as error:  # dates, sets, lists that hold themselves
         raise ConfigError(f"{origin} holds a value that configurations cannot have: {error}") from None
 
 

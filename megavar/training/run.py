@@ -72,13 +72,6 @@ def micro_batch_size(train: TrainConfig, topology: Topology) -> int:
             f"train.micro_batch_size or the number of processes. It is never rounded silently, because the learning "
             f"rate follows it."
         )
-    chunks, stages = topology.config.virtual_pipeline, topology.config.pipeline
-    if chunks > 1 and (share // size) % stages:
-        raise ConfigError(
-            f"parallel.virtual_pipeline={chunks} needs the number of micro-batches per step to be a multiple of "
-            f"parallel.pipeline={stages}, but it is {share // size}. Change train.micro_batch_size so that each rank "
-            f"computes a multiple of {stages} micro-batches, or set parallel.virtual_pipeline=1."
-        )
     return size
 
 

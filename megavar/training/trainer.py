@@ -147,6 +147,7 @@ class Trainer:
             if self._due(train.garbage_collection_interval):
                 gc.collect()
         self.checkpointer.close()
+        on_first_rank(self.directory.check_held)
         on_first_rank(lambda: self.directory.finish({"steps": self.total_steps}))
         return ExitCode.FINISHED
 

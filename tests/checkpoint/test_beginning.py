@@ -51,6 +51,15 @@ def test_from_a_run_or_an_export_the_losses_are_the_same(stage, runs):
     assert losses(runs / "random")[0] > losses(runs / "run")[0] + 0.01
 
 
+def test_settings_that_differ_are_named(runs, capfd):
+    """Another number of heads does not change a shape."""
+    assert convert([str(runs / "generator"), str(runs / "g.safetensors")]) == 0
+    for name, path in (("run", "generator/checkpoints/step-00000003"), ("export", "g.safetensors")):
+        assert train(runs, name, f"train.initial_weights.path={path}", "generator.drop_path=0.2") == [0]
+        expected = f"The weights in {path} were made with other settings: generator.drop_path was 0.1 and is 0.2 here."
+        assert expected in capfd.readouterr().err
+
+
 def test_the_weights_may_vanish_once_there_is_a_checkpoint(runs):
     shutil.copytree(runs / "generator", runs / "source")
     given = ("train.initial_weights.path=source",)

@@ -142,3 +142,11 @@ def differences(before: Any, now: Any, key: str = "") -> list[str]:
 def test_shipped_configurations_resolve_as_before(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     assert differences(RESOLVED[path], json.loads(load_config(path).model_dump_json())) == []
+
+
+def test_every_shipped_configuration_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    runs = {str(path) for path in Path("configs").rglob("*.yaml") if not path.name.startswith("base")}
+    assert runs >= RESOLVED.keys()
+    for path in runs:
+        load_config(path)

@@ -129,10 +129,3 @@ def test_override_through_a_value() -> None:
 def test_unreadable_files(tmp_path: Path, text: str, expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         load_config(write(tmp_path / "run.yaml", text))
-
-
-def test_every_shipped_configuration_is_valid() -> None:
-    for path in sorted(Path("configs").rglob("*.yaml")):
-        if path.name.startswith("base"):
-            continue
-        load_config(path)

@@ -109,11 +109,11 @@ def test_weights_must_exist_or_be_trained_first(tmp_path):
     run = config.run.model_copy(update={"requires": ()})
     recipe = config.recipe.model_copy(update={"tokenizer_weights": str(tmp_path / "x")})
     alone = config.model_copy(update={"run": run, "recipe": recipe})
-    with pytest.raises(CheckpointError, match="of 'tokenizer' in .*/x do not exist and no required run makes them"):
+    with pytest.raises(CheckpointError, match=r"of 'tokenizer' in .*/x do not exist and no required run makes them"):
         checks.weights(alone, tmp_path)
     train = config.train.model_copy(update={"initial_weights": InitialWeightsConfig(path=str(tmp_path / "y"))})
     begun = config.model_copy(update={"train": train})
-    with pytest.raises(CheckpointError, match="of 'initial weights' in .*/y do not exist"):
+    with pytest.raises(CheckpointError, match=r"of 'initial weights' in .*/y do not exist"):
         checks.weights(begun, tmp_path)
     (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step-00000001" / "manifest.json").write_text("{}")

@@ -5,6 +5,7 @@ import itertools
 import logging
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -336,6 +337,35 @@ def test_the_end_of_a_run_needs_an_applied_step(tmp_path):
         assert "train.recovery.rollbacks=1 are used up" in code
         assert (saved, kept) == ([2, 4, 6, 8], ["step-00000008"])
         assert not (tmp_path / "all" / "DONE").exists()
+
+
+def _vanishes(directory, at, what):
+    trainer = Trainer(tiny.build_run(directory, steps=6, train={"checkpoint": {"interval": 2}}))
+    beat = trainer.watchdog.beat
+
+    def remove(step):
+        beat(step)
+        if step == at and dist.get_rank() == 0:
+            if what == "directory":
+                shutil.rmtree(directory)
+            else:
+                (directory / "run.lock").unlink()
+
+    trainer.watchdog.beat = remove
+    try:
+        return trainer.run()
+    except ClusterError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("at, what", [(3, "directory"), (6, "directory"), (5, "lock")])
+def test_a_run_whose_directory_vanishes_does_not_finish(tmp_path, at, what):
+    """It was made anew by the next save, with DONE in it."""
+    directory = tmp_path / "run"
+    for message in run_ranks(2, _vanishes, directory, at, what):
+        assert f"{directory} was removed under a run" in message
+    assert not (directory / "DONE").exists()
+    assert directory.exists() == (what == "lock")
 
 
 def test_without_a_checkpoint_a_bad_start_ends_the_run(tmp_path):

@@ -164,9 +164,17 @@ class RunLock:
         """Call before writing to the run directory.
 
         Raises:
-            ClusterError: the lock was taken from us (this process was stopped for longer than others wait).
+            ClusterError: the lock was taken from us (this process was stopped for longer than others wait), or it is
+                gone, most likely with the whole directory.
         """
-        if self._lost:
+        found = _read_owner(self.path)
+        if found is None:
+            what = "its lock" if self.path.parent.is_dir() else "the whole directory"
+            raise ClusterError(
+                f"{self.path.parent} was removed under a run that was going on ({what} is gone). It stops: what it "
+                f"would write from now on would be half a run. Restore the directory, or start again in another one."
+            )
+        if self._lost or found != self.owner:
             raise ClusterError(
                 f"{self.path} now belongs to another run: this process was suspended so long that it counted as dead. "
                 f"It stops without saving; the other run continues from the last checkpoint."

@@ -9,6 +9,7 @@ the same path; the same bytes under another path are welcome. A recipe's section
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,21 +25,24 @@ if TYPE_CHECKING:  # identities are compared on login nodes, too, which need no 
 
 TOKENIZER = "tokenizer"
 """Name of the tokenizer whose tokens a generator learns, in every recipe that has one."""
-_HASH_KEYS = {"file": "sha256", "checkpoint": "manifest_sha256"}
+_HASH_KEYS = {"file": "sha256", "checkpoint": "manifest_sha256", "folder": "files_sha256"}
+_WEIGHT_FILES = (".safetensors", ".bin", ".pth", ".pt")
 
 
 @dataclass(frozen=True)
 class Identity:
     """What tells weights from all others."""
 
-    kind: Literal["file", "checkpoint"]
+    kind: Literal["file", "checkpoint", "folder"]
     name: str
-    """Of the file or of the checkpoint's directory: for people, it does not distinguish."""
+    """Of the file or directory: for people, it does not distinguish."""
     sha256: str
-    """Of the file, or of the checkpoint's manifest, which holds the hashes of its files."""
+    """Of the file; of the checkpoint's manifest, which holds the hashes of its files; of names and hashes of a folder's
+    files."""
 
     def __str__(self) -> str:
-        return f"{self.name} ({'SHA-256' if self.kind == 'file' else 'SHA-256 of its manifest'} {self.sha256})"
+        of = {"file": "", "checkpoint": " of its manifest", "folder": " of its files"}[self.kind]
+        return f"{self.name} (SHA-256{of} {self.sha256})"
 
     def same(self, other: Identity) -> bool:
         """Whether both are the same bytes, under whatever name."""
@@ -62,7 +66,8 @@ class Identity:
 
 
 def identify(path: Path | str) -> Identity:
-    """The identity of the weights in ``path``: a file, a checkpoint, or a run (its newest checkpoint).
+    """The identity of the weights in ``path``: a file, a checkpoint, a run (its newest checkpoint), or a folder with
+    files of weights, as transformers keeps a network.
 
     Raises:
         CheckpointError: there are none.
@@ -72,8 +77,24 @@ def identify(path: Path | str) -> Identity:
     path = Path(path)
     if path.is_file():
         return Identity("file", path.name, _sha256(path))
-    checkpoint, _ = find_checkpoint(path, verify=False)  # loading verifies it
+    try:
+        checkpoint, _ = find_checkpoint(path, verify=False)  # loading verifies it
+    except CheckpointError:
+        if path.is_dir() and any(file.suffix in _WEIGHT_FILES for file in path.iterdir()):
+            return Identity("folder", path.name, _sha256_of_folder(path))
+        raise
     return Identity("checkpoint", checkpoint.name, _sha256(checkpoint / "manifest.json"))
+
+
+def _sha256_of_folder(path: Path) -> str:
+    """Of its visible files, by name: the network's configuration counts, too."""
+    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    names = [file.relative_to(path) for file in files]
+    listed = [
+        f"{_sha256(file)} {name.as_posix()}\n" for file, name in zip(files, names)
+        if not any(part.startswith(".") for part in name.parts)
+    ]  # fmt: skip
+    return hashlib.sha256("".join(listed).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -23,7 +23,8 @@ def test_a_checkpoint_is_itself_under_any_path(tmp_path):
 
 
 def test_identities_go_through_json():
-    for identity in (Identity("file", "vae.pth", "12"), Identity("checkpoint", "step-00000007", "34")):
+    kinds = {"file": "vae.pth", "checkpoint": "step-00000007", "folder": "dinov2"}
+    for identity in [Identity(kind, name, "12") for kind, name in kinds.items()]:
         assert Identity.from_json({"path": "x", **identity.to_json()}) == identity
     for record in ({"path": "x"}, "x", None):
         with pytest.raises(CheckpointError, match="does not identify weights"):
@@ -48,6 +49,23 @@ def test_files_are_hashed_once_until_they_change(tmp_path, monkeypatch):
     path.write_bytes(b"two")  # of the same size and, say, age: another file
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     assert not frozen.identify(path).same(first)
+
+
+def test_a_folder_of_a_network_is_its_files(tmp_path):
+    folder = tmp_path / "dinov2"
+    (folder / ".cache").mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "config.json").write_text("{}")
+    first = frozen.identify(folder)
+    assert (first.kind, first.name) == ("folder", "dinov2")
+    (folder / ".cache" / "lock").touch()
+    folder.rename(tmp_path / "moved")
+    assert frozen.identify(tmp_path / "moved").same(first)
+    (tmp_path / "moved" / "config.json").write_text('{"image_mean": 0}')
+    assert not frozen.identify(tmp_path / "moved").same(first)
+    (tmp_path / "moved" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="is not a checkpoint and holds none"):
+        frozen.identify(tmp_path / "moved")
 
 
 def test_what_is_no_weights_is_refused(tmp_path):

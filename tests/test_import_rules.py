@@ -37,17 +37,19 @@ ALLOWED: dict[str, set[str]] = {
     # What puts them together.
     "assembly": {
         "config", "parallel", "data", "conditions", "frozen", "generators", "recipes", "sampling", "tokenizers",
-        "training", "transformer", "weight_file", "weight_layout",
+        "transformer", "weight_layout",
     },
+    "beginning": {"assembly", "config", "frozen", "training", "weight_file", "weight_layout"},
     "run_samples": {
-        "assembly", "chunks", "conditions", "config", "data", "frozen", "parallel", "sampling", "tokenizers",
-        "training",
+        "assembly", "beginning", "chunks", "conditions", "config", "data", "frozen", "parallel", "sampling",
+        "tokenizers", "training",
     },
     "scoring": {
         "assembly", "config", "evaluation", "frozen", "parallel", "run_samples", "sampling", "tokenizers", "training",
     },
     "commands": {
-        "assembly", "config", "data", "parallel", "planning", "recipes", "run_samples", "scoring", "training",
+        "assembly", "beginning", "config", "data", "parallel", "planning", "recipes", "run_samples", "scoring",
+        "training",
     },
     "__main__": set(),
 }  # fmt: skip

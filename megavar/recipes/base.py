@@ -9,7 +9,8 @@ backward) over all micro-batches of the step. It knows nothing of engines, ranks
         def passes(self, module, step): return [Pass(self.forward, self.loss)]
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -222,6 +223,19 @@ class BaseRecipe:
 def chunks_of(module: nn.Module) -> list[nn.Module]:
     """The parts of a module on this pipeline stage: several under virtual pipelining (an ``nn.ModuleList``)."""
     return list(module) if isinstance(module, nn.ModuleList) else [module]
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Inside the block, what is computed with ``module`` sends gradients to its inputs but not to its parameters."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def routing_metrics(statistics: dict[str, Tensor]) -> dict[str, float]:

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -221,18 +220,6 @@ class Engine:
         if self._clipped is not None:
             return StepResult(self._clipped.applied, self._clipped.norm)
         return StepResult(not self.deepspeed.optimizer.overflow, self.deepspeed.get_global_grad_norm())
-
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Within the block no gradient reaches this module's parameters (another one of the recipe is trained)."""
-        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in trained:
-                parameter.requires_grad_(True)
 
     def destroy(self) -> None:
         """Release DeepSpeed's hooks and buffers; the module keeps its weights (not under ZeRO-3)."""

@@ -15,7 +15,7 @@ from megavar.config.deepspeed import complete_deepspeed
 from megavar.config.optimizer import OptimizerConfig
 from megavar.data.batch import Batch
 from megavar.parallel.topology import Topology
-from megavar.recipes.base import Count, Losses, Recipe
+from megavar.recipes.base import Count, Losses, Recipe, frozen
 from megavar.training.engine import Divisors, Engine
 from megavar.training.experts import expert_parameters
 from megavar.training.metrics import MetricAccumulator
@@ -139,5 +139,5 @@ def others_frozen(engines: Mapping[str, Engine], name: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for other, engine in engines.items():
             if other != name:
-                stack.enter_context(engine.frozen())
+                stack.enter_context(frozen(engine.module))
         yield

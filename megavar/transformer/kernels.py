@@ -66,22 +66,23 @@ class Visibility:
 
     def mask(self, device: torch.device) -> Tensor:
         """True where a row (second to last dimension) sees another: bool [L, L], or [B, 1, L, L] with ``valid``."""
+        return self._once("mask", lambda: self._mask(device))
+
+    def _mask(self, device: torch.device) -> Tensor:
         seen: Tensor = _rule_mask(self.layout, device)
-        valid = self.valid
-        if valid is None:
+        if self.valid is None:
             return seen
-
-        def with_padding() -> Tensor:
-            itself = torch.eye(self.layout.length, dtype=torch.bool, device=device)
-            return ((seen & valid[:, None, :]) | itself)[:, None]
-
-        return self._once("mask", with_padding)
+        itself = torch.eye(self.layout.length, dtype=torch.bool, device=device)
+        return ((seen & self.valid[:, None, :]) | itself)[:, None]
 
     def block_mask(self, device: torch.device) -> Any:
         """The same for FlexAttention."""
+        return self._once("block mask", lambda: self._block_mask(device))
+
+    def _block_mask(self, device: torch.device) -> Any:
         if self.valid is None:
             return _rule_block_mask(self.layout, device)
-        return self._once("block mask", lambda: _make_block_mask(self.layout, self.valid, device))
+        return _make_block_mask(self.layout, self.valid, device)
 
     def continued(self, past: int, device: torch.device) -> Tensor | None:
         """The mask [.., L, past + tokens] of rows that follow ``past`` decoded ones; None where they see everything.

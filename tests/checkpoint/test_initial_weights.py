@@ -6,14 +6,18 @@ import pytest
 import torch
 
 from megavar.config.checkpoint import CheckpointConfig
+from megavar.config.parallel import ParallelConfig
 from megavar.errors import CheckpointError
-from megavar.training.checkpoint import Checkpointer, initial, master, read_weights
+from megavar.parallel import topology
+from megavar.parallel.environment import environment
+from megavar.training.checkpoint import Checkpointer, ModuleState, initial, master, read_weights
 from megavar.training.checkpoint.initial import InitialWeights
 from megavar.training.checkpoint.ranks import Ranks
 from megavar.weight_file import About, read_weights_file, write_export
 from megavar.weight_layout import NamedLayout
 from tests.checkpoint.conftest import SAVED, assert_same
 from tests.checkpoint.layered import Layout, Run
+from tests.distributed import curves
 from tests.distributed.harness import run_ranks
 
 Z0, TP2_PP2_Z1 = Layout(1, 0), Layout(4, 1, tensor=2, pipeline=2)
@@ -115,6 +119,29 @@ def test_parts_that_are_named_stay_as_they_are(kind, sources, tmp_path):
 def test_the_average_of_a_checkpoint_can_be_taken(sources, tmp_path):
     run_ranks(2, begin, Layout(2, 2), sources["checkpoint"], tmp_path, (), True)
     assert_same(read_weights(tmp_path, "model"), read_weights(sources["checkpoint"], "model", ema=True))
+
+
+def _begin_as_var(setup, source, target):
+    """As :func:`begin`, with an STMoE-VAR; without a source its random weights are saved."""
+    mesh = topology.initialize(ParallelConfig(**setup.parallel), environment())
+    recipe = curves.build(setup, mesh)
+    engine = curves.engine_loop(setup, recipe, mesh).engines["generator"]
+    state = ModuleState(engine.deepspeed)
+    if source is not None:
+        with torch.no_grad():
+            for parameter in recipe.generator.parameters():
+                parameter.fill_(7.0)
+        initial.begin("generator", state, InitialWeights(source, read), Ranks())
+    with Checkpointer(target, CheckpointConfig()) as checkpointer:
+        checkpointer.save(0, {"generator": state}, {})
+
+
+@pytest.mark.distributed
+def test_interleaved_stages_begin_with_the_weights_of_one_process(tmp_path):
+    run_ranks(1, _begin_as_var, curves.Setup(1, 1), None, tmp_path / "one")
+    interleaved = curves.Setup(2, 1, 2, parallel={"pipeline": 2, "virtual_pipeline": 2})
+    run_ranks(2, _begin_as_var, interleaved, tmp_path / "one", tmp_path / "two")
+    assert_same(read_weights(tmp_path / "two"), read_weights(tmp_path / "one"))
 
 
 def _refusal(layout, path, fresh, width):

@@ -4,8 +4,9 @@ import torch.nn.functional as F
 
 from megavar.config.recipes.tokenizer import AdversarialConfig
 from megavar.errors import ConfigError
+from megavar.recipes.base import frozen
 from megavar.recipes.tokenizer import adversarial
-from megavar.recipes.tokenizer.adversarial import PatchDiscriminator, adaptive_weight, frozen, lecam_regularization
+from megavar.recipes.tokenizer.adversarial import PatchDiscriminator, adaptive_weight, lecam_regularization
 from tests.distributed.harness import run_ranks
 
 CONFIG = AdversarialConfig(layers=2, base_channels=8, norm_groups=4)

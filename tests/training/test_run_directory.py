@@ -2,15 +2,19 @@ import hashlib
 import importlib
 import json
 import os
+from pathlib import Path
 
 import pytest
 import yaml
 
 from launchers.provenance import allowed_environment, note_submission
+from megavar.config.loading import load_config
 from megavar.errors import CheckpointError, ClusterError, ConfigError
 from megavar.training.monitor import MetricsFile
 from megavar.training.run_directory import RunDirectory
 
+ROOT = Path(__file__).parents[2]
+RESOLVED = json.loads((ROOT / "tests/config/data/resolved_9f0263a.json").read_text())
 CONFIG = {
     "run": {"name": "a"}, "train": {"steps": 10, "micro_batch_size": 2, "seed": 0}, "logging": {"interval": 5},
     "data": {"source": {"name": "digits"}, "workers": 0}, "parallel": {"tensor": 1}, "scales": [1, 2],
@@ -246,3 +250,15 @@ def test_plugins_of_a_directory_alone_are_not_imported(tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match=r"plugins are 'evil_plugin' there.*no reason to run code"):
             directory.open(given, {}, {})
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("path", sorted(RESOLVED))
+def test_runs_of_shipped_configurations_begun_at_9f0263a_belong_to_them(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = load_config(path)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(RESOLVED[path]))
+    directory = RunDirectory.of(config, tmp_path)
+    directory.check(config.model_dump(mode="json"))
+    seed = config.train.model_copy(update={"seed": 3})
+    with pytest.raises(ConfigError, match=r"train\.seed is 0 there and 3 here"):
+        directory.check(config.model_copy(update={"train": seed}).model_dump(mode="json"))

@@ -65,8 +65,11 @@ CASES = {
     "rar_dropout": (RAR, functools.partial(rar_block, dropout=0.3), "full", None, None),
 }  # fmt: skip
 LAYOUTS = {
-    "one": (1, {}), "tp": (2, {"tensor": 2}), "sp": (2, {"tensor": 2, "sequence": True}),
-}  # fmt: skip
+    "one": (1, {}),
+    "selective": (1, {"recompute": "selective"}),
+    "tp": (2, {"tensor": 2}),
+    "sp": (2, {"tensor": 2, "sequence": True}),
+}
 
 
 def normal(name, value, generator):
@@ -95,7 +98,7 @@ def build(case, parallel):
     config = transformer_config(
         parallel, torch.float32, depth=3, width=WIDTH, heads=HEADS, feed_forward=12, **fields
     )  # fmt: skip
-    block = Block(config, spec(), 1, 3)
+    block = Block(config, spec(), 1, 3, recompute=parallel.recompute)
     initialize_parameters(block, normal, seed=5)
     register_sequence_parallel_hooks(block)
     return block

@@ -104,6 +104,38 @@ def test_balance_value_and_injected_gradient_follow_eq_10(variant, scope, paddin
         torch.testing.assert_close(injected[name], value.grad, rtol=1e-4, atol=1e-7, msg=name)
 
 
+@pytest.mark.parametrize("scope", ["image", "micro_batch"])
+def test_tokens_that_are_padding_of_a_sample_count_nowhere(scope):
+    made = router(2, balance_scope=scope)
+    rows = tiny.TOKENS + 2
+    valid = torch.ones(3, rows, dtype=torch.bool)
+    valid[0, 3:7], valid[2, :2] = False, False
+    made.context.valid = valid
+    x = hidden(rows=rows).requires_grad_()
+    (made(x)[0] * 0).sum().backward()
+    groups = [[(row, sample) for row in range(tiny.TOKENS) if valid[sample, row]] for sample in range(3)]
+    if scope == "micro_batch":
+        groups = [[token for group in groups for token in group]]
+    expected = balance_by_loop(scores_by_formula(made, x), groups)
+    (record,) = made.context.routing
+    torch.testing.assert_close(record.balance, expected.detach(), rtol=1e-5, atol=1e-6)
+    assert record.load.sum() == TOP_K * (3 * tiny.TOKENS - 6)
+    injected, made.weight.grad = made.weight.grad, None
+    (COEFFICIENT * expected).backward()
+    torch.testing.assert_close(injected, made.weight.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_a_pass_weighs_the_balance_loss():
+    gradients = []
+    for weight in (1.0, 0.25, 0.0):
+        made = router()
+        made.context.balance = weight
+        (made(hidden())[0] * 0).sum().backward()
+        gradients.append(made.weight.grad)
+    torch.testing.assert_close(gradients[1], gradients[0] / 4)
+    assert gradients[0].abs().max() > 0 and gradients[2].abs().max() == 0
+
+
 def accumulated_gradient(scope, parts):
     """Router gradient of the injected loss over micro-batches, as Megatron-core's schedules scale it."""
     made, x = router(balance_scope=scope), hidden(4)

@@ -4,9 +4,6 @@ Sources: pix2pix (arXiv:1611.07004) for the discriminator, VQGAN (arXiv:2012.098
 LeCam (arXiv:2104.03310) Eq. 3 for the regularization. Logits are [B, 1, h, w], one per patch.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -121,16 +118,3 @@ def lecam_regularization(discriminator: PatchDiscriminator, real: Tensor, fake: 
     discriminator.mean_logits.mul_(decay).add_(means.to(discriminator.mean_logits), alpha=1 - decay)
     mean_real, mean_fake = discriminator.mean_logits.clone()
     return F.relu(real - mean_fake).square().mean() + F.relu(mean_real - fake).square().mean()
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Inside the block, what is computed with ``module`` sends gradients to its inputs but not to its parameters."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)

@@ -23,12 +23,11 @@ from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
 from megavar.data.batch import Batch
 from megavar.parallel.parameter_rule import ParameterRule
 from megavar.parallel.seeds import generator, random_bits
-from megavar.recipes.base import BaseRecipe, Losses, Parts, Pass, WriteRows
+from megavar.recipes.base import BaseRecipe, Losses, Parts, Pass, WriteRows, frozen
 from megavar.recipes.tokenizer.adversarial import (
     PatchDiscriminator,
     adaptive_weight,
     discriminator_loss,
-    frozen,
     lecam_regularization,
     reconstruction_realism_loss,
     with_gradient,

@@ -68,7 +68,7 @@ class GroupedExperts(StackedExperts):
         rows = torch.arange(tokens.shape[0], device=tokens.device)
         own = torch.searchsorted(ends, rows, right=True)
         # Biases by a product with a [T, E] matrix: its backward is a product again, fast and deterministic.
-        membership = F.one_hot(own, ends.shape[0]).to(tokens.dtype)
+        membership = (own[:, None] == torch.arange(ends.shape[0], device=own.device)).to(tokens.dtype)
         ends = ends.to(torch.int32)
         inner = _grouped_mm(tokens, self.linear_fc1_weight.transpose(1, 2), offs=ends)
         if self.linear_fc1_bias is not None:

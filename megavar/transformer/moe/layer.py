@@ -21,6 +21,7 @@ from megavar.transformer.linear import RowLinear
 from megavar.transformer.moe.backends import check_installed, choose_backend
 from megavar.transformer.moe.even import EvenMixture
 from megavar.transformer.moe.experts import GroupedExperts
+from megavar.transformer.moe.local import LocalMixture
 from megavar.transformer.moe.router import Router
 
 
@@ -41,8 +42,12 @@ class ExpertOutputLinear(RowLinear):
             self.bias.sequence_parallel = False
 
 
-def _build_mixture(backend: str, config: TransformerConfig, router: RouterBuilder, block: int) -> nn.Module:
+def _build_mixture(
+    backend: str, config: TransformerConfig, router: RouterBuilder, block: int, variable_number: bool
+) -> nn.Module:
     """The layer of ``backend``: parameters under ``router.`` and ``experts.``, called with [L, B, C]."""
+    if backend == "grouped" and config.expert_model_parallel_size == 1 and not variable_number:
+        return LocalMixture(config, router)
     if backend == "tutel":
         from megavar.transformer.moe.tutel_backend import TutelMixture
 
@@ -87,7 +92,8 @@ class ExpertFeedForward(nn.Module):
         def router(*, config: TransformerConfig, pg_collection: Any) -> Router:
             return resolve(experts)(config, experts, block=number, kinds=kinds)
 
-        self.moe: Any = _build_mixture(choose_backend(experts.backend, config), config, router, number)
+        backend = choose_backend(experts.backend, config)
+        self.moe: Any = _build_mixture(backend, config, router, number, experts.variable_number)
         self._even = functools.partial(EvenMixture, config=config, copies=experts.copies)
 
     def spread_evenly(self) -> None:

@@ -37,6 +37,10 @@ _LAUNCHERS = {
 }
 
 
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "MPI_LOCALNRANKS", "PALS_LOCAL_SIZE")
+"""How many ranks mpirun has started: Open MPI, MPICH and Intel MPI, MVAPICH, and others for one node."""
+
+
 def read_environment(variables: Mapping[str, str]) -> Environment:
     """Map environment ``variables`` to an :class:`Environment`.
 
@@ -46,6 +50,7 @@ def read_environment(variables: Mapping[str, str]) -> Environment:
     Raises:
         ClusterError: a launcher's variables are incomplete or contradict each other.
     """
+    variables = {name: value for name, value in variables.items() if value.strip()}  # an empty one is an unset one
     for launcher, names in _LAUNCHERS.items():
         present = [name for name in names if name in variables]
         if not present or (launcher == "srun" and "SLURM_STEP_ID" not in variables):
@@ -55,6 +60,12 @@ def read_environment(variables: Mapping[str, str]) -> Environment:
             raise ClusterError(
                 f"The environment looks like {launcher} ({', '.join(present)} set) but lacks {', '.join(missing)}. "
                 f"Start with torchrun or srun, or unset these variables to run a single process."
+            )
+        odd = next((name for name in names if not variables[name].strip().isdecimal()), None)
+        if odd is not None:
+            raise ClusterError(
+                f"{odd}={variables[odd]!r} is not a number. Start with torchrun or srun, or unset these variables to "
+                f"run a single process."
             )
         rank, world_size, local_rank = (int(variables[name]) for name in names)
         if not 0 <= rank < world_size:
@@ -69,6 +80,13 @@ def read_environment(variables: Mapping[str, str]) -> Environment:
                     f"Submit with `python -m launchers.slurm submit`, or export it in your batch script."
                 )
         return Environment(rank, world_size, local_rank, launcher)
+    for name in _MPI_SIZES:
+        if variables.get(name, "1").strip() not in ("0", "1"):
+            raise ClusterError(
+                f"{name}={variables[name]}: this process was started by MPI, whose variables are not read, so every "
+                f"rank would train alone. Start with torchrun or srun, or let each rank set RANK, WORLD_SIZE, "
+                f"LOCAL_RANK, MASTER_ADDR and MASTER_PORT from MPI's variables."
+            )
     return Environment(0, 1, 0, "single")
 
 

@@ -36,3 +36,24 @@ def test_mapping(variables: dict[str, str], expected: Environment) -> None:
 def test_contradictions_are_explained(variables: dict[str, str], message: str) -> None:
     with pytest.raises(ClusterError, match=message):
         read_environment(variables)
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"])
+def test_ranks_of_mpi_do_not_train_alone(name):
+    with pytest.raises(ClusterError, match=rf"{name}=2: .*every rank would train alone"):
+        read_environment({name: "2"})
+    assert read_environment({name: "1"}).world_size == 1  # as some clusters set it in every shell
+    torchrun = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", **RENDEZVOUS}
+    assert read_environment({name: "2", **torchrun}).rank == 1
+    assert read_environment({name: "8", **SRUN}).rank == 5
+
+
+def test_empty_variables_are_absent_ones():
+    empty = {"RANK": "", "WORLD_SIZE": " ", "SLURM_PROCID": "", "SLURM_STEP_ID": ""}
+    assert read_environment(empty).launcher == "single"
+    assert read_environment({"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": "", **SRUN}).launcher == "srun"
+
+
+def test_variables_that_are_no_numbers_are_named():
+    with pytest.raises(ClusterError, match="RANK='one' is not a number"):
+        read_environment({"RANK": "one", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **RENDEZVOUS})

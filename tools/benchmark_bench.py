@@ -19,7 +19,7 @@ from megavar.config.token_space import TokenSpace
 from megavar.data.batch import Batch
 from megavar.parallel.topology import Topology
 from megavar.planning.efficiency import flops_per_image
-from megavar.planning.measure import DrawRequest, UnmeasurableError, drawing_flops, release, tokenizer_cost
+from megavar.planning.measure import DrawRequest, UnmeasurableError, drawing_flops, tokenizer_cost
 from megavar.recipes.base import Recipe
 from megavar.training.engine import Engine
 from megavar.training.step import build_engines
@@ -101,18 +101,15 @@ class Bench:
     @functools.cached_property
     def operations(self) -> Operations:
         """Measured once for all parts."""
-        step = drawing = encoding = None
+        drawing = encoding = None
         try:
-            step = flops_per_image(self.config)
             cost = tokenizer_cost(self.config.tokenizer)
             encoding = cost.encode_flops
             drawing = drawing_flops(DrawRequest(self.generator, self.config.tokenizer, self.config.sampling))
             drawing = None if drawing is None else drawing + cost.decode_flops
         except UnmeasurableError as error:
             print(f"Some parts are given without FLOPs. {error}", flush=True)
-        finally:
-            release()
-        return Operations(step, drawing, encoding)
+        return Operations(flops_per_image(self.config), drawing, encoding)
 
     def random(self, *shape: int, gradient: bool = True) -> Tensor:
         """Normal values in the run's type."""

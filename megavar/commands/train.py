@@ -31,7 +31,6 @@ from megavar.parallel.environment import Environment, environment, limit_threads
 from megavar.parallel.rules import check_layout
 from megavar.planning.efficiency import flops_per_image
 from megavar.planning.hardware import peak_of_device
-from megavar.planning.measure import UnmeasurableError, release
 from megavar.recipes.base import Recipe
 from megavar.run_samples import default_conditions
 from megavar.storage import write_json_atomic
@@ -147,6 +146,7 @@ def _train_one(config: Config, place: Environment) -> ExitCode:
             device=place.device,
         )
 
+    peak = _peak_flops(config)
     trainer = Trainer(
         Run(
             name=config.run.name,
@@ -163,8 +163,8 @@ def _train_one(config: Config, place: Environment) -> ExitCode:
             topology=mesh,
             initial=initial_weights(config),
             preview=_preview(assembly, recipe),
-            flops_per_image=_flops_per_image(config, place),
-            peak_flops=_peak_flops(config),
+            flops_per_image=flops_per_image(config) if place.rank == 0 and peak is not None else None,
+            peak_flops=peak,
         )
     )
     return trainer.run()
@@ -193,19 +193,6 @@ def _check_data(directory: RunDirectory, source: Source, config: Config) -> None
             )
         return
     write_json_atomic(path, described)
-
-
-def _flops_per_image(config: Config, place: Environment) -> float | None:
-    """What utilization is measured in, on the rank that logs it; None where it cannot be known, which is said once."""
-    if place.rank != 0 or _peak_flops(config) is None:
-        return None
-    try:
-        return flops_per_image(config)
-    except UnmeasurableError as error:
-        print(f"The log will not show utilization. {error}", flush=True)
-        return None
-    finally:
-        release()
 
 
 def _peak_flops(config: Config) -> float | None:

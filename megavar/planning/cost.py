@@ -148,5 +148,5 @@ class TokenizerCost:
     """Tokens to image."""
     encode_bytes: float
     """Peak of the memory that encoding takes without gradient."""
-    training_bytes: float
-    """What autograd keeps of a training forward pass."""
+    training_bytes: float | None
+    """What autograd keeps of a training forward pass; None for one that cannot be trained (calling it does nothing)."""

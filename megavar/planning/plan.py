@@ -103,7 +103,7 @@ def plan(
         )
     workload = _workload(config, Machine(accelerator(gpu), min(gpus_per_node, gpus)), mfu)
     layout, notes = configured_layout(config, gpus)
-    notes += tuple(f"{network} is not counted" for network in config.recipe.uncounted)
+    notes += tuple(f"not counted: {what}" for what in config.recipe.uncounted)
     count = _length(config) if images is None else images
     if config.train.steps is None and count is None:
         raise ConfigError(

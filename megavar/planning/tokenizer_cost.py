@@ -48,7 +48,7 @@ def measure_tokenizer(config: TokenizerChoice) -> TokenizerCost:
         tokens = encode()
         encode_flops, encode_bytes = _count(encode, parameters)
         decode_flops, _ = _count(lambda: tokenizer.decode(tokens), parameters)
-        training_bytes = 0.0
+        training_bytes: int | None = None
         if type(tokenizer).forward is not nn.Module.forward:  # else no recipe trains it
             with _KnownShapes():
                 training_bytes = saved_bytes(lambda: tokenizer.train()(images), [*parameters, images])

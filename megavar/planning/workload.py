@@ -208,6 +208,7 @@ class TokenizerWorkload(Workload):
         held = RankParameters(self.cost.parameters, 0)
         state = state_bytes(held, layout, self.element, ema=self.ema)
         buckets = bucket_bytes(held, layout, self.element)
+        assert self.cost.training_bytes is not None, "a tokenizer in training is a module that can be called"
         activations = layout.micro_batch * self.cost.training_bytes * self.element / FLOAT32 + SEARCH_BYTES
         training = state.gradients + buckets + activations
         share = layout.micro_batch * layout.micro_batches

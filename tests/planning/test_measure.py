@@ -6,6 +6,7 @@ a rank, operations of an image, bytes that autograd keeps of two images under bf
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +14,8 @@ from megavar.config.experts.base import ExpertsChoice
 from megavar.config.generators.var import SCALES, VARConfig
 from megavar.config.parallel import ParallelConfig
 from megavar.config.token_space import TokenSpace
-from megavar.planning.measure import Request, measure
+from megavar.planning.efficiency import flops_per_image
+from megavar.planning.measure import Request, UnmeasurableError, measure, release
 
 SPACE = TokenSpace.of_scales(SCALES[256], 4096, 32, 256)
 ROWS = list(csv.DictReader((Path(__file__).parent / "closed_forms.csv").open()))
@@ -70,3 +72,22 @@ def test_memory_that_autograd_keeps(measured):
         assert kept == pytest.approx(int(row["depth"]) * blocks + head + logits, rel=0.02), row
         assert len(cost.kinds) == 1
         assert cost.kinds[0].saved.at(IMAGES) + cost.kinds[0].routed.at(IMAGES) == pytest.approx(blocks, rel=0.02), row
+
+
+def test_what_cannot_be_measured_says_so_and_others_still_can():
+    vectors = TokenSpace("latent", (4,), 16, None, 8, 64)
+    small = VARConfig(depth=1, width=16, heads=2)
+    with pytest.raises(UnmeasurableError, match=r"generator\.name=var cannot be measured"):
+        measure([Request(small, vectors)])
+    release()
+    told = []
+    (cost,) = measure([Request(small, SPACE)], lambda done, total: told.append((done, total)))
+    assert cost.kind_of_block == (0,) and told == [(0, 1), (1, 1)]
+
+
+def test_a_run_of_it_goes_on_without_utilization(capsys):
+    vectors = TokenSpace("latent", (4,), 16, None, 8, 64)
+    generator = VARConfig(depth=1, width=16, heads=2)
+    assert flops_per_image(SimpleNamespace(generator=generator, tokenizer=SimpleNamespace(space=vectors))) is None
+    told = capsys.readouterr().out
+    assert told.count("Utilization will not be shown") == 1 and "generator.name=var" in told

@@ -36,7 +36,7 @@ class RecipeChoice(Choice):
 
     @property
     def uncounted(self) -> tuple[str, ...]:
-        """Networks whose costs a plan leaves out, in words."""
+        """What a plan leaves out of its costs, in words."""
         return ()
 
 
@@ -57,3 +57,8 @@ class GeneratorRecipeChoice(RecipeChoice):
         for term in self.terms:
             weights |= {f"{term.name}.{name}": path for name, path in term.frozen_weights().items()}
         return weights
+
+    @property
+    def uncounted(self) -> tuple[str, ...]:
+        """Heads and teachers of the terms."""
+        return tuple(f"heads and teachers of the term {term.name}" for term in self.terms)

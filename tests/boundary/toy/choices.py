@@ -86,6 +86,11 @@ class SelfTaughtConfig(GeneratorRecipeChoice):
     student: float = Field(0.3, ge=0)
     """Weight of the second pass."""
 
+    @property
+    def passes_of_step(self) -> tuple[int, int]:
+        """Two with a loss."""
+        return 2, 0
+
 
 class BrightnessConfig(TermChoice):
     """Middle hidden states say how bright the image is."""

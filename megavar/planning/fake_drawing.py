@@ -1,0 +1,80 @@
+"""The drawing of an image with tensors that have no values."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megavar.conditions import Condition
+from megavar.config.choice import resolve
+from megavar.planning.fake_model import (
+    BLOCK,
+    EMBEDDING,
+    EXPERTS,
+    HEAD,
+    Observation,
+    build,
+    follow,
+    kinds_of_blocks,
+    spread_experts,
+)
+from megavar.planning.ledger import Ledger
+from megavar.planning.measure import DrawRequest, Request
+from megavar.sampling.noise import Noise
+
+
+class _Apart:
+    """A tokenizer whose work does not count."""
+
+    def __init__(self, tokenizer: Any, ledger: Ledger) -> None:
+        self._tokenizer, self._ledger = tokenizer, ledger
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._tokenizer, name)
+        if not callable(value):
+            return value
+
+        def uncounted(*arguments: Any, **options: Any) -> Any:
+            account = self._ledger.account
+            self._ledger.enter("tokenizer")
+            result = value(*arguments, **options)
+            self._ledger.enter(account)
+            return result
+
+        return uncounted
+
+
+def _without_statistics(step: Any) -> Any:
+    """A generator's step of decoding that records no routing: which samples count depends on values."""
+    return lambda inputs, cache, counted=None: step(inputs, cache)
+
+
+def drawing_flops(request: DrawRequest, keep: Callable[[Ledger], None]) -> float:
+    """Operations of one drawn image, without those of the tokenizer.
+
+    Args:
+        keep: is told the ledger of what comes next.
+    """
+    space, classes = request.tokenizer.space, request.choice.class_count
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        kinds, kind_of_block = kinds_of_blocks(request.choice, space)
+        tokenizer = resolve(request.tokenizer)(request.tokenizer).eval()
+        indices = torch.zeros(1, dtype=torch.long)
+        captions = ("a photograph",) if classes is None else None
+        condition = Condition(indices, captions, -1 if classes is None else classes)
+        drawn = []
+        for number in kinds:
+            model = build(Request(request.choice, space), number, 1, first=True, last=True).eval()
+            spread_experts(model)
+            ledger = Ledger()
+            keep(ledger)
+            follow(model, Observation(ledger, 1))
+            model.step = _without_statistics(model.step)
+            with ledger:
+                procedure = resolve(request.sampling)(request.sampling)
+                procedure.draw(model, _Apart(tokenizer, ledger), condition, Noise(0, indices))
+            drawn.append(ledger.forward)
+    blocks = sum(drawn[kind][BLOCK] + drawn[kind][EXPERTS] for kind in kind_of_block)
+    return blocks + drawn[-1][EMBEDDING] + drawn[-1][HEAD]

@@ -1,47 +1,17 @@
-"""DeepSpeed JSON: read, validated more strictly than DeepSpeed does, and completed with what the run decides.
+"""DeepSpeed JSON: read, validated (``deepspeed_json.py``), and completed with what the run decides.
 
-DeepSpeed accepts misspelled top-level keys silently and clips gradients at 1.0 when nothing was asked. Here every
-top-level key must be known, nested sections are checked by DeepSpeed's own models, clipping is always written out, and
-a value that contradicts the run's YAML is an error that names both places.
+DeepSpeed clips gradients at 1.0 when nothing was asked: here clipping is always written out, and a value that
+contradicts the run's YAML is an error that names both places.
 """
 
 import copy
-import difflib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
+from megavar.config.deepspeed_json import checked, read_json
 from megavar.config.parallel import ParallelConfig
 from megavar.errors import ConfigError
-from megavar.parallel.deepspeed_backend import import_deepspeed
-
-# Top-level keys of DeepSpeed 0.19 that have a meaning under this trainer (deepspeed/runtime/config.py).
-_SECTIONS = ("zero_optimization", "bf16", "comms_logger", "flops_profiler", "aio", "timers", "data_types")
-_SCALARS = (
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-    "managed_gradient_accumulation", "communication_data_type", "seq_parallel_communication_data_type",
-    "prescale_gradients", "gradient_predivide_factor", "disable_allgather", "steps_per_print", "wall_clock_breakdown",
-    "memory_breakdown", "dump_state", "log_level", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
-)  # fmt: skip
-_DECIDED_ELSEWHERE = {
-    "optimizer": "the `optimizer` section of the YAML decides it",
-    "scheduler": "`optimizer.schedule` in the YAML decides it",
-    "fp16": "only bf16 and fp32 are offered: set `train.precision`",
-    "amp": "only bf16 and fp32 are offered: set `train.precision`",
-    "torch_autocast": "`train.precision` in the YAML decides it",
-    "pipeline": "`parallel.pipeline` in the YAML decides it",
-    "tensor_parallel": "`parallel.tensor` in the YAML decides it",
-    "expert_parallel": "`parallel.expert` in the YAML decides it",
-    "activation_checkpointing": "`parallel.recompute` in the YAML decides it",
-    "checkpoint": "`train.checkpoint` in the YAML decides it",
-    "tensorboard": "the `logging` section of the YAML decides it",
-    "wandb": "`logging.wandb` in the YAML decides it",
-    "csv_monitor": "`metrics.jsonl` is always written",
-    "comet": "the `logging` section of the YAML decides it",
-}
 
 
 @dataclass(frozen=True)
@@ -62,63 +32,21 @@ def load_deepspeed_json(path: Path) -> dict[str, Any]:
     """Read and validate a DeepSpeed JSON file.
 
     Raises:
-        ConfigError: the file is missing, is not a JSON object, or holds a key or value that DeepSpeed does not know.
+        ConfigError: the file is missing, is not a JSON object, or holds keys or values that are not offered.
     """
-    path = Path(path)
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        beside = ", ".join(sorted(file.name for file in path.parent.glob("*.json"))) or "none"
-        raise ConfigError(f"deepspeed: {path} does not exist. JSON files beside it: {beside}.") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"deepspeed: {path} is not valid JSON: {error}. Correct the file.") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"deepspeed: {path} must hold one JSON object, not a {type(content).__name__}.")
-    validate_deepspeed(content, str(path))
-    return content
+    return validate_deepspeed(read_json(Path(path)), str(path))
 
 
-def validate_deepspeed(content: dict[str, Any], where: str) -> None:
+def validate_deepspeed(content: dict[str, Any], where: str) -> dict[str, Any]:
     """Check all keys of a DeepSpeed configuration; ``where`` names it in errors.
 
+    Returns:
+        What it asks for: without comments, ``"auto"`` and what is switched off.
+
     Raises:
-        ConfigError: with the key, the nearest valid key and the remedy.
+        ConfigError: with all problems: the keys, the nearest valid keys and the remedies.
     """
-    known = (*_SECTIONS, *_SCALARS)
-    for key in content:
-        if key in _DECIDED_ELSEWHERE:
-            raise ConfigError(f"{where}: remove {key!r}; {_DECIDED_ELSEWHERE[key]}.")
-        if key not in known:
-            hint = _suggestion(key, known)
-            raise ConfigError(f"{where}: unknown key {key!r}{hint}. DeepSpeed would ignore it silently.")
-    for name, model in _section_models().items():
-        section = content.get(name, {})
-        if not isinstance(section, dict):
-            raise ConfigError(f"{where}: {name} must be an object, not {section!r}.")
-        try:
-            model(**{key: value for key, value in section.items() if value != "auto"})
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"])
-            extra = first["type"] == "extra_forbidden"
-            hint = _suggestion(key, tuple(model.model_fields)) if extra else f": {first['msg']}"
-            raise ConfigError(f"{where}: {name}.{key} is not valid{hint}.") from None
-    unknown = set(content.get("data_types", {})) - {"grad_accum_dtype"}
-    if unknown:
-        raise ConfigError(f"{where}: data_types.{unknown.pop()} is not offered; only data_types.grad_accum_dtype is.")
-
-
-def _section_models() -> dict[str, Any]:
-    import_deepspeed()
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    return {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config}
-
-
-def _suggestion(key: str, known: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(key, known, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    return checked(content, where)
 
 
 def complete_deepspeed(

@@ -216,7 +216,7 @@ class CachedSamples:
         rows = np.asarray(np.memmap(path, dtype=plan.row, mode="r"))  # indexing the subclass is slow
         if part in self._verified:
             return rows
-        if hashlib.sha256(rows.view(np.uint8)).hexdigest() != self.cache.part_sha256[part]:
+        if hashlib.sha256(rows.view(np.uint8).data).hexdigest() != self.cache.part_sha256[part]:
             raise DataError(f"The cache part {path} is not as it was written: its hash is another one. {again}")
         if plan.content == "tokens" and self.vocabulary is not None and rows["views"].max() >= self.vocabulary:
             raise DataError(

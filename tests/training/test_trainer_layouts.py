@@ -1,6 +1,7 @@
 """The whole trainer on STMoE-VAR: right metrics under pipelines and experts, runs that move between layouts, GANs."""
 
 import functools
+import json
 import os
 import signal
 
@@ -122,9 +123,10 @@ def _adversarial(stage, directory):
             yield [Batch(images.clamp(-1, 1), ids % 10, ids, torch.zeros_like(ids))]
             step += 1
 
+    ema = {"decay": 0.9, "modules": ["autoencoder"]}
     return Trainer(
         Run(
-            name="tokenizer", train=TrainConfig(steps=5, global_batch_size=4),
+            name="tokenizer", train=TrainConfig(steps=5, global_batch_size=4, ema=ema),
             optimizer=OptimizerConfig(lr=1e-3, schedule=ConstantSchedule(), modules={"discriminator": {"lr": 2e-3}}),
             logging=LoggingConfig.model_validate({"interval": 1, "progress": "none", "wandb": {"mode": "disabled"}}),
             deepspeed={"zero_optimization": {"stage": stage}}, deepspeed_origin="test", config={},
@@ -138,6 +140,9 @@ def test_two_modules_are_trained_in_turn_at_every_stage(tmp_path, stage):
     run_ranks(1, _adversarial, 0, tmp_path / "expected")
     assert set(run_ranks(2, _adversarial, stage, tmp_path / "got")) == {ExitCode.FINISHED}
     lines, expected = read_metrics(tmp_path / "got"), read_metrics(tmp_path / "expected")
+    manifest = json.loads((tmp_path / "got/checkpoints/step-00000005/manifest.json").read_text())
+    averaged = {name: entry["has_average"] for name, entry in manifest["modules"].items()}
+    assert averaged == {"autoencoder": True, "discriminator": False}
     assert ["discriminator" in line for line in lines] == [False, False, True, True, True]
     assert lines[-1]["learning_rate/discriminator"] == 2e-3 and lines[-1]["learning_rate/autoencoder"] == 1e-3
     for line, other in zip(lines, expected, strict=True):

@@ -207,17 +207,16 @@ def main() -> None:
     """Answer the requests on standard input, one after the other."""
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print must not get between the replies
-    sys.path[:] = pickle.load(sys.stdin.buffer)
     cpu_backend.install()
     laboratory = Laboratory()
     while True:
         try:
-            request = pickle.loads(pickle.load(sys.stdin.buffer))
+            request = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
         reply: tuple[str, Any]
         try:
-            reply = "measured", laboratory.answer(request)
+            reply = "measured", laboratory.answer(pickle.loads(request))
         except Exception as error:
             reply = "error", (f"{type(error).__name__}: {error}", traceback.format_exc())
         pickle.dump(reply, replies)

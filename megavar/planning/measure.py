@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import IO, Any, Literal
 
 from megavar.config.generators.base import GeneratorChoice
@@ -79,36 +80,44 @@ class _Laboratory:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._complaints: IO[bytes] | None = None
+        self._owner = 0
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._owner != os.getpid():  # a fork must not talk to the process of its parent
+            self._process = self._complaints = None
+            self._owner = os.getpid()
+        if self._process is None:
+            self._process = self._start()
+        return self._process
 
     def _start(self) -> subprocess.Popen[bytes]:
-        hidden = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        settings = {
+            "CUDA_VISIBLE_DEVICES": "",
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path),  # plugins, too
+        }
         self._complaints = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the process)
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-m", "megavar.planning.fake_run"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self._complaints, env=os.environ | hidden,
+            stderr=self._complaints, env=os.environ | settings,
         )  # fmt: skip
-        assert process.stdin is not None
-        pickle.dump(sys.path, process.stdin)
-        return process
 
     def answer(self, request: Request | DrawRequest | TokenizerChoice) -> Any:
         """The :class:`Cost` of a rank, the operations of a drawn image, or the :class:`TokenizerCost`."""
-        if self._process is None:
-            self._process = self._start()
-        assert self._process.stdin is not None and self._process.stdout is not None
+        process = self._running()
+        assert process.stdin is not None and process.stdout is not None
         try:
-            # Pickled twice: its class may come from where only sys.path leads (plugins).
-            pickle.dump(pickle.dumps(request), self._process.stdin)
-            self._process.stdin.flush()
-            kind, value = pickle.load(self._process.stdout)
+            pickle.dump(pickle.dumps(request), process.stdin)  # twice: one that cannot be read leaves the next readable
+            process.stdin.flush()
+            kind, value = pickle.load(process.stdout)
         except (EOFError, BrokenPipeError):
-            raise RuntimeError(f"The process that measures costs has died: {self._last_words()}") from None
+            kind, value = "died", ("the process that measures has died", self._last_words())
         if kind == "measured":
             return value
         reason, where = value
         raise UnmeasurableError(
-            f"The costs of {_name_of(request)} cannot be measured: it does not run with tensors that have no values "
-            f"({reason})."
+            f"The costs of {_name_of(request)} cannot be measured with tensors that have no values: {reason}."
         ) from RuntimeError(where)
 
     def _last_words(self) -> str:
@@ -121,16 +130,15 @@ class _Laboratory:
     def close(self) -> None:
         """End the process; it starts again when it is needed."""
         process, self._process = self._process, None
-        if process is not None:
+        if process is not None and self._owner == os.getpid():
             assert process.stdin is not None and process.stdout is not None
             process.kill()
             process.wait()
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()
             process.stdout.close()
-        if self._complaints is not None:
+            assert self._complaints is not None
             self._complaints.close()
-            self._complaints = None
 
 
 _LABORATORY = _Laboratory()

@@ -1,6 +1,5 @@
 """Keys and values of what was decoded so far, in memory that is reserved once."""
 
-import torch
 from torch import Tensor
 
 
@@ -38,8 +37,3 @@ class KeyValueCache:
     def crop(self, length: int) -> None:
         """Forget all rows after the first ``length`` of every block; the memory stays reserved."""
         self._filled = {block: min(filled, length) for block, filled in self._filled.items()}
-
-    def reorder(self, samples: Tensor) -> None:
-        """Keep these samples (int64 indices into B), in this order."""
-        for block, (keys, values) in self._entries.items():
-            self._entries[block] = (torch.index_select(keys, 1, samples), torch.index_select(values, 1, samples))

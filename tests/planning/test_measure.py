@@ -85,6 +85,18 @@ def test_what_cannot_be_measured_says_so_and_others_still_can():
     assert cost.kind_of_block == (0,) and told == [(0, 1), (1, 1)]
 
 
+def test_a_process_that_dies_is_an_error_and_another_one_starts(monkeypatch):
+    small = VARConfig(depth=2, width=16, heads=2)
+    release()
+    with monkeypatch.context() as patched:
+        patched.setattr("sys.path", ["/nowhere"])  # the process does not find the library
+        patched.chdir("/")
+        with pytest.raises(UnmeasurableError, match="has died"):
+            measure([Request(small, SPACE)])
+    (cost,) = measure([Request(small, SPACE)])
+    assert cost.kind_of_block == (0, 0)
+
+
 def test_a_run_of_it_goes_on_without_utilization(capsys):
     vectors = TokenSpace("latent", (4,), 16, None, 8, 64)
     generator = VARConfig(depth=1, width=16, heads=2)

@@ -90,12 +90,3 @@ def test_appending_copies_new_rows_only():
     assert cache.length(0) == 5 and cache.length(1) == 0
     with pytest.raises(AssertionError, match="11 rows in a cache of 10"):
         cache.extend(0, key.repeat(2, 1, 1, 1), key.repeat(2, 1, 1, 1))
-
-
-def test_samples_can_be_dropped_and_reordered():
-    cache = KeyValueCache(2)
-    key = torch.arange(3.0)[None, :, None, None].expand(1, 3, 1, 1)
-    cache.extend(0, key, key)
-    cache.reorder(torch.tensor([2, 0]))
-    keys, _ = cache.extend(0, key[:, :2] + 10, key[:, :2])
-    assert keys[..., 0, 0].tolist() == [[2.0, 0.0], [10.0, 11.0]]

@@ -150,15 +150,11 @@ def test_flex_and_dense_have_the_same_gradients(case):
         torch.testing.assert_close(flex, dense, rtol=1e-4, atol=1e-4)
 
 
-def compilations(steps):
-    """How often Dynamo compiles FlexAttention over ``steps`` different lists of scales, by rule.
-
-    The backend takes the graphs as they are: what counts is how many there are.
-    """
+def count_graphs():
+    """Replace FlexAttention by a compilation of it whose graphs are kept and run as they are; returns their list."""
     import torch._dynamo
     from torch.nn.attention.flex_attention import flex_attention
 
-    generator = torch.Generator().manual_seed(0)
     graphs = []
 
     def backend(graph, inputs):
@@ -168,25 +164,46 @@ def compilations(steps):
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # instead of going on without compiling
     compiled = torch.compile(flex_attention, backend=backend)
     kernels._flex_function = lambda: compiled
-    found = {}
+    return graphs
+
+
+def check(q, seen):
+    with torch.no_grad():
+        out, dense = (function(q, q, q, seen, 1.0) for function in (kernels.flex_attention, kernels.dense_attention))
+    torch.testing.assert_close(out, dense, rtol=1e-5, atol=1e-5)
+
+
+def compilations(steps):
+    """How often Dynamo compiles FlexAttention over ``steps`` different lists of scales, by rule."""
+    generator, graphs, found = torch.Generator().manual_seed(0), count_graphs(), {}
     for number, rule in enumerate(kernels._ALL):
         for step in range(steps if number == 0 else 20):
-            sides = torch.randint(1, 14, (int(torch.randint(2, 9, (), generator=generator)),), generator=generator)
+            sides = torch.randint(1, 10, (int(torch.randint(2, 9, (), generator=generator)),), generator=generator)
             layout = SequenceLayout.of_scales(tuple(sorted(sides.tolist())), 1 + step % 3, rule=rule)
             q = torch.randn(1, 1, layout.length, 8, generator=generator)
-            with torch.no_grad():
-                out = kernels.flex_attention(q, q, q, Visibility(layout), 1.0)
-                if step % 50 == 0:
-                    dense = kernels.dense_attention(q, q, q, Visibility(layout), 1.0)
-                    torch.testing.assert_close(out, dense, rtol=1e-5, atol=1e-5)
+            check(q, Visibility(layout))
         found[rule] = len(graphs)
     return found
+
+
+def compilations_of_text(steps):
+    """The same for batches of prompts of other numbers and lengths in every step."""
+    generator, graphs = torch.Generator().manual_seed(0), count_graphs()
+    for step in range(steps):
+        layout = SequenceLayout((int(torch.randint(3, 400, (), generator=generator)),), rule="causal")
+        q = torch.randn(2 + step % 3, 1, layout.length, 8, generator=generator)
+        check(q, Visibility(layout, torch.rand(q.shape[0], layout.length, generator=generator) > 0.3))
+    return len(graphs)
 
 
 def test_a_new_list_of_scales_in_every_step_compiles_a_bounded_number_of_times():
     found = run_ranks(1, compilations, 200, timeout=300)[0]
     assert 1 <= found["block_causal"] <= 4
     assert found["full"] == found["block_causal"], "another rule must not compile anew"
+
+
+def test_prompts_of_other_lengths_in_every_step_compile_a_bounded_number_of_times():
+    assert 1 <= run_ranks(1, compilations_of_text, 40, timeout=300)[0] <= 4
 
 
 def test_choice():

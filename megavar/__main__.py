@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from megavar import logs
+from megavar import __version__, logs
 from megavar.errors import MegavarError
 
 COMMANDS = {
@@ -20,6 +20,7 @@ COMMANDS = {
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; only the chosen command's module is imported, for its options."""
     parser = argparse.ArgumentParser(prog="megavar", description="Trainer for visual autoregressive image generators.")
+    parser.add_argument("--version", action="version", version=f"megavar {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, description in COMMANDS.items():
         command = commands.add_parser(name, help=description, description=description)

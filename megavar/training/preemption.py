@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 _log = logging.getLogger(__name__)
 
-STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
-"""USR2 is sent by our batch scripts (NCCL may use USR1), TERM by torchrun, srun and scancel."""
+STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+"""USR2 is sent by our batch scripts (NCCL may use USR1), TERM by torchrun, srun and scancel, INT by Ctrl-C."""
 
 
 class StopRequest:
@@ -27,6 +27,8 @@ class StopRequest:
         self._previous: dict[int, Any] = {}
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.seen == signal.SIGINT:
+            raise KeyboardInterrupt  # whoever presses Ctrl-C again does not want to wait
         self.seen = signal.Signals(number)
 
     def install(self) -> Self:

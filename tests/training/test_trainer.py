@@ -177,6 +177,30 @@ def test_skewed_signals_stop_all_ranks_after_one_agreed_step(tmp_path, delays):
     assert not (tmp_path / "DONE").exists()
 
 
+def _interrupted(directory, presses):
+    """Ctrl-C at a terminal, once or twice, in the middle of step 3."""
+    trainer = Trainer(tiny.build_run(directory, steps=1000))
+    beat = trainer.watchdog.beat
+
+    def press(step):
+        beat(step)
+        for _ in range(presses if step == 3 else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    trainer.watchdog.beat = press
+    try:
+        return trainer.run(), trainer.step
+    except KeyboardInterrupt:
+        return "interrupted", trainer.step
+
+
+def test_ctrl_c_saves_and_stops_and_twice_stops_at_once(tmp_path):
+    assert run_ranks(1, _interrupted, tmp_path / "once", 1) == [(ExitCode.PREEMPTED, 3)]
+    assert (tmp_path / "once/checkpoints/step-00000003/manifest.json").exists()
+    assert run_ranks(1, _interrupted, tmp_path / "twice", 2) == [("interrupted", 3)]
+    assert not (tmp_path / "twice/checkpoints").exists()
+
+
 def _stops_again_and_again(directory, rounds):
     """The signals of a round come 0 to 500 ms apart; those that come late find the run ended."""
     generator, results = random.Random(0), []

@@ -65,7 +65,8 @@ def test_make_verify_and_repair(config, tmp_path, capsys):
 
 
 def _as_rank(rank, arguments):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": str(rank), "MASTER_ADDR": "", "MASTER_PORT": ""}
+    place = {"RANK": rank, "WORLD_SIZE": 3, "LOCAL_RANK": rank, "MASTER_ADDR": "nobody", "MASTER_PORT": 1}  # no meeting
+    os.environ |= {name: str(value) for name, value in place.items()}
     os._exit(cache_tokens.main(arguments))
 
 

@@ -90,7 +90,7 @@ def test_wandb_offline_keeps_its_run_id(tmp_path):
         shown.close()
     identity = (tmp_path / "wandb_id").read_text().strip()
     runs = [path.name for path in (tmp_path / "wandb").iterdir() if path.name.startswith("offline-run-")]
-    assert len(runs) >= 1 and all(name.endswith(identity) for name in runs)
+    assert runs and all(identity in name for name in runs)  # W&B numbers two runs of one second
 
 
 def test_a_full_disk_loses_neither_the_run_nor_its_metrics(tmp_path, monkeypatch, caplog):

@@ -39,9 +39,9 @@ from megavar.tokenizers.base import Tokenizer
 from megavar.training.checkpoint.weights import find_checkpoint, load_weights
 
 DECODER = "decoder.json"
+"""Beside the chunks of samples: what decodes their tokens."""
 PLUGINS = "MEGAVAR_PLUGINS"
 """Environment variable: modules, separated by commas, that may be imported to decode stored samples."""
-"""Beside the chunks of samples: what decodes their tokens."""
 GRID_COLUMNS = 10
 GRID_IMAGES = 100
 

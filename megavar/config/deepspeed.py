@@ -12,6 +12,7 @@ from typing import Any
 from megavar.config.deepspeed_json import checked, read_json
 from megavar.config.parallel import ParallelConfig
 from megavar.errors import ConfigError
+from megavar.parallel.rules import check_zero
 
 
 @dataclass(frozen=True)
@@ -121,12 +122,10 @@ def complete_deepspeed(
 
 
 def _check_layout(where: str, stage: int, zero: dict[str, Any], parallel: ParallelConfig) -> None:
-    if parallel.pipeline > 1 and stage > 1:
-        raise ConfigError(
-            f"{where}: ZeRO stage {stage} does not work with parallel.pipeline={parallel.pipeline}: DeepSpeed would "
-            f"reduce gradients after every micro-batch of an interleaved schedule. Use stage 1 with pipeline stages, "
-            f"or parallel.pipeline=1."
-        )
+    try:
+        check_zero(parallel, stage)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
     offload = {name for name in ("offload_optimizer", "offload_param") if _is_offloaded(zero.get(name))}
     if offload and stage == 0:
         raise ConfigError(f"{where}: {' and '.join(sorted(offload))} needs ZeRO stage 1 or higher; stage is 0.")

@@ -12,7 +12,6 @@ number (``experts.5.linear_fc1.weight``) whether an implementation keeps them in
 its rows of the one above its rows of the other, so that no layout-independent tensor can hold both.
 """
 
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -162,8 +161,3 @@ def initialize_parameters(module: nn.Module, rule: InitializationRule, seed: int
             full = torch.empty(tensor.shape, dtype=torch.float32)
             rule(tensor.name, full, seeds.generator(seed, f"initialize/{tensor.name}"))
             tensor.local(parameter).copy_(tensor.shard(full, tensor_rank, tensor_size))
-
-
-def parameter_count(module: nn.Module) -> int:
-    """Number of scalars in the logical tensors this rank has a part of (all of them without pipeline or experts)."""
-    return sum(math.prod(tensor.shape) for tensor in logical_tensors(module))

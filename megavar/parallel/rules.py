@@ -34,7 +34,7 @@ def check_layout(
         return
     _check_tensor(parallel, limits)
     _check_pipeline(parallel, limits, micro_batches)
-    _check_zero(parallel, zero_stage)
+    check_zero(parallel, zero_stage)
     _check_experts(parallel, limits)
 
 
@@ -79,7 +79,12 @@ def _check_pipeline(parallel: ParallelConfig, limits: Limits, micro_batches: int
         )
 
 
-def _check_zero(parallel: ParallelConfig, stage: int) -> None:
+def check_zero(parallel: ParallelConfig, stage: int) -> None:
+    """Refuse a ZeRO stage that cannot run with the pipeline stages.
+
+    Raises:
+        ConfigError: it cannot.
+    """
     if parallel.pipeline > 1 and stage > 1:
         raise ConfigError(
             f"ZeRO stage {stage} does not work with parallel.pipeline={parallel.pipeline}: it reduces gradients after "

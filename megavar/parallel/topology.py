@@ -30,16 +30,6 @@ class Topology:
     pipeline_rank: int = 0
     expert_rank: int = 0
 
-    @property
-    def is_first_stage(self) -> bool:
-        """Whether this rank embeds tokens."""
-        return self.pipeline_rank == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        """Whether this rank computes logits and losses."""
-        return self.pipeline_rank == self.config.pipeline - 1
-
 
 def data_parallel_size(config: ParallelConfig, world_size: int) -> tuple[int, int]:
     """Data-parallel and expert-data-parallel size of ``world_size`` ranks.

@@ -1,6 +1,6 @@
 """One way to run a configuration: sizes of the mesh, ZeRO, micro-batch. What plans are made of."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from megavar.config.parallel import ParallelConfig
@@ -74,7 +74,3 @@ class Layout:
     def micro_batches(self) -> int:
         """Micro-batches of a rank per step."""
         return self.global_batch // (self.data * self.micro_batch)
-
-    def with_parallel(self, **sizes: Any) -> "Layout":
-        """The same with other sizes of the mesh."""
-        return replace(self, parallel=self.parallel.model_copy(update=sizes))

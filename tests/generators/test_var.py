@@ -14,7 +14,7 @@ from megavar.config.token_space import TokenSpace
 from megavar.generators.base import GeneratorOutput, Stage
 from megavar.generators.inputs import ScaleInputs
 from megavar.generators.var import VAR
-from megavar.parallel.logical import logical_tensors, parameter_count
+from megavar.parallel.logical import logical_tensors
 from megavar.transformer.cache import KeyValueCache
 from tests.transformer import tiny
 
@@ -26,6 +26,10 @@ def on_meta(config, resolution=256):
     with torch.device("meta"):
         assert torch.empty(1).is_meta, "would allocate the whole model"
         return VAR(config, TokenSpace.of_scales(SCALES[resolution], 4096, 32, resolution))
+
+
+def parameter_count(model):
+    return sum(math.prod(tensor.shape) for tensor in logical_tensors(model))
 
 
 # Written by commit 9f0263a from these configurations: shape, first values and norm of every logical tensor.

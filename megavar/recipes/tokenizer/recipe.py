@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from megavar.config.recipes.tokenizer import TokenizerTrainingConfig
 from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
 from megavar.data.batch import Batch
+from megavar.errors import ConfigError
 from megavar.parallel.parameter_rule import ParameterRule
 from megavar.parallel.seeds import generator, random_bits
 from megavar.recipes.base import BaseRecipe, Losses, Parts, Pass, WriteRows, frozen
@@ -100,7 +101,12 @@ class TokenizerTraining(BaseRecipe):
     def build(cls, parts: Parts) -> "TokenizerTraining":
         """See :meth:`Recipe.build`."""
         config = parts.config
-        assert isinstance(config.recipe, TokenizerTrainingConfig) and isinstance(config.tokenizer, MultiScaleVQConfig)
+        assert isinstance(config.recipe, TokenizerTrainingConfig)
+        if not isinstance(config.tokenizer, MultiScaleVQConfig):
+            raise ConfigError(
+                f"The recipe {config.recipe.name!r} trains multi-scale VQ tokenizers, not tokenizer.name="
+                f"{config.tokenizer.name}. Choose the recipe that trains it."
+            )
         fresh = config.initial_weights is None
         return cls(config.recipe, config.tokenizer, config.train.seed, parts.device, fresh)
 

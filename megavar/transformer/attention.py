@@ -7,7 +7,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -96,6 +95,16 @@ class AttentionCore(nn.Module):
         return attend(q, k, v, self.softmax_scale, mask).permute(2, 0, 1, 3).flatten(2)
 
 
+def _of_length(heads: Tensor, length: Tensor | float) -> Tensor:
+    """Head vectors [L, B, H, D] stretched to ``length`` ([H, 1] or a number): one factor per vector, in float32.
+
+    The smallest length that is divided by is 1e-12.
+    """
+    wide = heads.float()
+    factor = length / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(1e-12)
+    return (wide * factor).to(heads.dtype)
+
+
 class UnitLength(nn.Module):
     """Divide each head vector by its length, in float32 (fp16 would overflow); eps 1e-12."""
 
@@ -104,7 +113,7 @@ class UnitLength(nn.Module):
 
     def forward(self, heads: Tensor) -> Tensor:
         """[L, B, H, D] -> [L, B, H, D]."""
-        return F.normalize(heads.float(), dim=-1).to(heads.dtype)
+        return _of_length(heads, 1.0)
 
 
 class UnitLengthWithTemperature(UnitLength):
@@ -121,4 +130,4 @@ class UnitLengthWithTemperature(UnitLength):
     def forward(self, heads: Tensor) -> Tensor:
         """[L, B, H, D] -> [L, B, H, D]."""
         temperature = self.log_temperature.float().clamp(max=self.MAXIMUM).exp()
-        return (F.normalize(heads.float(), dim=-1) * temperature[:, None]).to(heads.dtype)
+        return _of_length(heads, temperature[:, None])

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import logging
+import math
 import os
 import random
 import shutil
@@ -445,25 +446,62 @@ def test_previews_use_the_average_and_leave_the_weights_alone(tmp_path):
     assert torch.equal(after, run_ranks(2, _with_average, tmp_path / "undisturbed")[0][1])
 
 
+_RATES = {"schedule": CosineSchedule(warmup_steps=2, final_lr=1e-3), "final_weight_decay": 0.2}
+
+
 def _warms_up(directory):
+    """Weights before every step and at the end, and the rates that the optimizer had in each."""
     run = tiny.build_run(directory, steps=4)
-    schedule = CosineSchedule(warmup_steps=2, final_lr=1e-3)
-    object.__setattr__(run, "optimizer", run.optimizer.model_copy(update={"schedule": schedule}))
-    trainer, history = Trainer(run), []
+    object.__setattr__(run, "optimizer", run.optimizer.model_copy(update=_RATES))
+    trainer, history, rates = Trainer(run), [], []
     after_step = trainer.recipe.after_step
-    trainer.recipe.after_step = lambda *arguments: history.append(weights(trainer)) or after_step(*arguments)
+
+    def note(*arguments):
+        history.append(weights(trainer))
+        groups = trainer.engines["model"].deepspeed.optimizer.param_groups
+        rates.append([(group["lr"], group["weight_decay"]) for group in groups])
+        after_step(*arguments)
+
+    trainer.recipe.after_step = note
     before = weights(trainer)
     trainer.run()
-    return [before, *history]
+    return [before, *history], rates
 
 
-def test_the_learning_rate_that_is_logged_is_the_one_of_the_step_taken(tmp_path):
-    """The first step of a warm-up from 0 changes nothing and says so."""
-    history = run_ranks(2, _warms_up, tmp_path)[0]
-    assert [line["learning_rate"] for line in tiny.read_metrics(tmp_path)] == pytest.approx([0, 5e-3, 1e-2, 5.5e-3])
+def test_the_rates_that_are_logged_are_those_of_the_step_taken(tmp_path):
+    """The first step of a warm-up from 0 changes nothing and says so; biases do not decay."""
+    history, rates = run_ranks(2, _warms_up, tmp_path)[0]
+    learning = pytest.approx([0, 5e-3, 1e-2, 5.5e-3])
+    decay = pytest.approx([0.2 - 0.15 * (0.5 + 0.5 * math.cos(math.pi * step / 3)) for step in range(4)])
+    lines = tiny.read_metrics(tmp_path)
+    assert [line["learning_rate"] for line in lines] == learning
+    assert [line["weight_decay"] for line in lines] == decay
+    for group, expected in enumerate((decay, [0.0] * 4)):
+        assert [step[group][0] for step in rates] == learning
+        assert [step[group][1] for step in rates] == expected
     moved = [float((after - before).abs().max()) for before, after in itertools.pairwise(history)]
     assert moved[0] == 0
     assert moved[1] == pytest.approx(5e-3, rel=0.5) and moved[2] > moved[1] > 0
+
+
+def _averages(directory):
+    """Weights after every step, and the average at the end."""
+    ema = {"decay": 0.15, "warmup": True, "start_step": 1}
+    trainer, history = Trainer(tiny.build_run(directory, steps=4, train={"ema": ema})), []
+    trainer.recipe.after_step = lambda *arguments: history.append(weights(trainer))
+    trainer.run()
+    with trainer.averages["model"].as_weights():
+        return history, weights(trainer)
+
+
+def test_the_average_takes_in_every_step_at_its_decay(tmp_path):
+    """Before step 1 it is the weights; then the first of its updates keeps 1 / 10 of it, and all others 0.15."""
+    for history, average in run_ranks(2, _averages, tmp_path):
+        expected = history[0]
+        for after, decay in zip(history[1:], (0.1, 0.15, 0.15), strict=True):
+            expected = decay * expected + (1 - decay) * after
+        torch.testing.assert_close(average, expected, rtol=1e-6, atol=1e-7)
+        assert not torch.allclose(average, history[-1], rtol=1e-4)
 
 
 def _drops(directory):

@@ -1,0 +1,162 @@
+"""FlexVAR is numerically the public one: tokenizer, logits for several scale lists, gradients, published layouts."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megavar.config.generators.flexvar import FlexVARConfig
+from megavar.config.token_space import TokenSpace
+from megavar.config.tokenizers.llamagen_vq import LlamaGenVQConfig
+from megavar.generators.flexvar import FlexVAR
+from megavar.generators.flexvar.model import sines
+from megavar.generators.flexvar.published import FlexVARLayout
+from megavar.generators.inputs import ScaleInputs
+from megavar.tokenizers.llamagen_vq import LlamaGenVQ
+from megavar.tokenizers.llamagen_vq.published import LlamaGenVQLayout
+from tests.parity.cases import Case, cases
+from tests.parity.test_var_transformer import load, shapes
+
+pytestmark = pytest.mark.usefixtures("single_process")
+TOKENIZERS = [case for case in cases("flexvar") if "encoder_ch_mult" in case.config]
+MODELS = [case for case in cases("flexvar") if "depth" in case.config]
+
+
+def tokenizer_of(case: Case) -> LlamaGenVQ:
+    given = case.config
+    config = LlamaGenVQConfig(
+        scales=tuple(given["patch_nums"]),
+        vocabulary_size=given["codebook_size"],
+        code_dimension=given["codebook_embed_dim"],
+        latent_channels=given["z_channels"],
+        base_channels=given["ch"],
+        channel_multipliers=tuple(given["encoder_ch_mult"]),
+        residual_blocks=given["num_res_blocks"],
+        commitment_weight=given["commit_loss_beta"],
+    )
+    assert config.downsample == given["downsample"] and given["codebook_l2_norm"]
+    model = LlamaGenVQ(config)
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    model.load_state_dict(LlamaGenVQLayout(config, config.space).load(case.under("weights."), expected))
+    return model
+
+
+def quantizer_of(case: Case, sides: tuple[int, ...]) -> LlamaGenVQ:
+    """The codebook of a transformer's case, in a tokenizer whose other parts are small and unused."""
+    codes = case["input.codebook"] if "input.codebook" in case else case["weights.vae.quantize.embedding.weight"]
+    config = LlamaGenVQConfig(
+        scales=sides, vocabulary_size=len(codes), code_dimension=codes.shape[1], latent_channels=8, base_channels=8,
+        norm_groups=8, channel_multipliers=(1,),
+    )  # fmt: skip
+    model = LlamaGenVQ(config)
+    model.quantize.embedding.weight.data.copy_(codes)
+    return model
+
+
+def build(case: Case, sides: tuple[int, ...], kernel: str = "dense") -> FlexVAR:
+    given = case.config
+    config = FlexVARConfig(
+        depth=given["depth"],
+        width=given["embed_dim"],
+        heads=given["num_heads"],
+        feed_forward_ratio=given.get("mlp_ratio", 4.0),
+        classes=given["num_classes"],
+        shared_adaptive_norm=given["shared_aln"],
+        qk_l2_norm=given["attn_l2_norm"],
+        drop_path=0.0,
+        label_drop=0.0,
+        position_side=case["weights.pos_1LC"].shape[-1],
+        attention_kernel=kernel,
+    )
+    taps = ("embedding", *(f"block.{number}" for number in range(given["depth"])))
+    space = TokenSpace.of_scales(sides, given["vocab_size"], given["Cvae"], image_side=sides[-1])
+    model = FlexVAR(config, space, taps=taps)
+    state = {name: value for name, value in case.under("weights.").items() if not name.startswith("vae.")}
+    load(model, FlexVARLayout(model.choice, model.space).load(state, shapes(model)))
+    return model
+
+
+def published(model: FlexVAR) -> dict[str, torch.Tensor]:
+    """Parameters by the authors' names."""
+    layout = FlexVARLayout(model.choice, model.space)
+    return {layout.names(name)[0]: parameter for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("case", TOKENIZERS, ids=str)
+def test_tokenizer_equals_the_reference(case: Case) -> None:
+    model, sides = tokenizer_of(case), case.config["patch_nums"]
+    latents = model.encode(case["input.image"])
+    case.check("output.h", latents)
+    ids, inputs = model.at(latents)
+    case.check("output.idx_all", ids)
+    case.check("output.var_input", inputs)
+    maps = ids.split([side * side for side in sides], 1)
+    case.check_series("output.idx", list(maps))
+    case.check("output.idx_fullres", model.quantize.search(latents))
+    for index, (side, tokens) in enumerate(zip(sides, maps)):
+        codes = model.embed(tokens).mT.unflatten(-1, (side, side))
+        case.check(f"output.quant.{index}", codes)
+        # Not clamped in the reference; a 1x1 map of it needs at least two values per group of its norms.
+        case.check(f"output.image_rec.{index}", model.decoder(model.post_quant_conv(codes)))
+    first = case["output.codebook_entry_l2"]
+    case.check("output.codebook_entry_l2", model.embed(torch.arange(len(first))))
+    state = None
+    for k in range(len(sides) - 1):
+        state, following = model.grow(state, maps[k], k)
+        assert following is not None
+        start = sum(side * side for side in sides[1 : k + 1])
+        assert torch.equal(following, inputs[:, start : start + sides[k + 1] ** 2])
+    assert torch.equal(model.decode(ids), model.decoder(model.post_quant_conv(codes)).clamp(-1, 1))
+
+
+@pytest.mark.parametrize("case", TOKENIZERS, ids=str)
+def test_tokenizer_loss_and_gradients_equal_the_reference(case: Case) -> None:
+    model = tokenizer_of(case)
+    quantized = model.quantize(model.quant_conv(model.encoder(case["input.image"])))
+    case.check("output.quant_fullres", quantized.features)
+    images = model.decoder(model.post_quant_conv(quantized.features))
+    case.check("output.train.rec", images)
+    error = F.mse_loss(images, case["input.image"])
+    case.check("output.train.rec_mse", error)
+    stored = case["output.train.vq_loss"] + case["output.train.commit_loss"]
+    assert float(quantized.loss - stored) == pytest.approx(0, abs=1e-6 * float(stored))
+    (error + quantized.loss).backward()
+    case.check_gradients(model)
+
+
+@pytest.mark.parametrize("case", MODELS, ids=str)
+def test_transformer_equals_the_reference_on_every_list_of_scales(case: Case) -> None:
+    for number, sides in enumerate(map(tuple, case.config["patch_nums_train"])):
+        model = build(case, tuple(case.config["patch_nums_constructor"]))
+        ids = torch.cat(case.series(f"input.gt_idx.{number}"), 1)
+        features = quantizer_of(case, sides).inputs(ids)
+        case.check(f"output.train{number}.var_input", features)
+        output = model(ScaleInputs(case["input.label_B"], features, sides=sides))
+        case.check(f"output.train{number}.x_embed", output.taps["embedding"])
+        case.check(f"output.train{number}.logits", output.prediction)
+        loss = F.cross_entropy(output.prediction.transpose(1, 2), ids)
+        case.check(f"output.train{number}.loss", loss)
+        if number == 0:
+            case.check_series("output.hidden", [output.taps[name] for name in model.taps[1:]])
+            loss.backward()
+            case.check_gradients(published(model))
+            gradient = model.embedding.position.grad
+            case.check("output.grad_pos_1LC_norm", gradient.norm(dim=0))
+
+
+@pytest.mark.parametrize("case", MODELS, ids=str)
+def test_positions_equal_the_reference(case: Case) -> None:
+    model = build(case, tuple(case.config["patch_nums_constructor"]))
+    for name in case.under("output.pos_area."):
+        case.check(f"output.pos_area.{name}", model.embedding.places(int(name))[None])
+    case.check("output.pos_init", sines(*model.embedding.position.shape[:2])[None])
+
+
+@pytest.mark.parametrize("case", MODELS, ids=str)
+def test_published_layout_round_trips(case: Case) -> None:
+    model = build(case, tuple(case.config["patch_nums_constructor"]))
+    ours = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    exported = FlexVARLayout(model.choice, model.space).export(ours)
+    stored = case.under("weights.")
+    assert sorted(exported) == sorted(stored)
+    for name, value in stored.items():
+        assert torch.equal(exported[name], value), name

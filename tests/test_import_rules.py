@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "transformer": {"config", "parallel"},
     "tokenizers": {"config", "parallel", "weight_file", "weight_layout"},
     "generators": {"config", "parallel", "transformer", "weight_layout"},
-    "recipes": {"config", "parallel", "data", "generators", "tokenizers"},
+    "recipes": {"config", "parallel", "data", "generators", "sampling", "tokenizers"},
     # Scale: tensors, ranks and bytes.
     "data": {"config", "parallel"},
     "chunks": {"parallel"},

@@ -1,24 +1,49 @@
 """FlexVAR is numerically the public one: tokenizer, logits for several scale lists, gradients, published layouts."""
 
+import random
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from megavar.config.generators.flexvar import FlexVARConfig
+from megavar.config.generators.var import SCALES
+from megavar.config.scale_lists.flexvar import FlexVARScaleLists
 from megavar.config.token_space import TokenSpace
 from megavar.config.tokenizers.llamagen_vq import LlamaGenVQConfig
 from megavar.generators.flexvar import FlexVAR
 from megavar.generators.flexvar.model import sines
 from megavar.generators.flexvar.published import FlexVARLayout
 from megavar.generators.inputs import ScaleInputs
+from megavar.recipes.scale_lists.flexvar import RandomLists
 from megavar.tokenizers.llamagen_vq import LlamaGenVQ
 from megavar.tokenizers.llamagen_vq.published import LlamaGenVQLayout
-from tests.parity.cases import Case, cases
 from tests.parity.test_var_transformer import load, shapes
 
+from .cases import Case, Family
+
 pytestmark = pytest.mark.usefixtures("single_process")
-TOKENIZERS = [case for case in cases("flexvar") if "encoder_ch_mult" in case.config]
-MODELS = [case for case in cases("flexvar") if "depth" in case.config]
+FLEXVAR = Family(
+    "flexvar",
+    aside={
+        "*drop*": "comparisons are without dropout, drop path and label drop",
+        "batch": "the inputs' shapes say it",
+        "image_*": "the inputs' shapes and values say it",
+        "norm_eps": "asserted by test_var_transformer",
+    },
+)
+
+
+def is_tokenizer(case: Case) -> bool:
+    return "encoder_ch_mult" in case.config
+
+
+def is_model(case: Case) -> bool:
+    return "depth" in case.config
+
+
+def is_list(case: Case) -> bool:
+    return "max_total_tokens" in case.config
 
 
 def tokenizer_of(case: Case) -> LlamaGenVQ:
@@ -81,7 +106,7 @@ def published(model: FlexVAR) -> dict[str, torch.Tensor]:
     return {layout.names(name)[0]: parameter for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("case", TOKENIZERS, ids=str)
+@FLEXVAR.each_case(is_tokenizer)
 def test_tokenizer_equals_the_reference(case: Case) -> None:
     model, sides = tokenizer_of(case), case.config["patch_nums"]
     latents = model.encode(case["input.image"])
@@ -108,7 +133,7 @@ def test_tokenizer_equals_the_reference(case: Case) -> None:
     assert torch.equal(model.decode(ids), model.decoder(model.post_quant_conv(codes)).clamp(-1, 1))
 
 
-@pytest.mark.parametrize("case", TOKENIZERS, ids=str)
+@FLEXVAR.each_case(is_tokenizer)
 def test_tokenizer_loss_and_gradients_equal_the_reference(case: Case) -> None:
     model = tokenizer_of(case)
     quantized = model.quantize(model.quant_conv(model.encoder(case["input.image"])))
@@ -123,7 +148,7 @@ def test_tokenizer_loss_and_gradients_equal_the_reference(case: Case) -> None:
     case.check_gradients(model)
 
 
-@pytest.mark.parametrize("case", MODELS, ids=str)
+@FLEXVAR.each_case(is_model)
 def test_transformer_equals_the_reference_on_every_list_of_scales(case: Case) -> None:
     for number, sides in enumerate(map(tuple, case.config["patch_nums_train"])):
         model = build(case, tuple(case.config["patch_nums_constructor"]))
@@ -143,7 +168,7 @@ def test_transformer_equals_the_reference_on_every_list_of_scales(case: Case) ->
             case.check("output.grad_pos_1LC_norm", gradient.norm(dim=0))
 
 
-@pytest.mark.parametrize("case", MODELS, ids=str)
+@FLEXVAR.each_case(is_model)
 def test_positions_equal_the_reference(case: Case) -> None:
     model = build(case, tuple(case.config["patch_nums_constructor"]))
     for name in case.under("output.pos_area."):
@@ -151,7 +176,7 @@ def test_positions_equal_the_reference(case: Case) -> None:
     case.check("output.pos_init", sines(*model.embedding.position.shape[:2])[None])
 
 
-@pytest.mark.parametrize("case", MODELS, ids=str)
+@FLEXVAR.each_case(is_model)
 def test_published_layout_round_trips(case: Case) -> None:
     model = build(case, tuple(case.config["patch_nums_constructor"]))
     ours = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -160,3 +185,20 @@ def test_published_layout_round_trips(case: Case) -> None:
     assert sorted(exported) == sorted(stored)
     for name, value in stored.items():
         assert torch.equal(exported[name], value), name
+
+
+@FLEXVAR.each_case(is_list)
+def test_random_lists_equal_the_reference(case: Case) -> None:
+    given = case.config
+    lists = RandomLists(FlexVARScaleLists(longest=given["max_total_tokens"]), SCALES[256], seed=0)
+    stored = [[side for side in row if side] for row in case["output.patch_nums"].tolist()]
+    drawn = [list(lists.draw(random.Random(given["seed_base"] + row))) for row in range(len(stored))]
+    assert drawn == stored
+    case.compared.add("output.patch_nums")
+    many = [lists.draw(random.Random(row)) for row in range(given["statistics_over"])]  # of other seeds
+    tokens = [sum(side * side for side in sides) for sides in many]
+    complete = sum(sides[-1] == SCALES[256][-1] for sides in many) / len(many)
+    assert complete == pytest.approx(given["fraction_last_scale_is_16"], abs=0.015)
+    assert sum(map(len, many)) / len(many) == pytest.approx(given["mean_num_scales"], abs=0.03)
+    assert sum(tokens) / len(many) == pytest.approx(given["mean_tokens"], abs=3)
+    assert (min(tokens), max(tokens)) == (given["min_tokens"], given["max_tokens"])

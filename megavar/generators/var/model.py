@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megavar.config.generators.var import VARConfig
 from megavar.config.token_space import TokenSpace
+from megavar.errors import ConfigError
 from megavar.generators.inputs import ScaleInputs
 from megavar.generators.scale_transformer import ScaleTransformer
 from megavar.transformer.sequence import SequenceLayout
@@ -69,7 +70,16 @@ class VAR(ScaleTransformer):
         return len(space.sides)
 
     def kind_of(self, number: int, side: int) -> int:
-        """Its number."""
+        """Its number.
+
+        Raises:
+            ConfigError: there are no positions for maps of this side.
+        """
+        if number >= len(self.space.sides) or side != self.space.sides[number]:
+            raise ConfigError(
+                f"A VAR has positions for its tokenizer's scales {list(self.space.sides)}, not for a map of side "
+                f"{side}. Set recipe.scale_lists to fixed (and no sampling.scales), or choose generator.name=flexvar."
+            )
         return number
 
     def build_embedding(self) -> nn.Module:

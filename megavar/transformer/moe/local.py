@@ -10,11 +10,11 @@ T tokens of this rank, m experts per token, M experts, C width.
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe.moe_layer import RouterBuilder
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megavar.transformer.moe.experts import GroupedExperts
+from megavar.transformer.moe.router import Router, Routing
 
 
 class _Spread(torch.autograd.Function):
@@ -59,16 +59,16 @@ def _sum_of_copies(rows: Tensor, copies: Tensor) -> Tensor:
 class LocalMixture(nn.Module):
     """Router, a permutation, experts, the way back. Takes the place of Megatron-core's ``MoELayer``."""
 
-    def __init__(self, config: TransformerConfig, router: RouterBuilder) -> None:
+    def __init__(self, config: TransformerConfig, router: Router) -> None:
         super().__init__()
         assert config.num_moe_experts is not None and config.expert_model_parallel_size == 1
         self.top_k = config.moe_router_topk
-        self.router: Any = router(config=config, pg_collection=None)
+        self.router = router
         self.experts = GroupedExperts(config.num_moe_experts, config)
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, None]:
+    def forward(self, hidden: Tensor, routing: Routing) -> tuple[Tensor, None]:
         """[L, B, C] -> [L, B, C] and None."""
-        gates, assignment = self.router(hidden)
+        gates, assignment, _ = routing
         experts = assignment.to(torch.uint8).topk(self.top_k, dim=-1).indices.sort(-1).values  # [T, m]
         order = experts.flatten().argsort(stable=True)  # copies by expert, then by token
         token = order // self.top_k

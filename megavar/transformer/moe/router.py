@@ -9,12 +9,15 @@
             return F.linear(hidden.float(), self.weight.float()).softmax(-1)
 
 and its choice (a subclass of ``ExpertsChoice`` with a tag of its own) names the class. Gates, balance loss, statistics,
-padding and sequence parallelism are here; :meth:`Router.choose` and :meth:`Router.balance` may be replaced.
+padding and sequence parallelism are here; :meth:`Router.choose`, :meth:`Router.pairs` and :meth:`Router.balance` may be
+replaced.
 
-Shapes: L rows of this rank, B samples, M experts, m experts per token.
+Shapes: L rows of this rank, B samples, M targets (``ExpertsChoice.targets``: the experts, and after them what else a
+router knows), m experts per token.
 """
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 from megatron.core import tensor_parallel
@@ -27,11 +30,21 @@ from megavar.transformer.context import ForwardContext, RoutingRecord
 from megavar.transformer.moe.routing import balance_loss, top_k_gates
 
 
-class Router(nn.Module, ABC):
-    """Implements Megatron-core's ``RouterInterface``.
+class Routing(NamedTuple):
+    """Which experts compute which tokens. T tokens of this rank (its rows times its samples), E experts."""
 
-    The layer around it sets ``context`` before every call, because Megatron-core hands a router nothing but hidden
-    states.
+    gates: Tensor
+    """[T, E] in the type of the hidden states, with gradient."""
+    assignment: Tensor
+    """bool [T, E]."""
+    pairs: int
+    """Upper bound of the True entries of ``assignment`` that is known without them."""
+
+
+class Router(nn.Module, ABC):
+    """Scores tokens, chooses their experts, keeps the experts balanced, records what happened.
+
+    The layer around it sets ``context`` before every call.
     """
 
     def __init__(self, config: TransformerConfig, experts: ExpertsChoice, *, block: int, kinds: int) -> None:
@@ -72,6 +85,11 @@ class Router(nn.Module, ABC):
         """
         return top_k_gates(scores, self.experts.top_k)
 
+    def pairs(self, rows: range, samples: int) -> int:
+        """Upper bound of the pairs of a token and an expert among ``rows`` of ``samples``: :attr:`Routing.pairs`."""
+        at_most = self.experts.number if self.experts.variable_number else self.experts.top_k
+        return len(rows) * samples * at_most
+
     def balance(self, scores: Tensor, assignment: Tensor, counted: Tensor) -> Tensor:
         """The loss that keeps experts in use, a float32 scalar. Default: MEPA Eq. 10 by image or by micro-batch.
 
@@ -93,15 +111,8 @@ class Router(nn.Module, ABC):
     def set_layer_number(self, layer_number: int) -> None:
         """Required by Megatron-core; the block number is known from the constructor."""
 
-    def forward(self, hidden: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Route the tokens of this rank.
-
-        Args:
-            hidden: [L, B, C].
-
-        Returns:
-            gates [L * B, M] in the type of ``hidden`` and assignment bool [L * B, M].
-        """
+    def forward(self, hidden: Tensor) -> Routing:
+        """Route the tokens of this rank, [L, B, C]."""
         assert self.context is not None
         kinds, counted = self._rows(hidden)
         scores = self.scores(hidden, kinds.clamp(min=0))
@@ -112,26 +123,39 @@ class Router(nn.Module, ABC):
         coefficient = self.experts.balance_coefficient * self.context.balance
         if torch.is_grad_enabled() and coefficient > 0:
             gates = MoEAuxLossAutoScaler.apply(gates, coefficient * loss)
-        return gates.flatten(0, 1).to(hidden.dtype), assignment.flatten(0, 1)
+        experts = slice(self.experts.number)
+        return Routing(
+            gates[..., experts].flatten(0, 1).to(hidden.dtype),
+            assignment[..., experts].flatten(0, 1),
+            self.pairs(self._own_rows(hidden.shape[0]), hidden.shape[1]),
+        )
+
+    def _own_rows(self, length: int) -> range:
+        """Numbers of this rank's ``length`` rows in the sequence."""
+        assert self.context is not None
+        first = self.context.first_row(length)
+        return range(first, first + length)
 
     def _rows(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Kind of each of this rank's rows, int64 [L] (padding: negative), and what counts, float32 [L, 1 or B]."""
         assert self.context is not None
-        length = hidden.shape[0]
-        rows = slice(first := self.context.first_row(length), first + length)
-        kinds = self.context.sequence.kind_index(hidden.device)[rows]
-        counted = (kinds >= 0).to(torch.float32)[:, None]
-        if self.context.valid is not None:
-            valid = self.context.valid[:, -self.context.sequence.length :].t()[rows]
-            counted = counted * valid
-        return kinds, counted
+        own = self._own_rows(hidden.shape[0])
+        rows = slice(own.start, own.stop)
+        kinds = self.context.sequence.kind_index(hidden.device)
+        return kinds[rows], self.context.counted_rows(hidden.device)[rows].float()
 
     @torch.no_grad()
     def _record(self, assignment: Tensor, kinds: Tensor, counted: Tensor, loss: Tensor) -> None:
         assert self.context is not None and self.context.routing is not None
-        chosen = assignment * counted[..., None]
         if self.context.counted is not None:
-            chosen = chosen[:, self.context.counted]
-        load = torch.zeros(self.kinds, self.experts.number, device=kinds.device)
-        load.index_add_(0, kinds.clamp(min=0), chosen.sum(1, dtype=torch.float32))
-        self.context.routing.append(RoutingRecord(self.block, load, loss.detach()))
+            counted = counted * self.context.counted
+        counted, kinds = counted.expand(assignment.shape[:2]), kinds.clamp(min=0)
+        load = torch.zeros(self.kinds, assignment.shape[-1], device=kinds.device)
+        load.index_add_(0, kinds, (assignment * counted[..., None]).sum(1))
+        met = None
+        if self.experts.variable_number:
+            numbers = self.experts.number + 1  # none to all
+            bins = kinds[:, None] * numbers + assignment[..., : self.experts.number].sum(-1)
+            met = torch.zeros(self.kinds * numbers, device=kinds.device)
+            met = met.index_add_(0, bins.flatten(), counted.flatten()).view(self.kinds, numbers)
+        self.context.routing.append(RoutingRecord(self.block, load, loss.detach(), met))

@@ -1,5 +1,7 @@
 """Expert choice against loops over groups and experts; what is trained is what is decoded."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -35,7 +37,7 @@ def groups_by_loop(group, valid):
     whole = ((0, bounds[-1][1]),)
     rows = [range(*bound) for bound in (bounds if group == "image_scale" else whole)]
     found = [[(row, b) for row in own if valid[b, row]] for own in rows for b in range(BATCH)]
-    return [sum(found, [])] if group == "batch" else found
+    return [[*itertools.chain(*found)]] if group == "batch" else found
 
 
 def taken_by_loop(scores, groups, share):
@@ -141,7 +143,7 @@ def test_groups_that_do_not_exist_while_decoding_are_refused_or_replaced():
 
 def test_tokens_that_come_one_by_one_are_refused():
     made = layer()
-    with pytest.raises(ConfigError, match="draws them one after the other.*Choose another router"):
+    with pytest.raises(ConfigError, match=r"draws them one after the other.*Choose another router"):
         made(torch.zeros(5, 1, tiny.WIDTH), ForwardContext(SequenceLayout((5,), rule="causal")))
 
 

@@ -95,8 +95,8 @@ def with_tutel(*layouts_of_a_world):
 
 
 def of_other_routers(*layouts_of_a_world):
-    backends = itertools.cycle(["megatron", "grouped"])
-    return [(layout, {"backend": next(backends), "router": router}) for layout in layouts_of_a_world for router in OTHER]
+    backends, cases = itertools.cycle(["megatron", "grouped"]), itertools.product(layouts_of_a_world, OTHER)
+    return [(layout, {"backend": next(backends), "router": router}) for layout, router in cases]
 
 
 OTHER = ["expert_choice"]

@@ -63,7 +63,7 @@ class ExpertChoiceExperts(ExpertsChoice):
         """Refuse groups that do not exist while decoding."""
         if self.group != "image_scale" and self.decoding_group is None:
             raise ConfigError(
-                f"generator.experts.group={self.group}: experts chose among tokens of all scales in training, but while "
-                f"decoding later scales do not exist yet. Train with group=image_scale, or set "
+                f"generator.experts.group={self.group}: experts chose among tokens of all scales in training, but "
+                f"while decoding later scales do not exist yet. Train with group=image_scale, or set "
                 f"generator.experts.decoding_group=image_scale to decode with another function than was trained."
             )

@@ -9,8 +9,8 @@
             return F.linear(hidden.float(), self.weight.float()).softmax(-1)
 
 and its choice (a subclass of ``ExpertsChoice`` with a tag of its own) names the class. Gates, balance loss, statistics,
-padding and sequence parallelism are here; :meth:`Router.choose`, :meth:`Router.bounds` and :meth:`Router.balance` may be
-replaced.
+padding and sequence parallelism are here; :meth:`Router.choose`, :meth:`Router.bounds` and :meth:`Router.balance` may
+be replaced.
 
 Shapes: L rows of this rank, B samples, M targets (``ExpertsChoice.targets``: the experts, and after them what else a
 router knows), m experts per token.

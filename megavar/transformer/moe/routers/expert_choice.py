@@ -72,7 +72,8 @@ class ExpertChoiceRouter(Router):
         if context.sequence.rule == "causal":
             raise ConfigError(
                 "generator.experts.router=expert_choice chooses among the tokens of a segment, but this generator "
-                "draws them one after the other: what an expert takes would depend on tokens to come. Choose another router."
+                "draws them one after the other: what an expert takes would depend on tokens to come. Choose another "
+                "router."
             )
         return context
 

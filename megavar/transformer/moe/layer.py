@@ -42,11 +42,9 @@ class ExpertOutputLinear(RowLinear):
             self.bias.sequence_parallel = False
 
 
-def _build_mixture(
-    backend: str, config: TransformerConfig, router: RouterBuilder, block: int, variable_number: bool
-) -> nn.Module:
+def _build_mixture(backend: str, config: TransformerConfig, router: RouterBuilder, block: int) -> nn.Module:
     """The layer of ``backend``: parameters under ``router.`` and ``experts.``, called with [L, B, C]."""
-    if backend == "grouped" and config.expert_model_parallel_size == 1 and not variable_number:
+    if backend == "grouped" and config.expert_model_parallel_size == 1:
         return LocalMixture(config, router)
     if backend == "tutel":
         from megavar.transformer.moe.tutel_backend import TutelMixture
@@ -93,7 +91,7 @@ class ExpertFeedForward(nn.Module):
             return resolve(experts)(config, experts, block=number, kinds=kinds)
 
         backend = choose_backend(experts.backend, config)
-        self.moe: Any = _build_mixture(backend, config, router, number, experts.variable_number)
+        self.moe: Any = _build_mixture(backend, config, router, number)
         self._even = functools.partial(EvenMixture, config=config, copies=experts.copies)
 
     def spread_evenly(self) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from megavar.config.experts.base import ExpertsChoice
 from megavar.transformer.context import ForwardContext, RoutingRecord
-from megavar.transformer.moe.routing import balance_loss, top_k_gates
+from megavar.transformer.moe.routing import Bounds, balance_loss, top_k_gates
 
 
 class Router(nn.Module, ABC):
@@ -68,9 +68,19 @@ class Router(nn.Module, ABC):
     def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Gates [L, B, M] with gradient and bool assignment [L, B, M]. Default: the m best, raw scores (MEPA Eq. 7).
 
-        Tokens may get different numbers of experts if the choice says so (``ExpertsChoice.variable_number``).
+        Tokens may get different numbers of experts, or none, if the choice says so (``ExpertsChoice.variable_number``);
+        gates of pairs that are not assigned are not read.
         """
         return top_k_gates(scores, self.experts.top_k)
+
+    def bounds(self, tokens: int) -> Bounds:
+        """What :meth:`choose` keeps to for ``tokens`` tokens of this rank: buffers need no count from the device.
+
+        Default: exactly m copies of each, or up to M where the choice says that the number varies.
+        """
+        if self.experts.variable_number:
+            return Bounds(self.experts.number, tokens * self.experts.number)
+        return Bounds(self.experts.top_k, tokens * self.experts.top_k, every_token=True, every_row=True)
 
     def balance(self, scores: Tensor, assignment: Tensor, counted: Tensor) -> Tensor:
         """The loss that keeps experts in use, a float32 scalar. Default: MEPA Eq. 10 by image or by micro-batch.
@@ -132,6 +142,6 @@ class Router(nn.Module, ABC):
         chosen = assignment * counted[..., None]
         if self.context.counted is not None:
             chosen = chosen[:, self.context.counted]
-        load = torch.zeros(self.kinds, self.experts.number, device=kinds.device)
-        load.index_add_(0, kinds.clamp(min=0), chosen.sum(1, dtype=torch.float32))
+        of_kind = torch.arange(self.kinds, device=kinds.device)[:, None] == kinds  # padding has a kind of its own
+        load = (of_kind[..., None] * chosen.sum(1, dtype=torch.float32)).sum(1)
         self.context.routing.append(RoutingRecord(self.block, load, loss.detach()))

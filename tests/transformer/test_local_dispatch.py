@@ -1,10 +1,8 @@
 """Local dispatch computes what Megatron-core's dispatchers compute, in every bit, and only by gathers."""
 
-import copy
-
 import pytest
 import torch
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,8 +13,8 @@ from megavar.generators.var import VAR
 from megavar.transformer.context import ForwardContext
 from megavar.transformer.moe import experts as experts_module
 from megavar.transformer.moe.experts import GroupedExperts
+from megavar.transformer.moe.layer import MegatronMixture
 from megavar.transformer.moe.local import LocalMixture, arrange
-from megavar.transformer.moe.routing import Bounds
 from megavar.transformer.sequence import SequenceLayout
 from tests.transformer import foreign_router, tiny
 
@@ -34,19 +32,16 @@ ROUTERS = {
 assert foreign_router.AboveMeanExperts.variable_number
 
 
-class Megatron(torch.nn.Module):
-    """The same router and experts behind Megatron-core's dispatcher that counts, and not ours."""
-
-    def __new__(cls, config, router):
-        config = copy.copy(config)
-        config.moe_token_dispatcher_type = "allgather"
-        return MoELayer(config, MoESubmodules(experts=ModuleSpec(module=GroupedExperts), router=router), layer_number=1)
+def Megatron(config, router):
+    """The same router and experts behind Megatron-core's dispatcher."""
+    submodules = MoESubmodules(experts=ModuleSpec(module=GroupedExperts), router=lambda **unused: router)
+    return MegatronMixture(config, submodules)
 
 
 def mixture(kind, name, dtype):
     experts = ExpertsChoice.make(**ROUTERS[name], balance_coefficient=0.05)
     config = VAR.layers(tiny.config(experts), ParallelConfig(), dtype)
-    made = kind(config, lambda *, config, pg_collection: resolve(experts)(config, experts, block=0, kinds=3))
+    made = kind(config, resolve(experts)(config, experts, block=0, kinds=3))
     generator = torch.Generator().manual_seed(3)
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.3, generator=generator)
@@ -59,7 +54,7 @@ def computed(made, dtype):
     generator = torch.Generator().manual_seed(4)
     hidden = torch.randn(tiny.TOKENS, 5, tiny.WIDTH, generator=generator).to(dtype).requires_grad_()
     weights = torch.randn(hidden.shape, generator=generator).to(dtype)
-    output, _ = made(hidden)
+    output, _ = made(hidden, made.router(hidden))
     (output * weights).sum().backward()
     return {"output": output.detach(), "input": hidden.grad} | {n: p.grad for n, p in made.named_parameters()}
 
@@ -129,12 +124,12 @@ def test_rows_of_no_expert_reach_nobody(monkeypatch):
 
 def test_every_copy_has_a_row_and_knows_where_it_is_from():
     assignment = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]], dtype=torch.bool)
-    at = arrange(assignment, Bounds(copies=3, rows=8))
+    at = arrange(assignment, 8, None)
     assert at.segments.ends.tolist() == [2, 4, 6] and at.segments.own.tolist()[:6] == [0, 0, 1, 1, 2, 2]
     assert at.segments.kept.flatten().tolist() == [True] * 6 + [False] * 2
     assert at.token.tolist()[:6] == [0, 2, 2, 3, 0, 2]
     assert [[row for row in of_token if row < 8] for of_token in at.copies.tolist()] == [[0, 4], [], [1, 2, 5], [3]]
-    fewer = arrange(assignment[[0, 0]], Bounds(copies=2, rows=4, every_token=True, every_row=True))
+    fewer = arrange(assignment[[0, 0]], 4, 2)
     assert fewer.segments.kept is None and fewer.copies.tolist() == [[0, 2], [1, 3]]
 
 
@@ -148,8 +143,8 @@ def test_a_capacity_needs_no_more_rows_than_it_has():
             assignment = torch.zeros_like(flat, dtype=torch.bool).scatter_(0, best, True).view_as(scores)
             return scores * assignment, assignment
 
-        def bounds(self, tokens):
-            return Bounds(4, 4 * 7, every_row=True)
+        def pairs(self, rows, samples):
+            return 4 * 7
 
     results = []
     for kind in (LocalMixture, Megatron):

@@ -9,8 +9,8 @@
             return F.linear(hidden.float(), self.weight.float()).softmax(-1)
 
 and its choice (a subclass of ``ExpertsChoice`` with a tag of its own) names the class. Gates, balance loss, statistics,
-padding and sequence parallelism are here; :meth:`Router.choose`, :meth:`Router.pairs` and :meth:`Router.balance` may be
-replaced.
+padding and sequence parallelism are here; :meth:`Router.choose`, :meth:`Router.bounds` and :meth:`Router.balance` may
+be replaced.
 
 Shapes: L rows of this rank, B samples, M targets (``ExpertsChoice.targets``: the experts, and after them what else a
 router knows), m experts per token.
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from megavar.config.experts.base import ExpertsChoice
 from megavar.transformer.context import ForwardContext, RoutingRecord
-from megavar.transformer.moe.routing import balance_loss, top_k_gates
+from megavar.transformer.moe.routing import Bounds, balance_loss, top_k_gates
 
 
 class Routing(NamedTuple):
@@ -37,8 +37,8 @@ class Routing(NamedTuple):
     """[T, E] in the type of the hidden states, with gradient."""
     assignment: Tensor
     """bool [T, E]."""
-    pairs: int
-    """Upper bound of the True entries of ``assignment`` that is known without them."""
+    bounds: Bounds
+    """What ``assignment`` keeps to."""
 
 
 class Router(nn.Module, ABC):
@@ -81,14 +81,20 @@ class Router(nn.Module, ABC):
     def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Gates [L, B, M] with gradient and bool assignment [L, B, M]. Default: the m best, raw scores (MEPA Eq. 7).
 
-        Tokens may get different numbers of experts if the choice says so (``ExpertsChoice.variable_number``).
+        Tokens may get different numbers of experts, or none, if the choice says so (``ExpertsChoice.variable_number``);
+        gates of pairs that are not assigned are not read.
         """
         return top_k_gates(scores, self.experts.top_k)
 
-    def pairs(self, rows: range, samples: int) -> int:
-        """Upper bound of the pairs of a token and an expert among ``rows`` of ``samples``: :attr:`Routing.pairs`."""
-        at_most = self.experts.number if self.experts.variable_number else self.experts.top_k
-        return len(rows) * samples * at_most
+    def bounds(self, rows: range, samples: int) -> Bounds:
+        """What :meth:`choose` keeps to for this rank's ``rows``, so that buffers need no count from the device.
+
+        Default: exactly m copies of each token, or up to E where the choice says that the number varies.
+        """
+        tokens = len(rows) * samples
+        if self.experts.variable_number:
+            return Bounds(self.experts.number, tokens * self.experts.number)
+        return Bounds(self.experts.top_k, tokens * self.experts.top_k, every_token=True, every_row=True)
 
     def balance(self, scores: Tensor, assignment: Tensor, counted: Tensor) -> Tensor:
         """The loss that keeps experts in use, a float32 scalar. Default: MEPA Eq. 10 by image or by micro-batch.
@@ -127,7 +133,7 @@ class Router(nn.Module, ABC):
         return Routing(
             gates[..., experts].flatten(0, 1).to(hidden.dtype),
             assignment[..., experts].flatten(0, 1),
-            self.pairs(self._own_rows(hidden.shape[0]), hidden.shape[1]),
+            self.bounds(self._own_rows(hidden.shape[0]), hidden.shape[1]),
         )
 
     def _own_rows(self, length: int) -> range:

@@ -65,7 +65,7 @@ class MegatronMixture(MoELayer):
 
 def _build_mixture(backend: str, config: TransformerConfig, router: Router) -> nn.Module:
     """The layer of ``backend``: parameters under ``router.`` and ``experts.``, called with [L, B, C] and a Routing."""
-    if backend == "grouped" and config.expert_model_parallel_size == 1 and not router.experts.variable_number:
+    if backend == "grouped" and config.expert_model_parallel_size == 1:
         return LocalMixture(config, router)
     if backend == "tutel":
         from megavar.transformer.moe.tutel_backend import TutelMixture

@@ -156,12 +156,16 @@ class Router(nn.Module, ABC):
         if self.context.counted is not None:
             counted = counted * self.context.counted
         counted, kinds = counted.expand(assignment.shape[:2]), kinds.clamp(min=0)
-        load = torch.zeros(self.kinds, assignment.shape[-1], device=kinds.device)
-        load.index_add_(0, kinds, (assignment * counted[..., None]).sum(1))
+        load = _by_kind((assignment * counted[..., None]).sum(1), kinds, self.kinds)
         met = None
         if self.experts.variable_number:
-            numbers = self.experts.number + 1  # none to all
-            bins = kinds[:, None] * numbers + assignment[..., : self.experts.number].sum(-1)
-            met = torch.zeros(self.kinds * numbers, device=kinds.device)
-            met = met.index_add_(0, bins.flatten(), counted.flatten()).view(self.kinds, numbers)
+            numbers = torch.arange(self.experts.number + 1, device=kinds.device)  # none to all
+            found = assignment[..., : self.experts.number].sum(-1)[..., None] == numbers
+            met = _by_kind((found * counted[..., None]).sum(1), kinds, self.kinds)
         self.context.routing.append(RoutingRecord(self.block, load, loss.detach(), met))
+
+
+def _by_kind(values: Tensor, kinds: Tensor, number: int) -> Tensor:
+    """Sums [K, N] of the rows [L, N] of each of ``number`` kinds; not by ``index_add``, which is atomic on CUDA."""
+    own = torch.arange(number, device=kinds.device)[:, None] == kinds
+    return (own[..., None] * values).sum(1)

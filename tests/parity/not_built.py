@@ -4,8 +4,6 @@ A line is a family, or ``family/case`` where the rest of a family is built. It g
 """
 
 NOT_BUILT = {
-    "flexvar": "FlexVAR's tokenizer and transformer",
-    "sar": "SAR's student forcing",
     "rar": "RAR's transformer",
     "maskgit_vqgan": "MaskGIT's tokenizer",
     "titok": "TiTok's tokenizers",
@@ -14,5 +12,7 @@ NOT_BUILT = {
     "mar": "MAR's transformer and diffusion loss",
     "flowar": "FlowAR's transformer and flow heads",
     "scalear": "SAR's hybrid of masked and next-scale prediction",
-    "moe": "MoE++, expert choice and REPA's head",
+    "moe/moe_plus_plus_layer": "MoE++",
+    "moe/moe_plus_plus_released": "MoE++",
+    "moe/repa_projector": "REPA's head",
 }

@@ -45,7 +45,6 @@ def is_filter(case: Case) -> bool:
     return "combos" in case.config
 
 
-
 def build(case: Case, kernel: str = "dense") -> VAR:
     given = case.config
     config = VARConfig(

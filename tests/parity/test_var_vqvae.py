@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
+from megavar.tokenizers.convolution import AttentionBlock, Downsample, ResidualBlock, Upsample
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ, phi_indices
-from megavar.tokenizers.multiscale_vq.layers import AttentionBlock, Downsample, ResidualBlock, Upsample
 from megavar.tokenizers.multiscale_vq.quantizer import MultiScaleQuantizer, ScaleStep
 from tests.tokenizers.public_files import load_public, public_state
 

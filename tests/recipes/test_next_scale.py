@@ -108,15 +108,21 @@ def test_a_term_adds_its_weight_times_a_sum_over_images(pyramid, single_process)
 
 
 def test_routing_is_logged_as_shares_and_means_over_passes():
-    # Two blocks, two scales, three experts; the first block ran in four passes, the second in two.
+    """Two blocks, two scales, three experts; the first block ran in four passes, the second in two."""
     load = torch.tensor([[[4.0, 0, 2], [2, 6, 2]], [[8, 0, 0], [0, 0, 0]]])
     statistics = {"load": load, "balance": torch.tensor([6.0, 5.0]), "passes": torch.tensor([4.0, 2.0])}
-    assert routing_metrics(statistics) == {
+    found = routing_metrics(statistics, ("0", "1", "zero"))
+    assert found == {
         "balance": pytest.approx((1.5 + 2.5) / 2),
         "expert_share/0": pytest.approx(14 / 24),
         "expert_share/1": pytest.approx(6 / 24),
-        "expert_share/2": pytest.approx(4 / 24),
+        "expert_share/zero": pytest.approx(4 / 24),
         "expert_share/largest_in_a_layer": 1.0,
         "expert_share/smallest_in_a_layer": 0.0,
     }
-    assert routing_metrics({}) == {}
+    assert routing_metrics({}, ()) == {}
+    # Of ten tokens two met no expert, five one and three two.
+    met = {"met": torch.tensor([[[1, 2, 0], [0, 3, 1]], [[1, 0, 0], [0, 0, 2]]])}
+    varying = routing_metrics(statistics | met, ("0", "1", "zero"))
+    assert (varying["experts_per_token/mean"], varying["experts_per_token/none"]) == pytest.approx((1.1, 0.2))
+    assert {name: varying[name] for name in found} == found

@@ -53,7 +53,7 @@ def _train_stage(directory, stage):
 
 
 def _accumulated(directory):
-    return train(directory, train={"micro_batch_size": 2})
+    return train(directory, train={"micro_batch_size": 2}, flops_per_image=3e9, peak_flops=1e12)
 
 
 def test_accumulation_gives_the_same_curve(tmp_path):
@@ -61,6 +61,10 @@ def test_accumulation_gives_the_same_curve(tmp_path):
     for line, (loss, norm) in zip(tiny.read_metrics(tmp_path), tiny.reference(6), strict=True):
         assert line["loss"] == pytest.approx(loss, rel=1e-5)
         assert line["gradient_norm"] == pytest.approx(norm, rel=1e-5)
+        if "images_per_second" in line:  # of a device, and there are two
+            utilization = line["images_per_second"] / 2 * 3e9 / 1e12
+            assert line["model_flops_utilization"] == pytest.approx(utilization, rel=1e-3)
+    assert "model_flops_utilization" in line
 
 
 EMA = {"ema": {"decay": 0.9}, "checkpoint": {"interval": 2}}
@@ -303,8 +307,10 @@ def test_repeated_bad_steps_roll_back_and_continue_with_later_data(tmp_path):
     lines = tiny.read_metrics(tmp_path)
     rolled = [line for line in lines if line.get("event") == "rolled_back"]
     assert [(line["step"], line["from_step"], line["data_step"]) for line in rolled] == [(4, 7, 7)]
-    steps = [line["step"] for line in lines if "event" not in line]
-    assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
+    good = [line for line in lines if "event" not in line]
+    assert [line["step"] for line in good] == [1, 2, 3, 4, 5, 6, 7, 8]
+    seen = [1, 2, 3, 4, 8, 9, 10, 11]  # batches of 8 of 100 samples, those that were skipped for good included
+    assert [line["epoch"] for line in good] == pytest.approx([8 * batches / 100 for batches in seen])
 
 
 def test_a_run_that_stays_bad_ends_alike_on_all_ranks(tmp_path):

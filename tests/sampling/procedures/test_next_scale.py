@@ -97,6 +97,14 @@ def test_guidance_grows_linearly_over_the_scales(config, generator, tokenizer, g
         torch.testing.assert_close(step.logits, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_routing_is_counted_for_the_samples_that_are_kept(config, generator, tokenizer):
+    """Not for the halves without class that guidance adds."""
+    settings, experts = config.sampling, config.generator.experts
+    list(NextScale(settings).steps(generator, tokenizer, CLASSES.at(torch.arange(3)), None))
+    load = generator.collect_routing()["load"]
+    assert settings.guided and load.sum((1, 2)).tolist() == [3 * 21 * experts.top_k] * len(load)
+
+
 def test_damaged_weights_are_noticed(config, generator, tokenizer):
     with torch.no_grad():
         next(generator.head.parameters()).fill_(torch.nan)

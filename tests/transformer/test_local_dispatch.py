@@ -15,6 +15,7 @@ from megavar.transformer.moe import experts as experts_module
 from megavar.transformer.moe.experts import GroupedExperts
 from megavar.transformer.moe.layer import MegatronMixture
 from megavar.transformer.moe.local import LocalMixture, arrange
+from megavar.transformer.moe.routing import Bounds
 from megavar.transformer.sequence import SequenceLayout
 from tests.transformer import foreign_router, tiny
 
@@ -124,12 +125,12 @@ def test_rows_of_no_expert_reach_nobody(monkeypatch):
 
 def test_every_copy_has_a_row_and_knows_where_it_is_from():
     assignment = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]], dtype=torch.bool)
-    at = arrange(assignment, 8, None)
+    at = arrange(assignment, Bounds(copies=3, rows=8))
     assert at.segments.ends.tolist() == [2, 4, 6] and at.segments.own.tolist()[:6] == [0, 0, 1, 1, 2, 2]
     assert at.segments.kept.flatten().tolist() == [True] * 6 + [False] * 2
     assert at.token.tolist()[:6] == [0, 2, 2, 3, 0, 2]
     assert [[row for row in of_token if row < 8] for of_token in at.copies.tolist()] == [[0, 4], [], [1, 2, 5], [3]]
-    fewer = arrange(assignment[[0, 0]], 4, 2)
+    fewer = arrange(assignment[[0, 0]], Bounds(2, 4, every_token=True, every_row=True))
     assert fewer.segments.kept is None and fewer.copies.tolist() == [[0, 2], [1, 3]]
 
 
@@ -143,8 +144,8 @@ def test_a_capacity_needs_no_more_rows_than_it_has():
             assignment = torch.zeros_like(flat, dtype=torch.bool).scatter_(0, best, True).view_as(scores)
             return scores * assignment, assignment
 
-        def pairs(self, rows, samples):
-            return 4 * 7
+        def bounds(self, rows, samples):
+            return Bounds(4, 4 * 7, every_row=True)
 
     results = []
     for kind in (LocalMixture, Megatron):

@@ -1,7 +1,7 @@
 """Dispatch without exchange, where a rank holds all experts: the host never waits for the device.
 
 Megatron-core's dispatchers read on the host how many tokens each expert got. Here buffers have as many rows as the
-router says there are pairs at most (``Routing.pairs``). Where each copy of a token lies and which token a row is a copy
+router says there are copies at most (``Bounds``). Where each copy of a token lies and which token a row is a copy
 of are two inverse tables, so that both directions, and their gradients, are gathers: no atomics, the same bits in every
 run, one graph for a compiler.
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from megavar.transformer.moe.experts import GroupedExperts, Segments
 from megavar.transformer.moe.router import Router, Routing
+from megavar.transformer.moe.routing import Bounds
 
 
 @dataclass(frozen=True)
@@ -35,23 +36,22 @@ class Arrangement:
     """int64 [T M, 1], row of each pair; R where the token does not go to the expert."""
 
 
-def arrange(assignment: Tensor, rows: int, every: int | None) -> Arrangement:
+def arrange(assignment: Tensor, bounds: Bounds) -> Arrangement:
     """Give every copy a row.
 
     Args:
         assignment: bool [T, M].
-        rows: R, how many True entries there are at most.
-        every: m where each token has exactly so many, and R = T m; None where numbers vary.
+        bounds: what the router promises of it.
     """
     tokens, experts = assignment.shape
     chosen = assignment.t().flatten()  # expert by expert
     counted = chosen.cumsum(0)
-    numbers = torch.arange(1, rows + 1, device=assignment.device)
+    numbers = torch.arange(1, bounds.rows + 1, device=assignment.device)
     found = torch.searchsorted(counted, numbers)  # experts x tokens for the rows that are too many
     own, token = found // tokens, found % tokens
-    places = torch.where(chosen, counted - 1, rows).view(experts, tokens).t()
-    copies = places if every in (None, experts) else places.sort(-1).values[:, :every]
-    kept = None if every is not None else (own < experts)[:, None]
+    places = torch.where(chosen, counted - 1, bounds.rows).view(experts, tokens).t()
+    copies = places if bounds.copies == experts else places.sort(-1).values[:, : bounds.copies]
+    kept = None if bounds.every_row else (own < experts)[:, None]
     last = torch.arange(tokens - 1, experts * tokens, tokens, device=assignment.device)
     ends = counted[last].to(torch.int32)
     own = own.clamp(max=experts - 1)
@@ -116,14 +116,13 @@ class LocalMixture(nn.Module):
         super().__init__()
         assert config.num_moe_experts is not None and config.expert_model_parallel_size == 1
         self.router = router
-        self.every = None if router.experts.variable_number else config.moe_router_topk
         self.experts = GroupedExperts(config.num_moe_experts, config)
 
     def forward(self, hidden: Tensor, routing: Routing) -> tuple[Tensor, None]:
         """[L, B, C] -> [L, B, C] and None."""
-        complete = self.every is not None
+        complete = routing.bounds.every_token
         with torch.no_grad():
-            at = arrange(routing.assignment, routing.pairs, self.every)
+            at = arrange(routing.assignment, routing.bounds)
         spread = _Spread.apply(hidden.flatten(0, 1), at.token, at.copies, complete)
         gates = _Spread.apply(routing.gates.flatten(), at.pair, at.places, False)
         computed = self.experts.compute(spread, at.segments, gates)

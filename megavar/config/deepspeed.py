@@ -103,7 +103,8 @@ def complete_deepspeed(
         )
     bf16["enabled"] = precision == "bf16"
     stage, notes = _effective_stage(asked, parallel, precision, has_experts)
-    if _shards_nothing(stage, zero, parallel, precision, data_parallel_size):
+    profiled = result.get("flops_profiler", {}).get("enabled", False)  # offered with stages 2 and 3
+    if not profiled and _shards_nothing(stage, zero, parallel, precision, data_parallel_size):
         stage = 0
     _check_accumulation_type(where, result, stage, precision)
     zero["stage"] = stage
@@ -173,5 +174,5 @@ def _check_accumulation_type(where: str, content: dict[str, Any], stage: int, pr
     if dtype not in (None, "auto", "fp32") or (dtype == "fp32" and precision == "bf16" and stage <= 1):
         raise ConfigError(
             f"{where}: data_types.grad_accum_dtype={dtype!r} is not offered with ZeRO stage {stage} and {precision}. "
-            f"Remove it, or use stage 2 or 3 with \"fp32\"."
+            f'Remove it, or use stage 2 or 3 with "fp32".'
         )

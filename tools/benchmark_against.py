@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megavar import frozen
 from megavar.assembly import build_generator, build_sampler, weight_layouts
 from megavar.config.loading import load_config
 from megavar.config.root import Config
@@ -131,7 +132,7 @@ class PublicWeights(FreshAssembly):
         """Frozen."""
         tokenizer = self.fresh_tokenizer()
         tokenizer.load_state_dict(self.public.tokenizer.state_dict())  # type: ignore[attr-defined]
-        return tokenizer.eval().requires_grad_(False).to(self.device)
+        return frozen.ready(tokenizer, self.device)
 
     def tokenizer(self) -> Any:
         """The same for all."""

@@ -49,7 +49,7 @@ class ResidualBlock(nn.Module):
         """Apply the block."""
         h = self.conv1(activated(self.norm1(x)))
         h = self.conv2(self.dropout(activated(self.norm2(h))))
-        return self.nin_shortcut(x) + h
+        return h + self.nin_shortcut(x) if h.requires_grad else h.add_(self.nin_shortcut(x))
 
 
 class AttentionBlock(nn.Module):

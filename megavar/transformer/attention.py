@@ -89,10 +89,10 @@ class AttentionCore(nn.Module):
         return kernel.function(q, k, v, context.visibility, self.softmax_scale)
 
     def _continue(self, query: Tensor, keys: Tensor, values: Tensor, past: int, context: ForwardContext) -> Tensor:
-        """Attend to ``past`` decoded rows and to those of this pass."""
-        q, k, v = (heads.permute(1, 2, 0, 3) for heads in (query, keys, values))
+        """Attend to ``past`` decoded rows and to those of this pass, keys and values [B, G, past + rows, D]."""
+        q = query.permute(1, 2, 0, 3)
         mask = context.visibility.continued(past, q.device)
-        return attend(q, k, v, self.softmax_scale, mask).permute(2, 0, 1, 3).flatten(2)
+        return attend(q, keys, values, self.softmax_scale, mask).permute(2, 0, 1, 3).flatten(2)
 
 
 def _of_length(heads: Tensor, length: Tensor | float) -> Tensor:

@@ -1,5 +1,7 @@
 """The configuration of a run: one YAML file, decoded into this."""
 
+import difflib
+
 from pydantic import Field, model_validator
 
 from megavar.config.base import Section
@@ -86,6 +88,22 @@ class Config(Section):
                     f"optimizer.schedule.warmup_{unit}={warmup} is longer than the run of train.{unit}={length}: the "
                     f"peak learning rate would never be reached. Shorten the warm-up or lengthen the run"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _modules_exist(self) -> "Config":
+        """Values for a module that nobody trains would be used by none."""
+        ema = self.train.ema.modules if self.train.ema is not None else None
+        trained = self.recipe.modules
+        for key, names in (("optimizer.modules", self.optimizer.modules), ("train.ema.modules", ema or ())):
+            for name in names:
+                if name not in trained:
+                    near = difflib.get_close_matches(name, trained, 1)
+                    hint = f". Did you mean {near[0]!r}?" if near else ""
+                    raise ValueError(
+                        f"{key} names {name!r}, but the recipe {self.recipe.name!r} trains "
+                        f"{' and '.join(map(repr, trained))}{hint}"
+                    )
         return self
 
     @model_validator(mode="after")

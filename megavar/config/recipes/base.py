@@ -21,6 +21,11 @@ class RecipeChoice(Choice):
     name: str
     """Which algorithm."""
 
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules that it trains, as ``Recipe.modules`` of its implementation returns them."""
+        return (GENERATOR_MODULE if self.trains == "generator" else TOKENIZER_MODULE,)
+
     def initial_weights_path(self) -> str | None:
         """Weights to begin with, where the recipe has a key of its own for them beside ``train.initial_weights``."""
         return None

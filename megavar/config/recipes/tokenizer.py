@@ -116,6 +116,11 @@ class TokenizerTrainingConfig(RecipeChoice):
             raise ValueError("l1_weight and l2_weight are both 0: at least one pixel loss has to be positive")
         return self
 
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The autoencoder, and the discriminator if there is one."""
+        return super().modules if self.adversarial is None else (*super().modules, "discriminator")
+
     def initial_weights_path(self) -> str | None:
         """``initial_weights``."""
         return self.initial_weights

@@ -82,7 +82,7 @@ def test_bases_in_a_circle_are_refused(tmp_path: Path) -> None:
         ("optimizer.betas=[-0.1, 0.9]", ["optimizer.betas", "greater than or equal to 0"]),
         ("optimizer.betas=[0.9, .nan]", ["optimizer.betas", "finite number"]),
         ("optimizer.modules.generator.betas=[0.9, 2]", ["optimizer.modules.generator.betas", "less than 1"]),
-        ("optimizer.modules.generatr.lr=1", ["optimizer.modules names 'generatr'", "trains 'generator'", "Did you mean"]),
+        ("optimizer.modules.generatr.lr=1", ["names 'generatr'", "trains 'generator'", "Did you mean"]),
         ("optimizer.modules.discriminator.lr=1", ["names 'discriminator'", "'mepa' trains 'generator'"]),
         ("train.ema={modules: [autoencoder]}", ["train.ema.modules names 'autoencoder'"]),
         ("optimizer.modules.generator.lr=.inf", ["optimizer.modules.generator.lr", "finite number"]),

@@ -45,7 +45,8 @@ def train(
 
     loop = EngineLoop(
         recipe, topology, batches, optimizer=OptimizerConfig(lr=RATE, weight_decay=0.0, gradient_clipping=1.0),
-        zero={"stage": stage} | PARTITIONED if stage == 3 else {"stage": stage}, global_batch_size=GLOBAL_BATCH, micro_batch_size=size, precision=precision,
+        zero={"stage": stage} | (PARTITIONED if stage == 3 else {}), global_batch_size=GLOBAL_BATCH,
+        micro_batch_size=size, precision=precision,
     )  # fmt: skip
     curve = [
         {name: value for name, value in loop.step(step).items() if isinstance(value, float)} for step in range(STEPS)
@@ -68,7 +69,9 @@ def assert_same(result, expected, tolerance):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("ranks", "stage", "micro_batches"), [(1, 1, 1), (1, 2, 4), (2, 0, 1), (2, 1, 2), (2, 2, 1), (2, 3, 2)])
+@pytest.mark.parametrize(
+    ("ranks", "stage", "micro_batches"), [(1, 1, 1), (1, 2, 4), (2, 0, 1), (2, 1, 2), (2, 2, 1), (2, 3, 2)]
+)
 def test_reconstruction_and_revival(alone, ranks, stage, micro_batches):
     assert "gradient_norm/discriminator" not in alone[False][0][-1]
     for result in run_ranks(ranks, train, stage, micro_batches, False):

@@ -8,8 +8,6 @@ two templates.
 import argparse
 import os
 import re
-import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -26,6 +24,7 @@ from launchers.rendering import (
     render_sharding,
     render_training,
 )
+from launchers.slurm_commands import run_slurm
 from megavar.config.cluster import ClusterConfig
 from megavar.config.loading import decode, dump, load_config, read_tree
 from megavar.config.root import Config
@@ -178,10 +177,22 @@ def _submit(given: argparse.Namespace) -> int:
     (run_directory / "DONE").unlink(missing_ok=True)
     script = run_directory / SCRIPT
     _write_script(job, script, render_training(job))
-    jobs = [_sbatch([str(script)]) for _ in range(given.chain or 1)]
-    provenance.note_submission(
-        run_directory, jobs=jobs, nodes=given.nodes, continue_by=continue_by, arguments=sys.argv[1:]
-    )
+    jobs: list[str] = []
+    try:
+        for _ in range(given.chain or 1):
+            jobs.append(_sbatch([str(script)]))
+    except ClusterError as error:
+        if jobs:
+            raise ClusterError(
+                f"Only {len(jobs)} of {given.chain} jobs are queued ({', '.join(jobs)}). {error} To queue the others "
+                f"then: --behind --chain {(given.chain or 1) - len(jobs)}."
+            ) from None
+        raise
+    finally:
+        if jobs:
+            provenance.note_submission(
+                run_directory, jobs=jobs, nodes=given.nodes, continue_by=continue_by, arguments=sys.argv[1:]
+            )
     print(
         f"Submitted {job.name} as job{'s' if len(jobs) > 1 else ''} {', '.join(jobs)}: {job.nodes} nodes, "
         f"{job.world_size} ranks."
@@ -241,13 +252,13 @@ def _try_out(script: str, given: argparse.Namespace) -> int:
         with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
             file.write(script)
             file.flush()
-            result = _run_slurm(["sbatch", "--test-only", file.name])
+            result = run_slurm(["sbatch", "--test-only", file.name])
         print(result.stderr.strip() or result.stdout.strip())
     return ExitCode.FINISHED
 
 
 def _refuse_second_submission(job: Job, *, behind: bool) -> None:
-    listing = _run_slurm(["squeue", "--noheader", f"--user={os.getuid()}", f"--name={job.name}", "--format=%i %T"])
+    listing = run_slurm(["squeue", "--noheader", f"--user={os.getuid()}", f"--name={job.name}", "--format=%i %T"])
     existing = [line for line in listing.stdout.splitlines() if line.strip()]
     if existing and not behind:
         raise ClusterError(
@@ -270,22 +281,7 @@ def _write_script(job: Job, script: Path, text: str) -> None:
 
 
 def _sbatch(arguments: list[str]) -> str:
-    return _run_slurm(["sbatch", "--parsable", *arguments]).stdout.strip().split(";")[0]
-
-
-def _run_slurm(command: list[str]) -> subprocess.CompletedProcess[str]:
-    if shutil.which(command[0]) is None:
-        raise ClusterError(
-            f"{command[0]} is not on the PATH: submit from a login node of the cluster, or look at the "
-            f"script with --dry-run."
-        )
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode != 0:
-        raise ClusterError(
-            f"`{' '.join(command)}` failed: {result.stderr.strip() or result.stdout.strip()}. Check the "
-            f"partition, account and limits in the cluster file."
-        )
-    return result
+    return run_slurm(["sbatch", "--parsable", *arguments]).stdout.strip().split(";")[0]
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from megavar.config.base import Section
+from megavar.config.secret import secret_in
 from megavar.config.shapes import ShapesSource
 
 
@@ -52,6 +53,16 @@ class WebDatasetSource(Section):
     url: str | None = None
     """Where ``stream`` reads shards, with ``{shard}`` for the file name, for example
     ``pipe:aws s3 cp s3://bucket/train/{shard} -``. Default: ``path``, which must hold the manifest in any case."""
+    @field_validator("url")
+    @classmethod
+    def _no_password(cls, value: str | None) -> str | None:
+        if value is not None and (found := secret_in(value)) is not None:
+            raise ValueError(
+                f"{found} in it looks like a secret, which config.yaml would keep in clear. Let the command read it: "
+                f"`pipe:curl -u \"$USER:$PASSWORD\" ...`, or a file such as ~/.netrc"
+            )
+        return value
+
     lanes: int = Field(8, ge=1)
     """Shards that ``stream`` reads side by side, over all ranks. It divides the global batch, and the data-parallel
     ranks divide it; changing it changes the order of samples."""

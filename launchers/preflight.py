@@ -38,6 +38,7 @@ from megavar import logs
 from megavar.config.loading import load_config
 from megavar.config.root import Config
 from megavar.errors import ClusterError, ConfigError, ExitCode
+from megavar.paths import as_path
 from megavar.storage import write_json_atomic, write_text_atomic
 
 _CHECK_SECONDS = 60.0
@@ -110,7 +111,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--gpus", type=int, help="GPUs per node; default: those of this machine")
     parser.add_argument("--world-size", type=int, help="ranks of the run; default: one per GPU, or one")
     parser.add_argument("--signal-lead-seconds", type=float, help="time between the signal and the end of the job")
-    parser.add_argument("--report", type=Path, help="folder for preflight.json and bad_nodes.txt")
+    parser.add_argument("--report", type=as_path, help="folder for preflight.json and bad_nodes.txt")
     parser.add_argument("--nodes", default="", help="names of all nodes, separated by commas")
     parser.add_argument("--bandwidth-mib", type=int, default=64, help="data written to measure the file system")
     given, overrides = parser.parse_known_args(list(arguments))

@@ -29,6 +29,7 @@ from megavar.config.cluster import ClusterConfig
 from megavar.config.loading import decode, dump, load_config, read_tree
 from megavar.config.root import Config
 from megavar.errors import ClusterError, ConfigError, ExitCode, MegavarError
+from megavar.paths import as_path, expanded, shipped
 from megavar.storage import write_text_atomic
 
 DEFAULT_CLUSTER_FILE = "slurm/cluster.yaml"
@@ -92,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="What follows -- are the arguments of python -m tools.shard_images.",
     )
     _add_common(shard)
-    shard.add_argument("--logs", default="runs/shard", help="folder of the script and its log")
+    shard.add_argument("--logs", type=as_path, default=Path("runs/shard"), help="folder of the script and its log")
     shard.set_defaults(run=_shard)
     return parser
 
@@ -124,10 +125,13 @@ def load_cluster(given: str | None, *, time: str | None = None, partition: str |
     Raises:
         ConfigError: the file is missing or wrong.
     """
-    path = Path(given or os.environ.get("MEGAVAR_CLUSTER") or DEFAULT_CLUSTER_FILE)
+    try:
+        path = Path(expanded(given or os.environ.get("MEGAVAR_CLUSTER") or DEFAULT_CLUSTER_FILE))
+    except ValueError as error:
+        raise ConfigError(f"--cluster or $MEGAVAR_CLUSTER: {error}.") from None
     if not path.exists():
         raise ConfigError(
-            f"There is no cluster file {path}. Copy slurm/cluster.example.yaml to {DEFAULT_CLUSTER_FILE} "
+            f"There is no cluster file {path}. Copy {shipped('slurm/cluster.example.yaml')} to {DEFAULT_CLUSTER_FILE} "
             f"and fill in your partition; if it lies elsewhere, use --cluster or $MEGAVAR_CLUSTER."
         )
     tree = read_tree(path)
@@ -218,7 +222,7 @@ def _evaluate(given: argparse.Namespace) -> int:
 
 
 def _shard(given: argparse.Namespace) -> int:
-    directory = Path(given.logs).absolute()
+    directory = given.logs.absolute()
     job = _job(given, directory, "hand" if given.requeue is False else "requeue")
 
     if given.dry_run or given.test_only:

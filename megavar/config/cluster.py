@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from megavar.config.base import Section
+from megavar.config.base import PathText, Section
 from megavar.config.secret import looks_secret, secret_in
 
 _SLURM_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d{1,2}))?(?::(?P<third>\d{1,2}))?")
@@ -69,7 +69,7 @@ class PyxisContainer(Section):
     name: Literal["pyxis"]
     image: PlainText
     """Image reference or path of a .sqsh file, as ``srun --container-image`` takes it."""
-    mounts: tuple[str, ...] = ()
+    mounts: tuple[PathText, ...] = ()
     """``host:container`` pairs. The run directory, the code and the data must be among them, under the same paths."""
 
 
@@ -77,9 +77,9 @@ class ApptainerContainer(Section):
     """A container started by ``apptainer exec`` in front of the rank's Python."""
 
     name: Literal["apptainer"]
-    image: PlainText
+    image: PathText
     """Path of a .sif file."""
-    mounts: tuple[str, ...] = ()
+    mounts: tuple[PathText, ...] = ()
     """``host:container`` pairs passed as ``--bind``."""
 
 
@@ -114,7 +114,7 @@ class ClusterConfig(Section):
     """Take whole nodes."""
     exclude: tuple[DirectiveValue, ...] = ()
     """Nodes never to use. More can stand in ``exclude_file``."""
-    exclude_file: str | None = None
+    exclude_file: PathText | None = None
     """A file with one bad node a line (``#`` starts a comment), for clusters that keep a cordon list."""
     extra_directives: tuple[Annotated[DirectiveValue, AfterValidator(_without_secrets)], ...] = ()
     """Further sbatch options, for example ``--comment=megavar``; none that another key sets."""
@@ -127,9 +127,9 @@ class ClusterConfig(Section):
     preflight: bool = True
     """Check every node before each attempt."""
 
-    python: str | None = None
+    python: PathText | None = None
     """Interpreter of the ranks (inside the container, where there is one). None: the one that runs the launcher."""
-    host_python: str | None = None
+    host_python: PathText | None = None
     """Interpreter, 3.9 or newer, for the batch script's own bookkeeping outside the container. None: ``python``
     without a container, ``python3`` with one."""
     container: Container | None = None
@@ -154,7 +154,7 @@ class ClusterConfig(Section):
     )
     """Allow-list (shell patterns) of variables of the submitting shell that are recorded in the run directory and set
     in the job, so that a later submission by hand gives the same job. Names that look like secrets are never taken."""
-    node_local_directory: str = "/tmp"
+    node_local_directory: PathText = "/tmp"
     """Folder on every node's own disk for compiler caches."""
     snapshot_code: bool = True
     """Copy the code into the run directory and run the copy: editing the checkout then does not change queued jobs."""

@@ -4,7 +4,7 @@ import difflib
 
 from pydantic import Field, model_validator
 
-from megavar.config.base import Section
+from megavar.config.base import PathText, Section
 from megavar.config.data import DataConfig
 from megavar.config.evaluation import EvaluationConfig
 from megavar.config.generators.base import GeneratorChoice, Limits
@@ -23,9 +23,9 @@ class RunConfig(Section):
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Used in logs, job names and W&B: letters, digits, ``.``, ``_`` and ``-``."""
-    directory: str | None = None
+    directory: PathText | None = None
     """Where everything the run writes goes. Default: ``runs/<name>``."""
-    requires: tuple[str, ...] = ()
+    requires: tuple[PathText, ...] = ()
     """Configurations of runs that must be finished first, such as the tokenizer's. ``train`` trains them if they are
     not. Paths are relative to the repository or absolute."""
 
@@ -54,7 +54,7 @@ class Config(Section):
     """AdamW and its schedules."""
     parallel: ParallelConfig = ParallelConfig()
     """How the model is spread over devices."""
-    deepspeed: str = "configs/deepspeed/zero1.json"
+    deepspeed: PathText = "configs/deepspeed/zero1.json"
     """DeepSpeed's own JSON: the ZeRO stage, offloading, communication sizes."""
     logging: LoggingConfig = LoggingConfig()
     """What a run reports."""

@@ -2,6 +2,7 @@
 
 from typing import ClassVar, Literal
 
+from megavar.config.base import PathText
 from megavar.config.choice import Choice
 from megavar.config.terms.base import TermChoice
 
@@ -50,7 +51,7 @@ class GeneratorRecipeChoice(RecipeChoice):
 
     trains: ClassVar[Literal["generator", "tokenizer"]] = "generator"
 
-    tokenizer_weights: str
+    tokenizer_weights: PathText
     """Trained tokenizer: the directory of a megavar tokenizer run, or a file in a published layout of the tokenizer
     (for VAR's, ``vae_ch160v4096z32.pth``)."""
     terms: tuple[TermChoice, ...] = ()

@@ -54,6 +54,7 @@ class Setup:
     precision: str = "fp32"
     backend: str = "megatron"
     dense: bool = False
+    router: str = "scale_token"
     shared: bool = False
     taps: tuple[str, ...] = ()
     parallel: dict[str, Any] = field(default_factory=dict)
@@ -62,12 +63,15 @@ class Setup:
         layout = "-".join(f"{name}{value}" for name, value in self.parallel.items() if value)
         extras = [*(f"offload_{part}" for part in self.offload), self.precision if self.precision != "fp32" else ""]
         extras += [self.backend if self.backend != "megatron" else "", "dense" if self.dense else ""]
+        extras += [self.router if self.router != "scale_token" else ""]
         extras += [f"micro{self.micro_batch_size}" if self.micro_batch_size else "", "shared" if self.shared else ""]
         return "-".join(filter(None, [f"ranks{self.world_size}", layout, f"zero{self.stage}", *extras]))
 
 
 def generator_config(setup: Setup) -> VARConfig:
-    experts = ExpertsChoice.make(number=4, top_k=2, balance_coefficient=0.05, backend=setup.backend)
+    experts = ExpertsChoice.make(
+        router=setup.router, number=4, top_k=2, balance_coefficient=0.05, backend=setup.backend
+    )
     return VARConfig(
         depth=4,
         width=32,

@@ -4,13 +4,13 @@ import argparse
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 from megavar.config.root import Config
 from megavar.config.table import TableConfig, load_table
 from megavar.errors import ExitCode
 from megavar.parallel import topology
 from megavar.parallel.environment import environment
+from megavar.paths import as_path
 from megavar.planning.efficiency import flops_per_image
 from megavar.planning.plan import Plan
 from megavar.reproduction import demo, ledger, listing
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-costs", action="store_true", help="show values only, at once")
     parser.add_argument("--nodes", type=int, default=1, help="of a submitted job (default: 1)")
     parser.add_argument("--slurm", default="", metavar="OPTIONS", help='e.g. "--dry-run --time 8:00:00"')
-    parser.add_argument("--ledger", type=Path, default=ledger.LEDGER, help=f"default: {ledger.LEDGER}")
+    parser.add_argument("--ledger", type=as_path, default=ledger.LEDGER, help=f"default: {ledger.LEDGER}")
 
 
 def run(options: argparse.Namespace) -> ExitCode:

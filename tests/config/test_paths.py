@@ -66,7 +66,8 @@ def test_cluster_files_and_tools_expand_them_too(tmp_path, monkeypatch, capsys):
     written(tmp_path / "home/cluster.yaml", text)
     monkeypatch.setenv("MEGAVAR_CLUSTER", "$HOME/cluster.yaml")
     for cluster in (load_cluster("~/cluster.yaml"), load_cluster(None)):
-        assert (cluster.exclude_file, cluster.node_local_directory) == (f"{tmp_path}/home/cordon", "/scratch/data/local")
+        assert cluster.exclude_file == f"{tmp_path}/home/cordon"
+        assert cluster.node_local_directory == "/scratch/data/local"
         assert cluster.python == f"{tmp_path}/home/venv/bin/python"
         assert (cluster.container.image, cluster.container.mounts) == (f"{tmp_path}/home/x.sif", ("/scratch/data:/d",))
     with pytest.raises(ConfigError, match=r"\$NOWHERE in the path"):
@@ -136,7 +137,7 @@ def test_our_own_files_are_found_from_everywhere():
 def installed(tmp_path_factory):
     """``pip install .`` of a copy, offline; what it needs comes from this environment."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site") / "site-packages"
-    for name in "megavar launchers tools configs slurm setup.py pyproject.toml README.md LICENSE".split():
+    for name in ("megavar", "launchers", "tools", "configs", "slurm", "setup.py", "pyproject.toml", "README.md"):
         subprocess.run(["cp", "-r", str(ROOT / name), str(source)], check=True)
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index",
                "--no-compile", "--disable-pip-version-check", "--target", str(target), str(source)]  # fmt: skip
@@ -157,7 +158,8 @@ def test_an_installed_package_needs_no_checkout(installed, tmp_path):
         "print(json.dumps([megavar.__file__, default]))\n"
         "sys.exit(launchers.slurm.main(sys.argv[1:]))"
     )
-    arguments = ["submit", "configs/quickstart.yaml", "--nodes", "1", "--dry-run", "--cluster", f"{tmp_path}/cluster.yaml"]
+    cluster = str(tmp_path / "cluster.yaml")
+    arguments = ["submit", "configs/quickstart.yaml", "--nodes", "1", "--dry-run", "--cluster", cluster]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {str(installed)!r})\n{code}", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path / "work", env=environment)

@@ -85,6 +85,7 @@ class SAR(NextScale):
             lambda output, inputs: self.loss(self._conditional(output), inputs),
             carry=functools.partial(self.roll_out, scales=scales),
             following=functools.partial(self.with_drawn, scales=scales),
+            copies=2 if self.config.rollout.guided else 1,
         )
         weight = self.config.student_weight
         groups = [scales] if self.config.context == "prefix" else [(scale,) for scale in scales]

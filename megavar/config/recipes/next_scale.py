@@ -1,0 +1,15 @@
+"""What all recipes of next-scale prediction have in common."""
+
+from pydantic import Field
+
+from megavar.config.recipes.base import GeneratorRecipeChoice
+from megavar.config.scale_lists.base import ScaleListsChoice
+
+
+class NextScaleConfig(GeneratorRecipeChoice):
+    """Teacher forcing on maps of growing side, which SAR begins with, too."""
+
+    scale_lists: ScaleListsChoice = Field(default_factory=ScaleListsChoice.make)
+    """On which scales a step trains: the tokenizer's, or FlexVAR's random lists."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Label smoothing of the cross entropy (VAR: 0)."""

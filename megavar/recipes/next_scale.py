@@ -3,7 +3,7 @@
     ids, features = tokenizer(image)                       frozen pyramid of tokens: MEPA Eq. 1 to 3
     label         = "no class" for 10 % of the samples
     logits        = generator(label, features)             experts routed by Eq. 6 to 9 inside the blocks
-    loss          = mean cross entropy over all tokens     Eq. 5
+    loss          = lambda * mean cross entropy over all tokens     Eq. 5, 13
                     + balance loss                         Eq. 10, injected by the routers where they score tokens
                     + terms                                semantic guidance: Eq. 11 to 13
 """
@@ -109,7 +109,7 @@ class NextScale(BaseRecipe):
         return [Pass(lambda model, inputs: model(inputs.model), self.loss)]
 
     def loss(self, output: GeneratorOutput, inputs: NextScaleInputs) -> Losses:
-        """Cross entropy in nats (Eq. 5), and that of the terms; loss and accuracy of each scale beside it."""
+        """Weighted cross entropy in nats (Eq. 5, 13) and the terms; loss and accuracy of each scale beside it."""
         per_token = vocabulary_cross_entropy(output.prediction, inputs.targets, self.config.label_smoothing)
         total = per_token.sum()
         with torch.no_grad():
@@ -118,5 +118,5 @@ class NextScale(BaseRecipe):
             for side, loss, hit in zip(self.scales, per_token.detach().split(sizes, 1), hits.split(sizes, 1)):
                 means[f"loss/scale_{side:02d}"] = (loss.sum(), loss.numel())
                 means[f"accuracy/scale_{side:02d}"] = (hit.sum(), hit.numel())
-        losses = Losses(total, {"loss": total.detach(), "accuracy": hits.sum()}, means=means)
+        losses = Losses(self.config.cross_entropy_weight * total, {"loss": total.detach(), "accuracy": hits.sum()}, means=means)
         return add_terms(losses, self.terms, output, inputs.terms, len(inputs.targets))

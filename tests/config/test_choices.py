@@ -15,7 +15,7 @@ from megavar.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 RESOLVED = json.loads((Path(__file__).parent / "data" / "resolved_9f0263a.json").read_text())
-NEW_KEYS = {"plugins", "recipe.terms", "sampling.procedure", "train.initial_weights"}
+NEW_KEYS = {"plugins", "recipe.cross_entropy_weight", "recipe.terms", "sampling.procedure", "train.initial_weights"}
 """Keys that did not exist at commit 9f0263a."""
 
 

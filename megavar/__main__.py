@@ -1,4 +1,5 @@
-"""``python -m megavar train | sample | evaluate | plan CONFIG [key=value ...]``; the same under torchrun and srun."""
+"""``python -m megavar train | sample | evaluate | plan | reproduce ... [key=value ...]``; the same under torchrun and
+srun."""
 
 import argparse
 import importlib
@@ -14,6 +15,7 @@ COMMANDS = {
     "sample": "draw images from a trained generator",
     "evaluate": "draw images if needed, and score them",
     "plan": "predict memory, time and layouts before submitting",
+    "reproduce": "show a paper's table with costs and our values; submit, demonstrate or collect its rows",
 }
 
 
@@ -24,10 +26,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, description in COMMANDS.items():
         command = commands.add_parser(name, help=description, description=description)
-        command.add_argument("config", metavar="CONFIG", help="YAML file of the run")
-        command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optimizer.lr=3e-4")
+        subject = ("CONFIG", "YAML file of the run")
         if name in arguments[:1]:
-            importlib.import_module(f"megavar.commands.{name}").add_arguments(command)
+            module = importlib.import_module(f"megavar.commands.{name}")
+            module.add_arguments(command)
+            subject = getattr(module, "SUBJECT", subject)
+        command.add_argument("config", metavar=subject[0], help=subject[1])
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optimizer.lr=3e-4")
     options, rest = parser.parse_known_args(arguments)
     for word in rest:  # argparse does not let overrides follow options
         if word.startswith("-") or "=" not in word:

@@ -139,6 +139,9 @@ def build_sampler(
     config: Config, generator: nn.Module, tokenizer: Tokenizer, conditions: Conditions, device: torch.device
 ) -> Sampler:
     """What draws the samples of ``config`` from a whole ``generator`` on ``device``."""
+    experts = require_generator(config).limits(config.tokenizer.space).experts
+    if experts is not None:
+        experts.check_decoding()
     procedure = resolve(config.sampling)(config.sampling)
     return Sampler(generator, tokenizer, procedure, conditions, config.sampling, device)
 

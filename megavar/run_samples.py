@@ -89,7 +89,8 @@ def open_samples(
 def _load(config: Config, device: torch.device, untrained: bool) -> tuple[nn.Module, Tokenizer, dict[str, Any]]:
     """The generator, the tokenizer that it learned from, and what identifies both."""
     weights = require_generator_recipe(config).tokenizer_weights
-    tokenizer, of_tokenizer = load_tokenizer(config.tokenizer, weights, device), identify(weights)
+    drawn = config.sampling.tokenizer_of(config.tokenizer)
+    tokenizer, of_tokenizer = load_tokenizer(drawn, weights, device), identify(weights)
     generator = build_generator(config, None)
     model: dict[str, Any] = {"checkpoint": "initial weights", "seed": config.train.seed}
     if untrained:
@@ -153,9 +154,10 @@ def check_conditions(config: Config, conditions: Conditions, asked_by: str) -> N
 def describe_decoder(directory: Path, config: Config) -> None:
     """Write down what decodes the tokens of the samples in ``directory``; :func:`stored_decoder` reads it."""
     weights = Path(require_generator_recipe(config).tokenizer_weights)
+    tokenizer = config.sampling.tokenizer_of(config.tokenizer)
     described = {
-        "tokenizer": config.tokenizer.model_dump(mode="json"),
-        "space": asdict(config.tokenizer.space),
+        "tokenizer": tokenizer.model_dump(mode="json"),
+        "space": asdict(tokenizer.space),
         "weights": str(weights.resolve()),
         "identity": identify(weights).to_json(),
         "rounding": config.sampling.rounding,

@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "tokenizers": {"config", "parallel", "weight_file", "weight_layout"},
     "generators": {"config", "parallel", "transformer", "weight_layout"},
     "teachers": {"config", "weight_layout"},
-    "recipes": {"config", "parallel", "data", "generators", "teachers", "tokenizers"},
+    "recipes": {"config", "parallel", "data", "generators", "sampling", "teachers", "tokenizers"},
     # Scale: tensors, ranks and bytes.
     "data": {"config", "parallel"},
     "chunks": {"parallel"},
@@ -48,15 +48,16 @@ ALLOWED: dict[str, set[str]] = {
     "scoring": {
         "assembly", "config", "evaluation", "frozen", "parallel", "run_samples", "sampling", "tokenizers", "training",
     },
+    "reproduction": {"chunks", "config", "planning", "training"},
     "commands": {
-        "assembly", "beginning", "config", "data", "parallel", "planning", "recipes", "run_samples", "scoring",
-        "training",
+        "assembly", "beginning", "config", "data", "parallel", "planning", "recipes", "reproduction", "run_samples",
+        "scoring", "training",
     },
     "__main__": set(),
 }  # fmt: skip
 KNOWN_CIRCLES = {frozenset({"config", "parallel"}), frozenset({"frozen", "training"})}
 """The second: checkpoints carry identities of frozen weights, and frozen weights may lie in a checkpoint."""
-TORCH_FREE = ("megavar.config.loading", "megavar.config.cluster", "megavar.frozen")
+TORCH_FREE = ("megavar.config.loading", "megavar.config.cluster", "megavar.config.table", "megavar.frozen")
 """Login nodes read configurations and compare identities of weights."""
 
 

@@ -14,8 +14,14 @@ class Section(BaseModel):
     ``Field(discriminator="name")``.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, strict=True,
-                              protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        strict=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+    )
 
     @field_validator("*")
     @classmethod

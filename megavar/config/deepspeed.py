@@ -158,5 +158,5 @@ def _check_accumulation_type(where: str, content: dict[str, Any], stage: int, pr
     if dtype not in (None, "auto", "fp32") or (dtype == "fp32" and precision == "bf16" and stage <= 1):
         raise ConfigError(
             f"{where}: data_types.grad_accum_dtype={dtype!r} is not offered with ZeRO stage {stage} and {precision}. "
-            f"Remove it, or use stage 2 or 3 with \"fp32\"."
+            f'Remove it, or use stage 2 or 3 with "fp32".'
         )

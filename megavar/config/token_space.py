@@ -33,6 +33,11 @@ class TokenSpace:
         return TokenSpace("scales", sides, length, vocabulary, channels, image_side, image_channels)
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """Tokens of each map; of the whole set where there are none."""
+        return tuple(side * side for side in self.sides) or (self.length,)
+
+    @property
     def stored_type(self) -> Literal["uint16", "int32", "float32"]:
         """NumPy's name of the type that holds these tokens exactly: that of chunks of samples."""
         if self.vocabulary is None:

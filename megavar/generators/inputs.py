@@ -10,7 +10,7 @@ class ScaleInputs:
     """Token maps of growing side, one after the other: each is predicted from the ones before it.
 
     In training all scales are there at once. While decoding, ``scale`` says which one is meant, and ``features`` holds
-    its rows only.
+    its rows only. Scales are counted from 0 in the list of all of them.
     """
 
     labels: Tensor
@@ -23,4 +23,19 @@ class ScaleInputs:
     sides: tuple[int, ...] | None = None
     """Side lengths of the token maps, coarse to fine; None: the ones of the tokenizer."""
     scale: int | None = None
-    """Decoding: index of the one scale whose tokens are asked for; None: all of them."""
+    """Decoding: number of the one scale whose tokens are asked for; None: all of them."""
+    only: tuple[int, ...] | None = None
+    """Training: numbers of the scales that the sequence consists of (SAR's second pass: the first and a later one,
+    which sees no other); None: all of them. ``features`` holds the rows of those after scale 0."""
+    start_position: bool = True
+    """Whether the tokens of scale 0 carry their learned start position. SAR's code leaves it out in its second pass."""
+
+    def maps(self, usual: tuple[int, ...]) -> dict[int, int]:
+        """Side of each map of the sequence, coarse to fine, by the number of its scale.
+
+        Args:
+            usual: side lengths of the tokenizer's scales.
+        """
+        sides = self.sides or usual
+        numbers = (self.scale,) if self.scale is not None else self.only or tuple(range(len(sides)))
+        return {number: sides[number] for number in numbers}

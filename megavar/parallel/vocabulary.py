@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
 
@@ -94,6 +94,15 @@ class _ShardedCrossEntropy(torch.autograd.Function):
             result -= (context.smoothing / context.vocabulary * gradient)[:, None]
         result.scatter_add_(1, local[:, None], (own * gradient * (context.smoothing - 1.0))[:, None])
         return result, None, None
+
+
+def all_logits(logits: Tensor) -> Tensor:
+    """Logits of the whole vocabulary, [B, L, V], on every tensor-parallel rank; differentiable.
+
+    For what needs all of them at once (a draw, a distribution as target) on a few rows. Arguments as in
+    :func:`vocabulary_cross_entropy`.
+    """
+    return tensor_parallel.gather_from_tensor_model_parallel_region(logits)
 
 
 @torch.no_grad()

@@ -115,7 +115,7 @@ class GeneratorWorkload(Workload):
     @property
     def parameters(self) -> ParameterCount:
         """Of the generator."""
-        return count_parameters(self.limits, self.cost(ParallelConfig()))
+        return count_parameters(self.choice, self.space, self.cost(ParallelConfig()))
 
     @property
     def train_flops(self) -> float:
@@ -169,10 +169,11 @@ class GeneratorWorkload(Workload):
         return Prediction(layout, memories[fullest], fullest, time, host)
 
 
-def count_parameters(limits: Limits, cost: Cost) -> ParameterCount:
+def count_parameters(choice: GeneratorChoice, space: TokenSpace, cost: Cost) -> ParameterCount:
     """Scalars of a generator, from the costs of a rank that holds all of it."""
     held = cost.parameters(ParallelConfig(), 0)
-    unused = 0 if limits.experts is None else 1 - limits.experts.copies / limits.experts.number
+    experts = choice.limits(space).experts
+    unused = 0 if experts is None else 1 - experts.copies(space.sizes) / experts.number
     activated = held.total - round(held.experts * unused)
     return ParameterCount(held.total, activated, cost.weights_per_token, cost.weights_per_image)
 

@@ -70,6 +70,9 @@ class Pass:
     """(inputs, carried) -> inputs of the next pass. None: the next pass has the same inputs."""
     balance: float = 1.0
     """Weight of the routers' balance losses in this pass."""
+    copies: int = 1
+    """How often each image is in the batch that the module gets: twice where it is there with and without its condition
+    (guidance). Pipeline stages need to know."""
 
     def __post_init__(self) -> None:
         assert (self.carry is None) == (self.following is None), "carry and following need each other"
@@ -174,8 +177,13 @@ class KnowsRules(Protocol):
 class RecordsRouting(Protocol):
     """A module with routers, as generators are."""
 
+    @property
+    def routing_targets(self) -> tuple[str, ...]:
+        """Names of what tokens are sent to."""
+        ...
+
     def collect_routing(self) -> dict[str, Tensor]:
-        """``load`` [blocks, kinds, experts], ``balance`` and ``passes`` [blocks] since the last call; see
+        """``load`` [blocks, kinds, targets], ``balance`` and ``passes`` [blocks] since the last call; see
         :meth:`megavar.transformer.backbone.Backbone.collect_routing`."""
         ...
 
@@ -219,7 +227,9 @@ class BaseRecipe:
 
     def summarize(self, statistics: dict[str, Tensor]) -> dict[str, float]:
         """Of experts the mean balance loss, and each one's share of the tokens."""
-        return routing_metrics(statistics)
+        parts = (chunk for module in self.modules().values() for chunk in chunks_of(module))
+        names = [chunk.routing_targets for chunk in parts if isinstance(chunk, RecordsRouting)]
+        return routing_metrics(statistics, next(filter(None, names), ()))
 
     def after_step(self, step: int, write_rows: WriteRows) -> None:
         """Nothing to do."""
@@ -243,15 +253,23 @@ def frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def routing_metrics(statistics: dict[str, Tensor]) -> dict[str, float]:
-    """Balance loss and share of tokens of each expert, from what routers recorded on all ranks; nothing if dense."""
+def routing_metrics(statistics: dict[str, Tensor], targets: Sequence[str]) -> dict[str, float]:
+    """Balance loss and share of tokens of each target, from what routers recorded on all ranks; nothing if dense.
+
+    Where tokens meet different numbers of experts, also how many on average, and the share of those that meet none.
+    """
     if "load" not in statistics:
         return {}
     load = statistics["load"]
     share = load.sum((0, 1)) / load.sum().clamp(min=1)
     by_layer = load.sum(1) / load.sum((1, 2)).clamp(min=1)[:, None]
     metrics = {"balance": float((statistics["balance"] / statistics["passes"].clamp(min=1)).mean())}
-    metrics |= {f"expert_share/{number}": float(value) for number, value in enumerate(share)}
+    metrics |= {f"expert_share/{name}": float(value) for name, value in zip(targets, share, strict=True)}
     metrics["expert_share/largest_in_a_layer"] = float(by_layer.max())
     metrics["expert_share/smallest_in_a_layer"] = float(by_layer.min())
+    if "met" in statistics:
+        met = statistics["met"].sum((0, 1))
+        met = met / met.sum().clamp(min=1)
+        metrics["experts_per_token/mean"] = float((met * torch.arange(len(met), device=met.device)).sum())
+        metrics["experts_per_token/none"] = float(met[0])
     return metrics

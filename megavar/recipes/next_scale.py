@@ -1,11 +1,12 @@
 """Next-scale prediction: VAR's recipe, and MEPA's where the generator's feed-forward networks are experts.
 
-    ids, features = tokenizer(image)                       frozen pyramid of tokens: MEPA Eq. 1 to 3
-    label         = "no class" for 10 % of the samples
-    logits        = generator(label, features)             experts routed by Eq. 6 to 9 inside the blocks
-    loss          = lambda * mean cross entropy over all tokens     Eq. 5, 13
-                    + balance loss                         Eq. 10, injected by the routers where they score tokens
-                    + terms                                semantic guidance: Eq. 11 to 13
+scales        = the tokenizer's, or random ones        FlexVAR
+ids, features = tokenizer(image, scales)               frozen pyramid of tokens: MEPA Eq. 1 to 3
+label         = "no class" for 10 % of the samples
+logits        = generator(label, features)             experts routed by Eq. 6 to 9 inside the blocks
+loss          = lambda * mean cross entropy            Eq. 5, 13
+                + balance loss                         Eq. 10, injected by the routers where they score tokens
+                + terms                                semantic guidance: Eq. 11 to 13
 """
 
 from collections.abc import Sequence
@@ -15,13 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megavar.config.recipes.mepa import MEPAConfig
+from megavar.config.choice import resolve
+from megavar.config.recipes.next_scale import NextScaleConfig
 from megavar.data.batch import Batch
+from megavar.errors import ConfigError
 from megavar.generators.base import GeneratorOutput
 from megavar.generators.inputs import ScaleInputs
 from megavar.parallel import seeds
 from megavar.parallel.vocabulary import vocabulary_cross_entropy, vocabulary_hits
-from megavar.recipes.base import BaseRecipe, Losses, Parts, Pass
+from megavar.recipes.base import BaseRecipe, Count, Losses, Parts, Pass
+from megavar.recipes.scale_lists.base import ScaleLists
 from megavar.recipes.terms.base import Term, add_terms, heads_of, prepare_terms, taps_of
 from megavar.tokenizers.base import Pyramid
 
@@ -42,7 +46,7 @@ class NextScale(BaseRecipe):
 
     def __init__(
         self,
-        config: MEPAConfig,
+        config: NextScaleConfig,
         generator: nn.Module,
         tokenizer: Pyramid,
         *,
@@ -61,7 +65,7 @@ class NextScale(BaseRecipe):
         self.config = config
         self.generator = generator
         self.tokenizer = tokenizer
-        self.scales = tokenizer.space.sides
+        self.scale_lists: ScaleLists = resolve(config.scale_lists)(config.scale_lists, tokenizer.space.sides, seed)
         self.classes, self.label_drop = classes, label_drop
         self.seed = seed
         self.terms = terms
@@ -70,7 +74,7 @@ class NextScale(BaseRecipe):
     def build(cls, parts: Parts) -> "NextScale":
         """See :meth:`Recipe.build`."""
         config, terms, tokenizer = parts.config, parts.terms(), parts.tokenizer()
-        assert isinstance(config.recipe, MEPAConfig) and config.generator is not None
+        assert isinstance(config.recipe, NextScaleConfig) and config.generator is not None
         return cls(
             config.recipe,
             parts.generator(taps=taps_of(terms), heads=heads_of(terms, tokenizer.space)),
@@ -88,21 +92,31 @@ class NextScale(BaseRecipe):
     @torch.no_grad()
     def prepare(self, batch: Batch, step: int) -> NextScaleInputs:
         """Images (or cached tokens or latents) to tokens, teacher-forcing features and labels."""
-        if batch.tokens is not None:
-            ids, features = batch.tokens, self.tokenizer.inputs(batch.tokens)
-        else:
-            latents = batch.latents if batch.latents is not None else self.tokenizer.encode(batch.require_images())
-            ids, features = self.tokenizer.at(latents)
+        sides = self.scale_lists.of_step(step)
+        ids, features = self._tokens(batch, sides)
         dropped = seeds.uniform(self.seed, "label_drop", batch.epochs, batch.sample_ids) < self.label_drop
         labels = torch.where(dropped, self.classes, batch.labels)
         keys = seeds.random_bits(self.seed, "drop_path", batch.epochs, batch.sample_ids)
-        inputs = NextScaleInputs(ScaleInputs(labels, features, keys), ids)
+        inputs = NextScaleInputs(ScaleInputs(labels, features, keys, sides), ids)
         inputs.terms = prepare_terms(self.terms, batch, inputs)
         return inputs
 
-    def valid(self, batch: Batch, step: int) -> int:
+    def _tokens(self, batch: Batch, sides: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Ids int64 [B, L] at these scales, and what the generator reads, float32 [B, L - L_0, D]."""
+        if batch.tokens is None:
+            latents = batch.latents if batch.latents is not None else self.tokenizer.encode(batch.require_images())
+            return self.tokenizer.at(latents, sides)
+        if sides != self.tokenizer.space.sides:
+            raise ConfigError(
+                "data.cache holds tokens of the tokenizer's own scales, but recipe.scale_lists trains on others. Cache "
+                "latents instead (data.source.content=latents)."
+            )
+        return batch.tokens, self.tokenizer.inputs(batch.tokens)
+
+    def valid(self, batch: Batch, step: int) -> Count:
         """All tokens count."""
-        return len(batch) * self.tokenizer.space.length
+        tokens = len(batch) * sum(side * side for side in self.scale_lists.of_step(step))
+        return tokens if self.scale_lists.shared else torch.tensor(tokens, device=batch.labels.device)
 
     def passes(self, module: str, step: int) -> Sequence[Pass]:
         """Teacher forcing."""
@@ -114,9 +128,20 @@ class NextScale(BaseRecipe):
         total = per_token.sum()
         with torch.no_grad():
             hits = vocabulary_hits(output.prediction, inputs.targets).float()
-            sizes, means = [side * side for side in self.scales], {}
-            for side, loss, hit in zip(self.scales, per_token.detach().split(sizes, 1), hits.split(sizes, 1)):
-                means[f"loss/scale_{side:02d}"] = (loss.sum(), loss.numel())
-                means[f"accuracy/scale_{side:02d}"] = (hit.sum(), hit.numel())
-        losses = Losses(self.config.cross_entropy_weight * total, {"loss": total.detach(), "accuracy": hits.sum()}, means=means)
+            means = self._by_scale(inputs.model.sides or self.tokenizer.space.sides, per_token.detach(), hits)
+        weighted = self.config.cross_entropy_weight * total
+        losses = Losses(weighted, {"loss": total.detach(), "accuracy": hits.sum()}, means=means)
         return add_terms(losses, self.terms, output, inputs.terms, len(inputs.targets))
+
+    def _by_scale(self, sides: tuple[int, ...], losses: Tensor, hits: Tensor) -> dict[str, tuple[Tensor, Count]]:
+        """Loss and accuracy of each scale; ranks may have other scales, so those that are absent here are empty."""
+        sizes = [side * side for side in sides]
+        present = dict(zip(sides, zip(losses.split(sizes, 1), hits.split(sizes, 1), strict=True), strict=True))
+        nothing = losses.new_zeros(())
+        means: dict[str, tuple[Tensor, Count]] = {}
+        for side in self.scale_lists.all_sides:
+            loss, hit = present.get(side, (nothing, nothing))
+            count = loss.numel() if side in present else 0
+            means[f"loss/scale_{side:02d}"] = (loss.sum(), count)
+            means[f"accuracy/scale_{side:02d}"] = (hit.sum(), count)
+        return means

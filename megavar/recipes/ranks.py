@@ -18,6 +18,13 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+def data_parallel_rank() -> int:
+    """Which part of the global batch this rank has; the same on ranks that share a model."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_data_parallel_rank() if world_size() > 1 else 0
+
+
 @torch.no_grad()
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """The sum of a tensor of equal shape on all ranks. Collective."""

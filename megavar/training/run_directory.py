@@ -116,7 +116,12 @@ class RunDirectory:
         return (self.path / "DONE").exists()
 
     def open(
-        self, config: Mapping[str, Any], layout: Mapping[str, Any], deepspeed: Mapping[str, Any], fresh: bool = False
+        self,
+        config: Mapping[str, Any],
+        layout: Mapping[str, Any],
+        deepspeed: Mapping[str, Any],
+        fresh: bool = False,
+        device: str | None = None,
     ) -> dict[str, Identity]:
         """Create the directory, or check that it belongs to this run, and record this start.
 
@@ -125,6 +130,7 @@ class RunDirectory:
             layout: world size and parallel sizes, for the record.
             deepspeed: DeepSpeed's JSON by module.
             fresh: start the run anew although it is finished.
+            device: what it runs on, for the record.
 
         Returns:
             What the frozen networks are, by name, for :meth:`note_weights`; nothing for a finished run.
@@ -153,7 +159,8 @@ class RunDirectory:
                 storage.write_text_atomic(self.path / "code.patch", patch)
         storage.write_text_atomic(self.config, yaml.safe_dump(dict(config), sort_keys=False, width=120))
         storage.write_json_atomic(self.path / "deepspeed.json", dict(deepspeed))
-        storage.append_line(self.path / "attempts.jsonl", json.dumps(_provenance() | {"layout": dict(layout)}))
+        start = _provenance() | {"device": device, "layout": dict(layout)}
+        storage.append_line(self.path / "attempts.jsonl", json.dumps(start))
         return identities
 
     def check(self, config: Mapping[str, Any], fresh: bool = False) -> None:
@@ -321,6 +328,19 @@ def provenance(config: Mapping[str, Any]) -> dict[str, str]:
     """Where a checkpoint comes from: hash of the resolved configuration, commit of the checkout."""
     text = json.dumps(config, sort_keys=True)
     return {"config_sha256": hashlib.sha256(text.encode()).hexdigest(), "commit": _git("rev-parse", "HEAD").strip()}
+
+
+def identity_of(config: Config) -> str:
+    """Hash of all that decides what a run trains, wherever its data and frozen weights lie: 64 hexadecimal digits.
+
+    Configurations with the same hash describe the same training; the bytes of frozen weights are in ``weights.json``.
+    """
+    places = set(config.recipe.frozen_weights().values())
+    values = {
+        key: value for key, value in _flatten(json.loads(config.model_dump_json())).items()
+        if not f"{key}.".startswith(CHANGEABLE) and not (isinstance(value, str) and value in places)
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -15,6 +15,7 @@ from megavar.data.batch import Batch
 from megavar.errors import ExitCode, MegavarError, NonFiniteError
 from megavar.frozen import Identity
 from megavar.parallel import seeds
+from megavar.parallel.environment import device_name
 from megavar.training import schedules
 from megavar.training.checkpoint import Checkpointer, ModuleState
 from megavar.training.ema import moving_averages
@@ -282,7 +283,7 @@ class Trainer:
         """On rank 0: take the lock, check that the directory is this run's, and record this start."""
         self.directory.acquire()
         plans = {name: engine.plan.json for name, engine in self.engines.items()}
-        return self.directory.open(self.setup.config, self._layout(), plans, fresh=self._fresh())
+        return self.directory.open(self.setup.config, self._layout(), plans, self._fresh(), device_name())
 
     def _fresh(self) -> bool:
         """Once only. Launchers start the configuration that the run directory keeps, which forgets it then."""

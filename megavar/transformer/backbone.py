@@ -314,24 +314,36 @@ class Backbone(nn.Module, ABC):
 
     # -- statistics, parameters -------------------------------------------------------------------------------------
 
+    @property
+    def routing_targets(self) -> tuple[str, ...]:
+        """Names of what tokens are sent to (``ExpertsChoice.targets``); none in a dense model."""
+        return () if self.experts is None else self.experts.targets
+
     def collect_routing(self) -> dict[str, Tensor]:
         """Routing since the last call, and forget it.
 
         Returns:
-            ``load`` [blocks of the whole model, kinds, experts] tokens per expert seen by this rank; ``balance``
-            [blocks] sum of the balance losses and ``passes`` [blocks] number of terms. Empty for a dense model.
+            ``load`` [blocks of the whole model, kinds, targets] tokens per target (``ExpertsChoice.targets``) seen by
+            this rank; ``balance`` [blocks] sum of the balance losses and ``passes`` [blocks] number of terms; where
+            tokens meet different numbers of experts ``met`` [blocks, kinds, experts + 1], tokens by that number. Empty
+            for a dense model.
         """
         if self.experts is None:
             return {}
         depth, device = self.config.num_layers, next(self.parameters()).device
-        load = torch.zeros(depth, self.kinds, self.experts.number, device=device)
-        balance, passes = torch.zeros(depth, device=device), torch.zeros(depth, device=device)
+        sizes: dict[str, tuple[int, ...]] = {"balance": (), "passes": ()}
+        sizes["load"] = (self.kinds, len(self.experts.targets))
+        if self.experts.variable_number:
+            sizes["met"] = (self.kinds, self.experts.number + 1)
+        sums = {name: torch.zeros(depth, *size, device=device) for name, size in sizes.items()}
         for record in self.routing:
-            load[record.block] += record.load
-            balance[record.block] += record.balance
-            passes[record.block] += 1
+            sums["load"][record.block] += record.load
+            sums["balance"][record.block] += record.balance
+            sums["passes"][record.block] += 1
+            if record.met is not None:
+                sums["met"][record.block] += record.met
         self.routing.clear()
-        return {"load": load, "balance": balance, "passes": passes}
+        return sums
 
     def rule(self, name: str) -> ParameterRule:
         """How the logical tensor ``name`` is trained, on whatever stage it lies."""

@@ -57,6 +57,13 @@ class ForwardContext:
         other.routing = None
         return other
 
+    def counted_rows(self, device: torch.device) -> Tensor:
+        """Rows that are no padding, bool [L, 1 or B]."""
+        counted = (self.sequence.kind_index(device) >= 0)[:, None]
+        if self.valid is not None:
+            counted = counted & self.valid[:, -self.sequence.length :].t()
+        return counted
+
     def first_row(self, rows: int) -> int:
         """Number of the first of this rank's ``rows`` rows of the sequence."""
         if rows == self.sequence.length:
@@ -85,6 +92,8 @@ class RoutingRecord:
 
     block: int
     load: Tensor
-    """float32 [K, M]: tokens of each kind of segment assigned to each expert (this rank's tokens)."""
+    """float32 [K, M]: tokens of each kind of segment assigned to each target (this rank's tokens)."""
     balance: Tensor
     """float32 scalar: Eq. 10, averaged over this rank's images."""
+    met: Tensor | None = None
+    """float32 [K, E + 1]: tokens of each kind that met 0, 1 ... E experts; None where all meet the same number."""

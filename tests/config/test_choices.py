@@ -15,7 +15,10 @@ from megavar.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 RESOLVED = json.loads((Path(__file__).parent / "data" / "resolved_9f0263a.json").read_text())
-NEW_KEYS = {"plugins", "recipe.cross_entropy_weight", "recipe.terms", "sampling.procedure", "train.initial_weights"}
+NEW_KEYS = {
+    "plugins", "recipe.cross_entropy_weight", "recipe.scale_lists", "recipe.terms", "sampling.procedure",
+    "train.initial_weights",
+}  # fmt: skip
 """Keys that did not exist at commit 9f0263a."""
 
 
@@ -146,7 +149,8 @@ def test_shipped_configurations_resolve_as_before(path: str, monkeypatch: pytest
 
 def test_every_shipped_configuration_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    runs = {str(path) for path in Path("configs").rglob("*.yaml") if not path.name.startswith("base")}
+    found = [path for path in Path("configs").rglob("*.yaml") if path.parts[1] != "tables"]
+    runs = {str(path) for path in found if not path.name.startswith("base")}
     assert runs >= RESOLVED.keys()
     for path in runs:
         load_config(path)

@@ -54,6 +54,7 @@ class Setup:
     precision: str = "fp32"
     backend: str = "megatron"
     dense: bool = False
+    router: str = "scale_token"
     shared: bool = False
     taps: tuple[str, ...] = ()
     parallel: dict[str, Any] = field(default_factory=dict)
@@ -62,12 +63,15 @@ class Setup:
         layout = "-".join(f"{name}{value}" for name, value in self.parallel.items() if value)
         extras = [*(f"offload_{part}" for part in self.offload), self.precision if self.precision != "fp32" else ""]
         extras += [self.backend if self.backend != "megatron" else "", "dense" if self.dense else ""]
+        extras += [self.router if self.router != "scale_token" else ""]
         extras += [f"micro{self.micro_batch_size}" if self.micro_batch_size else "", "shared" if self.shared else ""]
         return "-".join(filter(None, [f"ranks{self.world_size}", layout, f"zero{self.stage}", *extras]))
 
 
 def generator_config(setup: Setup) -> VARConfig:
-    experts = ExpertsChoice.make(number=4, top_k=2, balance_coefficient=0.05, backend=setup.backend)
+    experts = ExpertsChoice.make(
+        router=setup.router, number=4, top_k=2, balance_coefficient=0.05, backend=setup.backend
+    )
     return VARConfig(
         depth=4,
         width=32,
@@ -161,9 +165,12 @@ def engine_loop(
     )  # fmt: skip
 
 
-def bare_values(recipe: Recipe, steps: int = STEPS) -> list[dict[str, Any]]:
+def bare_values(
+    recipe: Recipe, steps: int = STEPS, batches_of: BatchesOf | None = None
+) -> list[dict[str, Any]]:
     """Metrics of every step, from one process without an engine."""
-    return bare_loop(recipe, "generator", lambda step: list(batches(step, 0, 1, BATCH)), steps, optimizer=optimizer())
+    given = batches_of or (lambda step: list(batches(step, 0, 1, BATCH)))
+    return bare_loop(recipe, "generator", given, steps, optimizer=optimizer())
 
 
 def engine_curve(setup: Setup) -> Curve:

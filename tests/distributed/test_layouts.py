@@ -15,8 +15,8 @@ TOLERANCE = 1e-5
 
 
 @functools.cache
-def reference(dense: bool = False, shared: bool = False) -> Curve:
-    return run_ranks(1, bare_curve, Setup(dense=dense, shared=shared))[0]
+def reference(dense: bool = False, shared: bool = False, router: str = "scale_token") -> Curve:
+    return run_ranks(1, bare_curve, Setup(dense=dense, shared=shared, router=router))[0]
 
 
 def zero(ranks: int, *stages: int, **parallel: object) -> list[Setup]:
@@ -59,12 +59,20 @@ LAYOUTS = [
     Setup(4, 1, dense=True, shared=True, micro_batch_size=2, parallel={"tensor": 2, "pipeline": 2}),
     Setup(2, 1, backend="grouped", parallel={"expert": 2}),
     Setup(2, 3, backend="grouped", parallel={"expert": 2}),
+    *[
+        Setup(ranks, stage, router=router, micro_batch_size=2, parallel=parallel)
+        for router in ("expert_choice",)
+        for ranks, stage, parallel in (
+            (2, 3, {"expert": 2, "recompute": "full"}),
+            (4, 1, {"tensor": 2, "sequence": True, "pipeline": 2}),
+        )
+    ],
 ]
 
 
 @pytest.mark.parametrize("setup", LAYOUTS, ids=str)
 def test_layout_trains_the_same_function(setup: Setup) -> None:
-    expected = reference(setup.dense, setup.shared)
+    expected = reference(setup.dense, setup.shared, setup.router)
     assert min(expected.gradient_norm) > CLIPPING, "clipping must be active at every step"
     for curve in run_ranks(setup.world_size, engine_curve, setup):
         assert curve.loss == pytest.approx(expected.loss, abs=TOLERANCE)

@@ -3,12 +3,28 @@
 A case is ``<family>/<case>.json`` beside ``<family>/<case>.safetensors``; the format is described in
 ``tests/data/parity/README.md``. Cases are read from the directory in the environment variable ``MEGAVAR_PARITY``
 (default: the copy in ``tests/data/parity``), so another vector set in the same format runs unchanged.
+
+A new family is one file ``tests/parity/test_<family>.py`` (and its line leaves ``not_built.py``)::
+
+    MOE = Family("moe", aside={"batch": "the inputs' shape says it"})
+
+    @MOE.each_case(lambda case: "top_k" in case.config)          # tell cases apart by their config, not by their name
+    def test_the_layer_equals_the_reference(case: Case) -> None:
+        layer = build(top_k=case.config["top_k"], ...)           # every variant comes from the case's own config
+        layer.load_state_dict(case.under("weights."))
+        case.check("output.result", layer(case["input.hidden"]))
+
+Nothing of a case can be left out by accident: ``test_coverage.py`` fails for a case that no test claims, and when the
+tests of a case are through, ``conftest.py`` fails for every ``input.`` that none of them read, every ``output.`` and
+gradient that none of them compared and every key of its ``config`` that none of them read. What is meant to be left out
+is said, with the reason, in ``aside``. The tests of one case are in one file.
 """
 
 import functools
 import json
 import os
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +45,33 @@ def parity_directory() -> Path:
     return Path(os.environ.get("MEGAVAR_PARITY") or default)
 
 
+class Options(dict[str, Any]):
+    """A case's config, which remembers the keys that were read; keys of nested options are ``outer.inner``."""
+
+    def __init__(self, values: Mapping[str, Any], read: set[str], prefix: str = "") -> None:
+        super().__init__(
+            {k: Options(v, read, f"{prefix}{k}.") if isinstance(v, dict) else v for k, v in values.items()}
+        )
+        self._read, self._prefix = read, prefix
+
+    def __getitem__(self, key: str) -> Any:
+        self._read.add(self._prefix + key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        if key not in self:
+            return default
+        return self[key]
+
+    def names(self) -> list[str]:
+        """All keys with a value, those of nested options in their place."""
+        found: list[str] = []
+        for key, value in self.items():
+            nested = isinstance(value, Options) and not key.startswith(("published", "peer"))
+            found += value.names() if nested else [] if value is None else [self._prefix + key]
+        return found
+
+
 class Case:
     """One golden case. Tensors are loaded on first use; float16 storage becomes float32 (loss-free by construction)."""
 
@@ -36,7 +79,10 @@ class Case:
         self.path = json_path
         self.name = f"{json_path.parent.name}/{json_path.stem}"
         self.description: dict[str, Any] = json.loads(json_path.read_text())
-        self.config: dict[str, Any] = self.description["config"]
+        self.options_read: set[str] = set()
+        self.inputs_read: set[str] = set()
+        self.compared: set[str] = set()
+        self.config = Options(self.description["config"], self.options_read)
 
     def __repr__(self) -> str:
         return self.name
@@ -51,17 +97,27 @@ class Case:
         return name in self.tensors
 
     def __getitem__(self, name: str) -> Tensor:
+        self.inputs_read.add(name)
         return self.tensors[name]
 
     def under(self, prefix: str) -> dict[str, Tensor]:
         """Tensors whose name starts with ``prefix``, keyed by the rest of the name (``under("weights.")``)."""
-        return {name[len(prefix) :]: t for name, t in self.tensors.items() if name.startswith(prefix)}
+        return {name[len(prefix) :]: self[name] for name in self.tensors if name.startswith(prefix)}
+
+    def left_out(self, aside: Mapping[str, str]) -> list[str]:
+        """Inputs and options that were not read, and results that were not compared, but for the patterns ``aside``."""
+        inputs = {name for name in self.tensors if name.startswith("input.")}
+        results = {name for name in self.tensors if name.startswith(("output.", "grad.", "grad_norm."))}
+        left = [f"config key {name}" for name in self.config.names() if name not in self.options_read]
+        left += sorted(inputs - self.inputs_read) + sorted(results - self.compared)
+        patterns = [*aside, "published*", "peer*"]
+        return [name for name in left if not any(fnmatchcase(name.split()[-1], pattern) for pattern in patterns)]
 
     def series(self, name: str) -> list[Tensor]:
         """The list stored as ``<name>.0``, ``<name>.1``, ... (empty if there is none)."""
         items: list[Tensor] = []
         while f"{name}.{len(items)}" in self.tensors:
-            items.append(self.tensors[f"{name}.{len(items)}"])
+            items.append(self[f"{name}.{len(items)}"])
         return items
 
     def tolerance(self, name: str) -> tuple[float, float]:
@@ -85,6 +141,7 @@ class Case:
     def check(self, name: str, actual: Tensor) -> None:
         """Assert that ``actual`` equals the stored tensor: same shape, ids exactly, floats within tolerance."""
         expected = self.tensors[name]
+        self.compared.add(name)
         where = f"{self.name} {name}"
         assert tuple(actual.shape) == tuple(expected.shape), (
             f"{where}: shape {tuple(actual.shape)}, the reference has {tuple(expected.shape)}"
@@ -139,13 +196,49 @@ def _finite_maximum(tensor: Tensor) -> float:
     return float(finite.abs().max()) if finite.numel() else 0.0
 
 
-def cases(family: str, accepts: Callable[[Case], bool] = lambda case: True) -> list[Case]:
-    """All cases of a family that ``accepts`` (a predicate on the description: use config keys, not case names)."""
-    found = [Case(path) for path in sorted((parity_directory() / family).glob("*.json"))]
-    return [case for case in found if accepts(case)]
+@functools.cache
+def cases(family: str, directory: Path | None = None) -> list[Case]:
+    """All cases of a family, the same objects for every test."""
+    return [Case(path) for path in sorted(((directory or parity_directory()) / family).glob("*.json"))]
 
 
-def each_case(family: str, accepts: Callable[[Case], bool] = lambda case: True) -> pytest.MarkDecorator:
-    """Decorator: run a test with the argument ``case`` for every case of a family that ``accepts``."""
-    found = cases(family, accepts)
-    return pytest.mark.parametrize("case", found, ids=[case.path.stem for case in found])
+class Family:
+    """The cases of a family that one file of tests compares."""
+
+    built: "list[Family]" = []  # noqa: RUF012
+    """All that were declared."""
+
+    def __init__(self, name: str, aside: Mapping[str, str] | None = None) -> None:
+        """Declare it.
+
+        Args:
+            aside: what the tests leave out on purpose, and why: patterns of tensor names and config keys. Config keys
+                that begin with "published" or "peer" describe the reference and are always left out.
+        """
+        self.name = name
+        self.aside = dict(aside or {})
+        self.module = ""
+        self.claims: dict[str, Callable[[Case], bool]] = {}
+        self.ran: set[tuple[str, str]] = set()
+        Family.built.append(self)
+
+    def each_case(self, accepts: Callable[[Case], bool] = lambda case: True) -> Callable[[Any], Any]:
+        """Decorator: run a test with the argument ``case`` for every case that ``accepts``."""
+
+        def decorate(test: Any) -> Any:
+            self.module = test.__module__
+            self.claims[test.__name__] = accepts
+            found = [case for case in cases(self.name) if accepts(case)]
+            return pytest.mark.parametrize("case", found, ids=[case.path.stem for case in found])(test)
+
+        return decorate
+
+    def claims_of(self, case: Case) -> set[tuple[str, str]]:
+        """The tests that run with a case."""
+        return {(test, case.name) for test, accepts in self.claims.items() if accepts(case)}
+
+    def problems(self) -> list[str]:
+        """What was left out of the cases whose tests have all been run."""
+        through = [case for case in cases(self.name) if self.claims_of(case) and self.claims_of(case) <= self.ran]
+        left = {case.name: case.left_out(self.aside) for case in through}
+        return [f"{name}: no test reads or compares {', '.join(what)}" for name, what in left.items() if what]

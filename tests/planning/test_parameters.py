@@ -31,7 +31,7 @@ def costs():
 @pytest.mark.parametrize("number", range(len(PUBLISHED)))
 def test_counts_are_the_published_ones(costs, number):
     config, resolution, total, activated = PUBLISHED[number]
-    counted = count_parameters(config.limits(space_of(SCALES[resolution])), costs[number])
+    counted = count_parameters(config, space_of(SCALES[resolution]), costs[number])
     assert counted.total == pytest.approx(total, rel=2e-3 if total == 2.44e9 else 1e-4)
     assert counted.activated == (counted.total if activated is None else pytest.approx(activated, rel=5e-4))
 

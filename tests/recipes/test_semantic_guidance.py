@@ -16,7 +16,7 @@ from megavar.data.batch import Batch
 from megavar.errors import ConfigError
 from megavar.parallel.logical import logical_tensors
 from megavar.recipes.terms.base import heads_of
-from megavar.recipes.terms.semantic_guidance import SemanticGuidance
+from megavar.recipes.terms.semantic_guidance import SemanticGuidance, resize
 
 SIDES = (1, 2, 3, 3, 4, 4, 5, 6, 6, 7)
 GRID, CHANNELS = 6, 4
@@ -122,8 +122,8 @@ def test_the_loss_is_that_of_loops_in_float64(scales, group, upsampling) -> None
     assert float(losses.total) == pytest.approx(float(expected), abs=2e-6)
     torch.testing.assert_close(given.grad.double(), gradient, rtol=1e-4, atol=1e-6)
     assert gradient.abs().max() > 1e-3
-    assert losses.named.keys() == {f"cosine/{number:02d}" for number in group}
-    assert sum(map(float, losses.named.values())) == pytest.approx(-float(expected), abs=2e-6)
+    assert losses.means.keys() == {f"cosine/{number:02d}" for number in group}
+    assert sum(float(value) for value, _ in losses.means.values()) == pytest.approx(-float(expected), abs=2e-6)
 
 
 def test_groups_are_the_papers_and_thirds_of_short_pyramids() -> None:
@@ -158,10 +158,14 @@ def test_the_teacher_is_asked_once_and_only_for_the_loss() -> None:
 
 
 def test_scales_of_the_step_count_where_they_change() -> None:
-    guidance = term(FakeTeacher(torch.randn(2, GRID * GRID, CHANNELS)), scales="last")
-    targets = guidance.prepare(batch(torch.zeros(2, 3, 28, 28)), inputs((2, 4, 6)))
-    losses = guidance.loss({}, torch.randn(2, 56, CHANNELS), targets)
-    assert losses.named.keys() == {"cosine/03"}
+    """Their names, which all ranks must share, are those of the tokenizer's own scales."""
+    guide, projected = torch.randn(2, GRID * GRID, CHANNELS), torch.randn(2, 56, CHANNELS)
+    guidance = term(FakeTeacher(guide))
+    losses = guidance.loss({}, projected, guidance.prepare(batch(torch.zeros(2, 3, 28, 28)), inputs((2, 4, 6))))
+    aggregated = sum(resize(rows, side, GRID, "bicubic") for side, rows in ((2, projected[:, :4]), (4, projected[:, 4:20])))
+    cosine = torch.cosine_similarity(guide, aggregated, dim=-1).mean(1).sum()
+    assert float(losses.total) == pytest.approx(-float(cosine), abs=1e-6)  # M of three scales is the second
+    assert {name: count for name, (_, count) in losses.means.items()} == {"cosine/05": 2, "cosine/06": 0, "cosine/07": 0}
 
 
 MEPA = {"number": 8, "top_k": 3, "router": "scale_token"}

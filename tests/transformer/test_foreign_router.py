@@ -65,7 +65,8 @@ def run(parallel, backend, factor):
 ALLGATHER = {"dispatcher": "allgather"}
 CASES = [
     (1, {}, "grouped"), (2, {"tensor": 2} | ALLGATHER, "megatron"), (2, {"expert": 2} | ALLGATHER, "grouped"),
-    (2, {"tensor": 2, "sequence": True} | ALLGATHER, "grouped"),
+    (2, {"tensor": 2, "sequence": True} | ALLGATHER, "grouped"), (2, {"expert": 2}, "megatron"),
+    (2, {"tensor": 2, "expert": 2}, "grouped"),
 ]  # fmt: skip
 
 
@@ -102,8 +103,7 @@ def test_the_choice_finds_its_class_and_hands_over_its_keys():
 
 @pytest.mark.parametrize(("experts", "parallel", "message"), [
     ({"backend": "deepspeed"}, {}, r"router=above_mean gives .* exactly top_k=2.*megatron or grouped"),
-    ({}, {"expert": 2}, r"router=above_mean gives .* buffers by top_k=2.*dispatcher=allgather"),
-    ({}, {"tensor": 2}, r"dispatcher=allgather"),
+    ({"backend": "tutel"}, {}, r"router=above_mean gives .* exactly top_k=2.*megatron or grouped"),
 ])  # fmt: skip
 def test_what_needs_equal_numbers_is_refused(experts, parallel, message):
     with pytest.raises(ConfigError, match=message):

@@ -4,6 +4,7 @@ Plain autograd and explicit sums over the groups that hold the same parameters: 
 """
 
 import importlib.util
+import itertools
 
 import pytest
 import torch
@@ -93,7 +94,15 @@ def with_tutel(*layouts_of_a_world):
     return [(layout, {"backend": "tutel"}) for layout in layouts_of_a_world if installed]
 
 
+def of_other_routers(*layouts_of_a_world):
+    backends, cases = itertools.cycle(["megatron", "grouped"]), itertools.product(layouts_of_a_world, OTHER)
+    return [(layout, {"backend": next(backends), "router": router}) for layout, router in cases]
+
+
+OTHER = ["expert_choice"]
+"""Routers that are not MEPA's."""
 TP2, TP2_SP = {"tensor": 2}, {"tensor": 2, "sequence": True}
+ALLGATHER = {"dispatcher": "allgather"}
 CASES = {
     2: [
         (TP2, None),
@@ -105,6 +114,7 @@ CASES = {
         *megatron_and_grouped({"expert": 2}),
         ({"expert": 2, "recompute": "full"}, {"backend": "grouped"}),
         ({"expert": 2}, {"backend": "megatron", "router": "scale"}),
+        *of_other_routers(TP2, TP2_SP | {"recompute": "full"}, {"expert": 2}, TP2_SP | {"expert": 2} | ALLGATHER),
         ({"expert": 2}, {"backend": "deepspeed"}),
         ({"expert": 2, "recompute": "full"}, {"backend": "deepspeed"}),
         *with_tutel({"expert": 2}),
@@ -138,7 +148,7 @@ def results():
 @pytest.fixture(scope="module")
 def references():
     """Results of one process for each kind of router."""
-    kinds = [None, "scale_token", "scale"]
+    kinds = [None, "scale_token", "scale", *OTHER]
     cases = [({}, kind and {"backend": "megatron", "router": kind}) for kind in kinds]
     return dict(zip(kinds, run_ranks(1, run_cases, cases)[0]))
 

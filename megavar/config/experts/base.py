@@ -1,5 +1,6 @@
 """The kind of all mixtures of experts: what they have in common whatever router feeds them."""
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -48,9 +49,27 @@ class ExpertsChoice(Choice):
         return self
 
     @property
-    def copies(self) -> float:
-        """Experts that a token meets on average: what plans count with."""
+    def targets(self) -> tuple[str, ...]:
+        """Names of all that a token can be sent to, in the order of the scores: the columns of routing statistics.
+
+        The first :attr:`number` are the experts; a router may know more targets, which are no feed-forward networks.
+        """
+        return tuple(map(str, range(self.number)))
+
+    def copies(self, sizes: Sequence[int]) -> float:
+        """Experts that compute a token on average: what plans count with.
+
+        Args:
+            sizes: tokens of each segment of the sequence.
+        """
         return float(self.top_k)
+
+    def check_decoding(self) -> None:
+        """Refuse to decode with a router that cannot choose then as it chose in training.
+
+        Raises:
+            ConfigError: it cannot.
+        """
 
     def check(self, parallel: ParallelConfig) -> None:
         """Refuse what the experts cannot do under a layout: the only place that says so.
@@ -75,18 +94,9 @@ class ExpertsChoice(Choice):
                 f"expects every tensor-parallel rank to hold all tokens (deepspeed/moe/sharded_moe.py drops "
                 f"duplicates), while each of ours holds a share of them. Choose the backend megatron, grouped or tutel."
             )
-        if self.variable_number:
-            self._check_variable_number(parallel)
-
-    def _check_variable_number(self, parallel: ParallelConfig) -> None:
-        router = f"generator.experts.router={self.router} gives tokens different numbers of experts"
-        if self.backend in ("tutel", "deepspeed"):
+        if self.variable_number and self.backend in ("tutel", "deepspeed"):
             raise ConfigError(
-                f"{router}, but generator.experts.backend={self.backend} has room for exactly top_k={self.top_k} "
-                f"copies of each. Choose the backend megatron or grouped."
-            )
-        if parallel.dispatcher == "alltoall" and max(parallel.expert, parallel.tensor) > 1:
-            raise ConfigError(
-                f"{router}, but Megatron-core's all-to-all sizes its buffers by top_k={self.top_k} "
-                f"(token_dispatcher.py:524). Set parallel.dispatcher=allgather."
+                f"generator.experts.router={self.router} gives tokens different numbers of experts, but "
+                f"generator.experts.backend={self.backend} has room for exactly top_k={self.top_k} copies of each. "
+                f"Choose the backend megatron or grouped."
             )

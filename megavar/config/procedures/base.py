@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from megavar.config.choice import Choice
+from megavar.config.tokenizers.base import TokenizerChoice
 
 
 class SamplingChoice(Choice):
@@ -32,6 +33,15 @@ class SamplingChoice(Choice):
     """Of the noise; sample i draws from (seed, i) only."""
     weights: Literal["model", "ema"] = "model"
     """Which weights to sample from."""
+
+    def tokenizer_of(self, trained: TokenizerChoice) -> TokenizerChoice:
+        """The section of the tokenizer whose tokens are drawn, with the weights of the one that the generator learned
+        from. A procedure may draw at other scales.
+
+        Raises:
+            ConfigError: this tokenizer has no others.
+        """
+        return trained
 
     @property
     def guided(self) -> bool:

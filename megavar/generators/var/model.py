@@ -1,32 +1,21 @@
 """VAR: p(token maps | class) by next-scale prediction (VAR section 3.2, ``models/var.py``), dense or with experts.
 
-Shapes: B samples, L tokens of all scales, C width, V codebook size, D code size. Inside, hidden states are
-[L, B, C]; at the door, tensors are batch first.
+What it adds to :class:`~megavar.generators.scale_transformer.ScaleTransformer`: an embedding of the scale's number and
+a position of its own for every token of the tokenizer's scales.
 """
 
-import functools
-import math
-from collections.abc import Mapping
+import itertools
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megavar.config.generators.var import VARConfig
-from megavar.config.parallel import ParallelConfig
 from megavar.config.token_space import TokenSpace
-from megavar.generators.base import Embedded, Generator, TokenSequence
+from megavar.errors import ConfigError
 from megavar.generators.inputs import ScaleInputs
-from megavar.parallel.parameter_rule import ParameterRule
-from megavar.transformer.linear import LinearFloat32
-from megavar.transformer.megatron_config import transformer_config
-from megavar.transformer.modulation import ModulationNetwork
-from megavar.transformer.norms import normalize
+from megavar.generators.scale_transformer import ScaleTransformer
 from megavar.transformer.sequence import SequenceLayout
-from megavar.transformer.spec import BlockSpec, var_block
-
-_NOT_DECAYED = ("start_position", "position", "scale", "offset", "log_temperature", "scale_embedding")
 
 
 class Embedding(nn.Module):
@@ -35,177 +24,64 @@ class Embedding(nn.Module):
     def __init__(self, choice: VARConfig, space: TokenSpace, dtype: torch.dtype) -> None:
         super().__init__()
         width, first = choice.hidden_size, space.sides[0] ** 2
+        self.starts = [sum(side * side for side in space.sides[:number]) for number in range(len(space.sides))]
         self.classes = nn.Embedding(choice.classes + 1, width, dtype=dtype)
         self.features = nn.Linear(space.channels, width, dtype=dtype)
         self.start_position = nn.Parameter(torch.empty(first, width, dtype=dtype))
         self.position = nn.Parameter(torch.empty(space.length, width, dtype=dtype))
         self.scale = nn.Parameter(torch.empty(len(space.sides), width, dtype=dtype))
 
-    def forward(self, labels: Tensor, features: Tensor | None, scales: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Embed the rows from ``start`` on.
-
-        Args:
-            labels: [B].
-            features: [B, rows, D], None while decoding the first scale.
-            scales: int64 [rows], scale of each row of this pass.
-            start: position of the first row in the sequence; 0 prepends the start tokens.
+    def forward(self, inputs: ScaleInputs, maps: dict[int, int]) -> tuple[Tensor, Tensor]:
+        """Embed the rows of the maps that are present.
 
         Returns:
             hidden [B, rows, C] and condition [B, C].
         """
-        condition = self.classes(labels)
+        condition = self.classes(inputs.labels)
         parts = []
-        if start == 0:
-            parts.append(condition[:, None] + self.start_position)
-        if features is not None:
+        if 0 in maps:
+            start = condition[:, None].expand(-1, len(self.start_position), -1)
+            parts.append(start + self.start_position if inputs.start_position else start)
+        if inputs.features is not None:
             # The reference keeps this projection in float32 under mixed precision.
-            projected = F.linear(features, self.features.weight.float(), self.features.bias.float())
+            projected = F.linear(inputs.features, self.features.weight.float(), self.features.bias.float())
             parts.append(projected.to(condition.dtype))
-        positions = self.position[start : start + scales.shape[0]] + self.scale[scales]
-        return torch.cat(parts, 1) + positions, condition
+        return torch.cat(parts, 1) + self.places(maps), condition
+
+    def places(self, maps: dict[int, int]) -> Tensor:
+        """Positions and scales of these maps' tokens, [rows, C]."""
+        numbers, sides = tuple(maps), tuple(maps.values())
+        scales = SequenceLayout.of_scales(sides, kinds=numbers).kind_index(self.scale.device)
+        ends = [(self.starts[number], self.starts[number] + side * side) for number, side in maps.items()]
+        if all(stop == start for (_, stop), (start, _) in itertools.pairwise(ends)):  # neighbours: one view
+            ends = [(ends[0][0], ends[-1][1])]
+        rows = [self.position[start:stop] for start, stop in ends]
+        return (rows[0] if len(rows) == 1 else torch.cat(rows)) + self.scale[scales]
 
 
-class Head(nn.Module):
-    """Adaptive norm and projection to the codebook, in float32 as the reference computes it."""
-
-    def __init__(self, config: TransformerConfig, vocabulary: int) -> None:
-        super().__init__()
-        self.modulation = ModulationNetwork(config, 2, float32=True)
-        self.projection = LinearFloat32(
-            config.hidden_size,
-            vocabulary,
-            config=self.modulation.linear.config,
-            init_method=lambda weight: weight,
-            bias=True,
-            skip_bias_add=True,
-        )
-
-    def forward(self, hidden: Tensor, condition: Tensor) -> Tensor:
-        """[L, B, C], [B, C] -> float32 [L, B, V / tensor-parallel size]."""
-        scale, shift = self.modulation(condition.float()).unbind(1)
-        logits, _ = self.projection(normalize(hidden.float()) * (1 + scale) + shift)
-        return logits
-
-
-class VAR(Generator):
-    """A stage of VAR. The prediction is its logits: float32 [B, L, V / tensor-parallel size].
-
-    They are a view of a contiguous [L, B, V] tensor: ``parallel.vocabulary`` reduces rows in the order in which they
-    lie, and copies none of them.
-    """
+class VAR(ScaleTransformer):
+    """A stage of VAR."""
 
     choice: VARConfig
-
-    @classmethod
-    def layers(cls, choice: VARConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
-        """GELU (tanh); with unit-length queries and keys the learned temperature is the softmax's only scale."""
-        head_size = choice.hidden_size // choice.attention_heads
-        return transformer_config(
-            parallel,
-            dtype,
-            depth=choice.depth,
-            width=choice.hidden_size,
-            heads=choice.attention_heads,
-            feed_forward=choice.feed_forward_size,
-            experts=choice.experts,
-            softmax_scale=1.0 if choice.qk_l2_norm else 0.25 / head_size**0.5,
-            activation_func=functools.partial(F.gelu, approximate="tanh"),
-        )
 
     @classmethod
     def kinds_of(cls, space: TokenSpace) -> int:
         """The scales."""
         return len(space.sides)
 
-    def build_first(self) -> None:
-        """Embedding, and the modulation that all blocks share if they do."""
-        self.embedding = Embedding(self.choice, self.space, self.config.params_dtype)
-        self.shared_modulation = ModulationNetwork(self.config, 6) if self.choice.shared_adaptive_norm else None
+    def kind_of(self, number: int, side: int) -> int:
+        """Its number.
 
-    def spec(self, number: int) -> BlockSpec:
-        """Adaptive norm, scale-causal attention, feed-forward network or experts."""
-        return var_block(
-            kernel=self.choice.attention_kernel,
-            unit_length=self.choice.qk_l2_norm,
-            shared_modulation=self.choice.shared_adaptive_norm,
-            drop_path=self.choice.drop_path_rate,
-            experts=self.choice.experts,
-            kinds=self.kinds,
-        )
+        Raises:
+            ConfigError: there are no positions for maps of this side.
+        """
+        if number >= len(self.space.sides) or side != self.space.sides[number]:
+            raise ConfigError(
+                f"A VAR has positions for its tokenizer's scales {list(self.space.sides)}, not for a map of side "
+                f"{side}. Set recipe.scale_lists to fixed (and no sampling.scales), or choose generator.name=flexvar."
+            )
+        return number
 
-    def build_last(self) -> None:
-        """The head."""
-        assert self.space.vocabulary is not None
-        self.head = Head(self.config, self.space.vocabulary)
-
-    # -- one pass ---------------------------------------------------------------------------------------------------
-
-    def sequence(self, inputs: ScaleInputs) -> TokenSequence:
-        """All token maps, or one of them while decoding."""
-        sides, kinds = self.space.sides, None
-        if inputs.scale is not None:
-            sides, kinds = (sides[inputs.scale],), (inputs.scale,)
-        return TokenSequence(SequenceLayout.of_scales(sides, kinds=kinds), sample_keys=inputs.sample_keys)
-
-    def embed(self, inputs: ScaleInputs) -> Embedded:
-        """Start tokens and projected features, with positions; the class conditions everything."""
-        scales = self.sequence(inputs).layout.kind_index(inputs.labels.device)
-        start = sum(side * side for side in self.space.sides[: inputs.scale or 0])
-        hidden, condition = self.embedding(inputs.labels, inputs.features, scales, start)
-        conditions = {"image": condition[:, None]}
-        if self.shared_modulation is not None:
-            conditions["shared"] = self.shared_modulation(condition)
-        return Embedded(hidden, conditions)
-
-    def condition_rows(self) -> Mapping[str, int]:
-        """The class's row; with shared adaptive norm also the six modulation vectors."""
-        return {"image": 1, "shared": 6} if self.choice.shared_adaptive_norm else {"image": 1}
-
-    def modulating(self, conditions: Mapping[str, Tensor]) -> Tensor:
-        """[B, C], or the six vectors [B, 6, C] that each block adds its own offset to."""
-        if self.choice.shared_adaptive_norm:
-            return conditions["shared"].transpose(0, 1)
-        return conditions["image"][0]
-
-    def predict(self, hidden: Tensor, conditions: Mapping[str, Tensor], inputs: ScaleInputs) -> Tensor:
-        """[L, B, C] -> float32 logits [B, L, V / tensor-parallel size]."""
-        return self.head(hidden, conditions["image"][0]).transpose(0, 1)
-
-    # -- parameters -------------------------------------------------------------------------------------------------
-
-    def initial_value(self, name: str, value: Tensor, generator: torch.Generator) -> None:
-        """The reference's initialization (``var.py:236-286``)."""
-        width, depth = self.choice.hidden_size, self.choice.depth
-        if name.endswith("bias"):
-            value.zero_()
-            return
-        if name.endswith("log_temperature"):
-            value.fill_(math.log(4))
-            return
-        if name.endswith("modulation.offset"):
-            value.normal_(generator=generator).div_(math.sqrt(width))
-            rows = value
-        else:
-            nn.init.trunc_normal_(value, std=math.sqrt(1 / width / 3), generator=generator)
-            rows = value.unflatten(0, (-1, width)) if name.endswith("modulation.linear.weight") else value
-        if name.startswith("head.projection"):
-            value.mul_(self.choice.initial_head)
-        elif name.startswith("head.modulation"):
-            value.mul_(self.choice.initial_adaptive)
-        elif name.startswith("blocks.") and ".modulation." in name:
-            rows[:2].mul_(self.choice.initial_gamma)
-            rows[2:].mul_(self.choice.initial_adaptive)
-        elif name.endswith(("linear_proj.weight", "linear_fc2.weight")):
-            value.div_(math.sqrt(2 * depth))
-
-    def own_rule(self, name: str) -> ParameterRule:
-        """No weight decay on vectors, positions, scale embeddings, modulation offsets, temperatures."""
-        last = name.rsplit(".", 1)[-1]
-        # By name, not by number of dimensions: stacked experts hold their biases as matrices [experts, width].
-        return ParameterRule(decays=not (last.endswith("bias") or last in _NOT_DECAYED))
-
-    def example(self, images: int) -> ScaleInputs:
-        """Class 0, 1, ... and features of zeros."""
-        labels = torch.arange(images) % self.choice.classes
-        rows = self.space.length - self.space.sides[0] ** 2
-        return ScaleInputs(labels, torch.zeros(images, rows, self.space.channels), torch.arange(images))
+    def build_embedding(self) -> nn.Module:
+        """A position for every token of the tokenizer's scales."""
+        return Embedding(self.choice, self.space, self.config.params_dtype)

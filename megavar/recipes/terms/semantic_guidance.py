@@ -91,24 +91,35 @@ class SemanticGuidance:
 
     def loss(self, tapped: dict[str, Tensor], output: Tensor, targets: Targets) -> Losses:
         """Eq. 12 of projected hidden states [B, L, D]; the cosine of each aggregated feature beside it."""
+        assert sum(side * side for side in targets.sides) == output.shape[1], f"{output.shape}: {targets.sides}"
         guide = F.normalize(targets.features, dim=-1)
         group = self._group(len(targets.sides))
-        total, named = output.new_zeros((), dtype=torch.float32), {}
-        for number, aggregated in enumerate(self._aggregate(output, targets.sides, guide.shape[1]), 1):
-            if number in group:  # in float32: norms of half-precision features overflow (REPA, issue 46)
-                cosine = (guide * F.normalize(aggregated, dim=-1)).sum(-1).mean(1).sum()
-                total, named[f"cosine/{number:02d}"] = total - cosine, cosine.detach()
-            if number == max(group):
-                break
-        return Losses(total, named)
+        cosines = [
+            (guide * F.normalize(aggregated, dim=-1)).sum(-1).mean(1).sum()
+            for number, aggregated in enumerate(self._aggregate(output, targets.sides[: max(group)], guide.shape[1]), 1)
+            if number in group
+        ]
+        total = -torch.stack(cosines).sum()
+        return Losses(total, means=self._named(cosines, len(output)))
+
+    def _named(self, cosines: list[Tensor], images: int) -> dict[str, tuple[Tensor, int]]:
+        """The cosines under the numbers that their scales have in the tokenizer's own pyramid: where scales change in
+        every step, all ranks must have the same names."""
+        named = {}
+        for place, number in enumerate(self._group(len(self.space.sides))):
+            found = cosines[place].detach() if place < len(cosines) else cosines[0].new_zeros(())
+            named[f"cosine/{number:02d}"] = (found, images if place < len(cosines) else 0)
+        return named
 
     def _aggregate(self, projected: Tensor, sides: Sequence[int], patches: int) -> Iterator[Tensor]:
-        """z_1, z_2, ...: float32 [B, N, D] (Eq. 11)."""
-        grid, total = math.isqrt(patches), torch.zeros((), device=projected.device)
-        sizes = [side * side for side in sides]
-        assert sum(sizes) == projected.shape[1], f"{projected.shape} for maps of {sides}"
-        for side, rows in zip(sides, projected.float().split(sizes, 1)):
-            total = total + resize(rows, side, grid, self.choice.upsampling)
+        """z_1, z_2, ... of the given scales: [B, N, D] (Eq. 11).
+
+        In float32: norms of half-precision features overflow (REPA, issue 46).
+        """
+        grid, total, start = math.isqrt(patches), torch.zeros((), device=projected.device), 0
+        for side in sides:
+            rows = projected[:, start : start + side * side].float()
+            total, start = total + resize(rows, side, grid, self.choice.upsampling), start + side * side
             yield total
 
     def _group(self, number: int) -> tuple[int, ...]:

@@ -63,13 +63,21 @@ class NextScale:
         features: Tensor | None = None
         for k, side in enumerate(sides):
             doubled = features if features is None or not guided else features.repeat(2, 1, 1)
-            logits = generator.step(ScaleInputs(labels, doubled, scale=k), cache, counted)
+            logits = generator.step(ScaleInputs(labels, doubled, sides=sides, scale=k), cache, counted)
             if guided:
                 conditional, free = logits.chunk(2)
-                logits = guide(conditional, free, linear(settings.guidance, k, len(sides)))
+                logits = self.guide(conditional, free, k, sides)
             here = positions[start : start + side * side]
             uniform = noise.uniform(here) if noise is not None else None
-            ids = pick(truncate(logits / settings.temperature, settings.top_k, settings.top_p), uniform)
+            ids = pick(truncate(logits / settings.temperature, self.top_k(side), settings.top_p), uniform)
             state, features = tokenizer.grow(state, ids, k)
             start += side * side
             yield DrawnScale(ids, logits, state)
+
+    def guide(self, conditional: Tensor, free: Tensor, k: int, sides: tuple[int, ...]) -> Tensor:
+        """Guided logits of scale k, from those with class and those without."""
+        return guide(conditional, free, linear(self.settings.guidance, k, len(sides)))
+
+    def top_k(self, side: int) -> int:
+        """How many tokens of each distribution may be drawn at a scale of this side."""
+        return self.settings.top_k

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from megavar.config.token_space import TokenSpace
 from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
+from megavar.tokenizers.convolution import AttentionBlock, Downsample, ResidualBlock, Upsample
 from megavar.tokenizers.dropout import name_dropouts, sample_keys
-from megavar.tokenizers.multiscale_vq.layers import AttentionBlock, Downsample, ResidualBlock, Upsample
 from megavar.tokenizers.multiscale_vq.quantizer import MultiScaleQuantizer, QuantizerOutput, Scale, height_width
 
 

@@ -8,13 +8,13 @@ and know no scales.)
 from typing import Any
 
 from megatron.core import parallel_state
-from megatron.core.transformer.moe.moe_layer import RouterBuilder
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megavar.parallel.deepspeed_backend import import_deepspeed
 from megavar.transformer.feed_forward import activate
 from megavar.transformer.moe.experts import first_layer_rows
+from megavar.transformer.moe.router import Router, Routing
 from megavar.transformer.moe.slots import Slots, assign_slots
 
 
@@ -53,7 +53,7 @@ class _PreparedGate:
 class DeepSpeedMixture(nn.Module):
     """Our router, then DeepSpeed's exchange and experts."""
 
-    def __init__(self, config: TransformerConfig, router: RouterBuilder) -> None:
+    def __init__(self, config: TransformerConfig, router: Router) -> None:
         super().__init__()
         deepspeed = import_deepspeed()
         from deepspeed.moe.experts import Experts
@@ -64,7 +64,7 @@ class DeepSpeedMixture(nn.Module):
         assert config.num_moe_experts is not None
         self.top_k = config.moe_router_topk
         self.group = parallel_state.get_expert_model_parallel_group()
-        self.router: Any = router(config=config, pg_collection=None)
+        self.router = router
         ranks = self.group.size()
         local = config.num_moe_experts // ranks
         self.experts = Experts(_Expert(config), local)
@@ -75,8 +75,7 @@ class DeepSpeedMixture(nn.Module):
         layer._set_ep_group(self.group)
         self._exchange_and_compute = (layer,)  # not a submodule: it holds no parameters but the experts'
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, None]:
+    def forward(self, hidden: Tensor, routing: Routing) -> tuple[Tensor, None]:
         """[L, B, C] -> [L, B, C] and None."""
-        gates, assignment = self.router(hidden)
-        self._gate.slots = assign_slots(gates, assignment, self.top_k, self.group)
+        self._gate.slots = assign_slots(routing, self.top_k, self.group)
         return self._exchange_and_compute[0](hidden, None), None

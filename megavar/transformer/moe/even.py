@@ -9,24 +9,25 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megavar.config.experts.base import ExpertsChoice
+from megavar.transformer.moe.router import Router, Routing
+
 
 class EvenMixture(nn.Module):
-    """The router of a mixture, then one expert on as many rows as all of this rank's experts see together."""
+    """A mixture's router beside one expert, which computes as many rows as all of this rank's experts do together."""
 
-    def __init__(self, router: nn.Module, config: TransformerConfig, copies: float) -> None:
-        """``copies``: experts that a token meets on average."""
+    def __init__(self, router: Router, config: TransformerConfig, experts: ExpertsChoice) -> None:
         super().__init__()
-        self.router = router
-        self.copies = copies
+        self.router, self.choice = router, experts
         self.experts = EvenExperts(config)
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, None]:
+    def forward(self, hidden: Tensor, routing: Routing) -> tuple[Tensor, None]:
         """[L, B, C] -> [L, B, C] and None."""
-        gates, _ = self.router(hidden)
         tokens = hidden.flatten(0, 1)
-        rows = round(tokens.shape[0] * self.copies)
+        assert self.router.context is not None
+        rows = round(tokens.shape[0] * self.choice.copies(self.router.context.sequence.sizes))
         source = torch.arange(rows, device=tokens.device) % tokens.shape[0]
-        computed = self.experts(tokens[source], gates.flatten()[:rows])
+        computed = self.experts(tokens[source], routing.gates.flatten()[:rows])
         combined = torch.zeros_like(tokens).scatter_add(0, source[:, None].expand_as(computed), computed)
         return combined.view(hidden.shape), None
 

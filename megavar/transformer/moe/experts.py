@@ -1,9 +1,10 @@
 """Experts with stacked weights: all experts of a rank in four tensors.
 
-Each expert is the dense block's feed-forward network, C -> F -> C, plain or gated, with or without biases. T tokens of
-this rank's experts, E experts of this rank, C width, F hidden size.
+Each expert is the dense block's feed-forward network, C -> F -> C, plain or gated, with or without biases. R copies
+of tokens for this rank's experts, E experts of this rank, C width, F hidden size.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,6 +41,43 @@ class StackedExperts(nn.Module):
             self.register_parameter(name, bias)
 
 
+@dataclass(frozen=True)
+class Segments:
+    """Rows ordered by expert, and perhaps rows of no expert after them. No gradient."""
+
+    ends: Tensor
+    """int32 [E], the row after the last of each expert."""
+    own: Tensor
+    """int64 [R], each row's expert; any of them for rows of none."""
+    kept: Tensor | None = None
+    """bool [R, 1], whether the row is an expert's; None: all are."""
+
+    def only(self, rows: Tensor) -> Tensor:
+        """Zeros in the rows of no expert, here and in the gradient: grouped products leave there what lay in memory."""
+        return rows if self.kept is None else torch.where(self.kept, rows, 0)
+
+
+class _AddBias(torch.autograd.Function):
+    """rows + gates bias[own], which a compiler fuses with its neighbours; backward is a matrix product, no atomics."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, bias: Tensor, own: Tensor, gates: Tensor | None) -> Tensor:
+        """[R, N], [E, N], int64 [R], [R] -> [R, N]; no gates are ones."""
+        ctx.save_for_backward(bias, own, gates)
+        added = bias[own]
+        return rows + added if gates is None else torch.addcmul(rows, added, gates[:, None])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, Tensor | None]:
+        bias, own, gates = ctx.saved_tensors
+        (gradient,) = gradients
+        membership = (own[:, None] == torch.arange(bias.shape[0], device=own.device)).to(gradient.dtype)
+        if gates is None:
+            return gradient, membership.t() @ gradient, None, None
+        of_gates = (gradient @ bias.t() * membership).sum(1)
+        return gradient, (membership * gates[:, None]).t() @ gradient, None, of_gates
+
+
 class GroupedExperts(StackedExperts):
     """One grouped matrix product per layer over tokens sorted by expert; no padding, no loop over experts.
 
@@ -53,31 +91,34 @@ class GroupedExperts(StackedExperts):
         """Apply each expert to its segment and weight the result by the gates.
 
         Args:
-            tokens: [T, C], those of the first expert first.
+            tokens: [R, C], those of the first expert first.
             tokens_per_expert: int64 [E]; on the CPU or on the device.
-            gates: [T].
+            gates: [R].
 
         Returns:
-            [T, C] and None (biases are in it).
+            [R, C] and None (biases are in it).
         """
         if tokens.shape[0] == 0:
             # grouped_mm has no kernel for it. Parameters still need a (zero) gradient, and both inputs must be part of
             # the graph: their backward exchanges gradients with ranks that have tokens, which would wait for ever.
             return tokens * gates[:, None] + sum(parameter.sum() * 0 for parameter in self.parameters()), None
         ends = tokens_per_expert.to(tokens.device, non_blocking=True).cumsum(0)
-        rows = torch.arange(tokens.shape[0], device=tokens.device)
-        own = torch.searchsorted(ends, rows, right=True)
-        # Biases by a product with a [T, E] matrix: its backward is a product again, fast and deterministic.
-        membership = (own[:, None] == torch.arange(ends.shape[0], device=own.device)).to(tokens.dtype)
-        ends = ends.to(torch.int32)
-        inner = _grouped_mm(tokens, self.linear_fc1_weight.transpose(1, 2), offs=ends)
-        if self.linear_fc1_bias is not None:
-            inner = torch.addmm(inner, membership, self.linear_fc1_bias)
+        own = torch.searchsorted(ends, torch.arange(tokens.shape[0], device=tokens.device), right=True)
+        return self.compute(tokens, Segments(ends.to(torch.int32), own), gates), None
+
+    def compute(self, rows: Tensor, segments: Segments, gates: Tensor) -> Tensor:
+        """[R, C] and gates [R] -> [R, C]; zeros in rows of no expert."""
+        inner = self._layer(rows, self.linear_fc1_weight, self.linear_fc1_bias, segments)
         inner = activate(inner, self.config) * gates[:, None]
-        output = _grouped_mm(inner, self.linear_fc2_weight.transpose(1, 2), offs=ends)
-        if self.linear_fc2_bias is not None:
-            output = torch.addmm(output, membership * gates[:, None], self.linear_fc2_bias)
-        return output, None
+        return self._layer(inner, self.linear_fc2_weight, self.linear_fc2_bias, segments, gates)
+
+    def _layer(
+        self, rows: Tensor, weight: Tensor, bias: Tensor | None, segments: Segments, gates: Tensor | None = None
+    ) -> Tensor:
+        product = _grouped_mm(segments.only(rows), weight.transpose(1, 2), offs=segments.ends)
+        if bias is not None:
+            product = _AddBias.apply(product, bias, segments.own, gates)
+        return segments.only(product)
 
 
 class PaddedExperts(StackedExperts):

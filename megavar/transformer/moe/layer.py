@@ -8,7 +8,7 @@ from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules, RouterBuilder
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from megavar.transformer.moe.backends import check_installed, choose_backend
 from megavar.transformer.moe.even import EvenMixture
 from megavar.transformer.moe.experts import GroupedExperts
 from megavar.transformer.moe.local import LocalMixture
-from megavar.transformer.moe.router import Router
+from megavar.transformer.moe.router import Router, Routing
 
 
 class ExpertOutputLinear(RowLinear):
@@ -42,11 +42,30 @@ class ExpertOutputLinear(RowLinear):
             self.bias.sequence_parallel = False
 
 
-def _build_mixture(
-    backend: str, config: TransformerConfig, router: RouterBuilder, block: int, variable_number: bool
-) -> nn.Module:
-    """The layer of ``backend``: parameters under ``router.`` and ``experts.``, called with [L, B, C]."""
-    if backend == "grouped" and config.expert_model_parallel_size == 1 and not variable_number:
+class MegatronMixture(MoELayer):
+    """Megatron-core's layer: its dispatchers and experts follow a :class:`Routing` that was made before.
+
+    Without fused permutation (which ours is) both of its dispatchers take any number of experts per token: the all-to-
+    all computes ``num_out_tokens`` from top_k (``token_dispatcher.py:524``), but only the fused kernel reads it.
+    """
+
+    _routing: Routing | None = None
+
+    def forward(self, hidden: Tensor, routing: Routing) -> tuple[Tensor, None]:  # type: ignore[override]
+        """[L, B, C] -> [L, B, C] and None."""
+        self._routing = routing
+        return super().forward(hidden)
+
+    def route(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Called by Megatron-core where it would route: gates and assignment."""
+        routing, self._routing = self._routing, None
+        assert routing is not None
+        return routing.gates, routing.assignment
+
+
+def _build_mixture(backend: str, config: TransformerConfig, router: Router) -> nn.Module:
+    """The layer of ``backend``: parameters under ``router.`` and ``experts.``, called with [L, B, C] and a Routing."""
+    if backend == "grouped" and config.expert_model_parallel_size == 1:
         return LocalMixture(config, router)
     if backend == "tutel":
         from megavar.transformer.moe.tutel_backend import TutelMixture
@@ -56,11 +75,11 @@ def _build_mixture(
         from megavar.transformer.moe.deepspeed_backend import DeepSpeedMixture
 
         return DeepSpeedMixture(config, router)
-    experts = ModuleSpec(module=GroupedExperts)
+    spec = ModuleSpec(module=GroupedExperts)
     if backend == "megatron":
         submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=ExpertOutputLinear)
-        experts = ModuleSpec(module=SequentialMLP, submodules=submodules)  # type: ignore[arg-type]
-    return MoELayer(config, MoESubmodules(experts=experts, router=router), layer_number=block + 1)
+        spec = ModuleSpec(module=SequentialMLP, submodules=submodules)  # type: ignore[arg-type]
+    return MegatronMixture(config, MoESubmodules(experts=spec, router=lambda **unused: router))
 
 
 def _layout_of(config: TransformerConfig) -> ParallelConfig:
@@ -86,15 +105,9 @@ class ExpertFeedForward(nn.Module):
         self.scatter = config.tensor_model_parallel_size > 1 and not config.sequence_parallel
         config = copy(config)
         config.sequence_parallel = config.tensor_model_parallel_size > 1
-        if experts.variable_number and config.tensor_model_parallel_size * config.expert_model_parallel_size == 1:
-            config.moe_token_dispatcher_type = "allgather"  # one rank: the one that counts instead of assuming top_k
-
-        def router(*, config: TransformerConfig, pg_collection: Any) -> Router:
-            return resolve(experts)(config, experts, block=number, kinds=kinds)
-
-        backend = choose_backend(experts.backend, config)
-        self.moe: Any = _build_mixture(backend, config, router, number, experts.variable_number)
-        self._even = functools.partial(EvenMixture, config=config, copies=experts.copies)
+        router = resolve(experts)(config, experts, block=number, kinds=kinds)
+        self.moe: Any = _build_mixture(choose_backend(experts.backend, config), config, router)
+        self._even = functools.partial(EvenMixture, config=config, experts=experts)
 
     def spread_evenly(self) -> None:
         """Give all experts equal loads whatever the router says, to measure what the layer costs (see ``even.py``)."""
@@ -105,7 +118,7 @@ class ExpertFeedForward(nn.Module):
         self.moe.router.context = context
         if self.scatter:
             hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden)
-        output, _ = self.moe(hidden)
+        output, _ = self.moe(hidden, self.moe.router(hidden))
         if self.scatter:
             # Every rank goes on with all tokens and computes the same gradient: keep this rank's rows of it.
             output = tensor_parallel.gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=False)

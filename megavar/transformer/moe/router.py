@@ -9,12 +9,15 @@
             return F.linear(hidden.float(), self.weight.float()).softmax(-1)
 
 and its choice (a subclass of ``ExpertsChoice`` with a tag of its own) names the class. Gates, balance loss, statistics,
-padding and sequence parallelism are here; :meth:`Router.choose` and :meth:`Router.balance` may be replaced.
+padding and sequence parallelism are here; :meth:`Router.choose`, :meth:`Router.bounds` and :meth:`Router.balance` may
+be replaced.
 
-Shapes: L rows of this rank, B samples, M experts, m experts per token.
+Shapes: L rows of this rank, B samples, M targets (``ExpertsChoice.targets``: the experts, and after them what else a
+router knows), m experts per token.
 """
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 from megatron.core import tensor_parallel
@@ -24,14 +27,24 @@ from torch import Tensor, nn
 
 from megavar.config.experts.base import ExpertsChoice
 from megavar.transformer.context import ForwardContext, RoutingRecord
-from megavar.transformer.moe.routing import balance_loss, top_k_gates
+from megavar.transformer.moe.routing import Bounds, balance_loss, top_k_gates
+
+
+class Routing(NamedTuple):
+    """Which experts compute which tokens. T tokens of this rank (its rows times its samples), E experts."""
+
+    gates: Tensor
+    """[T, E] in the type of the hidden states, with gradient."""
+    assignment: Tensor
+    """bool [T, E]."""
+    bounds: Bounds
+    """What ``assignment`` keeps to."""
 
 
 class Router(nn.Module, ABC):
-    """Implements Megatron-core's ``RouterInterface``.
+    """Scores tokens, chooses their experts, keeps the experts balanced, records what happened.
 
-    The layer around it sets ``context`` before every call, because Megatron-core hands a router nothing but hidden
-    states.
+    The layer around it sets ``context`` before every call.
     """
 
     def __init__(self, config: TransformerConfig, experts: ExpertsChoice, *, block: int, kinds: int) -> None:
@@ -68,9 +81,20 @@ class Router(nn.Module, ABC):
     def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Gates [L, B, M] with gradient and bool assignment [L, B, M]. Default: the m best, raw scores (MEPA Eq. 7).
 
-        Tokens may get different numbers of experts if the choice says so (``ExpertsChoice.variable_number``).
+        Tokens may get different numbers of experts, or none, if the choice says so (``ExpertsChoice.variable_number``);
+        gates of pairs that are not assigned are not read.
         """
         return top_k_gates(scores, self.experts.top_k)
+
+    def bounds(self, rows: range, samples: int) -> Bounds:
+        """What :meth:`choose` keeps to for this rank's ``rows``, so that buffers need no count from the device.
+
+        Default: exactly m copies of each token, or up to E where the choice says that the number varies.
+        """
+        tokens = len(rows) * samples
+        if self.experts.variable_number:
+            return Bounds(self.experts.number, tokens * self.experts.number)
+        return Bounds(self.experts.top_k, tokens * self.experts.top_k, every_token=True, every_row=True)
 
     def balance(self, scores: Tensor, assignment: Tensor, counted: Tensor) -> Tensor:
         """The loss that keeps experts in use, a float32 scalar. Default: MEPA Eq. 10 by image or by micro-batch.
@@ -93,15 +117,8 @@ class Router(nn.Module, ABC):
     def set_layer_number(self, layer_number: int) -> None:
         """Required by Megatron-core; the block number is known from the constructor."""
 
-    def forward(self, hidden: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Route the tokens of this rank.
-
-        Args:
-            hidden: [L, B, C].
-
-        Returns:
-            gates [L * B, M] in the type of ``hidden`` and assignment bool [L * B, M].
-        """
+    def forward(self, hidden: Tensor) -> Routing:
+        """Route the tokens of this rank, [L, B, C]."""
         assert self.context is not None
         kinds, counted = self._rows(hidden)
         scores = self.scores(hidden, kinds.clamp(min=0))
@@ -112,26 +129,43 @@ class Router(nn.Module, ABC):
         coefficient = self.experts.balance_coefficient * self.context.balance
         if torch.is_grad_enabled() and coefficient > 0:
             gates = MoEAuxLossAutoScaler.apply(gates, coefficient * loss)
-        return gates.flatten(0, 1).to(hidden.dtype), assignment.flatten(0, 1)
+        experts = slice(self.experts.number)
+        return Routing(
+            gates[..., experts].flatten(0, 1).to(hidden.dtype),
+            assignment[..., experts].flatten(0, 1),
+            self.bounds(self._own_rows(hidden.shape[0]), hidden.shape[1]),
+        )
+
+    def _own_rows(self, length: int) -> range:
+        """Numbers of this rank's ``length`` rows in the sequence."""
+        assert self.context is not None
+        first = self.context.first_row(length)
+        return range(first, first + length)
 
     def _rows(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Kind of each of this rank's rows, int64 [L] (padding: negative), and what counts, float32 [L, 1 or B]."""
         assert self.context is not None
-        length = hidden.shape[0]
-        rows = slice(first := self.context.first_row(length), first + length)
-        kinds = self.context.sequence.kind_index(hidden.device)[rows]
-        counted = (kinds >= 0).to(torch.float32)[:, None]
-        if self.context.valid is not None:
-            valid = self.context.valid[:, -self.context.sequence.length :].t()[rows]
-            counted = counted * valid
-        return kinds, counted
+        own = self._own_rows(hidden.shape[0])
+        rows = slice(own.start, own.stop)
+        kinds = self.context.sequence.kind_index(hidden.device)
+        return kinds[rows], self.context.counted_rows(hidden.device)[rows].float()
 
     @torch.no_grad()
     def _record(self, assignment: Tensor, kinds: Tensor, counted: Tensor, loss: Tensor) -> None:
         assert self.context is not None and self.context.routing is not None
-        chosen = assignment * counted[..., None]
         if self.context.counted is not None:
-            chosen = chosen[:, self.context.counted]
-        load = torch.zeros(self.kinds, self.experts.number, device=kinds.device)
-        load.index_add_(0, kinds.clamp(min=0), chosen.sum(1, dtype=torch.float32))
-        self.context.routing.append(RoutingRecord(self.block, load, loss.detach()))
+            counted = counted * self.context.counted
+        counted, kinds = counted.expand(assignment.shape[:2]), kinds.clamp(min=0)
+        load = _by_kind((assignment * counted[..., None]).sum(1), kinds, self.kinds)
+        met = None
+        if self.experts.variable_number:
+            numbers = torch.arange(self.experts.number + 1, device=kinds.device)  # none to all
+            found = assignment[..., : self.experts.number].sum(-1)[..., None] == numbers
+            met = _by_kind((found * counted[..., None]).sum(1), kinds, self.kinds)
+        self.context.routing.append(RoutingRecord(self.block, load, loss.detach(), met))
+
+
+def _by_kind(values: Tensor, kinds: Tensor, number: int) -> Tensor:
+    """Sums [K, N] of the rows [L, N] of each of ``number`` kinds; not by ``index_add``, which is atomic on CUDA."""
+    own = torch.arange(number, device=kinds.device)[:, None] == kinds
+    return (own[..., None] * values).sum(1)

@@ -3,8 +3,24 @@
 T tokens, M experts, m experts per token.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How many copies of tokens a router makes: what the host knows without asking the device."""
+
+    copies: int
+    """Of one token at most, m."""
+    rows: int
+    """Of all tokens of this rank together at most."""
+    every_token: bool = False
+    """Whether every token has exactly ``copies``."""
+    every_row: bool = False
+    """Whether there are always exactly ``rows`` (expert choice: experts x capacity, however tokens share them)."""
 
 
 def top_k_gates(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

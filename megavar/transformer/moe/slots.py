@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megavar.transformer.moe.router import Routing
+
 
 @dataclass(frozen=True)
 class Slots:
@@ -24,14 +26,14 @@ class Slots:
     """Slots per expert: as many as the most wanted expert of any rank needs."""
 
 
-def assign_slots(gates: Tensor, assignment: Tensor, top_k: int, group: dist.ProcessGroup) -> Slots:
+def assign_slots(routing: Routing, top_k: int, group: dist.ProcessGroup) -> Slots:
     """Number the tokens of each expert in their order. Waits for the device, because buffers need a size.
 
     Args:
-        gates: [T, M].
-        assignment: bool [T, M], ``top_k`` in each row.
+        routing: with ``top_k`` experts for each token.
         group: the ranks that share the experts; they agree on one capacity.
     """
+    gates, assignment, _ = routing
     place_in_expert = assignment.cumsum(0) - 1
     capacity = place_in_expert[-1].max() + 1
     if group.size() > 1:

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.transformer.moe.moe_layer import RouterBuilder
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megavar.errors import ConfigError
 from megavar.transformer.moe.experts import PaddedExperts
+from megavar.transformer.moe.router import Router, Routing
 from megavar.transformer.moe.slots import assign_slots
 
 
@@ -36,21 +36,20 @@ def _import_tutel() -> tuple[Any, Any]:
 class TutelMixture(nn.Module):
     """Router, exchange, experts, exchange back."""
 
-    def __init__(self, config: TransformerConfig, router: RouterBuilder) -> None:
+    def __init__(self, config: TransformerConfig, router: Router) -> None:
         super().__init__()
         self._tutel = _import_tutel()
         assert config.num_moe_experts is not None
         self.number, self.top_k = config.num_moe_experts, config.moe_router_topk
         self.group = parallel_state.get_expert_model_parallel_group()
         self.ranks = self.group.size()
-        self.router: Any = router(config=config, pg_collection=None)
+        self.router = router
         self.experts = PaddedExperts(self.number // self.ranks, config)
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, None]:
+    def forward(self, hidden: Tensor, routing: Routing) -> tuple[Tensor, None]:
         """[L, B, C] -> [L, B, C] and None."""
         tokens = hidden.flatten(0, -2).contiguous()
-        gates, assignment = self.router(hidden)
-        slots = assign_slots(gates, assignment, self.top_k, self.group)
+        slots = assign_slots(routing, self.top_k, self.group)
         dispatcher = self._tutel[0].fast_dispatcher(self.number, slots.capacity, tokens.shape[-1], tokens.dtype)
         dispatcher.update(list(slots.experts), list(slots.places), list(slots.gates), capacity=slots.capacity)
         sent = dispatcher.encode(tokens).view(self.ranks, -1, slots.capacity, tokens.shape[-1])

@@ -1,7 +1,7 @@
-"""Convolutional building blocks of VAR's autoencoder.
+"""Convolutional building blocks of VQGAN's autoencoder (Esser et al. 2021), which VAR's and LlamaGen's share.
 
 Feature maps are [B, C, H, W]. Attribute names are the published checkpoints' key names.
-Source: FoundationVision/VAR, models/basic_vae.py; the blocks are those of Esser et al. 2021 (VQGAN).
+Sources: FoundationVision/VAR models/basic_vae.py; FoundationVision/LlamaGen tokenizer/tokenizer_image/vq_model.py.
 """
 
 import torch.nn.functional as F
@@ -56,6 +56,25 @@ class AttentionBlock(nn.Module):
         query, key, value = qkv.split(1, dim=1)  # each [B, 1 head, H*W, C]
         mixed = F.scaled_dot_product_attention(query, key, value)
         return x + self.proj_out(mixed.squeeze(1).transpose(1, 2).reshape(x.shape))
+
+
+class SplitAttentionBlock(nn.Module):
+    """:class:`AttentionBlock` with three convolutions instead of a fused one, as VQGAN and LlamaGen store it."""
+
+    def __init__(self, channels: int, *, norm_groups: int = 32, norm_epsilon: float = 1e-6) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(norm_groups, channels, eps=norm_epsilon)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the block; the softmax scale is 1 / sqrt(C)."""
+        h = self.norm(x)
+        query, key, value = (project(h).flatten(2).mT[:, None] for project in (self.q, self.k, self.v))
+        mixed = F.scaled_dot_product_attention(query, key, value)  # [B, 1 head, H*W, C]
+        return x + self.proj_out(mixed[:, 0].mT.reshape(x.shape))
 
 
 class Downsample(nn.Module):

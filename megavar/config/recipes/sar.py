@@ -1,0 +1,75 @@
+"""SAR: self-autoregressive refinement."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from megavar.config.base import Section
+from megavar.config.recipes.next_scale import NextScaleConfig
+
+
+class RolloutConfig(Section):
+    """How tokens are drawn from teacher-forced predictions (SAR Table 5, Alg. 1 line 18).
+
+    The defaults are the best row of Table 5. The released training code does not pass its own options on and always
+    draws with guidance 1.2 and top_p 0.96.
+    """
+
+    sampled: bool = True
+    """Draw tokens; off takes the most likely ones, without guidance."""
+    guidance: float = Field(2.5, ge=0)
+    """Classifier-free guidance s: t = s (1 + k/(K-1)) / 2 at scale k, logits (1 + t) c - t u; up to 1 there is none.
+    It doubles the batch of the first pass."""
+    top_k: int = Field(900, ge=0)
+    """Keep the k most likely tokens; 0 keeps all."""
+    top_p: float = Field(0.95, ge=0, le=1)
+    """Then keep the smallest set of most likely tokens whose probability exceeds p; 0 keeps all."""
+
+    @property
+    def guided(self) -> bool:
+        """Whether the first pass runs without classes, too."""
+        return self.sampled and self.guidance > 1
+
+
+class SARConfig(NextScaleConfig):
+    """SAR (``papers/sar.md`` section 4.2): teacher forcing, then one step on the model's own predictions.
+
+    Text and code differ: Eq. 8 and 10 give the second pass the whole prefix, all scales, and teacher-forced predictions
+    as targets; Alg. 1 takes one scale and the true tokens; the released code one scale, no prefix and drawn tokens. The
+    defaults are the code's, which trained the published weights; ``configs/sar`` has the others.
+    """
+
+    implementation: ClassVar[str] = "megavar.recipes.sar:SAR"
+
+    name: Literal["sar"] = "sar"
+    student_weight: float = Field(0.01, ge=0)
+    """gamma of Eq. 11. Not in the paper; the released scripts' ``sigma``."""
+    target: Literal["drawn", "most_likely", "soft", "true"] = "drawn"
+    """What student-forced predictions are compared with: the tokens that the rollout drew (code), the most likely ones,
+    the teacher-forced distribution itself (``soft``: the literal Eq. 10), or the true tokens (Alg. 1)."""
+    student_scales: Literal["last", "random", "all"] = "last"
+    """Which scales the second pass predicts: the last (code), one at random per step (its comment), all but the first
+    (Eq. 10)."""
+    context: Literal["single_step", "prefix"] = "single_step"
+    """What it sees: the class and the scale before (code, Alg. 1), or all coarser scales' predictions (Eq. 8)."""
+    rollout: RolloutConfig = RolloutConfig()
+    """How tokens are drawn."""
+    start_position: bool = False
+    """Whether the class's row keeps its start position without the prefix. The released code leaves it out."""
+    independent_label_drop: bool = True
+    """Whether the second pass drops labels anew (code), or those of the first."""
+
+    @model_validator(mode="after")
+    def _passes_of_all_ranks(self) -> "SARConfig":
+        each = self.student_scales == "all" and self.context == "single_step"
+        if each and getattr(self.scale_lists, "per", "step") == "rank":
+            raise ValueError(
+                "student_scales: all with context: single_step is one pass per scale, and with scale_lists.per: rank "
+                "ranks would have different numbers of passes: set scale_lists.per to step or context to prefix"
+            )
+        return self
+
+    @property
+    def passes_of_step(self) -> tuple[int, int]:
+        """The first pass, twice as large with guidance, and the second, counted as if it had all scales."""
+        return 3 if self.rollout.guided else 2, 0

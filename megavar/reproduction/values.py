@@ -1,0 +1,89 @@
+"""What a run gave: its scores, its log and its analyses, by the keys that tables name."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megavar.config.root import Config
+from megavar.config.table import MetricConfig
+
+LOG = "log/"
+TAIL = 0.1
+"""Share of a run, at its end, over which a logged value is averaged."""
+INITIAL = "initial weights"
+"""What scores of the untrained model call their checkpoint."""
+_CHANGES_NO_IMAGE = ("number", "chunk_size", "keep_images", "conditions")
+
+
+@dataclass(frozen=True)
+class ScoreFile:
+    """A result file in a run directory."""
+
+    path: Path
+    content: Mapping[str, Any]
+
+    @property
+    def samples(self) -> Path | None:
+        """The directory of the scored samples, if it is still there."""
+        folders = (self.path.parent / "generated").glob("*")
+        return next((folder for folder in folders if self.path.stem.endswith(f"-{folder.name}")), None)
+
+
+def scores_of(config: Config) -> ScoreFile | None:
+    """The scores of the run's last scored checkpoint by the suite and the sampling that ``config`` asks for."""
+    found = [file for file in _score_files(Path(config.run.path)) if _belongs(file.content, config)]
+    return max(found, key=lambda file: str(file.content["checkpoint"].get("checkpoint")), default=None)
+
+
+def _score_files(directory: Path) -> Iterator[ScoreFile]:
+    for path in sorted(directory.glob("scores-*.json")):
+        content = json.loads(path.read_text())
+        if content.get("checkpoint", {}).get("checkpoint") != INITIAL:
+            yield ScoreFile(path, content)
+
+
+def _belongs(content: Mapping[str, Any], config: Config) -> bool:
+    if str(content["suite"]).partition("/")[0] != config.evaluation.suite.name:
+        return False
+    wanted = config.sampling.model_dump(mode="json")
+    return all(content["sampler"].get(key, value) == value for key, value in wanted.items()
+               if key not in _CHANGES_NO_IMAGE)  # fmt: skip
+
+
+def log_lines(directory: Path) -> list[dict[str, Any]]:
+    """Lines of ``metrics.jsonl`` with metrics; none where there is no log."""
+    path = directory / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [line for line in lines if "event" not in line]
+
+
+def _logged(directory: Path, name: str) -> float | None:
+    lines = log_lines(directory)
+    last = max((line["step"] for line in lines), default=0)
+    values = [line[name] for line in lines if name in line and line["step"] > (1 - TAIL) * last]
+    return sum(values) / len(values) if values else None
+
+
+def _analysed(directory: Path, kind: str, name: str) -> float | None:
+    path = directory / "analysis" / f"{kind}.json"
+    return json.loads(path.read_text())["metrics"].get(name) if path.exists() else None
+
+
+def values_of(config: Config, metrics: Mapping[str, MetricConfig]) -> dict[str, float]:
+    """Our values by the name of their metric; what the run has not given is left out."""
+    directory = Path(config.run.path)
+    scores = scores_of(config)
+    found: dict[str, float | None] = {}
+    for name, metric in metrics.items():
+        kind, separator, rest = (metric.key or "").partition("/")
+        if metric.key is None:
+            continue
+        if metric.key.startswith(LOG):
+            found[name] = _logged(directory, metric.key.removeprefix(LOG))
+        elif scores is not None and metric.key in scores.content["metrics"]:
+            found[name] = scores.content["metrics"][metric.key]
+        elif separator:
+            found[name] = _analysed(directory, kind, rest)
+    return {name: value for name, value in found.items() if value is not None}

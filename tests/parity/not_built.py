@@ -1,0 +1,18 @@
+"""Golden vectors that wait for what they describe. This list only shrinks.
+
+A line is a family, or ``family/case`` where the rest of a family is built. It goes when a ``Family`` claims the cases.
+"""
+
+NOT_BUILT = {
+    "rar": "RAR's transformer",
+    "maskgit_vqgan": "MaskGIT's tokenizer",
+    "titok": "TiTok's tokenizers",
+    "alitok": "AliTok's tokenizers and transformer",
+    "vgt": "VGT's autoencoder, flow head and generator",
+    "mar": "MAR's transformer and diffusion loss",
+    "flowar": "FlowAR's transformer and flow heads",
+    "scalear": "SAR's hybrid of masked and next-scale prediction",
+    "moe/moe_plus_plus_layer": "MoE++",
+    "moe/moe_plus_plus_released": "MoE++",
+    "moe/repa_projector": "REPA's head",
+}

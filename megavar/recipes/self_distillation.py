@@ -95,7 +95,7 @@ class SelfDistilled(VisionTransformer):
         assert isinstance(centre, Tensor)
         return centre
 
-    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+    def pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """Parameters of the average with those of the student."""
         student = dict(self.heads["student"].named_parameters())
         own = {name: value for name, value in self.named_parameters() if not name.startswith("heads.")}

@@ -15,6 +15,7 @@ from megavar.config.teachers.vit import ViTTeacherChoice
 from megavar.errors import CheckpointError
 from megavar.weight_layout import NamedLayout, Shape
 
+Names = dict[str, str | tuple[str, ...]]
 _NAME = re.compile(r"(?:blocks\.(?P<block>\d+)\.)?(?P<part>.+?)(?P<kind>\.weight|\.bias)?")
 
 
@@ -23,7 +24,7 @@ class TimmLayout(NamedLayout):
 
     belongs_to = "a vision transformer as timm stores it"
     remedy = "Check the teacher's name and size (and registers)."
-    parts: ClassVar[Mapping[str, str | tuple[str, ...]]] = {
+    parts: ClassVar[Names] = {
         "patches": "patch_embed.proj",
         "class_token": "cls_token",
         "registers": "reg_token",
@@ -91,7 +92,7 @@ class FacebookLayout(TimmLayout):
     belongs_to = "a DINOv2 of its authors"
     class_position = True
     unused = ("mask_token",)
-    parts: ClassVar = TimmLayout.parts | {"registers": "register_tokens"}
+    parts: ClassVar[Names] = {**TimmLayout.parts, "registers": "register_tokens"}
 
     def _public(self, part: str, kind: str) -> tuple[str, ...]:
         """The giant's gated networks have names of their own."""
@@ -115,7 +116,7 @@ class TransformersDINOv2Layout(TimmLayout):
     block = "encoder.layer."
     class_position = True
     unused = ("embeddings.mask_token",)
-    parts: ClassVar = {
+    parts: ClassVar[Names] = {
         "patches": "embeddings.patch_embeddings.projection",
         "class_token": "embeddings.cls_token",
         "registers": "embeddings.register_tokens",
@@ -159,7 +160,7 @@ class TimmDINOv3Layout(_WithoutKeyBias):
     """timm's ``Eva`` with DINOv3's options, with (``qkvb``) or without biases of queries and values."""
 
     belongs_to = "a DINOv3 as timm stores it"
-    parts: ClassVar = TimmLayout.parts | {"scale_1": "gamma_1", "scale_2": "gamma_2"}
+    parts: ClassVar[Names] = {**TimmLayout.parts, "scale_1": "gamma_1", "scale_2": "gamma_2"}
 
     def names(self, name: str) -> tuple[str, ...]:
         """The biases of queries and values have names without a last part."""
@@ -190,7 +191,7 @@ class TransformersDINOv3Layout(_WithoutKeyBias):
     belongs_to = "a DINOv3 as transformers stores it"
     block = "layer."
     unused = ("embeddings.mask_token",)
-    parts: ClassVar = {
+    parts: ClassVar[Names] = {
         "patches": "embeddings.patch_embeddings",
         "class_token": "embeddings.cls_token",
         "registers": "embeddings.register_tokens",

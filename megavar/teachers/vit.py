@@ -103,7 +103,8 @@ class VisionTransformer(nn.Module):
         """[B, 3, H, W], multiples of the patch, to [B, prefix + N, C], normalized by the last norm."""
         patches = self.patches(images)
         grid = patches.shape[-2:]
-        patches, start = patches.flatten(2).transpose(1, 2), self.class_token
+        patches = patches.flatten(2).transpose(1, 2)
+        start: Tensor = self.class_token
         rotary = None
         if self.shape.stored_grid is None:
             rotary = rotary_table(grid, self.shape.width // self.shape.heads, patches.device)

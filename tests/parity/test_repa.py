@@ -34,7 +34,8 @@ def test_repa(case: Case) -> None:
         case.check(f"output.projection.{number}", projected)
         losses = term.loss({}, projected, Targets((side,), lambda target=target: target))
         total = total + losses.total / given["batch"] / len(given["z_dims"])
-        assert float(losses.means["cosine/01"][0]) == pytest.approx(float(case[f"output.cosine.{number}"].mean(-1).sum()))
+        cosine = case[f"output.cosine.{number}"].mean(-1).sum()
+        assert float(losses.means["cosine/01"][0]) == pytest.approx(float(cosine))
         parameters |= {f"projectors.{number}.{name}": value for name, value in head.named_parameters()}
     case.check("output.loss", total)
     case.check("output.weighted_loss", total * given["proj_coeff"])

@@ -50,7 +50,8 @@ def timm_model(name: str, shape: ViTShape) -> Any:
         return Eva(**common, qkv_bias="biases" in name, init_values=1.0, rope_type="dinov3", rope_temperature=100,
                    use_rot_pos_emb=True, use_abs_pos_emb=False, rope_rotate_half=True, num_reg_tokens=4,
                    use_fc_norm=False, swiglu_mlp=shape.gated, swiglu_align_to=8, global_pool="avg",
-                   mlp_ratio=shape.feed_forward / WIDTH, norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-5))  # fmt: skip
+                   mlp_ratio=shape.feed_forward / WIDTH,
+                   norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-5))  # fmt: skip
     gated = {"mlp_layer": functools.partial(GluMlp, gate_last=False), "act_layer": torch.nn.SiLU, "mlp_ratio": 6}
     more: dict[str, Any] = gated if shape.gated else {}
     return VisionTransformer(

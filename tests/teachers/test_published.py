@@ -84,7 +84,7 @@ def test_another_network_is_refused_by_name() -> None:
     state = state_of("timm_dinov2")
     with pytest.raises(CheckpointError, match=r"unknown to the model: blocks\.0\.ls1\.gamma.*size"):
         network_of("timm_mocov3", state)
-    with pytest.raises(CheckpointError, match="missing from the file: reg_token.*pos_embed is 1x26x16 in the file"):
+    with pytest.raises(CheckpointError, match=r"missing from the file: reg_token.*pos_embed is 1x26x16 in the file"):
         network_of("timm_dinov2_registers", state)
 
 

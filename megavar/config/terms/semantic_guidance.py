@@ -1,5 +1,6 @@
 """MEPA's semantic guidance; REPA's alignment is a case of it."""
 
+from itertools import pairwise
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, model_validator
@@ -35,7 +36,7 @@ class ProjectionConfig(Section):
     def parameters(self, width: int, features: int) -> int:
         """Scalars of the MLP from ``width`` to ``features`` channels, biases included."""
         widths = (width, *self.hidden_widths, features)
-        return sum((before + 1) * after for before, after in zip(widths, widths[1:]))
+        return sum((before + 1) * after for before, after in pairwise(widths))
 
 
 class SemanticGuidanceConfig(TermChoice):

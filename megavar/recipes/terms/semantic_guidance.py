@@ -23,7 +23,7 @@ from megavar.config.token_space import TokenSpace
 from megavar.data.batch import Batch
 from megavar.errors import ConfigError
 from megavar.generators.base import Head
-from megavar.recipes.base import Losses, Parts
+from megavar.recipes.base import Count, Losses, Parts
 from megavar.teachers.base import Teacher
 
 
@@ -102,10 +102,10 @@ class SemanticGuidance:
         total = -torch.stack(cosines).sum()
         return Losses(total, means=self._named(cosines, len(output)))
 
-    def _named(self, cosines: list[Tensor], images: int) -> dict[str, tuple[Tensor, int]]:
+    def _named(self, cosines: list[Tensor], images: int) -> dict[str, tuple[Tensor, Count]]:
         """The cosines under the numbers that their scales have in the tokenizer's own pyramid: where scales change in
         every step, all ranks must have the same names."""
-        named = {}
+        named: dict[str, tuple[Tensor, Count]] = {}
         for place, number in enumerate(self._group(len(self.space.sides))):
             found = cosines[place].detach() if place < len(cosines) else cosines[0].new_zeros(())
             named[f"cosine/{number:02d}"] = (found, images if place < len(cosines) else 0)
@@ -137,8 +137,8 @@ def resize(rows: Tensor, side: int, grid: int, mode: str) -> Tensor:
     if side == grid:
         return rows
     square = rows.transpose(1, 2).unflatten(2, (side, side))
-    how = {"mode": mode} if side < grid else {"mode": "area"}
-    return F.interpolate(square, (grid, grid), **how).flatten(2).transpose(1, 2)
+    mode = mode if side < grid else "area"
+    return F.interpolate(square, (grid, grid), mode=mode).flatten(2).transpose(1, 2)
 
 
 def projection(config: ProjectionConfig, width: int, features: int) -> nn.Sequential:

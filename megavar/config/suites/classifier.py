@@ -20,6 +20,7 @@ class ClassifierSuite(SuiteChoice):
     reference_images: int = Field(4096, ge=64)
     """Training images, from the first on, that train the classifier and are compared with."""
     baselines: bool = True
-    """Print the scores of held-out images, class means, training copies and noise beside the model."""
+    """Print the scores of held-out images, class means, training copies and noise beside the model,
+    and those of the untrained model."""
     extractor_cache: str | None = None
     """Directory of the classifier (default: the user's cache directory)."""

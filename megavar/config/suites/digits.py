@@ -12,6 +12,7 @@ class DigitsSuite(SuiteChoice):
 
     name: Literal["digits"] = "digits"
     baselines: bool = True
-    """Print the scores of held-out digits, class Gaussians, class means, training copies and noise beside the model."""
+    """Print the scores of held-out digits, class Gaussians, class means, training copies and noise beside the model,
+    and those of the untrained model."""
     extractor_cache: str | None = None
     """Directory of the extractor that is trained on the spot (default: the user's cache directory)."""

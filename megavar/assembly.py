@@ -33,11 +33,12 @@ from megavar.weight_layout import WeightLayout
 PARAMETER_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def load_tokenizer(config: TokenizerChoice, weights: str, device: torch.device) -> Any:
+def load_tokenizer(config: TokenizerChoice, weights: str, device: torch.device, together: bool = False) -> Any:
     """A trained tokenizer in float32, frozen: an ``nn.Module`` with the methods of ``megavar.tokenizers.base``.
 
     Args:
         weights: a megavar run or checkpoint of a tokenizer, an export, or a file in a public layout of the tokenizer.
+        together: all ranks call it at this time, see :func:`megavar.frozen.load`.
 
     Raises:
         CheckpointError: the weights are missing, damaged, or of another tokenizer.
@@ -49,7 +50,8 @@ def load_tokenizer(config: TokenizerChoice, weights: str, device: torch.device) 
             f"recipe.tokenizer_weights: {weights} does not exist. Train the tokenizer first (list its configuration "
             f"under run.requires to have it trained automatically), or give a file in a public layout."
         )
-    frozen.load(tokenizer, path, weight_layouts(config, config.space), what="The file of tokenizer weights")
+    layouts = weight_layouts(config, config.space)
+    frozen.load(tokenizer, path, layouts, what="The file of tokenizer weights", together=together)
     return frozen.ready(tokenizer, device)
 
 
@@ -236,7 +238,7 @@ class Assembly:
     @functools.cached_property
     def _tokenizer(self) -> Any:
         weights = require_generator_recipe(self.config).tokenizer_weights
-        tokenizer = load_tokenizer(self.config.tokenizer, weights, self.device)
+        tokenizer = load_tokenizer(self.config.tokenizer, weights, self.device, together=True)
         if isinstance(self.source, CachedSamples):
             self.source.check_tokenizer(tokenizer)
         return tokenizer

@@ -110,7 +110,12 @@ def _sha256_of(path: str, size: int, modified: int, inode: int) -> str:
 
 
 def load(
-    target: nn.Module, path: Path, layouts: Mapping[str, WeightLayout], layout: str = "auto", what: str = "The file"
+    target: nn.Module,
+    path: Path,
+    layouts: Mapping[str, WeightLayout],
+    layout: str = "auto",
+    what: str = "The file",
+    together: bool = False,
 ) -> None:
     """Fill a whole network from a run, a checkpoint, an export, or a file in one of its public layouts.
 
@@ -118,6 +123,7 @@ def load(
         layouts: the network's public layouts by name.
         layout: the one of a file; ``megavar`` for an export, ``auto`` finds out.
         what: what a file should be, for messages.
+        together: all ranks call it at this time: one rank of each node verifies a checkpoint for the others.
 
     Raises:
         CheckpointError: the weights are missing, damaged, or of another network, which is then unchanged.
@@ -126,7 +132,7 @@ def load(
     from megavar.weight_file import read_weights_file
 
     if Path(path).is_dir():
-        load_weights(target, path)
+        load_weights(target, path, together=together)
     else:
         fill(target, read_weights_file(Path(path), shapes_of(target), layouts, layout, what=what))
 

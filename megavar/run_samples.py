@@ -36,6 +36,7 @@ from megavar.sampling.sampler import TokenDecoder
 from megavar.sampling.samples import Decoder, Samples
 from megavar.storage import atomic_file, write_json_atomic
 from megavar.tokenizers.base import Tokenizer
+from megavar.training.checkpoint.ranks import once_per_node
 from megavar.training.checkpoint.weights import find_checkpoint, load_weights
 
 DECODER = "decoder.json"
@@ -90,7 +91,8 @@ def _load(config: Config, device: torch.device, untrained: bool) -> tuple[nn.Mod
     """The generator, the tokenizer that it learned from, and what identifies both."""
     weights = require_generator_recipe(config).tokenizer_weights
     drawn = config.sampling.tokenizer_of(config.tokenizer)
-    tokenizer, of_tokenizer = load_tokenizer(drawn, weights, device), identify(weights)
+    tokenizer = load_tokenizer(drawn, weights, device, together=True)
+    of_tokenizer = once_per_node(lambda: identify(weights))
     generator = build_generator(config, None)
     model: dict[str, Any] = {"checkpoint": "initial weights", "seed": config.train.seed}
     if untrained:
@@ -98,7 +100,8 @@ def _load(config: Config, device: torch.device, untrained: bool) -> tuple[nn.Mod
     else:
         checkpoint, manifest = find_checkpoint(Path(config.run.path), verify=False)  # loading verifies it
         check_same(identities(manifest.frozen), {TOKENIZER: of_tokenizer}, checkpoint, "train a generator with these.")
-        load_weights(generator, checkpoint, GENERATOR_MODULE, ema=config.sampling.weights == "ema")
+        average = config.sampling.weights == "ema"
+        load_weights(generator, checkpoint, GENERATOR_MODULE, ema=average, together=True)
         model = identify(checkpoint).to_json()
     model |= {
         "weights": config.sampling.weights,

@@ -30,6 +30,11 @@ class ScaleInputs:
     start_position: bool = True
     """Whether the tokens of scale 0 carry their learned start position. SAR's code leaves it out in its second pass."""
 
+    targets: Tensor | None = None
+    """int64 [B, L]: the true tokens, for generators that compute losses instead of logits (``head_chunks``)."""
+    label_smoothing: float = 0.0
+    """Of these losses."""
+
     def maps(self, usual: tuple[int, ...]) -> dict[int, int]:
         """Side of each map of the sequence, coarse to fine, by the number of its scale.
 

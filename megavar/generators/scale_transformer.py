@@ -8,6 +8,7 @@ import functools
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,8 @@ from megavar.config.parallel import ParallelConfig
 from megavar.generators.base import Embedded, Generator, TokenSequence
 from megavar.generators.inputs import ScaleInputs
 from megavar.parallel.parameter_rule import ParameterRule
-from megavar.transformer.linear import LinearFloat32
+from megavar.parallel.vocabulary import Scores
+from megavar.transformer.linear import VocabularyLinear
 from megavar.transformer.megatron_config import transformer_config
 from megavar.transformer.modulation import ModulationNetwork
 from megavar.transformer.norms import normalize
@@ -35,7 +37,7 @@ class Head(nn.Module):
     def __init__(self, config: TransformerConfig, vocabulary: int) -> None:
         super().__init__()
         self.modulation = ModulationNetwork(config, 2, float32=True)
-        self.projection = LinearFloat32(
+        self.projection = VocabularyLinear(
             config.hidden_size,
             vocabulary,
             config=self.modulation.linear.config,
@@ -44,15 +46,16 @@ class Head(nn.Module):
             skip_bias_add=True,
         )
 
-    def forward(self, hidden: Tensor, condition: Tensor) -> Tensor:
-        """[L, B, C], [B, C] -> float32 [L, B, V / tensor-parallel size]."""
+    def forward(self, hidden: Tensor, condition: Tensor, *scoring: Any) -> Any:
+        """[L, B, C], [B, C] -> float32 logits [L, B, V / tensor-parallel size], or scores: see
+        :class:`VocabularyLinear` for these and for ``scoring``."""
         scale, shift = self.modulation(condition.float()).unbind(1)
-        logits, _ = self.projection(normalize(hidden.float()) * (1 + scale) + shift)
-        return logits
+        predicted, _ = self.projection(torch.addcmul(shift, normalize(hidden.float()), 1 + scale), *scoring)
+        return predicted
 
 
 class ScaleTransformer(Generator):
-    """A stage. The prediction is its logits: float32 [B, L, V / tensor-parallel size].
+    """A stage. The prediction is its logits: float32 [B, L, V / tensor-parallel size] (or scores, see :meth:`predict`).
 
     They are a view of a contiguous [L, B, V] tensor: ``parallel.vocabulary`` reduces rows in the order in which they
     lie, and copies none of them. A subclass says how maps are embedded and what routers call them.
@@ -134,9 +137,12 @@ class ScaleTransformer(Generator):
             return conditions["shared"].transpose(0, 1)
         return conditions["image"][0]
 
-    def predict(self, hidden: Tensor, conditions: Mapping[str, Tensor], inputs: ScaleInputs) -> Tensor:
-        """[L, B, C] -> float32 logits [B, L, V / tensor-parallel size]."""
-        return self.head(hidden, conditions["image"][0]).transpose(0, 1)
+    def predict(self, hidden: Tensor, conditions: Mapping[str, Tensor], inputs: ScaleInputs) -> Tensor | Scores:
+        """[L, B, C] -> float32 logits [B, L, V / tensor-parallel size]; with ``head_chunks`` scores of targets."""
+        condition, chunks = conditions["image"][0], self.choice.head_chunks
+        if chunks > 1 and inputs.targets is not None:
+            return self.head(hidden, condition, inputs.targets, inputs.label_smoothing, chunks)
+        return self.head(hidden, condition).transpose(0, 1)
 
     # -- parameters -------------------------------------------------------------------------------------------------
 
@@ -175,4 +181,6 @@ class ScaleTransformer(Generator):
         """Class 0, 1, ... and features of zeros."""
         labels = torch.arange(images) % self.choice.classes
         rows = self.space.length - self.space.sides[0] ** 2
-        return ScaleInputs(labels, torch.zeros(images, rows, self.space.channels), torch.arange(images))
+        targets = torch.zeros(images, self.space.length, dtype=torch.long)
+        features = torch.zeros(images, rows, self.space.channels)
+        return ScaleInputs(labels, features, torch.arange(images), targets=targets)

@@ -44,12 +44,15 @@ def vocabulary_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: f
         float32 [B, L], the same on every tensor-parallel rank.
     """
     rows, swapped = _rows(logits)
-    wanted = _flat(targets, swapped)
-    if parallel_state.get_tensor_model_parallel_world_size() == 1:
-        losses = F.cross_entropy(rows, wanted, reduction="none", label_smoothing=label_smoothing)
-    else:
-        losses = _ShardedCrossEntropy.apply(rows, wanted, label_smoothing)
+    losses = row_losses(rows, _flat(targets, swapped), label_smoothing)
     return _batch_first(losses, targets.shape, swapped)
+
+
+def row_losses(rows: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross entropy of logits [tokens, V / tensor-parallel size] with targets [tokens]: float32 [tokens]."""
+    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+        return F.cross_entropy(rows, targets, reduction="none", label_smoothing=label_smoothing)
+    return _ShardedCrossEntropy.apply(rows, targets, label_smoothing)  # type: ignore[no-any-return]
 
 
 class _ShardedCrossEntropy(torch.autograd.Function):
@@ -113,6 +116,12 @@ def vocabulary_best(logits: Tensor) -> Tensor:
         logits: as in :func:`vocabulary_cross_entropy`.
     """
     rows, swapped = _rows(logits)
+    return _batch_first(row_best(rows), logits.shape, swapped)
+
+
+@torch.no_grad()
+def row_best(rows: Tensor) -> Tensor:
+    """The most likely tokens of logits [tokens, V / tensor-parallel size]: int64 [tokens]."""
     best, index = rows.max(-1)
     if parallel_state.get_tensor_model_parallel_world_size() > 1:
         group = parallel_state.get_tensor_model_parallel_group()
@@ -121,9 +130,62 @@ def vocabulary_best(logits: Tensor) -> Tensor:
         dist.all_reduce(overall, dist.ReduceOp.MAX, group=group)
         index = torch.where(best == overall, index, torch.iinfo(torch.int64).max)
         dist.all_reduce(index, dist.ReduceOp.MIN, group=group)
-    return _batch_first(index, logits.shape, swapped)
+    return index
 
 
 def vocabulary_hits(logits: Tensor, targets: Tensor) -> Tensor:
     """Whether the most likely token is the target: bool [B, L]; arguments as in :func:`vocabulary_cross_entropy`."""
     return vocabulary_best(logits) == targets
+
+
+Scores = tuple[Tensor, Tensor]
+"""Cross entropy of each token, float32 [B, L], and whether its most likely value is the target, bool [B, L]: what a
+generator predicts in the place of logits when it is told the targets."""
+
+
+def scores(prediction: Tensor | Scores, targets: Tensor, label_smoothing: float = 0.0) -> Scores:
+    """Scores of logits [B, L, V / tensor-parallel size]; those that a generator has computed are as they are."""
+    if isinstance(prediction, tuple):
+        return prediction
+    losses = vocabulary_cross_entropy(prediction, targets, label_smoothing)
+    return losses, vocabulary_hits(prediction, targets)
+
+
+class ChunkedScores(torch.autograd.Function):
+    """Projection to the vocabulary and cross entropy, some rows at a time; the backward pass computes logits again.
+
+    Logits, their softmax and its gradient exist for one chunk only. The weights are used once in the graph, however
+    many chunks there are, so that ZeRO reduces their gradients once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, smoothing: float, chunks: int
+    ) -> Scores:
+        """[tokens, C], [V / size, C], [V / size], all float32, and int64 [tokens] -> both [tokens]."""
+        losses, hits = [], []
+        for part, wanted in zip(rows.chunk(chunks), targets.chunk(chunks)):
+            logits = F.linear(part, weight, bias)
+            losses.append(row_losses(logits, wanted, smoothing))
+            hits.append(row_best(logits) == wanted)
+        ctx.save_for_backward(rows, weight, bias, targets)
+        ctx.smoothing, ctx.chunks = smoothing, chunks
+        hit = torch.cat(hits)
+        ctx.mark_non_differentiable(hit)
+        return torch.cat(losses), hit
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        """Of rows (this rank's share of the vocabulary in it), weight and bias."""
+        rows, weight, bias, targets = ctx.saved_tensors
+        of_rows, of_weight, of_bias = torch.empty_like(rows), torch.zeros_like(weight), torch.zeros_like(bias)
+        parts = [tensor.chunk(ctx.chunks) for tensor in (rows, targets, gradients[0], of_rows)]
+        for part, wanted, gradient, of_part in zip(*parts):
+            logits = F.linear(part, weight, bias).requires_grad_()
+            with torch.enable_grad():
+                losses = row_losses(logits, wanted, ctx.smoothing)
+            (of_logits,) = torch.autograd.grad(losses, logits, gradient)
+            torch.mm(of_logits, weight, out=of_part)
+            of_weight.addmm_(of_logits.t(), part)
+            of_bias += of_logits.sum(0)
+        return of_rows, of_weight, of_bias, None, None, None

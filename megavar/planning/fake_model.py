@@ -107,9 +107,11 @@ def follow(model: Any, observation: Observation) -> None:
 
 def loss_of(output: Any, space: TokenSpace) -> Tensor:
     """Cross entropy where tokens are ids; a generator of vectors returns its loss itself."""
-    prediction: Tensor = output.prediction
+    prediction = output.prediction
     if space.vocabulary is None:
-        return prediction.float().sum()
+        return prediction.float().sum()  # type: ignore[no-any-return]
+    if isinstance(prediction, tuple):
+        return prediction[0].sum()  # type: ignore[no-any-return]
     targets = torch.zeros(prediction.shape[:-1], dtype=torch.long)
     return vocabulary_cross_entropy(prediction, targets).sum()
 

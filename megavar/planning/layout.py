@@ -8,6 +8,8 @@ from megavar.parallel.topology import data_parallel_size
 
 BUCKET = 500_000_000
 """DeepSpeed's default for ``reduce_bucket_size``, in elements."""
+SHIPPED_BUCKET = 50_000_000
+"""What ``configs/deepspeed/zero1.json``, ``zero2.json`` and ``zero3.json`` say."""
 LIVE_PARAMETERS = 1_000_000_000
 """DeepSpeed's default for ``stage3_max_live_parameters``."""
 

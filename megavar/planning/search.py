@@ -7,7 +7,7 @@ from typing import Literal
 
 from megavar.errors import ConfigError
 from megavar.parallel.rules import check_layout
-from megavar.planning.layout import Layout, Zero
+from megavar.planning.layout import SHIPPED_BUCKET, Layout, Zero
 from megavar.planning.workload import Prediction, Workload
 
 STAGES = (1, 2, 3)
@@ -52,7 +52,7 @@ def _zero(base: Layout, stage: int) -> Zero:
     """DeepSpeed's settings of ``configs/deepspeed/zero<stage>.json``, or the base's own where it has that stage."""
     if stage == base.zero.stage and not base.zero.offload_optimizer:
         return base.zero
-    return Zero(stage, buckets=2 if stage == 2 else 1)
+    return Zero(stage, bucket=SHIPPED_BUCKET, buckets=2 if stage == 2 else 1)
 
 
 def is_allowed(workload: Workload, layout: Layout) -> bool:

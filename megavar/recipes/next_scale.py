@@ -9,8 +9,8 @@ loss          = lambda * mean cross entropy            Eq. 5, 13
                 + terms                                semantic guidance: Eq. 11 to 13
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from megavar.errors import ConfigError
 from megavar.generators.base import GeneratorOutput
 from megavar.generators.inputs import ScaleInputs
 from megavar.parallel import seeds
-from megavar.parallel.vocabulary import vocabulary_cross_entropy, vocabulary_hits
+from megavar.parallel.vocabulary import scores
 from megavar.recipes.base import BaseRecipe, Count, Losses, Parts, Pass
 from megavar.recipes.scale_lists.base import ScaleLists
 from megavar.recipes.terms.base import Term, add_terms, heads_of, prepare_terms, taps_of
@@ -120,14 +120,18 @@ class NextScale(BaseRecipe):
 
     def passes(self, module: str, step: int) -> Sequence[Pass]:
         """Teacher forcing."""
-        return [Pass(lambda model, inputs: model(inputs.model), self.loss)]
+        return [Pass(self.forward, self.loss)]
+
+    def forward(self, model: Callable[[ScaleInputs], Any], inputs: NextScaleInputs) -> Any:
+        """The generator is told the targets: it may compute their losses itself, without keeping all logits."""
+        return model(replace(inputs.model, targets=inputs.targets, label_smoothing=self.config.label_smoothing))
 
     def loss(self, output: GeneratorOutput, inputs: NextScaleInputs) -> Losses:
         """Weighted cross entropy in nats (Eq. 5, 13) and the terms; loss and accuracy of each scale beside it."""
-        per_token = vocabulary_cross_entropy(output.prediction, inputs.targets, self.config.label_smoothing)
+        per_token, hit = scores(output.prediction, inputs.targets, self.config.label_smoothing)
         total = per_token.sum()
         with torch.no_grad():
-            hits = vocabulary_hits(output.prediction, inputs.targets).float()
+            hits = hit.float()
             means = self._by_scale(inputs.model.sides or self.tokenizer.space.sides, per_token.detach(), hits)
         weighted = self.config.cross_entropy_weight * total
         losses = Losses(weighted, {"loss": total.detach(), "accuracy": hits.sum()}, means=means)

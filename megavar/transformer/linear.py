@@ -12,6 +12,8 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megavar.parallel.vocabulary import ChunkedScores
+
 
 class ColumnLinear(ColumnParallelLinear):
     """A column-parallel layer that adds its bias itself, whoever builds it."""
@@ -39,6 +41,32 @@ class LinearFloat32(ColumnParallelLinear):
         if self.gather_output and bias.shape[0] != output.shape[-1]:
             bias = tensor_parallel.gather_from_tensor_model_parallel_region(bias)
         return output + bias, None
+
+
+class VocabularyLinear(LinearFloat32):
+    """From hidden states to logits over a vocabulary that tensor-parallel ranks share, or to scores of targets."""
+
+    def forward(  # type: ignore[override]
+        self, hidden: Tensor, targets: Tensor | None = None, smoothing: float = 0.0, chunks: int = 1
+    ) -> tuple[Any, None]:
+        """Logits, or scores in row chunks.
+
+        Args:
+            hidden: [L, B, C].
+            targets: int64 [B, L]; None asks for logits.
+            smoothing: of labels.
+            chunks: parts of the rows whose logits exist at a time.
+
+        Returns:
+            float32 [L, B, V / tensor-parallel size], or :data:`megavar.parallel.vocabulary.Scores` [B, L].
+        """
+        if targets is None:
+            return super().forward(hidden)
+        if self.tp_group.size() > 1:  # the gradient of its input is the sum over the ranks' parts of the vocabulary
+            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
+        rows, weight, bias = (tensor.float() for tensor in (hidden.flatten(0, 1), self.weight, self.bias))
+        losses, hits = ChunkedScores.apply(rows, weight, bias, targets.t().flatten(), smoothing, chunks)
+        return (losses.view(hidden.shape[:2]).t(), hits.view(hidden.shape[:2]).t()), None
 
 
 class QKVLinear(ColumnParallelLinear):

@@ -11,12 +11,15 @@ from megavar.errors import CheckpointError
 from megavar.parallel import topology
 from megavar.parallel.environment import environment
 from megavar.training.checkpoint import Checkpointer, ModuleState, initial, master, read_weights
+from megavar.training.checkpoint import manifest as manifests
 from megavar.training.checkpoint.initial import InitialWeights
 from megavar.training.checkpoint.ranks import Ranks
+from megavar.training.checkpoint.weights import load_weights
 from megavar.weight_file import About, read_weights_file, write_export
 from megavar.weight_layout import NamedLayout
 from tests.checkpoint.conftest import SAVED, assert_same
 from tests.checkpoint.layered import Layout, Run
+from tests.checkpoint.written import write_weights
 from tests.distributed import curves
 from tests.distributed.harness import run_ranks
 
@@ -181,3 +184,26 @@ def test_a_damaged_checkpoint_is_no_beginning(sources, tmp_path):
     shard.write_bytes(content)
     for text in run_ranks(2, _refusal, Layout(2, 1), tmp_path / "copy", (), 8):
         assert "is damaged" in text and shard.name in text
+
+
+def _loaded_together(directory):
+    """How many times this rank verified files, and what it loaded or why not."""
+    topology.initialize(ParallelConfig(), environment())
+    verified, damage = [], manifests.damage
+    manifests.damage = lambda *arguments: verified.append(arguments) or damage(*arguments)
+    target = torch.nn.Module()
+    target.weight = torch.nn.Parameter(torch.zeros(3))
+    try:
+        load_weights(target, directory, together=True)
+        return len(verified), target.weight.tolist()
+    except CheckpointError as error:
+        return len(verified), str(error)
+
+
+def test_one_rank_of_a_node_verifies_for_the_others(tmp_path):
+    checkpoint = write_weights(tmp_path, "net", {"weight": torch.arange(3.0)})
+    assert run_ranks(2, _loaded_together, checkpoint) == [(1, [0.0, 1.0, 2.0]), (0, [0.0, 1.0, 2.0])]
+    (shard, *_) = [path for path in checkpoint.iterdir() if path.name != manifests.FILE_NAME and path.is_file()]
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    (first, told), (second, also_told) = run_ranks(2, _loaded_together, checkpoint)
+    assert (first, second) == (1, 0) and told == also_told and "is damaged" in told

@@ -56,6 +56,7 @@ class Setup:
     dense: bool = False
     router: str = "scale_token"
     shared: bool = False
+    head_chunks: int = 1
     taps: tuple[str, ...] = ()
     parallel: dict[str, Any] = field(default_factory=dict)
 
@@ -65,6 +66,7 @@ class Setup:
         extras += [self.backend if self.backend != "megatron" else "", "dense" if self.dense else ""]
         extras += [self.router if self.router != "scale_token" else ""]
         extras += [f"micro{self.micro_batch_size}" if self.micro_batch_size else "", "shared" if self.shared else ""]
+        extras += [f"head_chunks{self.head_chunks}" if self.head_chunks > 1 else ""]
         return "-".join(filter(None, [f"ranks{self.world_size}", layout, f"zero{self.stage}", *extras]))
 
 
@@ -82,6 +84,7 @@ def generator_config(setup: Setup) -> VARConfig:
         initial_gamma=0.3,  # the default starts the blocks so close to the identity that errors inside would not show
         initial_head=1.0,
         shared_adaptive_norm=setup.shared,
+        head_chunks=setup.head_chunks,
         experts=None if setup.dense else experts,
     )
 

@@ -57,6 +57,9 @@ LAYOUTS = [
     Setup(2, 3, offload=("optimizer", "param")),
     Setup(4, 1, dense=True, parallel={"tensor": 2, "sequence": True}),
     Setup(4, 1, dense=True, shared=True, micro_batch_size=2, parallel={"tensor": 2, "pipeline": 2}),
+    *[Setup(2, stage, head_chunks=3, micro_batch_size=2) for stage in (1, 2, 3)],
+    Setup(4, 3, head_chunks=3, parallel={"tensor": 2, "sequence": True}),
+    Setup(4, 1, head_chunks=2, micro_batch_size=2, parallel={"tensor": 2, "pipeline": 2}),
     Setup(2, 1, backend="grouped", parallel={"expert": 2}),
     Setup(2, 3, backend="grouped", parallel={"expert": 2}),
     Setup(

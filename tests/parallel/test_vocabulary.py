@@ -3,12 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core import tensor_parallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megavar.config.parallel import ParallelConfig
 from megavar.parallel import topology
 from megavar.parallel.environment import environment
-from megavar.parallel.vocabulary import vocabulary_best, vocabulary_cross_entropy, vocabulary_hits
+from megavar.parallel.vocabulary import ChunkedScores, vocabulary_best, vocabulary_cross_entropy, vocabulary_hits
 from tests.distributed.harness import run_ranks
 
 B, L, V = 3, 5, 64
@@ -73,6 +74,43 @@ def test_cross_entropy_is_torchs_and_copies_nothing(tensor, order, smoothing):
         if not smoothing:
             assert in_backward == (2 if tensor == 1 else 1), "torch has a gradient of the log-softmax, too"
         assert torch.equal(best, logits.argmax(-1))
+
+
+def scores_on_this_rank(tensor, smoothing, chunks):
+    mesh = topology.initialize(ParallelConfig(tensor=tensor), environment())
+    hidden, weight, bias, targets = head_case()
+    weight, bias = (part.chunk(tensor)[mesh.tensor_rank].clone().requires_grad_() for part in (weight, bias))
+    hidden.requires_grad_()
+    with NewTensors(B * L * V // tensor) as made:
+        shared = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
+        losses, hits = ChunkedScores.apply(shared, weight, bias, targets, smoothing, chunks)
+        (losses * torch.arange(B * L) / 10).sum().backward()
+    return losses.detach(), hits, hidden.grad, weight.grad, bias.grad, len(made.names)
+
+
+def head_case():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((B * L, 6), (V, 6), (V,)))
+    return hidden, weight, bias, torch.randint(V, (B * L,), generator=generator)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("chunks", [2, 4])
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_scores_in_chunks_are_those_of_all_logits_which_never_exist_together(tensor, chunks, smoothing):
+    hidden, weight, bias, targets = head_case()
+    leaves = [leaf.requires_grad_() for leaf in (hidden, weight, bias)]
+    logits = F.linear(*leaves)
+    expected = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+    (expected * torch.arange(B * L) / 10).sum().backward()
+    for rank, found in enumerate(run_ranks(tensor, scores_on_this_rank, tensor, smoothing, chunks)):
+        losses, hits, of_hidden, of_weight, of_bias, large = found
+        torch.testing.assert_close(losses, expected.detach())
+        assert torch.equal(hits, logits.argmax(-1) == targets)
+        torch.testing.assert_close(of_hidden, hidden.grad)
+        torch.testing.assert_close(of_weight, weight.grad.chunk(tensor)[rank])
+        torch.testing.assert_close(of_bias, bias.grad.chunk(tensor)[rank])
+        assert large == 0
 
 
 def _ties(tensor):

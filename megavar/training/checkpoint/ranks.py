@@ -1,12 +1,38 @@
 """Small agreements between all ranks, over a gloo group of their own."""
 
+import socket
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from megavar.errors import CheckpointAccessError
+from megavar.parallel.environment import environment
 
 T = TypeVar("T")
+
+
+def once_per_node(work: Callable[[], T]) -> T:
+    """What ``work`` returns or raises, done by one rank of each node for all ranks of it. Collective where there are
+    process groups; a single process does it itself.
+
+    For reading and hashing what all ranks need: on a shared file system every reader more is a burden.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return work()
+    node, local = socket.gethostname(), environment().local_rank
+    outcome: tuple[str, Any, BaseException | None] | None = None
+    if local == 0:
+        try:
+            outcome = node, work(), None
+        except Exception as error:
+            outcome = node, None, error
+    outcomes: list[tuple[str, Any, BaseException | None] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, outcome)
+    _, value, failure = next(found for found in outcomes if found is not None and found[0] == node)
+    if failure is not None:
+        raise failure
+    return value  # type: ignore[no-any-return]
 
 
 class Ranks:

@@ -10,6 +10,7 @@ from megavar.errors import CheckpointError
 from megavar.training.checkpoint import manifest as manifests
 from megavar.training.checkpoint import shards, store
 from megavar.training.checkpoint.manifest import DamagedError, Manifest, ModuleEntry
+from megavar.training.checkpoint.ranks import once_per_node
 from megavar.training.checkpoint.state import (
     AVERAGE,
     BUFFER,
@@ -104,11 +105,14 @@ def read_weights(
 
 @torch.no_grad()
 def load_weights(
-    target: nn.Module, path: Path, module: str | None = None, ema: bool = False, verify: bool = True
+    target: nn.Module, path: Path, module: str | None = None, ema: bool = False, together: bool = False
 ) -> Manifest:
     """Fill the parameters and buffers of ``target``, which may be one rank's part of any layout (not of ZeRO-3).
 
     Every rank calls it and reads what it needs, without communication. Arguments as in :func:`read_weights`.
+
+    Args:
+        together: all ranks call it at this time: one rank of each node verifies the files for the others.
 
     Returns:
         The manifest of the checkpoint.
@@ -116,7 +120,7 @@ def load_weights(
     Raises:
         CheckpointError: as :func:`read_weights`, or ``target`` is another model.
     """
-    path, manifest = find_checkpoint(path, verify)
+    path, manifest = once_per_node(lambda: find_checkpoint(path)) if together else find_checkpoint(path)
     module, entry = module_of(path, manifest, module, ema)
     stored = shards.index(path).keys()
     parameters, buffers = dict(target.named_parameters()), persistent_buffers(target)

@@ -111,13 +111,14 @@ def _from_file(
     if config.recipe.trains != "generator":
         return _of_tokenizer(config, fill_whole, step, device)
     embedded = embedded_tokenizer(place) if tokenizer is None else {}
-    if embedded:
 
-        def tokenizer_of(choice: TokenizerChoice) -> Tokenizer:
-            network = resolve(choice)(choice)
-            _fill_whole(network, embedded, place)
-            return _frozen(network, device)
-    else:
+    def from_export(choice: TokenizerChoice) -> Tokenizer:
+        network = resolve(choice)(choice)
+        _fill_whole(network, embedded, place)
+        return _frozen(network, device)
+
+    tokenizer_of: TokenizerOf = from_export
+    if not embedded:
         record = stored_value(metadata, "tokenizer", {}, place)
         before = identities({TOKENIZER: record} if record else {})
         tokenizer_of = _tokenizer_of(config, find_tokenizer(config, place, _REMEDY, tokenizer), before, place, device)

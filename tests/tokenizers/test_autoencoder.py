@@ -161,7 +161,7 @@ def test_files_that_are_no_state_dict_are_refused(tiny, tmp_path):
     missing, truncated, nested = tmp_path / "absent.pth", tmp_path / "truncated.pth", tmp_path / "nested.pth"
     save_public(tiny, truncated)
     truncated.write_bytes(truncated.read_bytes()[:5000])
-    torch.save({"epoch": 3, "trainer": public_state(tiny)}, nested)
+    torch.save({"epoch": 3, "steps": [4, 5]}, nested)
     text = tmp_path / "text.safetensors"
     text.write_text("not tensors")
     for path, reason in [(missing, "does not exist"), (truncated, "cannot be read"), (text, "cannot be read"),

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from megavar.config.optimizer import CosineSchedule, OptimizerOverrides
+from megavar.config.optimizer import CosineSchedule
 from megavar.errors import ClusterError, ConfigError, ExitCode, NonFiniteError
 from megavar.training.trainer import Trainer
 from tests.distributed.harness import run_ranks
@@ -401,19 +401,6 @@ def test_a_run_whose_directory_vanishes_does_not_finish(tmp_path, at, what):
 
 def test_without_a_checkpoint_a_bad_start_ends_the_run(tmp_path):
     assert "no checkpoint to go back to" in run_ranks(1, _rolls_back, tmp_path, range(0, 10), 20)[0][3]
-
-
-def _unknown_module(directory):
-    run = tiny.build_run(directory)
-    optimizer = run.optimizer.model_copy(update={"modules": {"generatr": OptimizerOverrides(lr=1.0)}})
-    with pytest.raises(ConfigError) as caught:
-        Trainer(dataclasses.replace(run, optimizer=optimizer))
-    return str(caught.value)
-
-
-def test_values_for_a_module_that_does_not_exist_are_refused(tmp_path):
-    (message,) = run_ranks(1, _unknown_module, tmp_path)
-    assert "optimizer.modules names 'generatr', but this recipe trains" in message
 
 
 def _uneven(directory, train):

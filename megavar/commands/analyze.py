@@ -41,11 +41,11 @@ def run(options: argparse.Namespace) -> ExitCode:
     """Entry point of the command."""
     own = [word.removeprefix(PREFIX) for word in options.overrides if word.startswith(PREFIX)]
     shared = [word for word in options.overrides if not word.startswith(PREFIX)]
+    choice = _choice(options.kind, own)
     place = environment()
     runs = [Subject(_load(path, shared), place.device) for path in (options.config, *options.beside)]
     topology.initialize(ParallelConfig(), place)
     limit_threads(runs[0].config.train.cpu_threads)
-    choice = _choice(options.kind, own)
     report = resolve(choice)(choice).look(runs)
     paths = write(report, choice, runs, options.out or runs[0].directory / "analysis")
     topology.shutdown()

@@ -24,7 +24,8 @@ ALLOWED: dict[str, set[str]] = {
     "transformer": {"config", "parallel"},
     "tokenizers": {"config", "parallel", "weight_file", "weight_layout"},
     "generators": {"config", "parallel", "transformer", "weight_layout"},
-    "recipes": {"config", "parallel", "data", "generators", "sampling", "tokenizers"},
+    "teachers": {"config", "weight_layout"},
+    "recipes": {"config", "parallel", "data", "generators", "sampling", "teachers", "tokenizers"},
     # Scale: tensors, ranks and bytes.
     "data": {"config", "parallel"},
     "chunks": {"parallel"},

@@ -208,6 +208,8 @@ def _preview(assembly: Assembly, recipe: Recipe) -> Callable[[int], Tensor | Non
     if config.recipe.trains == "tokenizer":
         tokenizer: Any = recipe.modules()[TOKENIZER_MODULE]
         return functools.partial(_reconstructions, config, tokenizer, _preview_source(config), assembly.device)
+    if config.recipe.trains == "teacher":
+        return None  # features are nothing to look at
     if assembly.topology.config.pipeline > 1:
         return None  # a pipeline stage cannot decode alone: sample from a checkpoint instead
     generator = recipe.modules()[GENERATOR_MODULE]

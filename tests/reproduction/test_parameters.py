@@ -23,7 +23,7 @@ def test_parameters_are_those_of_the_paper(run, monkeypatch):
     table, row = ROWS[run]
     config = table.config_of(row)
     (cost,) = measure([Request(config.generator, config.tokenizer.space)])
-    activated = count_parameters(config.limits, cost).activated
+    activated = count_parameters(config.generator, config.tokenizer.space, cost).activated
     for term in config.recipe.terms:
         activated += term.projection.parameters(config.generator.hidden_size, term.teacher.width)
     agrees = abs(activated / 1e6 - row.paper_parameters) <= 0.5

@@ -1,5 +1,6 @@
 """The dense feed-forward network."""
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -7,7 +8,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megavar.transformer.context import ForwardContext
-from megavar.transformer.dropout import dropout
+from megavar.transformer.dropout import dropout, prepare_dropout
 from megavar.transformer.linear import RowLinear
 
 
@@ -26,8 +27,14 @@ class FeedForward(nn.Module):
     def __init__(self, config: TransformerConfig, number: int = 0, *, dropout: float = 0.0) -> None:
         super().__init__()
         self.config, self.number, self.dropout = config, number, dropout
+        shared = config.tensor_model_parallel_size > 1
+        self.tensor_rank = parallel_state.get_tensor_model_parallel_rank() if shared else 0
         submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowLinear)
         self.mlp = MLP(config, submodules, ffn_hidden_size=config.ffn_hidden_size)
+
+    def prepare(self, context: ForwardContext, device: torch.device) -> None:
+        """Start the draws of the inner channels."""
+        prepare_dropout(context, "dropout/inner", self.number, self.config.num_layers, self.dropout)
 
     def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
         """[L, B, C] -> [L, B, C]."""
@@ -35,9 +42,7 @@ class FeedForward(nn.Module):
         inner = activate(inner if bias is None else inner + bias, self.config)
         if self.dropout:
             # The first layer gathers the rows: here every rank has all of them and some of the channels.
-            first = parallel_state.get_tensor_model_parallel_rank() * inner.shape[-1]
-            inner = dropout(
-                inner, context, stream="dropout/inner", block=self.number, rate=self.dropout, first_channel=first
-            )
+            first = self.tensor_rank * inner.shape[-1]
+            inner = dropout(inner, context, stream="dropout/inner", rate=self.dropout, first_channel=first)
         output, bias = self.mlp.linear_fc2(inner)
         return output if bias is None else output + bias

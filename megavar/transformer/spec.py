@@ -12,7 +12,9 @@ part               built with                                          called wi
 ``residual``       ``config, number, depth``                           branch, "attention" or "feed_forward", context
 =================  ==================================================  ========================================
 
-plus the parameters of the spec. Hidden states are [L, B, C]; sizes are the ``TransformerConfig``'s.
+plus the parameters of the spec. A part that has a method ``prepare(context, device)`` is asked before each pass: what
+depends on the number of the block or on the sequence layout it computes there and leaves in the context, so that one
+compiled graph serves all blocks and all layouts. Hidden states are [L, B, C]; sizes are the ``TransformerConfig``'s.
 """
 
 import functools

@@ -218,10 +218,27 @@ def test_choice():
     for layout, given, device, expected in chosen:
         assert choose_kernel("auto", Visibility(layout, given), device) == expected
     assert choose_kernel("flex", Visibility(raster), cpu) == "flex"
+    compiled = [choose_kernel("auto", Visibility(scales), device, compiled=True) for device in (cpu, cuda)]
+    assert compiled == ["dense", "flex"], "a graph that serves all lists of scales"
     with pytest.raises(ConfigError, match=r"attention_kernel=prefix.*\(visibility causal\).*dense, causal, flex"):
         choose_kernel("prefix", Visibility(raster), cpu)
     with pytest.raises(ConfigError, match=r"attention_kernel=causal.*causal, with samples of different lengths"):
         choose_kernel("causal", Visibility(raster, valid), cpu)
+
+
+def test_flex_on_cuda_is_triton_whatever_becomes_the_default(monkeypatch):
+    """The FLASH backend's gradients are wrong at head size 64. Fake tensors: no GPU runs here."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    asked = []
+    monkeypatch.setattr(kernels, "_flex_function", lambda: lambda q, k, v, **options: asked.append(options) or q)
+    seen = Visibility(SequenceLayout((1, 4)))
+    with FakeTensorMode(), torch.no_grad():
+        for device in ("cuda", "cpu"):
+            q = torch.empty(1, 2, 5, 64, device=device)
+            seen._made["block mask"] = None
+            kernels.flex_attention(q, q, q, seen, 1.0)
+    assert [options["kernel_options"] for options in asked] == [{"BACKEND": "TRITON"}, {}]
 
 
 def test_masks_of_a_mode_do_not_outlive_it():

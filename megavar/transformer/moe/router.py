@@ -21,13 +21,12 @@ from typing import NamedTuple
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megavar.config.experts.base import ExpertsChoice
 from megavar.transformer.context import ForwardContext, RoutingRecord
-from megavar.transformer.moe.routing import Bounds, balance_loss, top_k_gates
+from megavar.transformer.moe.routing import Bounds, WithLoss, balance_loss, top_k_gates
 
 
 class Routing(NamedTuple):
@@ -128,7 +127,7 @@ class Router(nn.Module, ABC):
             self._record(assignment, kinds, counted, loss)
         coefficient = self.experts.balance_coefficient * self.context.balance
         if torch.is_grad_enabled() and coefficient > 0:
-            gates = MoEAuxLossAutoScaler.apply(gates, coefficient * loss)
+            gates = WithLoss.apply(gates, coefficient * loss)
         experts = slice(self.experts.number)
         return Routing(
             gates[..., experts].flatten(0, 1).to(hidden.dtype),
@@ -147,7 +146,7 @@ class Router(nn.Module, ABC):
         assert self.context is not None
         own = self._own_rows(hidden.shape[0])
         rows = slice(own.start, own.stop)
-        kinds = self.context.sequence.kind_index(hidden.device)
+        kinds = self.context.kind_index(hidden.device)
         return kinds[rows], self.context.counted_rows(hidden.device)[rows].float()
 
     @torch.no_grad()
@@ -162,7 +161,7 @@ class Router(nn.Module, ABC):
             numbers = torch.arange(self.experts.number + 1, device=kinds.device)  # none to all
             found = assignment[..., : self.experts.number].sum(-1)[..., None] == numbers
             met = _by_kind((found * counted[..., None]).sum(1), kinds, self.kinds)
-        self.context.routing.append(RoutingRecord(self.block, load, loss.detach(), met))
+        self.context.routing.append(RoutingRecord(load, loss.detach(), met))
 
 
 def _by_kind(values: Tensor, kinds: Tensor, number: int) -> Tensor:

@@ -193,7 +193,10 @@ class Assembly:
             ConfigError: sections contradict each other or the data.
         """
         check_consistency(self.config, self.source)
-        return resolve(self.config.recipe).build(self)
+        section = self.config.recipe
+        recipe: Recipe = resolve(section).build(self)
+        assert tuple(recipe.modules()) == section.modules, f"{type(section).__name__}.modules lists {section.modules}"
+        return recipe
 
     def tokenizer(self) -> Any:
         """The frozen tokenizer whose tokens the run's generator learns.

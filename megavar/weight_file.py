@@ -7,6 +7,7 @@ such a file, or one in a public weight layout of the model, into the same names 
 """
 
 import json
+import logging
 import pickle
 import re
 import zipfile
@@ -23,7 +24,10 @@ from torch import Tensor
 import megavar
 from megavar import storage, weight_layout
 from megavar.errors import CheckpointError
+from megavar.state_dicts import state_dicts, without_wrappers
 from megavar.weight_layout import Shape, WeightLayout
+
+_log = logging.getLogger(__name__)
 
 OURS = "megavar"
 """The weight layout of our own exports."""
@@ -100,8 +104,33 @@ def read_weights_file(
         CheckpointError: the file cannot be read, or its tensors are not those of the model.
     """
     path = Path(path)
-    state = read_state_dict(path, what)
-    metadata = read_metadata(path)
+    fitting: dict[str, dict[str, Tensor]] = {}
+    problems = []
+    states = read_state_dicts(path, what)
+    for place, state in states.items():
+        try:
+            fitting[place] = _fitted(state, read_metadata(path), expected, layouts, layout, fresh)
+        except CheckpointError as error:
+            problems.append(f"{error}" if len(states) == 1 else f"In {place!r}: {error}")
+    if len(fitting) == 1:
+        return next(iter(fitting.values()))
+    if fitting:
+        raise CheckpointError(
+            f"{what} {path} holds {len(fitting)} state dicts of this model: {', '.join(fitting)}. Save the one that "
+            f"you mean in a file of its own."
+        )
+    raise CheckpointError(f"{what} {path} cannot be used: {' '.join(problems)}")
+
+
+def _fitted(
+    state: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    expected: Mapping[str, Shape],
+    layouts: Mapping[str, WeightLayout],
+    layout: str,
+    fresh: tuple[str, ...],
+) -> dict[str, Tensor]:
+    """As :func:`read_weights_file`, from one state dict."""
     passed = {name: shape for name, shape in expected.items() if name.startswith(fresh)}
     expected = {name: shape for name, shape in expected.items() if name not in passed}
     ours = state.keys() >= expected.keys()
@@ -116,7 +145,7 @@ def read_weights_file(
             return layouts[name].load(state, expected, passed)
         except CheckpointError as error:
             problems.append(f"{error}" if len(candidates) == 1 else f"As {name!r}: {error}")
-    raise CheckpointError(f"{what} {path} cannot be used: {' '.join(problems)}")
+    raise CheckpointError(" ".join(problems))
 
 
 def _candidates(metadata: Mapping[str, str], layouts: Mapping[str, WeightLayout], ours: bool) -> tuple[str, ...]:
@@ -159,7 +188,21 @@ def read_state_dict(path: str | Path, what: str) -> dict[str, Tensor]:
         what: what the file should be, for messages ("Tokenizer checkpoint").
 
     Raises:
-        CheckpointError: the file is missing, cannot be read, or holds something else.
+        CheckpointError: the file is missing, cannot be read, holds something else, or several state dicts.
+    """
+    states = read_state_dicts(path, what)
+    if len(states) > 1:
+        raise CheckpointError(
+            f"{what} {path} holds {len(states)} state dicts: {', '.join(states)}. Save the one that you mean in a file "
+            f"of its own."
+        )
+    return next(iter(states.values()))
+
+
+def read_state_dicts(path: str | Path, what: str) -> dict[str, dict[str, Tensor]]:
+    """The state dicts of a file by their places in it, without what wrappers added to names; a warning says so.
+
+    A plain state dict is the only one, at "". Arguments and errors as in :func:`read_state_dict`.
     """
     path = Path(path)
     if not path.is_file():
@@ -170,12 +213,19 @@ def read_state_dict(path: str | Path, what: str) -> dict[str, Tensor]:
         content = load_file(path) if _is_safetensors(path) else _load_pickle(path)
     except Exception as error:  # a file that is no pickle may raise almost anything
         raise CheckpointError(f"{what} {path} cannot be read: {_reason(path, error)}") from error
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    found = state_dicts(content)
+    if not found:
         raise CheckpointError(
             f"{what} {path} is not a plain state dict (names to tensors). If it is a training checkpoint, extract the "
             "model's state dict from it first."
         )
-    return dict(content)
+    result = {}
+    for place, state in found.items():
+        result[place], removed = without_wrappers(state)
+        if place or removed:
+            names = f" without {' and '.join(map(repr, removed))} in their names" if removed else ""
+            _log.warning("%s: tensors%s are read%s.", path, f" of {place!r}" if place else "", names)
+    return result
 
 
 _TEXTS = {

@@ -78,6 +78,7 @@ def bare_loop(
     for step in range(steps):
         (batch,) = batches(step)
         named: dict[str, Tensor] = {}
+        means: dict[str, tuple[Any, Any]] = {}
         inputs, valid = recipe.prepare(batch, step), recipe.valid(batch, step)
         adam.zero_grad()
         for one in recipe.passes(module, step):
@@ -89,7 +90,9 @@ def bare_loop(
                 losses = one.loss(output, inputs)
                 _backward(losses, valid, len(batch))
                 named |= {name: value / valid for name, value in losses.named.items()}
-                named |= {name: value / count for name, (value, count) in losses.means.items()}
+                for name, (value, count) in losses.means.items():
+                    total, counted = means.get(name, (0.0, 0))
+                    means[name] = total + float(value), counted + int(count)
             if one.carry is not None and one.following is not None:
                 with torch.no_grad():
                     inputs = one.following(inputs, one.carry(output, inputs))
@@ -97,6 +100,7 @@ def bare_loop(
         norm = nn.utils.clip_grad_norm_(trained, optimizer.gradient_clipping)
         adam.step()
         metrics = {name: float(value) for name, value in named.items()}
+        metrics |= {name: total / counted for name, (total, counted) in means.items() if counted}
         values.append(recipe.collect() | metrics | {"gradient_norm": float(norm)})
     return values
 

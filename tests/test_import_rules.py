@@ -7,17 +7,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EVERYWHERE = {"errors", "logs", "storage"}
-"""Words for people, and files that are written whole or not at all."""
+EVERYWHERE = {"errors", "logs", "paths", "storage"}
+"""Words for people, paths as they write them, and files that are written whole or not at all."""
 ALLOWED: dict[str, set[str]] = {
     # Foundations. `config` reads DeepSpeed's own schema through `parallel`, and layouts are sections of `config`.
     "errors": set(),
     "logs": set(),
+    "paths": set(),
     "storage": set(),
     "config": {"parallel"},
     "parallel": {"config"},
+    "state_dicts": set(),
     "weight_layout": set(),
-    "weight_file": {"weight_layout"},
+    "weight_file": {"state_dicts", "weight_layout"},
     # Model mathematics.
     "transformer": {"config", "parallel"},
     "tokenizers": {"config", "parallel", "weight_file", "weight_layout"},

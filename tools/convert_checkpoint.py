@@ -16,7 +16,6 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from safetensors.torch import save
@@ -30,6 +29,7 @@ from megavar.config.root import Config
 from megavar.errors import CheckpointError, ConfigError, ExitCode
 from megavar.parallel import topology
 from megavar.parallel.environment import Environment
+from megavar.paths import as_path
 from megavar.training.checkpoint import find_checkpoint, read_weights
 from megavar.training.checkpoint.weights import module_of, shapes_of
 from megavar.weight_file import AUTO, OURS, About, read_metadata, read_weights_file, write_export
@@ -50,15 +50,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="convert_checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("input", type=Path, help="run, checkpoint, or file of weights")
-    parser.add_argument("output", type=Path, help="file (.safetensors, .pth)")
+    parser.add_argument("input", type=as_path, help="run, checkpoint, or file of weights")
+    parser.add_argument("output", type=as_path, help="file (.safetensors, .pth)")
     parser.add_argument("--layout", help=f"weight layout to write (default: {OURS}; for .pth the model's public one)")
     parser.add_argument("--input-layout", default=AUTO, metavar="LAYOUT", help="weight layout of an input file")
     parser.add_argument("--module", help="module of the checkpoint (default: the one that the run was for)")
     parser.add_argument("--ema", action="store_true", help="take the moving average instead of the weights")
     parser.add_argument("--keep-heads", action="store_true", help="export the heads of the recipe's terms, too")
     parser.add_argument("--dtype", choices=TYPES, default="float32", help="type of written floating-point tensors")
-    parser.add_argument("--config", type=Path, help="configuration of the model (default: config.yaml of the run)")
+    parser.add_argument("--config", type=as_path, help="configuration of the model (default: config.yaml of the run)")
     return parser.parse_args(arguments)
 
 

@@ -114,7 +114,7 @@ def _train_one(config: Config, place: Environment) -> ExitCode:
         if place.rank == 0:
             print(f"{config.run.name} is finished already ({directory.path}).", flush=True)
         return ExitCode.FINISHED
-    keeps_logs = "MEGAVAR_LOG_DIRECTORY" in os.environ  # a launcher writes what we print to files of its own
+    keeps_logs = bool(os.environ.get("MEGAVAR_LOG_DIRECTORY"))  # a launcher writes what we print to files of its own
     logs.configure(place.rank, None if keeps_logs else directory.path / "logs")
     if place.rank == 0:
         print(topology.describe(config.parallel, place.world_size), flush=True)

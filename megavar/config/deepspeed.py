@@ -13,6 +13,7 @@ from megavar.config.deepspeed_json import checked, read_json
 from megavar.config.parallel import ParallelConfig
 from megavar.errors import ConfigError
 from megavar.parallel.rules import check_zero
+from megavar.paths import found
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def load_deepspeed_json(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing, is not a JSON object, or holds keys or values that are not offered.
     """
-    return validate_deepspeed(read_json(Path(path)), str(path))
+    return validate_deepspeed(read_json(found(path)), str(path))
 
 
 def validate_deepspeed(content: dict[str, Any], where: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ class MetricConfig(Section):
     """As the paper prints it, without an arrow."""
     key: str | None = None
     """Where our value comes from. A name in the run's scores (``fid``), ``log/NAME`` (mean of a logged value over the
-    last tenth of the run), or ``KIND/NAME`` of an analysis (``expert_load/variance``). None: the paper's alone."""
+    last fifth of the run), or ``KIND/NAME`` of an analysis (``expert_load/variance``). None: the paper's alone."""
     better: Literal["lower", "higher"] | None = None
     """Direction; None: neither."""
     digits: int | None = Field(None, ge=0)
@@ -74,7 +74,10 @@ class DemoConfig(Section):
     """Overrides that make a row of it, by the row's name. A name that is no row of the table is an additional control,
     which takes no part in the verdict."""
     metrics: dict[str, MetricConfig] = Field({})
-    """What is compared at this size; the first one gives the verdict."""
+    """What is compared at this size, each with a verdict."""
+    expected: tuple[str, ...] = ()
+    """The ordering to test, its best first. Default: the paper's, by the table's headline metric. Given where the rows
+    here stand for others (teachers that cannot be loaded)."""
     seeds: int = Field(3, ge=1)
     """Runs of each row."""
     minutes: float = Field(30.0, gt=0)
@@ -86,6 +89,8 @@ class DemoConfig(Section):
     def _is_measured(self) -> "DemoConfig":
         if not self.rows or not any(metric.key and metric.better for metric in self.metrics.values()):
             raise ValueError("a demo needs rows and a metric with a key and a direction")
+        if unknown := [name for name in self.expected if name not in self.rows]:
+            raise ValueError(f"expected names {unknown[0]!r}, which is not among the rows of the demo")
         return self
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from megavar.config.base import Section
+from megavar.config.base import PathText, Section
 from megavar.config.checkpoint import CheckpointConfig
 
 
@@ -26,7 +26,7 @@ class EmaConfig(Section):
 class InitialWeightsConfig(Section):
     """Weights with which a new run begins. Its optimizer state is fresh. Not read once there is a checkpoint."""
 
-    path: str
+    path: PathText
     """A megavar run or checkpoint, an export (``.safetensors``), or a file in a public layout of the model."""
     layout: str = "auto"
     """Of a file: the name of one of the model's public weight layouts (VAR: ``var``), or ``megavar`` for an export;

@@ -69,6 +69,9 @@ class Pass:
     """(inputs, carried) -> inputs of the next pass. None: the next pass has the same inputs."""
     balance: float = 1.0
     """Weight of the routers' balance losses in this pass."""
+    copies: int = 1
+    """How often each image is in the batch that the module gets: twice where it is there with and without its condition
+    (guidance). Pipeline stages need to know."""
 
     def __post_init__(self) -> None:
         assert (self.carry is None) == (self.following is None), "carry and following need each other"

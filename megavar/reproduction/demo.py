@@ -51,7 +51,7 @@ class DemoRun:
         return values_of(self.config, metrics)
 
 
-def demo_runs(table: TableConfig, seeds: int, extra: Sequence[str] = (), folder: Path = FOLDER) -> list[DemoRun]:
+def demo_runs(table: TableConfig, seeds: int, extra: Sequence[str], folder: Path = FOLDER) -> list[DemoRun]:
     """All runs, seed after seed, so that every row has as many seeds as any other when the demo is interrupted.
 
     Raises:
@@ -157,10 +157,10 @@ class Pair:
 
 
 def paper_order(table: TableConfig, rows: Sequence[str]) -> list[str]:
-    """Those of ``rows`` for which the paper prints the table's headline metric, its best first."""
-    headline = table.headline
-    if headline is None:
-        return []
+    """Those of ``rows`` for which the paper prints the table's headline metric, its best first; or the demo's own."""
+    headline, expected = table.headline, table.require_demo().expected
+    if expected or headline is None:
+        return [name for name in expected if name in rows]
     printed = {row.name: row.paper[headline] for row in table.rows if headline in row.paper and row.name in rows}
     return sorted(printed, key=lambda name: printed[name], reverse=table.metrics[headline].better == "higher")
 

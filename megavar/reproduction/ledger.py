@@ -142,7 +142,7 @@ def gpu_hours(directory: Path, global_batch: int) -> float:
 def _ranks_at(starts: list[tuple[str, int]], moment: float) -> int:
     ranks = starts[0][1] if starts else 1
     for started, size in starts:
-        if datetime.strptime(started, "%Y-%m-%dT%H:%M:%S%z").timestamp() <= moment + 1:
+        if datetime.strptime(started, "%Y-%m-%dT%H:%M:%S%z").timestamp() <= moment:
             ranks = size
     return ranks
 

@@ -10,7 +10,7 @@ from megavar.config.root import Config
 from megavar.config.table import MetricConfig
 
 LOG = "log/"
-TAIL = 0.1
+TAIL = 0.2
 """Share of a run, at its end, over which a logged value is averaged."""
 INITIAL = "initial weights"
 """What scores of the untrained model call their checkpoint."""

@@ -176,7 +176,7 @@ class Engine:
             num_microbatches=inputs.count,
             seq_length=length,
             decoder_seq_length=length,
-            micro_batch_size=self.plan.json["train_micro_batch_size_per_gpu"],
+            micro_batch_size=self.plan.json["train_micro_batch_size_per_gpu"] * one.copies,
             forward_only=one.loss is None,
         )
         if one.carry is None:

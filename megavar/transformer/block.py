@@ -65,6 +65,7 @@ class Block(nn.Module):
             part.prepare(own, hidden.device)
         compute = self.compute if self._compiled is None or context.cache is not None else self._compiled
         output: Tensor = compute(hidden, condition, own)
+        context.carried = own.carried
         for record in own.routing or ():
             record.block = self.number
             assert context.routing is not None

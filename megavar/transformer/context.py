@@ -41,6 +41,9 @@ class ForwardContext:
     """bool [B]: samples that routing statistics count (the conditional half under guidance); None counts all."""
     routing: "list[RoutingRecord] | None" = None
     """Collects one record per mixture-of-experts layer."""
+    carried: Tensor | None = None
+    """What the router of the block before handed on (``ExpertsChoice.carried``), float32 [rows that routers of this
+    rank see, B, N]; each router reads it and leaves its own. None before the first block."""
 
     prepared: dict[str, Tensor] = field(default_factory=dict)
     """What the parts of one block have made for its pass before it is computed (``BlockSpec``)."""

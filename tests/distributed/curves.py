@@ -165,9 +165,12 @@ def engine_loop(
     )  # fmt: skip
 
 
-def bare_values(recipe: Recipe, steps: int = STEPS) -> list[dict[str, Any]]:
+def bare_values(
+    recipe: Recipe, steps: int = STEPS, batches_of: BatchesOf | None = None
+) -> list[dict[str, Any]]:
     """Metrics of every step, from one process without an engine."""
-    return bare_loop(recipe, "generator", lambda step: list(batches(step, 0, 1, BATCH)), steps, optimizer=optimizer())
+    given = batches_of or (lambda step: list(batches(step, 0, 1, BATCH)))
+    return bare_loop(recipe, "generator", given, steps, optimizer=optimizer())
 
 
 def engine_curve(setup: Setup) -> Curve:

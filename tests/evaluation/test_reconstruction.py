@@ -63,6 +63,9 @@ def test_rounding_rules_on_exact_levels():
     wrong = {rule: int((quantize(exact, rule) != levels).sum()) for rule in ("round", "half_up", "truncate")}
     assert wrong == {"round": 0, "half_up": 0, "truncate": 63}
     assert quantize(torch.tensor([-2.0, 2.0]), "truncate").tolist() == [0, 255]
+    between = torch.tensor([10.25, 10.75, 11.4, 11.6]) / 127.5 - 1
+    rounded = {rule: quantize(between, rule).tolist() for rule in wrong}
+    assert rounded == {"round": [10, 11, 11, 12], "half_up": [10, 11, 11, 12], "truncate": [10, 10, 11, 11]}
 
 
 def image_of(width, height):
@@ -103,6 +106,8 @@ def test_vgt_protocol_loses_levels_even_without_a_model():
     assert wrong.ne(0).float().mean() > 0.4  # bfloat16 originals: about half of the levels
     assert exact.reconstruction_bytes.eq(levels)[0, 0].sum() == 256 - 63
     assert not torch.equal(exact.original, exact.reconstruction)
+    beyond = compare(x, 3 * x, "vgt", size=16).reconstruction
+    assert (beyond.min(), beyond.max()) == (0, 1), "what a model overshoots is cut off before it is measured"
     assert compare(x, x, "vgt", size=8).original.shape == (1, 3, 8, 8)
 
 
@@ -131,12 +136,16 @@ def run(tmp_path, source, reconstruct, protocol="standard", world_size=1, featur
 
 
 def test_metrics_of_a_blur_and_of_nothing(source, tmp_path):
-    _, _, (blurred, notes) = run(tmp_path / "blur", source, blur)
+    store, _, (blurred, notes) = run(tmp_path / "blur", source, blur)
     assert set(blurred) == {"rfid@toy", "psnr", "ssim", "ssim_dr2"} and notes == []
     assert 15 < blurred["psnr"] < 45 and 0.3 < blurred["ssim"] < blurred["ssim_dr2"] < 1 and blurred["rfid@toy"] > 0.1
     _, _, (exact, notes) = run(tmp_path / "exact", source, lambda x: x)
     assert exact["ssim"] == 1 and abs(exact["rfid@toy"]) < 1e-6 and "psnr" not in exact
     assert "30 of 30 images were reconstructed exactly" in notes[0]
+    _, _, (most, notes) = run(tmp_path / "most", source, lambda x: torch.cat([x[:1], blur(x[1:])]))
+    assert "5 of 30 images were reconstructed exactly" in notes[0], "the first of every chunk of 7"
+    others = np.concatenate([arrays["psnr"][1:] for arrays in store.read_all()])
+    assert most["psnr"] == pytest.approx(others.mean())
 
 
 def test_protocol_is_part_of_the_key(source, tmp_path):

@@ -60,6 +60,38 @@ def test_names_and_initial_values_of_logical_tensors_do_not_change(name):
         assert value.norm().item() == pytest.approx(golden["norm"], rel=1e-6), key
 
 
+DECAYED = {
+    "classes.weight", "features.weight", "linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight",
+    "linear_fc2.weight", "router.weight", "modulation.linear.weight", "shared_modulation.linear.weight",
+    "projection.weight",
+}  # fmt: skip
+"""Matrices, by the ends of their names (VAR ``utils/lr_control.py`` leaves out vectors, biases and its ``nowd_keys``:
+positions, scale embeddings, the blocks' offsets of a shared modulation, temperatures)."""
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_matrices_decay_and_nothing_else(name):
+    options = dict(MODELS[name])
+    if "experts" in options:
+        options["experts"] = ExpertsChoice.make(**options["experts"])
+    model = VAR(VARConfig(depth=1, width=16, heads=2, classes=4, **options), tiny.SPACE)
+    rules = {tensor.name: model.rule(tensor.name) for tensor in logical_tensors(model)}
+    expected = {tensor for tensor in rules if tensor.endswith(tuple(DECAYED))}
+    assert {tensor for tensor, rule in rules.items() if rule.decays} == expected
+    assert not any(rule.frozen or rule.lr_factor != 1 for rule in rules.values())
+    left = {tensor.rsplit(".", 1)[-1] for tensor in rules.keys() - expected}
+    known = {"bias", "q_bias", "v_bias", "start_position", "position", "scale", "scale_embedding", "offset"}
+    assert left <= known | {"log_temperature"} and {"bias", "q_bias", "position", "scale"} <= left
+
+
+@pytest.mark.parametrize(("depth", "rate"), [(12, 0.05), (16, 0.1 * 2 / 3), (24, 0.1), (30, 0.125)])
+def test_drop_path_grows_with_depth(depth, rate):
+    """VAR's rule: 0.1 depth / 24 for the last block, rising linearly from 0."""
+    model = on_meta(VARConfig(depth=depth))
+    rates = [block.residual.rate for block in model.blocks.values()]
+    assert rates == pytest.approx([rate * number / (depth - 1) for number in range(depth)])
+
+
 # notes/peers.md 1a: counted on the reference's class.
 @pytest.mark.parametrize(
     ("depth", "parameters"),

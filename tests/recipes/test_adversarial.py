@@ -106,9 +106,11 @@ def test_frozen_module_passes_gradients_to_its_input_only():
 def test_lecam_pulls_logits_towards_the_running_mean_of_the_other_kind():
     judge = discriminator()
     real, fake = torch.full((2, 1, 2, 2), 3.0), torch.full((2, 1, 2, 2), -1.0)
-    value = lecam_regularization(judge, real, fake, decay=0.5)
-    assert judge.mean_logits.tolist() == [1.5, -0.5]
-    assert value.item() == pytest.approx((3 + 0.5) ** 2 + (1.5 + 1) ** 2)
+    value = lecam_regularization(judge, real, fake, decay=0.75)
+    assert judge.mean_logits.tolist() == [0.75, -0.25]
+    assert value.item() == pytest.approx((3 + 0.25) ** 2 + (0.75 + 1) ** 2)
+    lecam_regularization(judge, real, fake, decay=0.75)
+    assert judge.mean_logits.tolist() == [0.75 * 0.75 + 0.75, -0.75 * 0.25 - 0.25]
 
 
 def test_fresh_discriminator():

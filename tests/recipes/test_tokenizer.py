@@ -4,7 +4,12 @@ import math
 import pytest
 import torch
 
-from megavar.config.recipes.tokenizer import AdversarialConfig, CodebookConfig, TokenizerTrainingConfig
+from megavar.config.recipes.tokenizer import (
+    AdversarialConfig,
+    CodebookConfig,
+    PerceptualConfig,
+    TokenizerTrainingConfig,
+)
 from megavar.errors import ConfigError
 from megavar.recipes.base import Losses
 from megavar.recipes.tokenizer.adversarial import reconstruction_realism_loss
@@ -71,6 +76,17 @@ def test_total_is_the_weighted_sum_of_the_named_losses():
     expected = 0.5 * named["absolute_error"] + 2 * named["squared_error"] + 3 * named["quantizer"]
     assert torch.allclose(named["loss"], expected)
     assert not any(value.requires_grad for value in named.values())
+
+
+def test_the_perceptual_loss_has_its_weight():
+    made = recipe(l1_weight=0.0)
+    files = {"vgg16_weights": "unused", "lpips_weights": "unused"}
+    made.config = made.config.model_copy(update={"perceptual": PerceptualConfig(weight=0.25, **files)})
+    made.perceptual = lambda images, originals: (images - originals).abs().amax((1, 2, 3)) + torch.arange(4.0)
+    named = losses_of(made, "autoencoder", 0).named
+    assert named["perceptual"] > 1.5, "the mean over the images"
+    expected = made.config.l2_weight * named["squared_error"] + 0.25 * named["perceptual"]
+    assert torch.allclose(named["loss"], expected + made.config.quantizer_weight * named["quantizer"])
 
 
 def test_step_0_draws_the_codebook_from_data():

@@ -82,6 +82,25 @@ def test_adm_random_crop_draws_sizes_256_to_291():
         assert equal(transform(image, (0.0, 0.0, 0.49, draw)), expected)
 
 
+def test_adm_halves_what_is_exactly_twice_as_large():
+    image = noise(128, 150)
+    assert equal(transforms.adm_resize(image, 64), image.resize((64, 75), Image.Resampling.BOX))
+
+
+@pytest.mark.parametrize(
+    ("transform", "place"),
+    [(transforms.Var(64, flip=True), 2), (transforms.AdmRandomCrop(64), 2), (transforms.Titok(64), 2),
+     (transforms.AdmCenterCrop(64, flip=True), 0)],
+)  # fmt: skip
+def test_half_of_the_draws_mirror(transform, place):
+    image, left = noise(64, 64), [0.0] * transform.draws
+    plain, mirrored = (transform(image, [*left[:place], draw, *left[place + 1 :]]) for draw in (0.5, 0.0))
+    assert not equal(plain, mirrored)
+    for draw in (0.1, 0.3, 0.4999, 0.6, 0.75, 0.9999):
+        found = transform(image, [*left[:place], draw, *left[place + 1 :]])
+        assert equal(found, mirrored if draw < 0.5 else plain), draw
+
+
 def test_adm_center_crop_rounds_margins_down():
     assert corner(transforms.adm_center_crop(coordinates(64, 69), 64)) == (0, 2)
     assert corner(transforms.adm_center_crop(coordinates(67, 64), 64)) == (1, 0)

@@ -71,7 +71,8 @@ def test_rar_warms_up_for_a_quarter_and_follows_a_cosine():
 
 def test_constant():
     assert learning_rate(ConstantSchedule(), PEAK, 7, 10, 1.0) == PEAK
-    assert learning_rate(ConstantSchedule(warmup_steps=4), PEAK, 1, 10, 1.0) == PEAK / 4
+    rates = [learning_rate(ConstantSchedule(warmup_steps=4), PEAK, step, 10, 1.0) for step in (0, 1, 4, 9)]
+    assert rates == [0, PEAK / 4, PEAK, PEAK]
 
 
 def test_one_step_runs_do_not_divide_by_zero():
@@ -98,12 +99,17 @@ def test_weight_decay_follows_half_a_cosine():
     assert weight_decay(config, 25, 101) == pytest.approx(0.08 - 0.03 * (0.5 + 0.5 * math.cos(math.pi / 4)))
     assert weight_decay(config, 100, 101) == pytest.approx(0.08)
     assert weight_decay(OptimizerConfig(), 77, 101) == 0.05
+    own = {"discriminator": OptimizerOverrides(weight_decay=0.2), "other": OptimizerOverrides(lr=1.0)}
+    config = OptimizerConfig(weight_decay=0.05, final_weight_decay=0.08, modules=own)
+    assert [weight_decay(config, 50, 101, name) for name in ("discriminator", "other", "autoencoder")] == [
+        pytest.approx(0.14), pytest.approx(0.065), pytest.approx(0.065)
+    ]  # fmt: skip
 
 
 def test_lengths():
     assert total_steps(10, None, 1000, 64) == 10
     assert total_steps(None, 200.0, 1_281_167, 768) == round(200 * 1_281_167 / 768)
-    assert total_steps(None, 0.5, 1000, 100) == 5
+    assert [total_steps(None, epochs, 1000, 100) for epochs in (0.5, 0.56, 1e-9)] == [5, 6, 1]
     assert warmup_steps(Lin0Schedule(), 333_637, 1668.2) == 6673  # ep / 50 of VAR-d16's 200 epochs
     with pytest.raises(ValueError, match="contradict"):
         Lin0Schedule(warmup_steps=1, warmup_epochs=1.0)

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import logging
+import math
 import os
 import random
 import shutil
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from megavar.config.optimizer import CosineSchedule, OptimizerOverrides
+from megavar.config.optimizer import CosineSchedule
 from megavar.errors import ClusterError, ConfigError, ExitCode, NonFiniteError
 from megavar.training.trainer import Trainer
 from tests.distributed.harness import run_ranks
@@ -52,7 +53,7 @@ def _train_stage(directory, stage):
 
 
 def _accumulated(directory):
-    return train(directory, train={"micro_batch_size": 2})
+    return train(directory, train={"micro_batch_size": 2}, flops_per_image=3e9, peak_flops=1e12)
 
 
 def test_accumulation_gives_the_same_curve(tmp_path):
@@ -60,6 +61,10 @@ def test_accumulation_gives_the_same_curve(tmp_path):
     for line, (loss, norm) in zip(tiny.read_metrics(tmp_path), tiny.reference(6), strict=True):
         assert line["loss"] == pytest.approx(loss, rel=1e-5)
         assert line["gradient_norm"] == pytest.approx(norm, rel=1e-5)
+        if "images_per_second" in line:  # of a device, and there are two
+            utilization = line["images_per_second"] / 2 * 3e9 / 1e12
+            assert line["model_flops_utilization"] == pytest.approx(utilization, rel=1e-3)
+    assert "model_flops_utilization" in line
 
 
 EMA = {"ema": {"decay": 0.9}, "checkpoint": {"interval": 2}}
@@ -302,8 +307,10 @@ def test_repeated_bad_steps_roll_back_and_continue_with_later_data(tmp_path):
     lines = tiny.read_metrics(tmp_path)
     rolled = [line for line in lines if line.get("event") == "rolled_back"]
     assert [(line["step"], line["from_step"], line["data_step"]) for line in rolled] == [(4, 7, 7)]
-    steps = [line["step"] for line in lines if "event" not in line]
-    assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
+    good = [line for line in lines if "event" not in line]
+    assert [line["step"] for line in good] == [1, 2, 3, 4, 5, 6, 7, 8]
+    seen = [1, 2, 3, 4, 8, 9, 10, 11]  # batches of 8 of 100 samples, those that were skipped for good included
+    assert [line["epoch"] for line in good] == pytest.approx([8 * batches / 100 for batches in seen])
 
 
 def test_a_run_that_stays_bad_ends_alike_on_all_ranks(tmp_path):
@@ -396,19 +403,6 @@ def test_without_a_checkpoint_a_bad_start_ends_the_run(tmp_path):
     assert "no checkpoint to go back to" in run_ranks(1, _rolls_back, tmp_path, range(0, 10), 20)[0][3]
 
 
-def _unknown_module(directory):
-    run = tiny.build_run(directory)
-    optimizer = run.optimizer.model_copy(update={"modules": {"generatr": OptimizerOverrides(lr=1.0)}})
-    with pytest.raises(ConfigError) as caught:
-        Trainer(dataclasses.replace(run, optimizer=optimizer))
-    return str(caught.value)
-
-
-def test_values_for_a_module_that_does_not_exist_are_refused(tmp_path):
-    (message,) = run_ranks(1, _unknown_module, tmp_path)
-    assert "optimizer.modules names 'generatr', but this recipe trains" in message
-
-
 def _uneven(directory, train):
     with pytest.raises(ConfigError) as caught:
         Trainer(tiny.build_run(directory, train=train))
@@ -445,25 +439,62 @@ def test_previews_use_the_average_and_leave_the_weights_alone(tmp_path):
     assert torch.equal(after, run_ranks(2, _with_average, tmp_path / "undisturbed")[0][1])
 
 
+_RATES = {"schedule": CosineSchedule(warmup_steps=2, final_lr=1e-3), "final_weight_decay": 0.2}
+
+
 def _warms_up(directory):
+    """Weights before every step and at the end, and the rates that the optimizer had in each."""
     run = tiny.build_run(directory, steps=4)
-    schedule = CosineSchedule(warmup_steps=2, final_lr=1e-3)
-    object.__setattr__(run, "optimizer", run.optimizer.model_copy(update={"schedule": schedule}))
-    trainer, history = Trainer(run), []
+    object.__setattr__(run, "optimizer", run.optimizer.model_copy(update=_RATES))
+    trainer, history, rates = Trainer(run), [], []
     after_step = trainer.recipe.after_step
-    trainer.recipe.after_step = lambda *arguments: history.append(weights(trainer)) or after_step(*arguments)
+
+    def note(*arguments):
+        history.append(weights(trainer))
+        groups = trainer.engines["model"].deepspeed.optimizer.param_groups
+        rates.append([(group["lr"], group["weight_decay"]) for group in groups])
+        after_step(*arguments)
+
+    trainer.recipe.after_step = note
     before = weights(trainer)
     trainer.run()
-    return [before, *history]
+    return [before, *history], rates
 
 
-def test_the_learning_rate_that_is_logged_is_the_one_of_the_step_taken(tmp_path):
-    """The first step of a warm-up from 0 changes nothing and says so."""
-    history = run_ranks(2, _warms_up, tmp_path)[0]
-    assert [line["learning_rate"] for line in tiny.read_metrics(tmp_path)] == pytest.approx([0, 5e-3, 1e-2, 5.5e-3])
+def test_the_rates_that_are_logged_are_those_of_the_step_taken(tmp_path):
+    """The first step of a warm-up from 0 changes nothing and says so; biases do not decay."""
+    history, rates = run_ranks(2, _warms_up, tmp_path)[0]
+    learning = pytest.approx([0, 5e-3, 1e-2, 5.5e-3])
+    decay = pytest.approx([0.2 - 0.15 * (0.5 + 0.5 * math.cos(math.pi * step / 3)) for step in range(4)])
+    lines = tiny.read_metrics(tmp_path)
+    assert [line["learning_rate"] for line in lines] == learning
+    assert [line["weight_decay"] for line in lines] == decay
+    for group, expected in enumerate((decay, [0.0] * 4)):
+        assert [step[group][0] for step in rates] == learning
+        assert [step[group][1] for step in rates] == expected
     moved = [float((after - before).abs().max()) for before, after in itertools.pairwise(history)]
     assert moved[0] == 0
     assert moved[1] == pytest.approx(5e-3, rel=0.5) and moved[2] > moved[1] > 0
+
+
+def _averages(directory):
+    """Weights after every step, and the average at the end."""
+    ema = {"decay": 0.15, "warmup": True, "start_step": 1}
+    trainer, history = Trainer(tiny.build_run(directory, steps=4, train={"ema": ema})), []
+    trainer.recipe.after_step = lambda *arguments: history.append(weights(trainer))
+    trainer.run()
+    with trainer.averages["model"].as_weights():
+        return history, weights(trainer)
+
+
+def test_the_average_takes_in_every_step_at_its_decay(tmp_path):
+    """Before step 1 it is the weights; then the first of its updates keeps 1 / 10 of it, and all others 0.15."""
+    for history, average in run_ranks(2, _averages, tmp_path):
+        expected = history[0]
+        for after, decay in zip(history[1:], (0.1, 0.15, 0.15), strict=True):
+            expected = decay * expected + (1 - decay) * after
+        torch.testing.assert_close(average, expected, rtol=1e-6, atol=1e-7)
+        assert not torch.allclose(average, history[-1], rtol=1e-4)
 
 
 def _drops(directory):

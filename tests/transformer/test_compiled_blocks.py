@@ -26,6 +26,8 @@ MODELS = {
     "shared modulation": (None, {"shared_adaptive_norm": True}),
     "experts": (GROUPED, {}),
     "experts of the scale": (GROUPED | {"router": "scale"}, {}),
+    "expert choice": (GROUPED | {"router": "expert_choice"}, {}),
+    "zero computation": (GROUPED | {"router": "zero_computation"}, {}),
     "any number of experts": (GROUPED | {"router": "above_mean"}, {}),
     "megatron's experts": ({"backend": "megatron"}, {}),
 }

@@ -46,7 +46,8 @@ def waits(experts):
     return mode.found
 
 
-EXPERTS = [None, *({"backend": "grouped", "router": router} for router in ("scale_token", "scale", "above_mean"))]
+ROUTERS = ("scale_token", "scale", "above_mean", "expert_choice", "zero_computation")
+EXPERTS = [None, *({"backend": "grouped", "router": router} for router in ROUTERS)]
 
 
 @pytest.mark.parametrize("experts", EXPERTS)

@@ -2,6 +2,7 @@
 
 from typing import ClassVar, Literal
 
+from megavar.config.base import PathText
 from megavar.config.choice import Choice
 from megavar.config.terms.base import TermChoice
 
@@ -20,6 +21,11 @@ class RecipeChoice(Choice):
 
     name: str
     """Which algorithm."""
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules that it trains, as ``Recipe.modules`` of its implementation returns them."""
+        return (GENERATOR_MODULE if self.trains == "generator" else TOKENIZER_MODULE,)
 
     def initial_weights_path(self) -> str | None:
         """Weights to begin with, where the recipe has a key of its own for them beside ``train.initial_weights``."""
@@ -45,7 +51,7 @@ class GeneratorRecipeChoice(RecipeChoice):
 
     trains: ClassVar[Literal["generator", "tokenizer"]] = "generator"
 
-    tokenizer_weights: str
+    tokenizer_weights: PathText
     """Trained tokenizer: the directory of a megavar tokenizer run, or a file in a published layout of the tokenizer
     (for VAR's, ``vae_ch160v4096z32.pth``)."""
     terms: tuple[TermChoice, ...] = ()

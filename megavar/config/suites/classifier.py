@@ -4,6 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from megavar.config.base import PathText
 from megavar.config.suites.base import SuiteChoice
 
 
@@ -20,6 +21,7 @@ class ClassifierSuite(SuiteChoice):
     reference_images: int = Field(4096, ge=64)
     """Training images, from the first on, that train the classifier and are compared with."""
     baselines: bool = True
-    """Print the scores of held-out images, class means, training copies and noise beside the model."""
-    extractor_cache: str | None = None
+    """Print the scores of held-out images, class means, training copies and noise beside the model,
+    and those of the untrained model."""
+    extractor_cache: PathText | None = None
     """Directory of the classifier (default: the user's cache directory)."""

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from megavar.conditions import ClassConditions
+from megavar.config.data import DataConfig
 from megavar.config.suites.classifier import ClassifierSuite
 from megavar.data.build import build_source
 from megavar.errors import ConfigError
@@ -16,6 +17,10 @@ from megavar.evaluation.suites.sources import classes_of
 
 class Classifier(Suite[ClassifierSuite]):
     """FID, Inception score, precision and recall on the classifier's features, and its verdict on the classes."""
+
+    def __init__(self, choice: ClassifierSuite, data: DataConfig) -> None:
+        super().__init__(choice, data)
+        self.untrained_beside = choice.baselines
 
     def check(self) -> None:
         """Any source with classes but digits."""

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from megavar.conditions import ClassConditions
+from megavar.config.data import DataConfig
 from megavar.config.suites.digits import DigitsSuite
 from megavar.data.build import build_source
 from megavar.evaluation import digits
@@ -15,6 +16,10 @@ from megavar.evaluation.suites.sources import classes_of, require_source
 
 class Digits(Suite[DigitsSuite]):
     """Scores of digits that were asked for by class."""
+
+    def __init__(self, choice: DigitsSuite, data: DataConfig) -> None:
+        super().__init__(choice, data)
+        self.untrained_beside = choice.baselines
 
     def check(self) -> None:
         """Only digits are scored."""

@@ -1,0 +1,123 @@
+"""SAR on a small FlexVAR with random lists of scales; used by the layout tests."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from megavar.config.experts.base import ExpertsChoice
+from megavar.config.generators.flexvar import FlexVARConfig
+from megavar.config.parallel import ParallelConfig
+from megavar.config.recipes.sar import SARConfig
+from megavar.config.recipes.student_forcing import StudentForcingConfig
+from megavar.config.tokenizers.llamagen_vq import LlamaGenVQConfig
+from megavar.generators.base import Stage
+from megavar.generators.flexvar import FlexVAR
+from megavar.parallel import seeds, topology
+from megavar.parallel.environment import environment
+from megavar.parallel.logical import initialize_parameters
+from megavar.recipes.sar import SAR, SARInputs
+from megavar.recipes.student_forcing import StudentForcing
+from megavar.tokenizers.llamagen_vq import LlamaGenVQ
+from tests.distributed import curves
+from tests.distributed.curves import Setup
+
+STEPS, LAST = 3, 5
+LISTS = {"name": "flexvar", "fine_from": 3, "coarse": 0, "fine": 1, "dropped": []}
+KINDS: dict[str, dict[str, Any]] = {
+    "released": {"rollout": {"top_k": 20}},
+    "Eq. 10": {"student_scales": "all", "context": "prefix", "target": "soft", "rollout": {"sampled": False}},
+    "one by one": {"student_scales": "all", "target": "most_likely", "rollout": {"guidance": 1.0}},
+}
+"""What each run changes in SAR's defaults."""
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "full": {"rollout": {"guidance": 2.0, "top_k": 20}},
+    "interleave": {"schedule": "interleave", "rollout": {"sampled": False}},
+    "hybrid": {"schedule": "hybrid", "true_until": 2},
+    "alternate": {"schedule": "alternate"},
+}
+"""What each run changes in the defaults of naive student forcing."""
+
+
+def tokenizer() -> LlamaGenVQ:
+    config = LlamaGenVQConfig(
+        scales=(1, 2, 3, LAST), vocabulary_size=curves.VOCABULARY, code_dimension=curves.CODE, latent_channels=8,
+        base_channels=8, channel_multipliers=(1,), norm_groups=4,
+    )  # fmt: skip
+    model = LlamaGenVQ(config)
+    initialize_parameters(model, lambda name, value, generator: value.normal_(generator=generator), seed=3)
+    return model.requires_grad_(False)
+
+
+def build(setup: Setup, mesh: topology.Topology, kind: str) -> Any:
+    frozen = tokenizer()
+    experts = ExpertsChoice.make(router=setup.router, number=4, top_k=2, balance_coefficient=0.05)
+    config = FlexVARConfig(
+        depth=4, width=32, heads=4, classes=curves.CLASSES, drop_path=0.2, label_drop=0.2, initial_gamma=0.3,
+        initial_head=1.0, position_side=8, experts=None if setup.dense else experts,
+    )  # fmt: skip
+    chunks = [
+        FlexVAR(
+            config,
+            frozen.space,
+            parallel=mesh.config,
+            stage=Stage.split(4, mesh.config, mesh.pipeline_rank, chunk),
+            seed=11,
+        )
+        for chunk in range(mesh.config.virtual_pipeline)
+    ]
+    generator = chunks[0] if len(chunks) == 1 else torch.nn.ModuleList(chunks)
+    place = {"classes": config.classes, "label_drop": config.label_drop, "seed": 5}
+    common = {"tokenizer_weights": "unused", "scale_lists": LISTS}
+    if kind in SCHEDULES:
+        return StudentForcing(StudentForcingConfig(**common, **SCHEDULES[kind]), generator, frozen, **place)
+    return SAR(SARConfig(**common, student_weight=0.5, **KINDS[kind]), generator, frozen, **place)
+
+
+def batches(step: int, data_rank: int, data_size: int, micro_batch_size: int) -> list[Any]:
+    """As ``curves.batches``, with latents instead of tokens."""
+    found = []
+    for batch in curves.batches(step, data_rank, data_size, micro_batch_size):
+        place = torch.arange(curves.CODE * LAST * LAST).view(curves.CODE, LAST, LAST)
+        values = seeds.uniform(2, "latents", batch.sample_ids[:, None, None, None], place)
+        found.append(replace(batch, tokens=None, latents=(values - 0.5).float()))
+    return found
+
+
+def engine_values(setup: Setup) -> dict[str, list[dict[str, Any]]]:
+    """Runs on every rank: metrics of every step, for each kind."""
+    mesh = topology.initialize(ParallelConfig(**setup.parallel), environment())
+    size = setup.micro_batch_size or curves.BATCH // mesh.data
+    result = {}
+    for kind in [*KINDS, *SCHEDULES]:
+        loop = curves.engine_loop(
+            setup, build(setup, mesh, kind), mesh, lambda step: batches(step, mesh.data_rank, mesh.data, size)
+        )
+        result[kind] = [loop.step(step) for step in range(STEPS)]
+        loop.engines["generator"].destroy()
+    return result
+
+
+def bare_values(setup: Setup) -> dict[str, list[dict[str, Any]]]:
+    """The reference: one process, no engine."""
+    mesh = topology.initialize(ParallelConfig(), environment())
+    return {
+        kind: curves.bare_values(build(setup, mesh, kind), STEPS, lambda step: batches(step, 0, 1, curves.BATCH))
+        for kind in [*KINDS, *SCHEDULES]
+    }
+
+
+def drawn_ids(setup: Setup) -> torch.Tensor:
+    """Runs on every rank: what the first step's rollout draws for this rank's samples, in their order."""
+    mesh = topology.initialize(ParallelConfig(**setup.parallel), environment())
+    recipe = build(setup, mesh, "released")
+    found = []
+    for batch in batches(0, mesh.data_rank, mesh.data, setup.micro_batch_size or curves.BATCH // mesh.data):
+        inputs = recipe.prepare(batch, 0)
+        assert isinstance(inputs, SARInputs)
+        first = recipe.passes("generator", 0)[0]
+        with torch.no_grad():
+            output = first.forward(recipe.generator, inputs)
+            assert first.carry is not None
+            found.append(first.carry(output, inputs))
+    return torch.cat(found)

@@ -1,0 +1,140 @@
+"""SAR and naive student forcing on FlexVAR under every layout: the losses, norms and drawn ids of one process; their
+options by brute force."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megavar.config.parallel import ParallelConfig
+from megavar.generators.inputs import ScaleInputs
+from megavar.parallel import topology
+from megavar.parallel.environment import environment
+from megavar.sampling.filters import truncate
+from megavar.sampling.noise import pick
+from tests.distributed import curves, refined
+from tests.distributed.curves import Setup
+from tests.distributed.harness import run_ranks
+
+pytestmark = pytest.mark.distributed
+TOLERANCE = 1e-5
+
+DENSE = [
+    Setup(2, 0, dense=True, micro_batch_size=2),
+    Setup(2, 2, dense=True, micro_batch_size=1),
+    Setup(2, 3, dense=True),
+    Setup(2, 1, dense=True, parallel={"tensor": 2}),
+    Setup(2, 1, dense=True, micro_batch_size=2, parallel={"pipeline": 2, "virtual_pipeline": 2}),
+    Setup(4, 1, dense=True, micro_batch_size=2, parallel={"tensor": 2, "sequence": True, "pipeline": 2}),
+]
+WITH_EXPERTS = [Setup(2, 2, parallel={"expert": 2}), Setup(2, 1, micro_batch_size=2, parallel={"recompute": "full"})]
+
+
+@functools.cache
+def reference(dense):
+    return run_ranks(1, refined.bare_values, Setup(dense=dense))[0]
+
+
+@pytest.mark.parametrize("setup", [*DENSE, *WITH_EXPERTS], ids=str)
+def test_layouts_equal_one_process(setup):
+    expected = reference(setup.dense)
+    for values in run_ranks(setup.world_size, refined.engine_values, setup):
+        for kind, steps in expected.items():
+            for number, step in enumerate(steps):
+                for name in {"loss", "loss/student", "gradient_norm"} & step.keys():
+                    place = f"{kind}, step {number}: {name}"
+                    assert values[kind][number][name] == pytest.approx(step[name], abs=TOLERANCE), place
+                present = {name for name in step if name.startswith("loss/scale_")}
+                assert present == {name for name in values[kind][number] if name.startswith("loss/scale_")}
+
+
+def test_drawn_ids_do_not_depend_on_ranks_or_micro_batches():
+    (alone,) = run_ranks(1, refined.drawn_ids, Setup(dense=True))
+    both = run_ranks(2, refined.drawn_ids, Setup(2, dense=True, micro_batch_size=2))
+    assert torch.equal(torch.cat(both), alone)
+    for shared in run_ranks(2, refined.drawn_ids, Setup(2, dense=True, parallel={"tensor": 2})):
+        assert torch.equal(shared, alone)
+
+
+@functools.cache
+def prepared(kind):
+    """A recipe, its first step's inputs after the rollout, and the teacher's logits of the half with classes."""
+    mesh = topology.initialize(ParallelConfig(), environment())
+    recipe = refined.build(Setup(dense=True), mesh, kind)
+    (batch,) = refined.batches(0, 0, 1, curves.BATCH)
+    inputs = recipe.prepare(batch, 0)
+    first, *second = recipe.passes("generator", 0)
+    output = first.forward(recipe.generator, inputs)
+    inputs = first.following(inputs, first.carry(output, inputs))
+    return recipe, inputs, output.prediction[: len(batch)].detach(), second
+
+
+@pytest.mark.usefixtures("single_process")
+@pytest.mark.parametrize("kind", refined.KINDS)
+def test_the_second_pass_is_its_definition(kind):
+    """Inputs, targets and loss written out scale by scale."""
+    recipe, inputs, teacher, second = prepared(kind)
+    sides = inputs.model.sides
+    maps = list(inputs.drawn.split([side * side for side in sides], 1))
+    known = [None] + [
+        recipe.tokenizer.quantize.following(maps[k - 1], sides[k - 1], sides[k]) for k in range(1, len(sides))
+    ]
+    scales = range(1, len(sides)) if kind != "released" else [len(sides) - 1]
+    losses = []
+    for scale in scales:
+        labels, keys = inputs.student_labels, inputs.student_keys
+        if kind == "Eq. 10":
+            given = ScaleInputs(labels, torch.cat(known[1:], 1), keys, sides)
+        else:
+            given = ScaleInputs(labels, known[scale], keys, sides, only=(0, scale), start_position=False)
+        logits = recipe.generator(given).prediction
+        start = sum(side * side for side in sides[:scale]) if kind == "Eq. 10" else 1
+        own = logits[:, start : start + sides[scale] ** 2].transpose(1, 2)
+        rows = teacher[:, sum(side * side for side in sides[:scale]) :][:, : sides[scale] ** 2]
+        targets = {"released": maps[scale], "one by one": rows.argmax(-1)}.get(kind, rows.softmax(-1).transpose(1, 2))
+        losses.append(F.cross_entropy(own, targets, reduction="none"))
+    wanted = torch.cat(losses, 1).mean(1).sum()
+    found = sum(one.loss(one.forward(recipe.generator, inputs), inputs).per_image for one in second)
+    torch.testing.assert_close(found, 0.5 * wanted)
+
+
+@pytest.mark.usefixtures("single_process")
+@pytest.mark.parametrize("kind", refined.SCHEDULES)
+def test_student_forcing_is_its_definition(kind):
+    """Scale by scale: what is drawn after what has been drawn, and the loss after all of it."""
+    mesh = topology.initialize(ParallelConfig(), environment())
+    recipe = refined.build(Setup(dense=True), mesh, kind)
+    (batch,) = refined.batches(1, 0, 1, curves.BATCH)
+    given = recipe.prepare(batch, 1)
+    *rollouts, last = recipe.passes("generator", 1)
+    inputs = given
+    for one in rollouts:
+        inputs = one.following(inputs, one.carry(one.forward(recipe.generator, inputs), inputs))
+    sides, model, classes = given.model.sides, given.model, recipe.classes
+    student = {"full": [1, 2, 3], "alternate": [1, 2, 3], "interleave": [1, 3], "hybrid": [2, 3]}[kind]
+    assert [sides[0], sides[1], sides[-1]] == [1, 2, 5] and len(rollouts) == len(student)
+    maps = list(given.targets.split([side * side for side in sides], 1))
+    for scale in range(1, len(sides)):
+        if scale not in student:
+            continue
+        features = recipe.tokenizer.inputs(torch.cat(maps, 1), sides)
+        logits = [
+            recipe.generator(ScaleInputs(labels, features, model.sample_keys, sides)).prediction
+            for labels in (model.labels, torch.full_like(model.labels, classes))
+        ]
+        start = sum(side * side for side in sides[: scale - 1])
+        rows = slice(start, start + sides[scale - 1] ** 2)
+        own, free = (one[:, rows] for one in logits)
+        rollout = recipe.config.rollout
+        if rollout.sampled:
+            strength = rollout.guidance / 2 * (1 + (scale - 1) / (len(sides) - 1))
+            own = own + strength * (own - free)
+            maps[scale - 1] = pick(truncate(own, rollout.top_k, rollout.top_p), given.uniform[:, rows])
+        else:
+            maps[scale - 1] = own.argmax(-1)
+    assert torch.equal(inputs.mixed, torch.cat(maps, 1))
+    features = recipe.tokenizer.inputs(torch.cat(maps, 1), sides)
+    logits = recipe.generator(ScaleInputs(model.labels, features, model.sample_keys, sides)).prediction
+    wanted = F.cross_entropy(logits.transpose(1, 2), given.targets, reduction="sum")
+    torch.testing.assert_close(last.loss(last.forward(recipe.generator, inputs), inputs).total, wanted)

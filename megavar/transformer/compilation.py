@@ -10,7 +10,7 @@ from megavar.transformer.block import Block
 
 
 def compile_blocks(model: nn.Module, backend: str, device: torch.device) -> None:
-    """Let every block of ``model`` run as a compiled graph (``train.compile: blocks``); they compile at their first pass.
+    """Let every block of ``model`` run as a compiled graph (``train.compile: blocks``), compiled at the first pass.
 
     Raises:
         ConfigError: this machine has no compiler for the device.
@@ -29,8 +29,8 @@ def _check_compiler(device: torch.device) -> None:
     if device.type == "cuda":
         if not has_triton():
             raise ConfigError(
-                "train.compile=blocks needs the package triton on a GPU, and it does not load here. Install the one that "
-                "belongs to this PyTorch, or set train.compile=none."
+                "train.compile=blocks needs the package triton on a GPU, and it does not load here. Install the one "
+                "that belongs to this PyTorch, or set train.compile=none."
             )
         return
     found = [name for name in (cpp.cxx if isinstance(cpp.cxx, tuple) else (cpp.cxx,)) if name and shutil.which(name)]

@@ -33,7 +33,8 @@ def waits_of_engine(setup):
 
 
 @pytest.mark.parametrize("setup", [
-    Setup(2, 1, backend="grouped"), Setup(2, 2, dense=True), Setup(1, 1, 4, parallel={"recompute": "selective"}, dense=True),
+    Setup(2, 1, backend="grouped"), Setup(2, 2, dense=True),
+    Setup(1, 1, 4, parallel={"recompute": "selective"}, dense=True),
     Setup(1, 1, 4, parallel={"recompute": "full"}, backend="grouped"),
     Setup(2, 1, parallel={"tensor": 2}, backend="grouped"),
     Setup(2, 1, parallel={"tensor": 2, "sequence": True}, backend="grouped"),

@@ -69,4 +69,5 @@ class WithLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """One for the loss."""
         return gradients[0], gradients[0].new_ones((), dtype=torch.float32)

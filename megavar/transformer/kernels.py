@@ -165,7 +165,8 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scal
     """[B, H, L, D] by FlexAttention; a part of the graph where a block is compiled."""
     from torch.nn.attention import flex_attention
 
-    function = flex_attention.flex_attention if torch.compiler.is_compiling() else _flex_function()
+    plain: Callable[..., Any] = flex_attention.flex_attention
+    function = plain if torch.compiler.is_compiling() else _flex_function()
     return function(
         q, k, v, block_mask=visibility.block_mask(q.device), scale=scale, enable_gqa=q.shape[1] != k.shape[1],
         kernel_options=flex_options(q.device),

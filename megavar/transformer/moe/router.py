@@ -16,6 +16,7 @@ router knows), m experts per token.
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,19 @@ class Routing(NamedTuple):
     """What the experts' input is multiplied with."""
     beside: Tensor | None = None
     """What targets that are no experts add to the output, [L, B, C]."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of the sequence, ``start`` to ``stop``. (A ``range`` would tie a compiled graph to their number.)"""
+
+    start: int
+    stop: int
+
+    @property
+    def count(self) -> int:
+        """How many."""
+        return self.stop - self.start
 
 
 class Router(nn.Module, ABC):
@@ -102,12 +116,12 @@ class Router(nn.Module, ABC):
         """
         return top_k_gates(scores, self.experts.top_k)
 
-    def bounds(self, rows: range, samples: int) -> Bounds:
+    def bounds(self, rows: Rows, samples: int) -> Bounds:
         """What :meth:`choose` keeps to for this rank's ``rows``, so that buffers need no count from the device.
 
         Default: exactly m copies of each token, or up to E where the choice says that the number varies.
         """
-        tokens = len(rows) * samples
+        tokens = rows.count * samples
         if self.experts.variable_number:
             return Bounds(self.experts.number, tokens * self.experts.number)
         return Bounds(self.experts.top_k, tokens * self.experts.top_k, every_token=True, every_row=True)
@@ -166,11 +180,11 @@ class Router(nn.Module, ABC):
             self.beside(given, gates),
         )
 
-    def _own_rows(self, length: int) -> range:
+    def _own_rows(self, length: int) -> Rows:
         """Numbers of this rank's ``length`` rows in the sequence."""
         assert self.context is not None
         first = self.context.first_row(length)
-        return range(first, first + length)
+        return Rows(first, first + length)
 
     def _rows(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Kind of each of this rank's rows, int64 [L] (padding: negative), and what counts, float32 [L, 1 or B]."""

@@ -181,6 +181,8 @@ def _check_data(directory: RunDirectory, source: Source, config: Config) -> None
     """
     path = directory.path / "data.json"
     described = {"source": config.data.source.name, "samples": len(source), "fingerprint": source.fingerprint}
+    # The fingerprint covers classes, too; names are for readers of the run, and runs of earlier versions lack them.
+    named = described | {"class_names": list(source.class_names)}
     if path.exists() and not config.train.fresh:
         try:
             before = json.loads(path.read_text())
@@ -189,13 +191,13 @@ def _check_data(directory: RunDirectory, source: Source, config: Config) -> None
                 f"{path} is damaged ({error}), so nothing says which data the run began with. Restore it from a "
                 f"backup; or remove it, and the next start takes the data that it finds for those of the run."
             ) from error
-        if before != described:
+        if not isinstance(before, dict) or {key: before.get(key) for key in described} != described:
             raise DataError(
                 f"The data of {config.run.name} have changed since the run began: {path} says {before}, the source now "
                 f"is {described}. Restore the data, or start again with train.fresh=true or another run.directory."
             )
         return
-    write_json_atomic(path, described)
+    write_json_atomic(path, named)
 
 
 def _peak_flops(config: Config) -> float | None:
@@ -211,6 +213,8 @@ def _preview(assembly: Assembly, recipe: Recipe) -> Callable[[int], Tensor | Non
     if config.recipe.trains == "tokenizer":
         tokenizer: Any = recipe.modules()[TOKENIZER_MODULE]
         return functools.partial(_reconstructions, config, tokenizer, _preview_source(config), assembly.device)
+    if config.recipe.trains == "teacher":
+        return None  # features are nothing to look at
     if assembly.topology.config.pipeline > 1:
         return None  # a pipeline stage cannot decode alone: sample from a checkpoint instead
     generator = recipe.modules()[GENERATOR_MODULE]

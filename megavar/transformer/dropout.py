@@ -58,6 +58,11 @@ def keep_mask(context: ForwardContext, stream: str, block: int, depth: int, rate
     return (drawn[block] >= rate).to(torch.float32) / (1.0 - rate)
 
 
+def _added(hidden: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
+    """The residual connection, in one pass over memory."""
+    return hidden + branch if gate is None else torch.addcmul(hidden, branch, gate)
+
+
 class DropPath(nn.Module):
     """Drops the branch of a whole sample, with a rate that rises linearly over the blocks from 0 to ``rate``."""
 
@@ -73,10 +78,15 @@ class DropPath(nn.Module):
             if keep is not None:
                 context.prepared[stream] = keep
 
-    def forward(self, branch: Tensor, half: str, context: ForwardContext) -> Tensor:
-        """[L, B, C] -> [L, B, C]; ``half`` is "attention" or "feed_forward"."""
+    def forward(
+        self, hidden: Tensor, branch: Tensor, gate: Tensor | None, half: str, context: ForwardContext
+    ) -> Tensor:
+        """``hidden`` plus what is kept of the gated branch, [L, B, C]; ``half`` is "attention" or "feed_forward"."""
         keep = context.prepared.get(f"drop_path/{half}")
-        return branch if keep is None else branch * keep.to(branch.dtype)[:, None]
+        if keep is not None:
+            keep = keep.to(branch.dtype)[:, None]
+            gate = keep if gate is None else gate * keep
+        return _added(hidden, branch, gate)
 
 
 class Dropout(nn.Module):
@@ -91,6 +101,9 @@ class Dropout(nn.Module):
         for half in ("attention", "feed_forward"):
             prepare_dropout(context, f"dropout/{half}", self.number, self.depth, self.rate)
 
-    def forward(self, branch: Tensor, half: str, context: ForwardContext) -> Tensor:
-        """[L, B, C] -> [L, B, C]; ``half`` is "attention" or "feed_forward"."""
-        return dropout(branch, context, stream=f"dropout/{half}", rate=self.rate)
+    def forward(
+        self, hidden: Tensor, branch: Tensor, gate: Tensor | None, half: str, context: ForwardContext
+    ) -> Tensor:
+        """``hidden`` plus what is kept of the gated branch, [L, B, C]; ``half`` is "attention" or "feed_forward"."""
+        branch = dropout(branch, context, stream=f"dropout/{half}", rate=self.rate)
+        return _added(hidden, branch, gate)

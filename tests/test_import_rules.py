@@ -54,9 +54,10 @@ ALLOWED: dict[str, set[str]] = {
         "assembly", "config", "evaluation", "frozen", "parallel", "run_samples", "sampling", "tokenizers", "training",
     },
     "reproduction": {"chunks", "config", "planning", "training"},
+    "analysis": {"assembly", "config", "data", "parallel", "run_samples", "training", "transformer"},
     "commands": {
-        "assembly", "beginning", "config", "data", "parallel", "planning", "recipes", "reproduction", "run_samples",
-        "scoring", "training",
+        "analysis", "assembly", "beginning", "config", "data", "parallel", "planning", "recipes", "reproduction",
+        "run_samples", "scoring", "training",
     },
     "__main__": set(),
 }  # fmt: skip

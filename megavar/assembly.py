@@ -12,6 +12,7 @@ from torch import nn
 from megavar import frozen
 from megavar.conditions import Conditions
 from megavar.config.choice import Choice, resolve
+from megavar.config.deepspeed import load_deepspeed_json
 from megavar.config.generators.base import GeneratorChoice
 from megavar.config.parallel import ParallelConfig
 from megavar.config.recipes.base import GeneratorRecipeChoice
@@ -27,6 +28,8 @@ from megavar.parallel.topology import Topology
 from megavar.recipes.base import Recipe
 from megavar.sampling.sampler import Sampler
 from megavar.tokenizers.base import Tokenizer
+from megavar.training.sharded import sharding
+from megavar.transformer.compilation import compile_blocks
 from megavar.transformer.moe.backends import check_installed
 from megavar.weight_layout import WeightLayout
 
@@ -252,8 +255,16 @@ class Assembly:
         return resolve(self.config.tokenizer)(self.config.tokenizer)
 
     def generator(self, **options: Any) -> nn.Module:
-        """This rank's part of the generator, initialized; see :func:`build_generator`."""
-        return build_generator(self.config, self.topology, device=self.device, **options)
+        """This rank's part of the generator, initialized, compiled if asked for; see :func:`build_generator`."""
+        section = require_generator(self.config)
+        experts = section.limits(self.config.tokenizer.space).experts is not None
+        zero, dtype = load_deepspeed_json(Path(self.config.deepspeed)), PARAMETER_TYPES[self.config.train.precision]
+        shard = sharding(zero, dtype, self.topology, experts)
+        options |= {} if shard is None else {"shard": shard}
+        model = build_generator(self.config, self.topology, device=self.device, **options)
+        if self.config.train.compile == "blocks":
+            compile_blocks(model, self.config.train.compile_backend, self.device)
+        return model
 
     def terms(self) -> list[Any]:
         """The losses that the recipe section adds to the recipe's own: :class:`megavar.recipes.terms.base.Term`."""

@@ -132,7 +132,7 @@ def load(
     from megavar.weight_file import read_weights_file
 
     if Path(path).is_dir():
-        load_weights(target, path, together=together)
+        load_weights(target, path, whole=True, together=together)
     else:
         fill(target, read_weights_file(Path(path), shapes_of(target), layouts, layout, what=what))
 

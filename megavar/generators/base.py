@@ -30,11 +30,12 @@ and wait for no device (no ``.item()``).
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
 
 from megavar.config.generators.base import GeneratorChoice
 from megavar.config.parallel import ParallelConfig
@@ -61,6 +62,7 @@ class Generator(Backbone):
         seed: int = 0,
         taps: tuple[str, ...] = (),
         heads: Mapping[str, Head] | None = None,
+        shard: Callable[[nn.Module], None] | None = None,
     ) -> None:
         """Build this stage, with initial values that are the same in every layout.
 
@@ -73,6 +75,7 @@ class Generator(Backbone):
             seed: of initial values, dropout and drop path.
             taps: outputs that are returned beside the prediction: ``embedding``, ``block.0`` ...
             heads: networks on the last stage that read taps, by the name of the loss they serve.
+            shard: called with every block when it has its initial values, before the next one is built (ZeRO-3).
         """
         parallel = parallel or ParallelConfig()
         self.choice, self.space = choice, space
@@ -85,6 +88,7 @@ class Generator(Backbone):
             seed=seed,
             taps=taps,
             heads=heads or {},
+            shard=shard,
         )
 
     @classmethod

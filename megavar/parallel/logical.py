@@ -140,10 +140,14 @@ InitializationRule = Callable[[str, Tensor, torch.Generator], None]
 """Fills a full logical tensor in place, given its logical name and a generator of its own."""
 
 
-def initialize_parameters(module: nn.Module, rule: InitializationRule, seed: int) -> None:
+def initialize_parameters(module: nn.Module, rule: InitializationRule, seed: int, prefix: str = "") -> None:
     """Give every parameter its initial value, the same under every layout.
 
     Each logical tensor is drawn in full from a generator keyed by (seed, logical name), then this rank keeps its part.
+    Parameters that ZeRO-3 has sharded already are left alone.
+
+    Args:
+        prefix: of the names, where ``module`` is a part of the one that the names belong to.
     """
     from megatron.core import parallel_state
 
@@ -156,8 +160,8 @@ def initialize_parameters(module: nn.Module, rule: InitializationRule, seed: int
     with torch.no_grad():
         for tensor in logical_tensors(module):
             parameter = parameters[tensor.parameter]
-            if parameter.is_meta or isinstance(parameter, FakeTensor):
+            if parameter.is_meta or isinstance(parameter, FakeTensor) or hasattr(parameter, "ds_id"):
                 continue  # there is nothing to fill
-            full = torch.empty(tensor.shape, dtype=torch.float32)
-            rule(tensor.name, full, seeds.generator(seed, f"initialize/{tensor.name}"))
+            full, name = torch.empty(tensor.shape, dtype=torch.float32), prefix + tensor.name
+            rule(name, full, seeds.generator(seed, f"initialize/{name}"))
             tensor.local(parameter).copy_(tensor.shard(full, tensor_rank, tensor_size))

@@ -151,10 +151,7 @@ class Engine:
     ) -> list[Tensor]:
         """Forward, and backward if there is a loss, of all micro-batches; returns what the pass carries on."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
-        from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-        # A backward outside the schedules leaves a scalar here, into which they cannot copy their one-element tensor.
-        MoEAuxLossAutoScaler.main_loss_backward_scale = None
         carried: dict[int, Tensor] = {}
 
         def finish(index: int, item: Any, output: Any) -> tuple[Tensor, dict[str, Any]]:
@@ -193,7 +190,7 @@ class Engine:
         """Tell the chunks what pass begins; returns the sequence length to announce to the schedules."""
         for chunk in self.chunks:
             if isinstance(chunk, PipelineStage):
-                chunk.balance = one.balance
+                chunk.balance = one.balance / inputs.count  # the schedules take the mean over micro-batches
         if self.topology.config.pipeline == 1:
             return 1
         stage = self.chunks[0]
@@ -304,13 +301,18 @@ def _poisoned_if_not_finite(loss: Tensor) -> Tensor:
 
 
 def _initialize_deepspeed(module: nn.Module, optimizer: torch.optim.Optimizer, plan: DeepSpeedPlan) -> Any:
-    cpu_backend.install()
-    deepspeed = import_deepspeed()
-    _forget_earlier_process_groups()
-    engine, *_ = deepspeed.initialize(
+    engine, *_ = prepare_deepspeed().initialize(
         model=module, optimizer=optimizer, config=plan.json, mpu=DeepSpeedTopology(), dist_init_required=False
     )
     return engine
+
+
+def prepare_deepspeed() -> Any:
+    """The ``deepspeed`` package, knowing this run's process groups."""
+    cpu_backend.install()
+    deepspeed = import_deepspeed()
+    _forget_earlier_process_groups()
+    return deepspeed
 
 
 _default_groups: list[dist.ProcessGroup | None] = [None]

@@ -11,7 +11,7 @@ states are *rows* [L + padding, B, C] as Megatron-core wants them, and a share o
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,6 +72,7 @@ class Backbone(nn.Module, ABC):
         seed: int,
         taps: tuple[str, ...],
         heads: Mapping[str, Head],
+        shard: Callable[[nn.Module], None] | None = None,
     ) -> None:
         """Build this stage's modules and give them their initial values.
 
@@ -84,6 +85,7 @@ class Backbone(nn.Module, ABC):
             seed: of initial values, dropout and drop path.
             taps: names of the outputs that are returned beside the prediction.
             heads: networks on the last stage by name; their taps need not be among ``taps``.
+            shard: called with every block when it has its initial values, before the next one is built (ZeRO-3).
         """
         super().__init__()
         self.config, self.kinds, self.experts, self.seed = config, kinds, experts, seed
@@ -101,14 +103,19 @@ class Backbone(nn.Module, ABC):
         shared = config.sequence_parallel or config.num_moe_experts is not None
         self.row_multiple = config.tensor_model_parallel_size if shared else 1
         self.balance = 1.0
-        """Weight of the routers' balance loss in the pass that runs now; set by the engine."""
+        """Weight of the routers' balance loss of a micro-batch in the pass that runs now; set by the engine."""
         self.routing: list[RoutingRecord] = []
         self._carried = Carried(experts, config)
         self.input_tensor: Tensor | None = None
         if self.stage.is_first:
             self.build_first()
         first, after = self.stage.first_block, self.stage.first_block + self.stage.blocks
-        self.blocks = nn.ModuleDict({str(number): self.block(number) for number in range(first, after)})
+        self.blocks = nn.ModuleDict()
+        for number in range(first, after):
+            block = self.blocks[str(number)] = self.block(number)
+            if shard is not None:
+                initialize_parameters(block, self._initial_value, seed, prefix=f"blocks.{number}.")
+                shard(block)
         if self.stage.is_last:
             self.build_last()
             built = {name: head.build(config.hidden_size).to(config.params_dtype) for name, head in heads.items()}

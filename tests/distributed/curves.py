@@ -23,6 +23,7 @@ from megavar.recipes.base import Recipe
 from megavar.recipes.next_scale import NextScale
 from megavar.recipes.terms.base import Term, heads_of, taps_of
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
+from megavar.training.sharded import Sharding
 from tests.loops import BatchesOf, EngineLoop, bare_loop
 
 STEPS = 10
@@ -57,6 +58,8 @@ class Setup:
     router: str = "scale_token"
     shared: bool = False
     head_chunks: int = 1
+    sharded: bool = False
+    """Built for ZeRO-3 block by block."""
     taps: tuple[str, ...] = ()
     parallel: dict[str, Any] = field(default_factory=dict)
 
@@ -66,6 +69,7 @@ class Setup:
         extras += [self.backend if self.backend != "megatron" else "", "dense" if self.dense else ""]
         extras += [self.router if self.router != "scale_token" else ""]
         extras += [f"micro{self.micro_batch_size}" if self.micro_batch_size else "", "shared" if self.shared else ""]
+        extras += ["sharded" if self.sharded else ""]
         extras += [f"head_chunks{self.head_chunks}" if self.head_chunks > 1 else ""]
         return "-".join(filter(None, [f"ranks{self.world_size}", layout, f"zero{self.stage}", *extras]))
 
@@ -120,16 +124,19 @@ def build(
 ) -> NextScale:
     """The recipe with this rank's part of the generator; ``kind`` is another class of the same arguments."""
     config, space = generator_config(setup), TokenSpace.of_scales(SCALES, VOCABULARY, CODE, image_side=6)
+    dtype = torch.bfloat16 if setup.precision == "bf16" else torch.float32
+    shard = Sharding({"zero_optimization": zero_section(setup)}, dtype) if setup.sharded else None
     chunks = [
         VAR(
             config,
             space,
             parallel=mesh.config,
             stage=Stage.split(4, mesh.config, mesh.pipeline_rank, chunk),
-            dtype=torch.bfloat16 if setup.precision == "bf16" else torch.float32,
+            dtype=dtype,
             seed=11,
             taps=(*setup.taps, *taps_of(terms)),
             heads=heads_of(terms, space),
+            shard=shard,
         )
         for chunk in range(mesh.config.virtual_pipeline)
     ]

@@ -6,8 +6,26 @@ Clipping is active at every step, the balance loss is on, labels and paths are d
 import functools
 
 import pytest
+import torch
 
-from tests.distributed.curves import CLIPPING, Curve, Setup, bare_curve, engine_curve
+from megavar.config.parallel import ParallelConfig
+from megavar.config.token_space import TokenSpace
+from megavar.generators.var import VAR
+from megavar.parallel import topology
+from megavar.parallel.environment import environment
+from megavar.training.sharded import Sharding
+from tests.distributed.curves import (
+    CLIPPING,
+    CODE,
+    SCALES,
+    VOCABULARY,
+    Curve,
+    Setup,
+    bare_curve,
+    engine_curve,
+    generator_config,
+    zero_section,
+)
 from tests.distributed.harness import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -55,9 +73,13 @@ LAYOUTS = [
     Setup(2, 1, offload=("optimizer",)),
     Setup(2, 2, offload=("optimizer",)),
     Setup(2, 3, offload=("optimizer", "param")),
+    Setup(2, 0, dense=True, parallel={"tensor": 2}),  # with experts stage 0 runs as 1
     Setup(4, 1, dense=True, parallel={"tensor": 2, "sequence": True}),
     Setup(4, 1, dense=True, shared=True, micro_batch_size=2, parallel={"tensor": 2, "pipeline": 2}),
     *[Setup(2, stage, head_chunks=3, micro_batch_size=2) for stage in (1, 2, 3)],
+    Setup(2, 3, sharded=True, micro_batch_size=2),
+    Setup(2, 3, sharded=True, offload=("optimizer", "param")),
+    Setup(4, 3, sharded=True, dense=True, parallel={"tensor": 2, "sequence": True}),
     Setup(4, 3, head_chunks=3, parallel={"tensor": 2, "sequence": True}),
     Setup(4, 1, head_chunks=2, micro_batch_size=2, parallel={"tensor": 2, "pipeline": 2}),
     Setup(2, 1, backend="grouped", parallel={"expert": 2}),
@@ -78,6 +100,34 @@ LAYOUTS = [
         )
     ],
 ]
+
+
+def whole_while_built(setup: Setup) -> tuple[list[list[int]], bool]:
+    """Numbers of the blocks that are whole on this rank whenever one is built; whether its shares are of equal values."""
+    mesh, whole = topology.initialize(ParallelConfig(), environment()), []
+    shard = Sharding({"zero_optimization": zero_section(setup)}, torch.float32)
+
+    class Watched(VAR):
+        def block(self, number):
+            def complete(block):
+                return all(not hasattr(p, "ds_tensor") or p.numel() == p.ds_numel for p in block.parameters())
+
+            whole.append([other for other in range(number) if complete(self.blocks[str(other)])])
+            return super().block(number)
+
+    space = TokenSpace.of_scales(SCALES, VOCABULARY, CODE, image_side=6)
+    given = generator_config(setup), space
+    sharded = dict(Watched(*given, parallel=mesh.config, seed=11, shard=shard).blocks.named_parameters())
+    equal = True
+    for name, parameter in VAR(*given, parallel=mesh.config, seed=11).blocks.named_parameters():
+        share = sharded[name].ds_tensor
+        part = parameter.detach().flatten()[mesh.data_rank * share.numel() :][: share.numel()]
+        equal = equal and torch.equal(share[: part.numel()], part)
+    return whole, equal
+
+
+def test_no_rank_holds_two_blocks_while_a_sharded_module_is_built() -> None:
+    assert run_ranks(2, whole_while_built, Setup(2, 3)) == [([[], [], [], []], True)] * 2
 
 
 @pytest.mark.parametrize("setup", LAYOUTS, ids=str)

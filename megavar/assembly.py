@@ -24,11 +24,11 @@ from megavar.data.caches import CachedSamples
 from megavar.data.source import Source
 from megavar.errors import CheckpointError, ConfigError
 from megavar.generators.base import Stage
+from megavar.parallel.sharded import sharding
 from megavar.parallel.topology import Topology
 from megavar.recipes.base import Recipe
 from megavar.sampling.sampler import Sampler
 from megavar.tokenizers.base import Tokenizer
-from megavar.training.sharded import sharding
 from megavar.transformer.compilation import compile_blocks
 from megavar.transformer.moe.backends import check_installed
 from megavar.weight_layout import WeightLayout

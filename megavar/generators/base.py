@@ -40,7 +40,8 @@ from torch import nn
 from megavar.config.generators.base import GeneratorChoice
 from megavar.config.parallel import ParallelConfig
 from megavar.config.token_space import TokenSpace
-from megavar.transformer.backbone import Backbone, Stage
+from megavar.parallel.pipeline_stage import Stage
+from megavar.transformer.backbone import Backbone
 from megavar.transformer.block import Block
 from megavar.transformer.interface import Embedded, GeneratorOutput, Head, TokenSequence
 from megavar.transformer.spec import BlockSpec

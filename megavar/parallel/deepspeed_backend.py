@@ -7,6 +7,9 @@ import sys
 from typing import Any
 
 import torch
+import torch.distributed as dist
+
+from megavar.parallel import cpu_backend
 
 
 def import_deepspeed() -> Any:
@@ -49,3 +52,26 @@ def forget_process_groups() -> None:
         known.clear()
     groups._WORLD_GROUP = None
     deepspeed.comm.comm.cdb = None
+
+
+def prepare_deepspeed() -> Any:
+    """The ``deepspeed`` package, knowing this run's process groups."""
+    cpu_backend.install()
+    deepspeed = import_deepspeed()
+    _forget_earlier_process_groups()
+    return deepspeed
+
+
+_default_groups: list[dist.ProcessGroup | None] = [None]
+"""Of this process's runs. None is let go: in a fork, destroying the parent's group would wait for its threads."""
+
+
+def _forget_earlier_process_groups() -> None:
+    """DeepSpeed keeps groups in globals; a second run in this process has new ones."""
+    import deepspeed.comm.comm
+
+    if _default_groups[-1] is not dist.group.WORLD:
+        forget_process_groups()
+        _default_groups.append(dist.group.WORLD)
+    if deepspeed.comm.comm.cdb is None:
+        deepspeed.init_distributed(verbose=False)

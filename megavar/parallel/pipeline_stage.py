@@ -1,9 +1,12 @@
-"""What the engine asks of a module that can be cut into pipeline stages."""
+"""Pipeline stages: which part of a model one is, and what the engine asks of it."""
 
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
+
+from megavar.config.parallel import ParallelConfig
 
 
 @runtime_checkable
@@ -25,3 +28,21 @@ class PipelineStage(Protocol):
         pass; another step's inputs may have another length.
         """
         ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The part of the model that a rank holds: a range of blocks, perhaps with the first or the last modules."""
+
+    first_block: int
+    blocks: int
+    is_first: bool
+    is_last: bool
+
+    @staticmethod
+    def split(depth: int, parallel: ParallelConfig, pipeline_rank: int, chunk: int = 0) -> "Stage":
+        """Stage of a pipeline rank; with virtual pipelining ``chunk`` counts its model chunks."""
+        chunks = parallel.pipeline * parallel.virtual_pipeline
+        position = chunk * parallel.pipeline + pipeline_rank
+        blocks = depth // chunks
+        return Stage(position * blocks, blocks, position == 0, position == chunks - 1)

@@ -13,14 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megavar.config.deepspeed import DeepSpeedPlan
 from megavar.config.optimizer import OptimizerConfig
 from megavar.errors import ConfigError
-from megavar.parallel import cpu_backend
-from megavar.parallel.deepspeed_backend import forget_process_groups, import_deepspeed
+from megavar.parallel.deepspeed_backend import prepare_deepspeed
 from megavar.parallel.parameter_rule import Rule
 from megavar.parallel.pipeline_stage import PipelineStage
 from megavar.parallel.topology import DeepSpeedTopology, Topology
@@ -305,26 +303,3 @@ def _initialize_deepspeed(module: nn.Module, optimizer: torch.optim.Optimizer, p
         model=module, optimizer=optimizer, config=plan.json, mpu=DeepSpeedTopology(), dist_init_required=False
     )
     return engine
-
-
-def prepare_deepspeed() -> Any:
-    """The ``deepspeed`` package, knowing this run's process groups."""
-    cpu_backend.install()
-    deepspeed = import_deepspeed()
-    _forget_earlier_process_groups()
-    return deepspeed
-
-
-_default_groups: list[dist.ProcessGroup | None] = [None]
-"""Of this process's runs. None is let go: in a fork, destroying the parent's group would wait for its threads."""
-
-
-def _forget_earlier_process_groups() -> None:
-    """DeepSpeed keeps groups in globals; a second run in this process has new ones."""
-    import deepspeed.comm.comm
-
-    if _default_groups[-1] is not dist.group.WORLD:
-        forget_process_groups()
-        _default_groups.append(dist.group.WORLD)
-    if deepspeed.comm.comm.cdb is None:
-        deepspeed.init_distributed(verbose=False)

@@ -12,7 +12,7 @@ states are *rows* [L + padding, B, C] as Megatron-core wants them, and a share o
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from megavar.errors import ConfigError
 from megavar.parallel.logical import initialize_parameters
 from megavar.parallel.parameter_rule import ParameterRule
 from megavar.parallel.payload import Payload, Slot
+from megavar.parallel.pipeline_stage import Stage
 from megavar.transformer.cache import KeyValueCache
 from megavar.transformer.context import ForwardContext, RoutingRecord
 from megavar.transformer.defaults import usual_initial_value, usual_rule
@@ -38,24 +39,6 @@ from megavar.transformer.sequence import SequenceLayout
 
 EMBEDDING = "embedding"
 """Name of the tap before the first block; the output of block i is ``block.i``."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """The part of the model that a rank holds: a range of blocks, perhaps with the first or the last modules."""
-
-    first_block: int
-    blocks: int
-    is_first: bool
-    is_last: bool
-
-    @staticmethod
-    def split(depth: int, parallel: ParallelConfig, pipeline_rank: int, chunk: int = 0) -> "Stage":
-        """Stage of a pipeline rank; with virtual pipelining ``chunk`` counts its model chunks."""
-        chunks = parallel.pipeline * parallel.virtual_pipeline
-        position = chunk * parallel.pipeline + pipeline_rank
-        blocks = depth // chunks
-        return Stage(position * blocks, blocks, position == 0, position == chunks - 1)
 
 
 class Backbone(nn.Module, ABC):

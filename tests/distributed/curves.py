@@ -19,11 +19,11 @@ from megavar.generators.var import VAR
 from megavar.parallel import seeds, topology
 from megavar.parallel.environment import environment
 from megavar.parallel.logical import initialize_parameters
+from megavar.parallel.sharded import Sharding
 from megavar.recipes.base import Recipe
 from megavar.recipes.next_scale import NextScale
 from megavar.recipes.terms.base import Term, heads_of, taps_of
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
-from megavar.training.sharded import Sharding
 from tests.loops import BatchesOf, EngineLoop, bare_loop
 
 STEPS = 10

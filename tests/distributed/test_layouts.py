@@ -13,7 +13,7 @@ from megavar.config.token_space import TokenSpace
 from megavar.generators.var import VAR
 from megavar.parallel import topology
 from megavar.parallel.environment import environment
-from megavar.training.sharded import Sharding
+from megavar.parallel.sharded import Sharding
 from tests.distributed.curves import (
     CLIPPING,
     CODE,
@@ -103,7 +103,7 @@ LAYOUTS = [
 
 
 def whole_while_built(setup: Setup) -> tuple[list[list[int]], bool]:
-    """Numbers of the blocks that are whole on this rank whenever one is built; whether its shares are of equal values."""
+    """Numbers of the blocks that are whole on this rank whenever one is built; whether its shares are as ever."""
     mesh, whole = topology.initialize(ParallelConfig(), environment()), []
     shard = Sharding({"zero_optimization": zero_section(setup)}, torch.float32)
 

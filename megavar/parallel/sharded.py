@@ -1,7 +1,7 @@
 """Builds a module for ZeRO-3 block by block, so that no rank ever holds all of it.
 
 DeepSpeed shards a whole module when it is handed over. Here a block is sharded as soon as it has its initial values,
-which do not depend on what else there is (``parallel/logical.py``); DeepSpeed then finds it sharded and takes the rest.
+which do not depend on what else there is (``logical.py``); DeepSpeed then finds it sharded and takes the rest.
 """
 
 from collections.abc import Mapping
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from megavar.parallel.deepspeed_backend import prepare_deepspeed
 from megavar.parallel.topology import DeepSpeedTopology, Topology
-from megavar.training.engine import prepare_deepspeed
 
 
 class Sharding:
@@ -46,8 +46,8 @@ def sharding(
 ) -> Sharding | None:
     """What shards blocks as they are built; None where they are whole until DeepSpeed gets them.
 
-    That is so below stage 3, and where experts lie on other ranks than the rest (expert or tensor parallelism): DeepSpeed
-    is told which they are when it gets the module (``training/experts.py``).
+    That is so below stage 3, and where experts lie on other ranks than the rest (expert or tensor parallelism): only
+    with the complete module DeepSpeed is told which they are (``training/experts.py``).
     """
     spread = has_experts and (topology.config.expert > 1 or topology.config.tensor > 1)
     stage = deepspeed.get("zero_optimization", {}).get("stage", 0)

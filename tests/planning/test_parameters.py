@@ -48,7 +48,7 @@ def expert_size(width):
 ROUTERS = {
     "scale_token": (3.0, lambda width, depth: 0),
     "scale": (3.0, lambda width, depth: 10 * width * depth),  # an embedding of each of 10 scales in every block
-    "expert_choice": (8 * 256 / 680, lambda width, depth: 0),  # 1 + 2 + 3 + 6 + 9 + 14 + 24 + 38 + 63 + 96 of 680 tokens
+    "expert_choice": (8 * 256 / 680, lambda width, depth: 0),  # 1 + 2 + 3 + 6 + 9 + 14 + 24 + 38 + 63 + 96
     "zero_computation": (  # 4 more rows, 2 constants of 3 vectors; scores to scores in every block but the first
         3 * 0.75 * 8 / (0.75 * 8 + 4), lambda width, depth: 10 * width * depth + 144 * (depth - 1),
     ),

@@ -40,6 +40,9 @@ class ForwardContext:
     """bool [B]: samples that routing statistics count (the conditional half under guidance); None counts all."""
     routing: "list[RoutingRecord] | None" = None
     """Collects one record per mixture-of-experts layer."""
+    carried: Tensor | None = None
+    """What the router of the block before handed on (``ExpertsChoice.carried``), float32 [rows that routers of this
+    rank see, B, N]; each router reads it and leaves its own. None before the first block."""
 
     _visibility: Visibility | None = field(init=False, default=None)
     _drawn: dict[str, Tensor] = field(init=False, default_factory=dict)

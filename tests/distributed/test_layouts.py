@@ -59,9 +59,16 @@ LAYOUTS = [
     Setup(4, 1, dense=True, shared=True, micro_batch_size=2, parallel={"tensor": 2, "pipeline": 2}),
     Setup(2, 1, backend="grouped", parallel={"expert": 2}),
     Setup(2, 3, backend="grouped", parallel={"expert": 2}),
+    Setup(
+        4,
+        1,
+        router="zero_computation",
+        micro_batch_size=2,
+        parallel={"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "recompute": "full"},
+    ),
     *[
         Setup(ranks, stage, router=router, micro_batch_size=2, parallel=parallel)
-        for router in ("expert_choice",)
+        for router in ("expert_choice", "zero_computation")
         for ranks, stage, parallel in (
             (2, 3, {"expert": 2, "recompute": "full"}),
             (4, 1, {"tensor": 2, "sequence": True, "pipeline": 2}),

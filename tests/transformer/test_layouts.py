@@ -99,7 +99,7 @@ def of_other_routers(*layouts_of_a_world):
     return [(layout, {"backend": next(backends), "router": router}) for layout, router in cases]
 
 
-OTHER = ["expert_choice"]
+OTHER = ["expert_choice", "zero_computation"]
 """Routers that are not MEPA's."""
 TP2, TP2_SP = {"tensor": 2}, {"tensor": 2, "sequence": True}
 ALLGATHER = {"dispatcher": "allgather"}

@@ -36,7 +36,10 @@ def waits(experts):
     return mode.found
 
 
-@pytest.mark.parametrize("experts", [None, {"backend": "grouped"}, {"backend": "grouped", "router": "scale"}])
+ROUTERS = ("scale_token", "scale", "expert_choice", "zero_computation")
+
+
+@pytest.mark.parametrize("experts", [None, *({"backend": "grouped", "router": router} for router in ROUTERS)])
 def test_a_step_waits_for_nothing(experts):
     assert waits(experts) == []
 

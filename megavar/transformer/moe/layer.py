@@ -118,7 +118,10 @@ class ExpertFeedForward(nn.Module):
         self.moe.router.context = context
         if self.scatter:
             hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden)
-        output, _ = self.moe(hidden, self.moe.router(hidden))
+        routing = self.moe.router(hidden)
+        output, _ = self.moe(hidden if routing.input_scale == 1.0 else hidden * routing.input_scale, routing)
+        if routing.beside is not None:
+            output = output + routing.beside
         if self.scatter:
             # Every rank goes on with all tokens and computes the same gradient: keep this rank's rows of it.
             output = tensor_parallel.gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=False)

@@ -9,8 +9,7 @@
             return F.linear(hidden.float(), self.weight.float()).softmax(-1)
 
 and its choice (a subclass of ``ExpertsChoice`` with a tag of its own) names the class. Gates, balance loss, statistics,
-padding and sequence parallelism are here; :meth:`Router.choose`, :meth:`Router.bounds` and :meth:`Router.balance` may
-be replaced.
+padding and sequence parallelism are here; and what follows :meth:`Router.scores` may be replaced.
 
 Shapes: L rows of this rank, B samples, M targets (``ExpertsChoice.targets``: the experts, and after them what else a
 router knows), m experts per token.
@@ -26,6 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megavar.config.experts.base import ExpertsChoice
+from megavar.parallel.parameter_rule import ParameterRule
 from megavar.transformer.context import ForwardContext, RoutingRecord
 from megavar.transformer.moe.routing import Bounds, balance_loss, top_k_gates
 
@@ -39,6 +39,10 @@ class Routing(NamedTuple):
     """bool [T, E]."""
     bounds: Bounds
     """What ``assignment`` keeps to."""
+    input_scale: float = 1.0
+    """What the experts' input is multiplied with."""
+    beside: Tensor | None = None
+    """What targets that are no experts add to the output, [L, B, C]."""
 
 
 class Router(nn.Module, ABC):
@@ -46,6 +50,9 @@ class Router(nn.Module, ABC):
 
     The layer around it sets ``context`` before every call.
     """
+
+    input_scale = 1.0
+    """See :attr:`Routing.input_scale`."""
 
     def __init__(self, config: TransformerConfig, experts: ExpertsChoice, *, block: int, kinds: int) -> None:
         """Build the router of block ``block``.
@@ -65,6 +72,16 @@ class Router(nn.Module, ABC):
         parameter = nn.Parameter(torch.empty(shape, dtype=self._dtype))
         parameter.sequence_parallel = self.tokens_sharded  # type: ignore[attr-defined]
         return parameter
+
+    @classmethod
+    def initial_value(cls, name: str, value: Tensor, generator: torch.Generator) -> bool:
+        """Fill the parameter ``name``, float32, and say so; default: the generator's rule for linear layers does."""
+        return False
+
+    @classmethod
+    def rule(cls, name: str) -> ParameterRule | None:
+        """How the parameter ``name`` is trained; default: as the generator says."""
+        return None
 
     @abstractmethod
     def scores(self, hidden: Tensor, kinds: Tensor) -> Tensor:
@@ -96,6 +113,14 @@ class Router(nn.Module, ABC):
             return Bounds(self.experts.number, tokens * self.experts.number)
         return Bounds(self.experts.top_k, tokens * self.experts.top_k, every_token=True, every_row=True)
 
+    def kept(self, chosen: Tensor, counted: Tensor) -> Tensor:
+        """Which of the chosen pairs are computed, bool [L, B, M]. Default: all; nothing is dropped."""
+        return chosen
+
+    def beside(self, hidden: Tensor, gates: Tensor) -> Tensor | None:
+        """What targets that are no experts add to the output, from the experts' input [L, B, C] and [L, B, M]."""
+        return None
+
     def balance(self, scores: Tensor, assignment: Tensor, counted: Tensor) -> Tensor:
         """The loss that keeps experts in use, a float32 scalar. Default: MEPA Eq. 10 by image or by micro-batch.
 
@@ -122,18 +147,24 @@ class Router(nn.Module, ABC):
         assert self.context is not None
         kinds, counted = self._rows(hidden)
         scores = self.scores(hidden, kinds.clamp(min=0))
-        gates, assignment = self.choose(scores)
-        loss = self.balance(scores, assignment, counted)
+        gates, chosen = self.choose(scores)
+        loss = self.balance(scores, chosen, counted)
+        assignment = self.kept(chosen, counted)
+        if assignment is not chosen:
+            gates = gates * assignment
         if self.context.routing is not None:
             self._record(assignment, kinds, counted, loss)
         coefficient = self.experts.balance_coefficient * self.context.balance
         if torch.is_grad_enabled() and coefficient > 0:
             gates = MoEAuxLossAutoScaler.apply(gates, coefficient * loss)
         experts = slice(self.experts.number)
+        given = hidden if self.input_scale == 1.0 else hidden * self.input_scale
         return Routing(
             gates[..., experts].flatten(0, 1).to(hidden.dtype),
             assignment[..., experts].flatten(0, 1),
             self.bounds(self._own_rows(hidden.shape[0]), hidden.shape[1]),
+            self.input_scale,
+            self.beside(given, gates),
         )
 
     def _own_rows(self, length: int) -> range:

@@ -8,8 +8,9 @@
     discriminator  : tells image from reconstruction; w balances it against the reconstruction (VQGAN Eq. 7)
     after the step : codes that are hardly used restart as vectors of the current batch
 
-At step 0 the whole codebook is drawn from the first batch. Where a scale is an image by itself (FlexVAR), further passes
-of a step reconstruct smaller images from coarser maps; nothing judges those but pixels, perception and quantizer.
+At step 0 the whole codebook is drawn from the first batch. Where a scale is an image by itself (FlexVAR), further
+passes of a step reconstruct smaller images from coarser maps; nothing judges those but pixels, perception and
+quantizer.
 """
 
 import functools

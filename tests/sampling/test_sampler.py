@@ -10,7 +10,7 @@ from megavar.config.procedures.next_scale import NextScaleSampling
 from megavar.config.token_space import TokenSpace
 from megavar.errors import CheckpointError
 from megavar.sampling.noise import pick
-from megavar.sampling.sampler import Sampler, TokenDecoder
+from megavar.sampling.sampler import PIXELS_AT_ONCE, Sampler, TokenDecoder
 
 CPU = torch.device("cpu")
 IDS = TokenSpace("line", (), 6, 50, 3, 4)
@@ -70,6 +70,21 @@ def test_images_come_from_what_is_stored(stored):
     drawing = sampler(SPACES[stored])
     drawn = drawing.draw(torch.arange(6))
     assert torch.equal(drawing.decoder(drawn.arrays["tokens"]), drawn.images)
+
+
+def test_images_are_decoded_in_pieces(monkeypatch):
+    """Of so many pixels, so that memory does not depend on the number of samples of a chunk."""
+    sizes = []
+
+    class Counting(Tokenizer):
+        def decode(self, tokens):
+            sizes.append(len(tokens))
+            return super().decode(tokens)
+
+    tokens = sampler(IDS).draw(torch.arange(7)).arrays["tokens"]
+    whole = TokenDecoder(Counting(IDS), CPU)(tokens)
+    monkeypatch.setitem(PIXELS_AT_ONCE, "cpu", 3 * IDS.image_side**2)
+    assert torch.equal(TokenDecoder(Counting(IDS), CPU)(tokens), whole) and sizes == [7, 3, 3, 1]
 
 
 def test_prompts_reach_the_chunk():

@@ -51,7 +51,9 @@ def test_what_is_kept_of_a_gated_branch_is_added(gated):
     residual, keys = DropPath(config, 1, 3, rate=0.8), torch.arange(64)
     hidden, branch, gate = torch.randn(3, 2, 64, 4, generator=torch.Generator().manual_seed(0))
     gate = gate[0] if gated else None
-    found = residual(hidden, branch, gate, "feed_forward", context(keys))
+    given = context(keys)
+    residual.prepare(given, keys.device)
+    found = residual(hidden, branch, gate, "feed_forward", given)
     kept = seeds.uniform(0, "drop_path/feed_forward", 1, keys) >= 0.4
     assert 20 < kept.sum() < 60
     change = branch / 0.6 if gate is None else gate * branch / 0.6

@@ -46,6 +46,11 @@ class RecipeChoice(Choice):
         return 1, 0
 
     @property
+    def counted_terms(self) -> tuple[TermChoice, ...]:
+        """Losses with heads and teachers that plans count."""
+        return ()
+
+    @property
     def uncounted(self) -> tuple[str, ...]:
         """What a plan leaves out of its costs, in words."""
         return ()
@@ -70,6 +75,11 @@ class GeneratorRecipeChoice(RecipeChoice):
         return weights
 
     @property
+    def counted_terms(self) -> tuple[TermChoice, ...]:
+        """Those that say what their heads are."""
+        return tuple(term for term in self.terms if term.counted)
+
+    @property
     def uncounted(self) -> tuple[str, ...]:
-        """Heads and teachers of the terms."""
-        return tuple(f"heads and teachers of the term {term.name}" for term in self.terms)
+        """Heads and teachers of the others."""
+        return tuple(f"heads and teachers of the term {term.name}" for term in self.terms if not term.counted)

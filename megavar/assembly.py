@@ -51,7 +51,7 @@ def load_tokenizer(config: TokenizerChoice, weights: str, device: torch.device) 
             f"under run.requires to have it trained automatically), or give a file in a public layout."
         )
     frozen.load(tokenizer, path, weight_layouts(config, config.space), what="The file of tokenizer weights")
-    return tokenizer.eval().requires_grad_(False).to(device)
+    return frozen.ready(tokenizer, device)
 
 
 def load_teacher(choice: TeacherChoice, device: torch.device) -> Any:

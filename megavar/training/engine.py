@@ -103,6 +103,8 @@ class Engine:
         with equal_groups_on_stages(name, module, parameter_groups(module, rules), topology) as groups:
             inner = build_optimizer(optimizer, name, groups)
             self.deepspeed: Any = _initialize_deepspeed(module, inner, plan)
+        if plan.stage == 0 and topology.data == 1:
+            self.deepspeed.enable_backward_allreduce = False  # it would flatten all gradients to share with nobody
         # Stage 0 has no master copy and no norm of its own: clip and guard right before torch's step.
         self._clipped = ClippedStep(inner, plan.clip_norm) if plan.stage == 0 else None
         self._scheduled = [_Scheduled(chunk, self._callable(chunk)) for chunk in self.chunks]

@@ -7,7 +7,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -90,10 +89,20 @@ class AttentionCore(nn.Module):
         return kernel.function(q, k, v, context.visibility, self.softmax_scale)
 
     def _continue(self, query: Tensor, keys: Tensor, values: Tensor, past: int, context: ForwardContext) -> Tensor:
-        """Attend to ``past`` decoded rows and to those of this pass."""
-        q, k, v = (heads.permute(1, 2, 0, 3) for heads in (query, keys, values))
+        """Attend to ``past`` decoded rows and to those of this pass, keys and values [B, G, past + rows, D]."""
+        q = query.permute(1, 2, 0, 3)
         mask = context.visibility.continued(past, q.device)
-        return attend(q, k, v, self.softmax_scale, mask).permute(2, 0, 1, 3).flatten(2)
+        return attend(q, keys, values, self.softmax_scale, mask).permute(2, 0, 1, 3).flatten(2)
+
+
+def _of_length(heads: Tensor, length: Tensor | float) -> Tensor:
+    """Head vectors [L, B, H, D] stretched to ``length`` ([H, 1] or a number): one factor per vector, in float32.
+
+    The smallest length that is divided by is 1e-12.
+    """
+    wide = heads.float()
+    factor = length / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(1e-12)
+    return (wide * factor).to(heads.dtype)
 
 
 class UnitLength(nn.Module):
@@ -104,7 +113,7 @@ class UnitLength(nn.Module):
 
     def forward(self, heads: Tensor) -> Tensor:
         """[L, B, H, D] -> [L, B, H, D]."""
-        return F.normalize(heads.float(), dim=-1).to(heads.dtype)
+        return _of_length(heads, 1.0)
 
 
 class UnitLengthWithTemperature(UnitLength):
@@ -121,4 +130,4 @@ class UnitLengthWithTemperature(UnitLength):
     def forward(self, heads: Tensor) -> Tensor:
         """[L, B, H, D] -> [L, B, H, D]."""
         temperature = self.log_temperature.float().clamp(max=self.MAXIMUM).exp()
-        return (F.normalize(heads.float(), dim=-1) * temperature[:, None]).to(heads.dtype)
+        return _of_length(heads, temperature[:, None])

@@ -3,20 +3,18 @@
 Hidden states are Megatron's [L, B, C] (sequence first, so that sequence parallelism shards L).
 """
 
-from typing import Any
-
+import torch
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megavar.transformer.attention import AttentionCore
 from megavar.transformer.context import ForwardContext
-from megavar.transformer.modulation import Modulated
 from megavar.transformer.spec import BlockSpec
 
 
 class Block(nn.Module):
-    """x += residual(gate attention(norm(x) (1 + scale) + shift)), then the same around the feed-forward network."""
+    """x = residual(x, attention(norm(x) (1 + scale) + shift), gate), then the same around the feed-forward network."""
 
     def __init__(
         self, config: TransformerConfig, spec: BlockSpec, number: int, depth: int, *, recompute: str = "none"
@@ -54,12 +52,10 @@ class Block(nn.Module):
             ("attention", self.attention_norm, self.attention),
             ("feed_forward", self.feed_forward_norm, self.feed_forward),
         ):
-            branch = _modulated(norm(hidden), body, modulated.get(half), context)
-            hidden = hidden + self.residual(branch, half, context)
+            normed, by = norm(hidden), modulated.get(half)
+            if by is None:
+                hidden = self.residual(hidden, body(normed, context), None, half, context)
+            else:
+                branch = body(torch.addcmul(by.shift, normed, 1 + by.scale), context)
+                hidden = self.residual(hidden, branch, by.gate, half, context)
         return hidden
-
-
-def _modulated(normed: Tensor, body: Any, by: Modulated | None, context: ForwardContext) -> Tensor:
-    if by is None:
-        return body(normed, context)
-    return by.gate * body(normed * (1 + by.scale) + by.shift, context)

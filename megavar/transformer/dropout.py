@@ -32,6 +32,11 @@ def dropout(
     return torch.where(kept, hidden * (65536 / (65536 - dropped)), 0.0)
 
 
+def _added(hidden: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
+    """The residual connection, in one pass over memory."""
+    return hidden + branch if gate is None else torch.addcmul(hidden, branch, gate)
+
+
 class DropPath(nn.Module):
     """Drops the branch of a whole sample, with a rate that rises linearly over the blocks from 0 to ``rate``."""
 
@@ -40,10 +45,15 @@ class DropPath(nn.Module):
         self.number, self.depth = number, depth
         self.rate = rate * number / max(depth - 1, 1)
 
-    def forward(self, branch: Tensor, half: str, context: ForwardContext) -> Tensor:
-        """[L, B, C] -> [L, B, C]; ``half`` is "attention" or "feed_forward"."""
+    def forward(
+        self, hidden: Tensor, branch: Tensor, gate: Tensor | None, half: str, context: ForwardContext
+    ) -> Tensor:
+        """``hidden`` plus what is kept of the gated branch, [L, B, C]; ``half`` is "attention" or "feed_forward"."""
         keep = context.keep_mask(f"drop_path/{half}", self.number, self.depth, self.rate)
-        return branch if keep is None else branch * keep.to(branch.dtype)[:, None]
+        if keep is not None:
+            keep = keep.to(branch.dtype)[:, None]
+            gate = keep if gate is None else gate * keep
+        return _added(hidden, branch, gate)
 
 
 class Dropout(nn.Module):
@@ -53,6 +63,9 @@ class Dropout(nn.Module):
         super().__init__()
         self.number, self.rate = number, rate
 
-    def forward(self, branch: Tensor, half: str, context: ForwardContext) -> Tensor:
-        """[L, B, C] -> [L, B, C]; ``half`` is "attention" or "feed_forward"."""
-        return dropout(branch, context, stream=f"dropout/{half}", block=self.number, rate=self.rate)
+    def forward(
+        self, hidden: Tensor, branch: Tensor, gate: Tensor | None, half: str, context: ForwardContext
+    ) -> Tensor:
+        """``hidden`` plus what is kept of the gated branch, [L, B, C]; ``half`` is "attention" or "feed_forward"."""
+        branch = dropout(branch, context, stream=f"dropout/{half}", block=self.number, rate=self.rate)
+        return _added(hidden, branch, gate)

@@ -1,14 +1,13 @@
 """The dense feed-forward network."""
 
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megavar.transformer.context import ForwardContext
 from megavar.transformer.dropout import dropout
-from megavar.transformer.linear import RowLinear
+from megavar.transformer.linear import ColumnLinear, OutputLinear
 
 
 def activate(inner: Tensor, config: TransformerConfig) -> Tensor:
@@ -26,18 +25,17 @@ class FeedForward(nn.Module):
     def __init__(self, config: TransformerConfig, number: int = 0, *, dropout: float = 0.0) -> None:
         super().__init__()
         self.config, self.number, self.dropout = config, number, dropout
-        submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowLinear)
+        submodules = MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=OutputLinear)
         self.mlp = MLP(config, submodules, ffn_hidden_size=config.ffn_hidden_size)
 
     def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
         """[L, B, C] -> [L, B, C]."""
-        inner, bias = self.mlp.linear_fc1(hidden)
-        inner = activate(inner if bias is None else inner + bias, self.config)
+        inner = activate(self.mlp.linear_fc1(hidden)[0], self.config)
         if self.dropout:
             # The first layer gathers the rows: here every rank has all of them and some of the channels.
             first = parallel_state.get_tensor_model_parallel_rank() * inner.shape[-1]
             inner = dropout(
                 inner, context, stream="dropout/inner", block=self.number, rate=self.dropout, first_channel=first
             )
-        output, bias = self.mlp.linear_fc2(inner)
-        return output if bias is None else output + bias
+        output, _ = self.mlp.linear_fc2(inner)
+        return output

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megavar.errors import ConfigError
+from megavar.transformer import prefix
 from megavar.transformer.sequence import Rule, SequenceLayout, cached_by_layout, visible
 
 
@@ -127,6 +128,9 @@ def _seen_ranges(layout: SequenceLayout) -> list[tuple[slice, slice]]:
 
 def prefix_attention(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Tensor:
     """[B, H, L, D] by one call per segment."""
+    if visibility.valid is None and prefix.serves(q, k):
+        ranges = tuple((rows.start, rows.stop, keys.start, keys.stop) for rows, keys in _seen_ranges(visibility.layout))
+        return prefix.SegmentAttention.apply(q, k, v, ranges, scale)
     mask = None if visibility.valid is None else visibility.mask(q.device)
     outputs = [
         attend(q[:, :, rows], k[:, :, keys], v[:, :, keys], scale, None if mask is None else mask[..., rows, keys])

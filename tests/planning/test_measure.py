@@ -69,6 +69,8 @@ def test_memory_that_autograd_keeps(measured):
     for row, cost in measured:
         kept = sum(part.saved.at(IMAGES) + part.routed.at(IMAGES) for part in cost.blocks) + cost.head.saved.at(IMAGES)
         blocks, head, logits = int(row["block_saved"]), int(row["head_saved"]), int(row["logits"])
+        if row["recompute"] != "full":  # unit-length queries in float32, which one factor per vector took the place of
+            blocks -= 4 * IMAGES * SPACE.length * 64 * int(row["depth"]) // int(row["tensor"])
         assert kept == pytest.approx(int(row["depth"]) * blocks + head + logits, rel=0.02), row
         assert len(cost.kinds) == 1
         assert cost.kinds[0].saved.at(IMAGES) + cost.kinds[0].routed.at(IMAGES) == pytest.approx(blocks, rel=0.02), row

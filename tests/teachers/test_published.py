@@ -63,8 +63,9 @@ def test_the_authors_files(tmp_path: Path) -> None:
     moco = {f"module.base_encoder.{key}": value for key, value in state.items()}
     moco |= {f"module.momentum_encoder.{key}": -value for key, value in state.items()}
     moco |= {"module.predictor.0.weight": torch.ones(3), "module.base_encoder.head.0.weight": torch.ones(3)}
-    torch.save({"epoch": 300, "arch": "vit_base", "state_dict": moco, "optimizer": {"state": {}}}, tmp_path / "moco.tar")
-    moco = read_state_dict(tmp_path / "moco.tar", "it")
+    file = tmp_path / "vit-b-300ep.pth.tar"
+    torch.save({"epoch": 300, "arch": "vit_base", "state_dict": moco, "optimizer": {"state": {}}}, file)
+    moco = read_state_dict(file, "it")
     stored = golden("timm_mocov3")
     found = features(network_of("timm_mocov3", moco, published.MoCoLayout), stored["input"])
     torch.testing.assert_close(found, stored["output"], rtol=0, atol=1e-5)

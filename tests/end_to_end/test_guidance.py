@@ -1,4 +1,4 @@
-"""A teacher that a run distils guides another run: exact resume of both, identities, heads in checkpoints and exports."""
+"""A teacher that a run distils guides another run: exact resume, identities, heads in checkpoints and exports."""
 
 import os
 import signal
@@ -92,7 +92,7 @@ def test_an_exported_teacher_is_a_choice_too(teachers: tuple[Path, Path], tmp_pa
         for path in (teachers[0], file)
     ]
     assert features[0].shape == (2, 16, 64) and torch.equal(*features)
-    with pytest.raises(CheckpointError, match="do not exist. Give a local file"):
+    with pytest.raises(CheckpointError, match=r"do not exist\. Give a local file"):
         load_teacher(TeacherChoice.make(name="dinov3", weights="nowhere.pth"), torch.device("cpu"))
 
 

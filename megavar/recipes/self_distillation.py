@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megavar.config.deepspeed import load_deepspeed_json
+from megavar.config.recipes.base import TEACHER_MODULE
 from megavar.config.recipes.self_distillation import CropsConfig, SelfDistillationConfig
 from megavar.config.root import Config
 from megavar.data.batch import Batch
@@ -137,7 +138,7 @@ class SelfDistillation(BaseRecipe):
 
     def modules(self) -> dict[str, nn.Module]:
         """The one trained module."""
-        return {"teacher": self.network}
+        return {TEACHER_MODULE: self.network}
 
     @torch.no_grad()
     def prepare(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:

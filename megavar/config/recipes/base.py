@@ -10,6 +10,8 @@ GENERATOR_MODULE = "generator"
 """Name of the module that a run of a generator results in, in recipes, checkpoints and ``optimizer.modules``."""
 TOKENIZER_MODULE = "autoencoder"
 """Name of the module that a run of a tokenizer results in."""
+TEACHER_MODULE = "teacher"
+"""Name of the module that a run of a teacher results in."""
 
 
 class RecipeChoice(Choice):
@@ -26,7 +28,8 @@ class RecipeChoice(Choice):
     @property
     def modules(self) -> tuple[str, ...]:
         """Names of the modules that it trains, as ``Recipe.modules`` of its implementation returns them."""
-        return (GENERATOR_MODULE if self.trains == "generator" else TOKENIZER_MODULE,)
+        named = {"generator": GENERATOR_MODULE, "tokenizer": TOKENIZER_MODULE, "teacher": TEACHER_MODULE}
+        return (named[self.trains],)
 
     def initial_weights_path(self) -> str | None:
         """Weights to begin with, where the recipe has a key of its own for them beside ``train.initial_weights``."""

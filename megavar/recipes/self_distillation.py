@@ -189,7 +189,9 @@ class SelfDistillation(BaseRecipe):
         sums = torch.stack([total for total, _ in self._said]).sum(0)
         count = sum(number for _, number in self._said)
         summed = sum_over_ranks(torch.cat([sums, sums.new_full((1,), count)]))
-        self.network.centre.lerp_(summed[:-1] / summed[-1], 1 - self.config.center_momentum)
+        # The first mean is taken as it is: from zero, the average says the same of all images, and the student learns it.
+        share = 1.0 if step == 0 else 1 - self.config.center_momentum
+        self.network.centre.lerp_(summed[:-1] / summed[-1], share)
         rise = (1 - math.cos(math.pi * step / self.steps)) / 2
         momentum = 1 - (1 - self.config.average_momentum) * (1 - rise)
         for average, student in self.network.pairs():

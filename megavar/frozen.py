@@ -126,7 +126,7 @@ def load(
     from megavar.weight_file import read_weights_file
 
     if Path(path).is_dir():
-        load_weights(target, path)
+        load_weights(target, path, whole=True)
     else:
         fill(target, read_weights_file(Path(path), shapes_of(target), layouts, layout, what=what))
 

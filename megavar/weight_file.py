@@ -12,7 +12,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,15 @@ _log = logging.getLogger(__name__)
 OURS = "megavar"
 """The weight layout of our own exports."""
 AUTO = "auto"
-FORMAT = 2
-"""1: until commit 9f0263a, metadata ``module``, ``step``, ``weights``. Both are read."""
+FORMAT = 3
+"""1: until commit 9f0263a, metadata ``module``, ``step``, ``weights``; 2: without ``config``, tokenizer and names of
+classes. All are read."""
+EMBEDDED = "tokenizer/"
+"""Beginning of the names of the tokenizer's tensors in an export of a generator."""
+_DESCRIPTION = (
+    "Logical tensors of megavar, whatever the parallel layout. Open with megavar.load(FILE), which is strict. Modules "
+    "name some of them otherwise (experts): their load_state_dict(strict=False) would leave those random."
+)
 
 
 @dataclass(frozen=True)
@@ -52,22 +59,67 @@ class About:
     """The token space of its tokenizer."""
     dropped: tuple[str, ...] = ()
     """Beginnings of the names of tensors that were left out."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """The whole configuration of the run; empty if nobody knew."""
+    class_names: tuple[str, ...] = ()
+    """By label; empty if nobody knew."""
+    tokenizer: Mapping[str, str] = field(default_factory=dict)
+    """Identity of the weights of the tokenizer that a generator learned from; empty if nobody knew."""
 
 
-def write_export(path: Path, tensors: Mapping[str, Tensor], about: About) -> None:
-    """Write logical tensors and buffers into a ``.safetensors`` file, atomically."""
+def write_export(
+    path: Path, tensors: Mapping[str, Tensor], about: About, tokenizer: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write logical tensors and buffers into a ``.safetensors`` file, atomically.
+
+    Args:
+        tokenizer: those of the tokenizer that a generator learned from, to make the file complete.
+    """
     facts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in asdict(about).items()}
     facts |= {"format": OURS, "format_version": str(FORMAT), "megavar": megavar.__version__}
-    contiguous = {name: value.contiguous() for name, value in tensors.items()}
+    facts["description"] = _DESCRIPTION
+    every = dict(tensors) | {f"{EMBEDDED}{name}": value for name, value in (tokenizer or {}).items()}
+    contiguous = {name: value.contiguous() for name, value in every.items()}
     storage.write_bytes_atomic(path, save(contiguous, metadata=facts))
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Metadata of a ``.safetensors`` file; nothing for other files and for files without."""
+    """Metadata of a ``.safetensors`` file; nothing for other files and for files without.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except Exception as error:  # of safetensors' own kind
+        raise CheckpointError(f"The file of weights {path} cannot be read: {_reason(path, error)}") from error
+
+
+def stored_value(metadata: Mapping[str, str], name: str, default: Any, path: Path) -> Any:
+    """A value of an export's metadata, of the type of ``default``, which stands for an absent one.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        value = json.loads(metadata[name]) if name in metadata else default
+    except ValueError:
+        value = None
+    if not isinstance(value, type(default)):
+        raise CheckpointError(f"{path} is damaged: {name!r} of its metadata cannot be read. Export it again.")
+    return value
+
+
+def embedded_tokenizer(path: Path) -> dict[str, Tensor]:
+    """Tensors of the tokenizer that an export of a generator holds, by its own names; nothing if it holds none."""
     if path.suffix != ".safetensors":
         return {}
     with safe_open(path, framework="pt") as file:
-        return dict(file.metadata() or {})
+        names = [name for name in file.keys() if name.startswith(EMBEDDED)]  # noqa: SIM118  no dictionary
+        return {name.removeprefix(EMBEDDED): file.get_tensor(name) for name in names}
 
 
 def names_in_export(path: Path) -> set[str]:
@@ -75,7 +127,7 @@ def names_in_export(path: Path) -> set[str]:
     if path.suffix != ".safetensors" or not path.is_file():
         return set()
     with safe_open(path, framework="pt") as file:
-        return set(file.keys())
+        return {name for name in file.keys() if not name.startswith(EMBEDDED)}  # noqa: SIM118  no dictionary
 
 
 def read_weights_file(
@@ -108,6 +160,7 @@ def read_weights_file(
     problems = []
     states = read_state_dicts(path, what)
     for place, state in states.items():
+        state = {name: value for name, value in state.items() if not name.startswith(EMBEDDED)}
         try:
             fitting[place] = _fitted(state, read_metadata(path), expected, layouts, layout, fresh)
         except CheckpointError as error:

@@ -47,19 +47,23 @@ ALLOWED: dict[str, set[str]] = {
         "assembly", "beginning", "chunks", "conditions", "config", "data", "frozen", "parallel", "sampling",
         "tokenizers", "training",
     },
+    "library": {
+        "assembly", "conditions", "config", "frozen", "parallel", "tokenizers", "training", "weight_file",
+    },
     "scoring": {
         "assembly", "config", "evaluation", "frozen", "parallel", "run_samples", "sampling", "tokenizers", "training",
     },
     "reproduction": {"chunks", "config", "planning", "training"},
+    "analysis": {"assembly", "config", "data", "parallel", "run_samples", "training", "transformer"},
     "commands": {
-        "assembly", "beginning", "config", "data", "parallel", "planning", "recipes", "reproduction", "run_samples",
-        "scoring", "training",
+        "analysis", "assembly", "beginning", "config", "data", "parallel", "planning", "recipes", "reproduction",
+        "run_samples", "scoring", "training",
     },
     "__main__": set(),
 }  # fmt: skip
 KNOWN_CIRCLES = {frozenset({"config", "parallel"}), frozenset({"frozen", "training"})}
 """The second: checkpoints carry identities of frozen weights, and frozen weights may lie in a checkpoint."""
-TORCH_FREE = ("megavar.config.loading", "megavar.config.cluster", "megavar.config.table", "megavar.frozen")
+TORCH_FREE = ("megavar", "megavar.config.loading", "megavar.config.cluster", "megavar.config.table", "megavar.frozen")
 """Login nodes read configurations and compare identities of weights."""
 
 

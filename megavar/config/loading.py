@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import re
+import sys
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -126,6 +127,41 @@ def import_plugins(tree: Mapping[str, Any], origin: str) -> None:
                 f"{origin}: plugins: the module {name!r} cannot be imported ({type(error).__name__}: {error}). Modules "
                 f"are looked for in the current directory and in PYTHONPATH."
             ) from error
+
+
+PLUGINS = "MEGAVAR_PLUGINS"
+"""Environment variable: modules, separated by commas, that may be imported because something stored asks for them."""
+
+
+def stored_config(tree: Mapping[str, Any], origin: str) -> Config:
+    """Decode a configuration that lies beside weights or in a file of them.
+
+    Raises:
+        ConfigError: it is wrong, or asks for modules that nobody else asks for.
+    """
+    import_stored_plugins(tree, origin)
+    return decode(tree, Config, origin)
+
+
+def import_stored_plugins(tree: Mapping[str, Any], origin: str) -> None:
+    """Import the modules that something stored needs, if somebody else says so, too.
+
+    Raises:
+        ConfigError: nobody does.
+    """
+    named = os.environ.get(PLUGINS, "").split(",")
+    wanted = tree.get("plugins")
+    foreign = [
+        str(name) for name in (wanted if isinstance(wanted, list) else ())
+        if str(name) not in sys.modules and name not in named
+    ]  # fmt: skip
+    if foreign:
+        names = ",".join(foreign)
+        raise ConfigError(
+            f"{origin} asks for the modules {names}, and a file beside samples or weights is no reason to run code. If "
+            f"they are yours, set {PLUGINS}={names} and start again."
+        )
+    import_plugins(tree, origin)
 
 
 Model = typing.TypeVar("Model", bound=BaseModel)

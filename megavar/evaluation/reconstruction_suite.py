@@ -129,7 +129,7 @@ def _checks(config: ReconstructionConfig, data: DataConfig) -> tuple[Callable[[]
     """What loading the instruments does not find out."""
     return (
         lambda: _check_settings(config, data),
-        lambda: config.reference is None or check_reference(Path(config.reference)),
+        lambda: check_reference(Path(config.reference)) if config.reference is not None else None,
     )
 
 

@@ -26,7 +26,7 @@ class RecipeChoice(Choice):
     @property
     def modules(self) -> tuple[str, ...]:
         """Names of the modules that it trains, as ``Recipe.modules`` of its implementation returns them."""
-        return (GENERATOR_MODULE if self.trains == "generator" else TOKENIZER_MODULE,)
+        return ({"generator": GENERATOR_MODULE, "tokenizer": TOKENIZER_MODULE}.get(self.trains, self.trains),)
 
     def initial_weights_path(self) -> str | None:
         """Weights to begin with, where the recipe has a key of its own for them beside ``train.initial_weights``."""

@@ -6,9 +6,8 @@ import torch
 from megavar.config.parallel import ParallelConfig
 from megavar.parallel import seeds
 from megavar.transformer.context import ForwardContext
-from megavar.transformer.dropout import DropPath
+from megavar.transformer.dropout import DropPath, keep_mask
 from megavar.transformer.megatron_config import transformer_config
-from megavar.transformer.dropout import keep_mask
 from megavar.transformer.sequence import SequenceLayout
 from tests.transformer import tiny
 

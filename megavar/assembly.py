@@ -27,6 +27,7 @@ from megavar.parallel.topology import Topology
 from megavar.recipes.base import Recipe
 from megavar.sampling.sampler import Sampler
 from megavar.tokenizers.base import Tokenizer
+from megavar.transformer.compilation import compile_blocks
 from megavar.transformer.moe.backends import check_installed
 from megavar.weight_layout import WeightLayout
 
@@ -250,8 +251,11 @@ class Assembly:
         return resolve(self.config.tokenizer)(self.config.tokenizer)
 
     def generator(self, **options: Any) -> nn.Module:
-        """This rank's part of the generator, initialized; see :func:`build_generator`."""
-        return build_generator(self.config, self.topology, device=self.device, **options)
+        """This rank's part of the generator, initialized, compiled if asked for; see :func:`build_generator`."""
+        model = build_generator(self.config, self.topology, device=self.device, **options)
+        if self.config.train.compile == "blocks":
+            compile_blocks(model, self.config.train.compile_backend, self.device)
+        return model
 
     def terms(self) -> list[Any]:
         """The losses that the recipe section adds to the recipe's own: :class:`megavar.recipes.terms.base.Term`."""

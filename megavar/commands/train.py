@@ -28,7 +28,7 @@ from megavar.data.source import Source
 from megavar.errors import ConfigError, DataError, ExitCode, RunInUseError
 from megavar.parallel import topology
 from megavar.parallel.environment import Environment, environment, limit_threads
-from megavar.parallel.rules import check_layout
+from megavar.parallel.rules import check_compiled, check_layout
 from megavar.planning.efficiency import flops_per_image
 from megavar.planning.hardware import peak_of_device
 from megavar.recipes.base import Recipe
@@ -120,13 +120,16 @@ def _train_one(config: Config, place: Environment) -> ExitCode:
         print(topology.describe(config.parallel, place.world_size), flush=True)
     source = build_source(config.data)
     deepspeed = load_deepspeed_json(Path(config.deepspeed))
+    zero_stage = int(deepspeed.get("zero_optimization", {}).get("stage", 0))
     check_layout(
         config.parallel,
         config.limits,
-        zero_stage=int(deepspeed.get("zero_optimization", {}).get("stage", 0)),
+        zero_stage=zero_stage,
         world_size=place.world_size,
         micro_batches=config.train.global_batch_size // mesh.data // micro_batch_size(config.train, mesh),
     )
+    if config.train.compile == "blocks":
+        check_compiled(config.parallel, config.limits, zero_stage)
     assembly = Assembly(config, source, place.device, mesh)
     recipe = assembly.recipe()
     if place.rank == 0 and not directory.checkpoints.exists():

@@ -82,6 +82,13 @@ class TrainConfig(Section):
     """Samples that one rank computes at a time; the rest of its share is accumulated. Default: all of its share."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Type of weights and activations. With ``bf16`` the optimizer keeps fp32 master weights."""
+    compile: Literal["none", "blocks"] = "none"
+    """``blocks``: each block of the generator is one graph of ``torch.compile``, forward and backward, which all blocks
+    share. Compiled code rounds differently: it is part of what the run is. Experts that are spread over ranks, or whose
+    backend is not ``grouped``, stay outside of the graphs; decoding is not compiled; tensor parallelism and ZeRO-3 are
+    refused. With lists of scales that change, ``attention_kernel: prefix`` would compile anew for each."""
+    compile_backend: Literal["inductor", "aot_eager"] = "inductor"
+    """``inductor`` writes kernels; ``aot_eager`` runs the same graphs without: to see whether a difference is its."""
     seed: int = Field(0, ge=0)
     """Decides initial weights, data order, augmentation, label drop and all noise of training."""
     ema: EmaConfig | None = None

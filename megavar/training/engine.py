@@ -151,10 +151,7 @@ class Engine:
     ) -> list[Tensor]:
         """Forward, and backward if there is a loss, of all micro-batches; returns what the pass carries on."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
-        from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-        # A backward outside the schedules leaves a scalar here, into which they cannot copy their one-element tensor.
-        MoEAuxLossAutoScaler.main_loss_backward_scale = None
         carried: dict[int, Tensor] = {}
 
         def finish(index: int, item: Any, output: Any) -> tuple[Tensor, dict[str, Any]]:
@@ -193,7 +190,7 @@ class Engine:
         """Tell the chunks what pass begins; returns the sequence length to announce to the schedules."""
         for chunk in self.chunks:
             if isinstance(chunk, PipelineStage):
-                chunk.balance = one.balance
+                chunk.balance = one.balance / inputs.count  # the schedules take the mean over micro-batches
         if self.topology.config.pipeline == 1:
             return 1
         stage = self.chunks[0]

@@ -11,9 +11,10 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from megavar.transformer.context import ForwardContext
-from megavar.transformer.kernels import KERNELS, attend, choose_kernel
+from megavar.transformer.kernels import KERNELS, Kernel, attend, choose_kernel
 from megavar.transformer.rotary import Pairs, rotate
 
 
@@ -50,7 +51,14 @@ class AttentionCore(nn.Module):
         self.pairs = pairs
         self.recompute = False
         """Whether the backward pass computes the core again (``parallel.recompute: selective``)."""
+        self.compiled = False
+        """Whether passes without a cache run as a compiled graph (``train.compile: blocks``)."""
         self.softmax_scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
+
+    def prepare(self, context: ForwardContext, device: torch.device) -> None:
+        """Make the masks of the pass, which all blocks share."""
+        if context.cache is None:
+            self._kernel(context, device).prepare(context.visibility, device)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: ForwardContext, **unused: Any) -> Tensor:
         """Attend among the rows of this pass, or to the cache and them while decoding.
@@ -77,7 +85,8 @@ class AttentionCore(nn.Module):
             if past:
                 return self._continue(query, keys, values, past, context)
         if self.recompute and torch.is_grad_enabled():
-            return tensor_parallel.checkpoint(compute, False, query, key, value)
+            # PyTorch's, which a compiler sees through; nothing here draws random numbers
+            return checkpoint(compute, query, key, value, use_reentrant=False, preserve_rng_state=False)
         return compute(query, key, value)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext) -> Tensor:
@@ -85,8 +94,11 @@ class AttentionCore(nn.Module):
         if context.cache is not None and context.sequence.unmasked and context.valid is None:
             tokens = context.sequence.tokens  # one segment: not worth a compiled kernel of its own shape
             return attend(q, k[:, :, :tokens], v[:, :, :tokens], self.softmax_scale)
-        kernel = KERNELS[choose_kernel(self.kernel, context.visibility, q.device)]
-        return kernel.function(q, k, v, context.visibility, self.softmax_scale)
+        return self._kernel(context, q.device).function(q, k, v, context.visibility, self.softmax_scale)
+
+    def _kernel(self, context: ForwardContext, device: torch.device) -> Kernel:
+        compiled = self.compiled and context.cache is None
+        return KERNELS[choose_kernel(self.kernel, context.visibility, device, compiled=compiled)]
 
     def _continue(self, query: Tensor, keys: Tensor, values: Tensor, past: int, context: ForwardContext) -> Tensor:
         """Attend to ``past`` decoded rows and to those of this pass, keys and values [B, G, past + rows, D]."""

@@ -101,7 +101,7 @@ class Backbone(nn.Module, ABC):
         shared = config.sequence_parallel or config.num_moe_experts is not None
         self.row_multiple = config.tensor_model_parallel_size if shared else 1
         self.balance = 1.0
-        """Weight of the routers' balance loss in the pass that runs now; set by the engine."""
+        """Weight of the routers' balance loss of a micro-batch in the pass that runs now; set by the engine."""
         self.routing: list[RoutingRecord] = []
         self._carried = Carried(experts, config)
         self.input_tensor: Tensor | None = None

@@ -13,8 +13,10 @@ part               built with                                          called wi
                                                                        context -> hidden
 =================  ==================================================  ========================================
 
-plus the parameters of the spec. Hidden states are [L, B, C]; sizes are the ``TransformerConfig``'s; a half is
-"attention" or "feed_forward".
+plus the parameters of the spec. A part that has a method ``prepare(context, device)`` is asked before each pass: what
+depends on the number of the block or on the sequence layout it computes there and leaves in the context, so that one
+compiled graph serves all blocks and all layouts. Hidden states are [L, B, C]; sizes are the ``TransformerConfig``'s; a
+half is "attention" or "feed_forward".
 """
 
 import functools

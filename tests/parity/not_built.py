@@ -12,5 +12,4 @@ NOT_BUILT = {
     "mar": "MAR's transformer and diffusion loss",
     "flowar": "FlowAR's transformer and flow heads",
     "scalear": "SAR's hybrid of masked and next-scale prediction",
-    "moe/repa_projector": "REPA's head",
 }

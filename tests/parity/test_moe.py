@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
 from megavar.config.experts.base import ExpertsChoice
@@ -191,11 +190,6 @@ def plus_plus_layers(case: Case, sizes: tuple[int, ...], router_layers: int, **k
         Layer(case, names_of_plus_plus(experts, block, router_layers), context, block, **common | keys)
         for block in range(case.config["layers"])
     ]
-
-
-@pytest.fixture(autouse=True)
-def injected_gradients_at_weight_one() -> None:
-    MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
 
 @pytest.mark.parametrize("objective", ["task", "balance", "balance_image"])

@@ -9,12 +9,13 @@ from megavar.config.terms.base import TermChoice
 from megavar.config.terms.semantic_guidance import SemanticGuidanceConfig
 from megavar.config.token_space import TokenSpace
 from megavar.recipes.terms.semantic_guidance import SemanticGuidance, Targets, projection
-from tests.parity.cases import Case, cases
 
-CASES = [case for case in cases("moe") if "z_dims" in case.config]
+from .cases import Case, Family
+
+REPA = Family("moe", aside={"output.cosine.*": "what is logged is their mean over the tokens, which is compared"})
 
 
-@pytest.mark.parametrize("case", CASES, ids=repr)
+@REPA.each_case(lambda case: "z_dims" in case.config)
 def test_repa(case: Case) -> None:
     """One term per encoder; their mean is REPA's loss."""
     given, side = case.config, math.isqrt(case.config["tokens"])
@@ -42,7 +43,5 @@ def test_repa(case: Case) -> None:
     total.backward()
     case.check("grad.input", hidden.grad)
     case.check_gradients(parameters)
-
-
-def test_the_case_is_there() -> None:
-    assert CASES
+    for name in case.under("grad.projectors."):
+        case.check(f"grad.projectors.{name}", parameters[f"projectors.{name}"].grad)

@@ -50,11 +50,9 @@ def decoded(model, given):
 
 
 def run_case(place, parallel, experts):
-    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-
     model = tiny.model(tiny.config(experts), parallel)
     register_sequence_parallel_hooks(model)
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1 / place.data))
+    model.balance = 1 / place.data
     given, targets = tiny.inputs(BATCH)
     own = torch.arange(BATCH).chunk(place.data)[place.data_rank]
     given, targets = tiny.rows(given, own), targets[own]

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from megavar.config.experts.base import ExpertsChoice
 from megavar.config.parallel import ParallelConfig
@@ -17,11 +16,6 @@ from tests.transformer.test_layouts import decoded
 
 pytestmark = pytest.mark.usefixtures("one_process")
 CONFIG = tiny.config({"router": "zero_computation"}, depth=3)  # two blocks cannot tell a sum of residuals from the last
-
-
-@pytest.fixture(autouse=True)
-def injected_gradients_at_weight_one():
-    MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
 
 def var(config=CONFIG, stage=None, dtype=torch.float32):

@@ -16,18 +16,18 @@ router knows), m experts per token.
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megavar.config.experts.base import ExpertsChoice
 from megavar.parallel.parameter_rule import ParameterRule
 from megavar.transformer.context import ForwardContext, RoutingRecord
-from megavar.transformer.moe.routing import Bounds, balance_loss, top_k_gates
+from megavar.transformer.moe.routing import Bounds, WithLoss, balance_loss, top_k_gates
 
 
 class Routing(NamedTuple):
@@ -43,6 +43,19 @@ class Routing(NamedTuple):
     """What the experts' input is multiplied with."""
     beside: Tensor | None = None
     """What targets that are no experts add to the output, [L, B, C]."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of the sequence, ``start`` to ``stop``. (A ``range`` would tie a compiled graph to their number.)"""
+
+    start: int
+    stop: int
+
+    @property
+    def count(self) -> int:
+        """How many."""
+        return self.stop - self.start
 
 
 class Router(nn.Module, ABC):
@@ -103,12 +116,12 @@ class Router(nn.Module, ABC):
         """
         return top_k_gates(scores, self.experts.top_k)
 
-    def bounds(self, rows: range, samples: int) -> Bounds:
+    def bounds(self, rows: Rows, samples: int) -> Bounds:
         """What :meth:`choose` keeps to for this rank's ``rows``, so that buffers need no count from the device.
 
         Default: exactly m copies of each token, or up to E where the choice says that the number varies.
         """
-        tokens = len(rows) * samples
+        tokens = rows.count * samples
         if self.experts.variable_number:
             return Bounds(self.experts.number, tokens * self.experts.number)
         return Bounds(self.experts.top_k, tokens * self.experts.top_k, every_token=True, every_row=True)
@@ -156,7 +169,7 @@ class Router(nn.Module, ABC):
             self._record(assignment, kinds, counted, loss)
         coefficient = self.experts.balance_coefficient * self.context.balance
         if torch.is_grad_enabled() and coefficient > 0:
-            gates = MoEAuxLossAutoScaler.apply(gates, coefficient * loss)
+            gates = WithLoss.apply(gates, coefficient * loss)
         experts = slice(self.experts.number)
         given = hidden if self.input_scale == 1.0 else hidden * self.input_scale
         return Routing(
@@ -167,18 +180,18 @@ class Router(nn.Module, ABC):
             self.beside(given, gates),
         )
 
-    def _own_rows(self, length: int) -> range:
+    def _own_rows(self, length: int) -> Rows:
         """Numbers of this rank's ``length`` rows in the sequence."""
         assert self.context is not None
         first = self.context.first_row(length)
-        return range(first, first + length)
+        return Rows(first, first + length)
 
     def _rows(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Kind of each of this rank's rows, int64 [L] (padding: negative), and what counts, float32 [L, 1 or B]."""
         assert self.context is not None
         own = self._own_rows(hidden.shape[0])
         rows = slice(own.start, own.stop)
-        kinds = self.context.sequence.kind_index(hidden.device)
+        kinds = self.context.kind_index(hidden.device)
         return kinds[rows], self.context.counted_rows(hidden.device)[rows].float()
 
     @torch.no_grad()
@@ -193,7 +206,7 @@ class Router(nn.Module, ABC):
             numbers = torch.arange(self.experts.number + 1, device=kinds.device)  # none to all
             found = assignment[..., : self.experts.number].sum(-1)[..., None] == numbers
             met = _by_kind((found * counted[..., None]).sum(1), kinds, self.kinds)
-        self.context.routing.append(RoutingRecord(self.block, load, loss.detach(), met))
+        self.context.routing.append(RoutingRecord(load, loss.detach(), met))
 
 
 def _by_kind(values: Tensor, kinds: Tensor, number: int) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from megavar.config.experts.zero_computation import ZeroComputationExperts
 from megavar.parallel.parameter_rule import ParameterRule
-from megavar.transformer.moe.router import Router
+from megavar.transformer.moe.router import Router, Rows
 from megavar.transformer.moe.routing import Bounds, top_k_gates
 
 _HIDDEN = 8
@@ -98,10 +98,10 @@ class ZeroComputationRouter(Router):
         capacity = (real.sum((0, 2))[:, None] * limits).ceil()
         return chosen & (before < capacity)
 
-    def bounds(self, rows: range, samples: int) -> Bounds:
+    def bounds(self, rows: Rows, samples: int) -> Bounds:
         """Up to K experts for each token."""
         copies = min(self.experts.top_k, self.experts.number)
-        return Bounds(copies, len(rows) * samples * copies)
+        return Bounds(copies, rows.count * samples * copies)
 
     def balance(self, scores: Tensor, assignment: Tensor, counted: Tensor) -> Tensor:
         """Eq. 7, times N where the choice says so."""

@@ -157,6 +157,10 @@ def _flex_function() -> Callable[..., Any]:
     return torch.compile(function) if torch.cuda.is_available() else function
 
 
+_SMALLEST_HEAD = 16
+"""Of FlexAttention's Triton kernels."""
+
+
 def flex_options(device: torch.device) -> dict[str, Any]:
     """FlexAttention's Triton backend on CUDA, whatever else is installed or becomes its default.
 
@@ -171,10 +175,14 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scal
 
     plain: Callable[..., Any] = flex_attention.flex_attention
     function = plain if torch.compiler.is_compiling() else _flex_function()
-    return function(
+    size, missing = q.shape[-1], _SMALLEST_HEAD - q.shape[-1]
+    if missing > 0:  # channels of zeros change nothing
+        q, k, v = (F.pad(heads, (0, missing)) for heads in (q, k, v))
+    output = function(
         q, k, v, block_mask=visibility.block_mask(q.device), scale=scale, enable_gqa=q.shape[1] != k.shape[1],
         kernel_options=flex_options(q.device),
     )  # fmt: skip
+    return output[..., :size] if missing > 0 else output
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,8 @@ from megavar.errors import ConfigError
 ROOT = Path(__file__).parents[2]
 RESOLVED = json.loads((Path(__file__).parent / "data" / "resolved_9f0263a.json").read_text())
 NEW_KEYS = {
-<<<<<<< HEAD
-    "plugins", "recipe.cross_entropy_weight", "recipe.scale_lists", "recipe.terms", "sampling.procedure",
-    "train.compile", "train.compile_backend", "train.initial_weights",
-=======
-    "plugins", "recipe.cross_entropy_weight", "recipe.scale_lists", "recipe.smaller_images", "recipe.terms",
-    "sampling.procedure", "train.initial_weights",
->>>>>>> main
+    "plugins", "recipe.cross_entropy_weight", "recipe.noise", "recipe.scale_lists", "recipe.smaller_images",
+    "recipe.terms", "sampling.procedure", "train.compile", "train.compile_backend", "train.initial_weights",
 }  # fmt: skip
 """Keys that did not exist at commit 9f0263a."""
 

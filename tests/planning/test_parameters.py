@@ -6,13 +6,9 @@ import torch
 from megavar.config.experts.base import ExpertsChoice
 from megavar.config.generators.var import SCALES, VARConfig
 from megavar.config.parallel import ParallelConfig
-<<<<<<< HEAD
 from megavar.config.terms.base import TermChoice
-from megavar.planning.measure import Request, measure, tokenizer_cost
-=======
 from megavar.generators.var import VAR
-from megavar.planning.measure import Request, measure
->>>>>>> main
+from megavar.planning.measure import Request, measure, tokenizer_cost
 from megavar.planning.workload import count_parameters
 from tests.planning.models import MEPA, space_of
 
@@ -45,7 +41,6 @@ def test_counts_are_the_published_ones(costs, number):
     assert counted.activated == (counted.total if activated is None else pytest.approx(activated, rel=5e-4))
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize(("depth", "activated", "total"), [(12, 252.11, 535.4), (16, 585.31, 1256.8)])
 def test_plans_count_heads_and_teachers_of_guidance(depth, activated, total):
     """MEPA Table 2: 252 M and 585 M activated. The teacher is a DINOv3 ViT-L of 303 M at 256 patches and 5 tokens."""
@@ -63,7 +58,8 @@ def test_plans_count_heads_and_teachers_of_guidance(depth, activated, total):
     teacher = tokenizer_cost(term.teacher)
     assert teacher.parameters == pytest.approx(303e6, rel=0.01)
     assert teacher.encode_flops == pytest.approx(2 * 302e6 * 261, rel=0.05)
-=======
+
+
 def expert_size(width):
     """A feed-forward network: two matrices of width x 4 width, and their biases."""
     return 8 * width * width + 5 * width
@@ -95,7 +91,6 @@ def test_every_router_has_the_counts_that_its_tensors_add_up_to(router, depth):
     activated = sizes[1] - depth * expert_size(width) * (8 - experts.copies(space.sizes))
     listed = {("scale_token", 12): 246.60e6, ("scale_token", 16): 579.01e6, ("zero_computation", 16): 418.02e6}
     assert activated == pytest.approx(listed.get((router, depth), activated), rel=1e-5)
->>>>>>> main
 
 
 def test_pipeline_stages_hold_the_whole_model_together(costs):

@@ -37,7 +37,7 @@ class RARConfig(GeneratorChoice):
     label_drop: float = Field(0.1, ge=0, le=1)
     """Share of samples whose label is replaced by "no class" (classifier-free guidance)."""
     spare_positions: int = Field(1024, ge=2)
-    """Rows of the tables of positions beyond the image's tokens: two are the prefix's, the others unused (published)."""
+    """Rows of the tables of positions beyond the image's tokens: the prefix's two, the others unused (published)."""
     spare_steps: int = Field(100, ge=2)
     """Rows of the table of steps beyond the image's tokens (published)."""
     experts: ExpertsChoice | None = None

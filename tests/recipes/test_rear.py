@@ -12,8 +12,8 @@ from megavar.data.batch import Batch
 from megavar.generators.rar import RAR
 from megavar.recipes.noise import noisy
 from megavar.recipes.rear import NextToken
-from tests.transformer.conftest import one_process  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("single_process")
 SIDE, VOCABULARY, STEPS = 4, 32, 100
 SPACE = TokenSpace("grid", (SIDE,), SIDE * SIDE, VOCABULARY, 4, image_side=8)
 

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 
 from megavar.config.loading import load_config
-from megavar.errors import ExitCode
+from megavar.config.root import Config
+from megavar.errors import CheckpointError, DataError, ExitCode
 from megavar.planning.hardware import ACCELERATORS
 from megavar.planning.plan import plan
 from megavar.planning.report import format_plan, plan_values
@@ -29,8 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> ExitCode:
     """Entry point of the command."""
+    config = load_config(options.config, options.overrides)
+    if config.evaluation.after_training:
+        _check_scoring(config)
     predicted = plan(
-        load_config(options.config, options.overrides),
+        config,
         options.gpus,
         options.gpu,
         options.mfu,
@@ -42,6 +46,20 @@ def run(options: argparse.Namespace) -> ExitCode:
     text = json.dumps(plan_values(predicted), indent=2) if options.json else format_plan(predicted)
     print(text, file=sys.stdout)
     return ExitCode.FINISHED
+
+
+def _check_scoring(config: Config) -> None:
+    """What could not be scored after training is said now. Files may lie on another machine than this one.
+
+    Raises:
+        ConfigError: the suite does not fit.
+    """
+    from megavar.scoring import check  # scikit-learn and more
+
+    try:
+        check(config)
+    except (CheckpointError, DataError) as error:
+        print(f"Scores after training (evaluation): on this machine {error}", file=sys.stderr, flush=True)
 
 
 def progress_line() -> Callable[[int, int], None]:

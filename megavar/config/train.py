@@ -50,6 +50,9 @@ class RecoveryConfig(Section):
     """Consecutive steps that may be skipped."""
     rollbacks: int = Field(2, ge=0)
     """Times the run may return to a checkpoint before it gives up."""
+    divergence_factor: float | None = Field(10.0, gt=1)
+    """A run whose logged losses stay above this multiple of the first one has diverged and ends, with exit code 86:
+    every loss of ours begins near that of guessing, so ten times more is no training. None: never."""
     spike_factor: float = Field(2.0, gt=1)
     """A loss above this multiple of the median of the recent past is recorded as a spike in ``metrics.jsonl``."""
     spike_window: int = Field(100, ge=10)
@@ -113,6 +116,13 @@ class TrainConfig(Section):
     ends alone, without a checkpoint, and the launcher ends the others."""
     garbage_collection_interval: int = Field(200, ge=1)
     """Steps between runs of Python's cyclic garbage collector, at the same step on all ranks so that none waits."""
+
+    def total_steps(self, samples: int) -> int:
+        """Steps of the run over ``samples`` samples."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return max(1, round(self.epochs * samples / self.global_batch_size))
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainConfig":

@@ -146,11 +146,12 @@ def _calibration(result: Record) -> str:
     rows = [
         (
             record["subject"], ", ".join(map(str, entry["images"])),
-            ", ".join(f"{seconds * 1e3:.2f}" for seconds in entry["block_seconds"]), f"{entry['utilization']:.1%}",
+            ", ".join(f"{seconds * 1e3:.2f}" for seconds in entry["block_seconds"]),
+            f"{entry['flops_per_second'] / record['bf16']:.1%}",
         )
         for record in _of(result, "calibration") for entry in record["models"]
     ]  # fmt: skip
-    columns = ["model", "images", "ms per block, forward and backward", "share of the data sheet's peak"]
+    columns = ["model", "images", "ms per block, forward and backward", "share of the measured bf16 product"]
     return _table("Calibration", columns, rows)
 
 

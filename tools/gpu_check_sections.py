@@ -44,6 +44,7 @@ SECTIONS = (
     Section("grouped", "Grouped experts against one after the other", "tools.gpu_check_tests:grouped_experts", 40),
     Section("waiting", "Does a step wait for the device?", "tools.gpu_check_tests:waiting", 40),
     Section("sampling", "Sampling with VAR-d16 and STMoE-d16", "tools.gpu_check_speed:sampling", 60),
+    Section("calibration", "`plan --calibrate`", "tools.gpu_check_plan:calibration", 110),
     Section("runs", "One NCCL rank under torchrun; resume, bit by bit", "tools.gpu_check_runs:runs", 120),
     Section("train-d30", "Train step of VAR-d30", "tools.gpu_check_speed:train", 75, ("d30",)),
     Section("train-d20", "Train step of VAR-d20", "tools.gpu_check_speed:train", 60, ("d20",)),

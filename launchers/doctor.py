@@ -17,6 +17,7 @@ from launchers.diagnosis import Attempt, Diagnosis, diagnose
 from launchers.history import STATES, AttemptSummary, read_metrics, summarize
 from launchers.progress import Ledger, LedgerError, is_done, newest_checkpoint_step
 from megavar.errors import ExitCode
+from megavar.paths import as_path
 
 _GOOD = ("FINISHED", "PREEMPTED")
 
@@ -24,7 +25,7 @@ _GOOD = ("FINISHED", "PREEMPTED")
 def main(arguments: Sequence[str]) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m launchers.doctor", description=__doc__.split("\n")[0])
-    parser.add_argument("run_directory", type=Path)
+    parser.add_argument("run_directory", type=as_path)
     parser.add_argument("--attempt", type=int, help="explain this attempt instead of the last one that failed")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     given = parser.parse_args(arguments)

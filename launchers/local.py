@@ -4,12 +4,15 @@ Starts the ranks with the variables of torchrun (RANK, LOCAL_RANK, WORLD_SIZE, M
 ``torchrun -m megavar train CONFIG`` does the same training; but it starts them itself, because torchrun's agent dies
 from SIGUSR1, kills ranks 30 s after SIGTERM even while they save, and returns 1 whatever their exit code was. As the
 batch script does on a cluster, it keeps one log per rank and attempt, ends all ranks when one fails, forwards a request
-to stop (Ctrl-C, SIGTERM, SIGUSR1) so that the run saves, starts again what can continue, and gives up when there is no
-progress. The exit code is that of ``megavar.errors.ExitCode``.
+to stop (Ctrl-C, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2) so that the run saves, starts again what can continue, and gives up
+when there is no progress. Where it dies itself, the kernel asks its ranks to save and stop. The exit code is that of
+``megavar.errors.ExitCode``.
 """
 
 import argparse
 import contextlib
+import ctypes
+import functools
 import io
 import os
 import signal
@@ -28,7 +31,8 @@ from launchers.slurm import required_runs, resolve
 from megavar.errors import ClusterError, ConfigError, ExitCode, MegavarError
 from megavar.storage import append_line, open_to_append
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_PR_SET_PDEATHSIG = 1
 GRACE_SECONDS = 30.0
 """Between SIGTERM and SIGKILL for the ranks that are left when one has failed, as with Slurm's KillWait."""
 
@@ -121,12 +125,14 @@ class Ranks:
     """The processes of one attempt. Leaving the block ends those that are left."""
 
     def __init__(self, command: Sequence[str], world_size: int, logs: Path, variables: Mapping[str, str]) -> None:
-        self.stop_requested = False
+        self.stop_requested = self._interrupted = False
         self.messages = ""
         """How ranks ended, in srun's words; also in ``tasks.txt``."""
         self._logs, self._world_size = logs, world_size
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._previous = {number: signal.signal(number, self._forward_stop) for number in STOP_SIGNALS}
+        under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        heard = [number for number in STOP_SIGNALS if not (under_nohup and number == signal.SIGHUP)]
+        self._previous = {number: signal.signal(number, self._forward_stop) for number in heard}
         port = master_port(os.getpid())
         for rank in range(world_size):
             environment = os.environ | {
@@ -138,11 +144,14 @@ class Ranks:
         self._first_log = first.open(errors="replace") if first.is_file() else io.StringIO()
 
     def _start(self, rank: int, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Start one rank in a session of its own, which keeps Ctrl-C for the launcher."""
+        """Start one rank in a session of its own, which keeps Ctrl-C for the launcher; it does not outlive it."""
         with self._open_log(rank) as log:
             self._processes.append(
-                subprocess.Popen(command, stdout=log, stderr=log, env=dict(environment), start_new_session=True)
-            )
+                subprocess.Popen(
+                    command, stdout=log, stderr=log, env=dict(environment), start_new_session=True,
+                    preexec_fn=functools.partial(_end_with, os.getpid(), _libc()),
+                )
+            )  # fmt: skip
 
     def _open_log(self, rank: int) -> io.FileIO:
         """A file of the launcher's own ends no run: without a place for its log, a rank runs without one."""
@@ -166,8 +175,16 @@ class Ranks:
             append_line(self._logs / "tasks.txt", message)
 
     def _forward_stop(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._interrupted:
+            print("SIGINT again: ends all ranks at once", file=sys.stderr, flush=True)
+            self._signal(signal.SIGKILL)
+            return
+        self._interrupted |= number == signal.SIGINT
         if not self.stop_requested:
-            print(f"{signal.Signals(number).name}: asks all ranks to save and stop", file=sys.stderr, flush=True)
+            again = "; Ctrl-C again does not wait for it" if number == signal.SIGINT else ""
+            with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal
+                name = signal.Signals(number).name
+                print(f"{name}: asks all ranks to save and stop{again}", file=sys.stderr, flush=True)
         self.stop_requested = True
         self._signal(signal.SIGUSR2)
 
@@ -212,6 +229,18 @@ class Ranks:
         self._first_log.close()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+
+def _libc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _end_with(launcher: int, libc: ctypes.CDLL | None) -> None:
+    """In a rank before it is one: let the kernel ask it to save and stop where the launcher dies without a word."""
+    if libc is not None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != launcher:  # dead already
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def describe(status: int) -> str:

@@ -21,7 +21,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -37,7 +37,8 @@ from launchers.rendezvous import port_is_free
 from megavar import logs
 from megavar.config.loading import load_config
 from megavar.config.root import Config
-from megavar.errors import ConfigError, ExitCode
+from megavar.errors import ClusterError, ConfigError, ExitCode
+from megavar.paths import as_path
 from megavar.storage import write_json_atomic, write_text_atomic
 
 _CHECK_SECONDS = 60.0
@@ -72,14 +73,33 @@ class Place:
     port: int
 
     @classmethod
-    def from_environment(cls) -> "Place":
-        """One process per node under srun, or alone."""
-        variables = os.environ
+    def from_environment(cls, variables: Mapping[str, str] = os.environ) -> "Place":
+        """One process per node under srun, or alone (also in ``srun -n1``).
+
+        Raises:
+            ClusterError: several processes do not know where they meet.
+        """
+        variables = {name: value for name, value in variables.items() if value.strip()}  # an empty one is an unset one
         name = variables.get("SLURMD_NODENAME") or socket.gethostname()
-        if "SLURM_STEP_ID" not in variables:
+        step = "SLURM_STEP_ID" in variables
+        numbers = {key: _number(variables, key, default) for key, default in (("SLURM_NTASKS", 1), ("SLURM_PROCID", 0))}
+        if not step or numbers["SLURM_NTASKS"] == 1:
             return cls(0, 1, name, "127.0.0.1", 0)
-        return cls(int(variables["SLURM_PROCID"]), int(variables["SLURM_NTASKS"]), name, variables["MASTER_ADDR"],
-                   int(variables["MASTER_PORT"]))  # fmt: skip
+        if missing := [key for key in ("MASTER_ADDR", "MASTER_PORT") if key not in variables]:
+            raise ClusterError(
+                f"{' and '.join(missing)} not set, so {numbers['SLURM_NTASKS']} processes do not know where to meet. "
+                f"Set them on the first node, as the batch script does: read -r MASTER_ADDR MASTER_PORT < "
+                f"<(python -m launchers.rendezvous); export MASTER_ADDR MASTER_PORT; or start one process."
+            )
+        port = _number(variables, "MASTER_PORT", 0)
+        return cls(numbers["SLURM_PROCID"], numbers["SLURM_NTASKS"], name, variables["MASTER_ADDR"], port)
+
+
+def _number(variables: Mapping[str, str], name: str, default: int) -> int:
+    text = variables.get(name, str(default)).strip()
+    if not text.isdecimal():
+        raise ClusterError(f"{name}={text!r} is not a number. Start with srun, or from a clean shell.")
+    return int(text)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -91,7 +111,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--gpus", type=int, help="GPUs per node; default: those of this machine")
     parser.add_argument("--world-size", type=int, help="ranks of the run; default: one per GPU, or one")
     parser.add_argument("--signal-lead-seconds", type=float, help="time between the signal and the end of the job")
-    parser.add_argument("--report", type=Path, help="folder for preflight.json and bad_nodes.txt")
+    parser.add_argument("--report", type=as_path, help="folder for preflight.json and bad_nodes.txt")
     parser.add_argument("--nodes", default="", help="names of all nodes, separated by commas")
     parser.add_argument("--bandwidth-mib", type=int, default=64, help="data written to measure the file system")
     given, overrides = parser.parse_known_args(list(arguments))
@@ -110,7 +130,12 @@ def main(arguments: Sequence[str]) -> int:
         bandwidth_bytes=given.bandwidth_mib * 2**20,
         nodes=given.nodes.split(",") if given.nodes else (),
     )
-    code = Preflight(options, Place.from_environment()).run()
+    try:
+        place = Place.from_environment()
+    except ClusterError as error:
+        print(f"preflight: {error}", file=sys.stderr)
+        return error.exit_code
+    code = Preflight(options, place).run()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # a check that hangs must not keep the process

@@ -249,7 +249,7 @@ def main(arguments: list[str]) -> int:
                 maximum=given.maximum,
                 job=os.environ.get("SLURM_JOB_ID", ""),
                 nodes=_nodes_of_job(),
-                tasks_per_node=int(os.environ.get("SLURM_NTASKS_PER_NODE", "1")),
+                tasks_per_node=int(os.environ.get("SLURM_NTASKS_PER_NODE", "").strip() or 1),
             )
             if number:
                 print(number)

@@ -27,6 +27,7 @@ from typing import Any
 from megavar.config.loading import dump
 from megavar.config.root import Config
 from megavar.config.secret import looks_secret
+from megavar.paths import found
 from megavar.storage import append_line, write_json_atomic, write_text_atomic
 from megavar.training.run_directory import RunDirectory
 
@@ -55,6 +56,8 @@ def git_state() -> dict[str, Any]:
 
 
 def _git(*arguments: str, strip: bool = True) -> str:
+    if "site-packages" in CODE_ROOT.parts:  # installed; a repository around it is another one
+        return ""
     try:
         result = subprocess.run(["git", "-C", str(CODE_ROOT), *arguments], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
@@ -116,7 +119,7 @@ def refer_to_copy(config: Config, code: Path) -> Config:
     """Let the files that ``config`` names and that were copied with the code be those of the copy."""
 
     def moved(path: str) -> str:
-        absolute = Path(path).absolute()
+        absolute = found(path).absolute()
         inside = absolute.is_relative_to(CODE_ROOT) and code / absolute.relative_to(CODE_ROOT)
         return str(inside) if inside and inside.is_file() else path
 

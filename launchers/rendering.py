@@ -72,7 +72,7 @@ def render_training(job: Job) -> str:
         tasks=job.world_size,
         tasks_per_node=cluster.ranks_per_node,
         cpus_per_node=cluster.ranks_per_node * cluster.cpus_per_task,
-        gpus_per_node=cluster.gpus_per_node,
+        gpus_per_node=cluster.gpu_count,
         signal_lead_seconds=cluster.signal_lead_seconds,
         CONFIGURATION=int(ExitCode.CONFIGURATION),
         NO_PROGRESS=int(ExitCode.NO_PROGRESS),
@@ -95,9 +95,7 @@ def render_evaluation(job: Job, arguments: Sequence[str]) -> str:
 
 def render_sharding(job: Job, arguments: Sequence[str]) -> str:
     """The script of a job that runs ``python -m tools.shard_images <arguments>``, one task per node, without GPUs."""
-    cores = job.cluster.ranks_per_node * job.cluster.cpus_per_task
-    cpu_only = job.cluster.model_copy(update={"gpus_per_node": 0, "tasks_per_node": 1, "cpus_per_task": cores})
-    job = replace(job, cluster=cpu_only)
+    job = replace(job, cluster=job.cluster.without_gpus())
     return _render(
         "shard.sbatch",
         job,
@@ -141,7 +139,7 @@ def _directives(job: Job, name: str, nodes: int) -> Shell:
                 "constraint": cluster.constraint,
                 "nodes": nodes,
                 "ntasks-per-node": cluster.ranks_per_node,
-                "gpus-per-node": cluster.gpus_per_node or None,
+                "gpus-per-node": None if cluster.asks_for_gpus_itself else cluster.gpus_per_node or None,
                 "cpus-per-task": cluster.cpus_per_task,
                 "mem": cluster.memory,
                 "exclusive": cluster.exclusive,
@@ -190,7 +188,7 @@ def _command_prefix(cluster: ClusterConfig) -> list[str]:
     if not isinstance(container, ApptainerContainer):
         return []
     mounts = [argument for mount in container.mounts for argument in ("--bind", mount)]
-    gpu = ["--nv"] if cluster.gpus_per_node else []
+    gpu = ["--nv"] if cluster.gpu_count else []
     return ["apptainer", "exec", *gpu, *mounts, container.image]
 
 

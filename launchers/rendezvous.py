@@ -47,13 +47,13 @@ def master_address(variables: Mapping[str, str], run_command: Run = run) -> str:
     Raises:
         RendezvousError: all three failed.
     """
-    override = variables.get(OVERRIDE, "")
+    override = variables.get(OVERRIDE, "").strip()
     if override:
         return override
     node_list = variables.get("SLURM_JOB_NODELIST", "")
     first = run_command(["scontrol", "show", "hostnames", node_list]).split()
     node = first[0] if first else node_list
-    several = int(variables.get("SLURM_JOB_NUM_NODES", "1")) > 1
+    several = int(variables.get("SLURM_JOB_NUM_NODES", "").strip() or 1) > 1
     resolved = _resolve(node, run_command)
     if resolved and not (several and ipaddress.ip_address(resolved).is_loopback):
         return resolved
@@ -115,7 +115,10 @@ def port_is_free(port: int) -> bool:
 def main() -> int:
     """Print the address and port for the environment of a Slurm job."""
     try:
-        print(master_address(os.environ), master_port(int(os.environ["SLURM_JOB_ID"])))
+        job = os.environ.get("SLURM_JOB_ID", "").strip()
+        if not job.isdecimal():
+            raise RendezvousError(f"SLURM_JOB_ID={job!r}: this is no job of Slurm. Without one, use launchers.local.")
+        print(master_address(os.environ), master_port(int(job)))
     except RendezvousError as error:
         print(error, file=sys.stderr)
         return ExitCode.PREFLIGHT

@@ -8,8 +8,6 @@ two templates.
 import argparse
 import os
 import re
-import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -26,10 +24,12 @@ from launchers.rendering import (
     render_sharding,
     render_training,
 )
+from launchers.slurm_commands import run_slurm
 from megavar.config.cluster import ClusterConfig
 from megavar.config.loading import decode, dump, load_config, read_tree
 from megavar.config.root import Config
 from megavar.errors import ClusterError, ConfigError, ExitCode, MegavarError
+from megavar.paths import as_path, expanded, shipped
 from megavar.storage import write_text_atomic
 
 DEFAULT_CLUSTER_FILE = "slurm/cluster.yaml"
@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="What follows -- are the arguments of python -m tools.shard_images.",
     )
     _add_common(shard)
-    shard.add_argument("--logs", default="runs/shard", help="folder of the script and its log")
+    shard.add_argument("--logs", type=as_path, default=Path("runs/shard"), help="folder of the script and its log")
     shard.set_defaults(run=_shard)
     return parser
 
@@ -125,10 +125,13 @@ def load_cluster(given: str | None, *, time: str | None = None, partition: str |
     Raises:
         ConfigError: the file is missing or wrong.
     """
-    path = Path(given or os.environ.get("MEGAVAR_CLUSTER") or DEFAULT_CLUSTER_FILE)
+    try:
+        path = Path(expanded(given or os.environ.get("MEGAVAR_CLUSTER") or DEFAULT_CLUSTER_FILE))
+    except ValueError as error:
+        raise ConfigError(f"--cluster or $MEGAVAR_CLUSTER: {error}.") from None
     if not path.exists():
         raise ConfigError(
-            f"There is no cluster file {path}. Copy slurm/cluster.example.yaml to {DEFAULT_CLUSTER_FILE} "
+            f"There is no cluster file {path}. Copy {shipped('slurm/cluster.example.yaml')} to {DEFAULT_CLUSTER_FILE} "
             f"and fill in your partition; if it lies elsewhere, use --cluster or $MEGAVAR_CLUSTER."
         )
     tree = read_tree(path)
@@ -178,10 +181,22 @@ def _submit(given: argparse.Namespace) -> int:
     (run_directory / "DONE").unlink(missing_ok=True)
     script = run_directory / SCRIPT
     _write_script(job, script, render_training(job))
-    jobs = [_sbatch([str(script)]) for _ in range(given.chain or 1)]
-    provenance.note_submission(
-        run_directory, jobs=jobs, nodes=given.nodes, continue_by=continue_by, arguments=sys.argv[1:]
-    )
+    jobs: list[str] = []
+    try:
+        for _ in range(given.chain or 1):
+            jobs.append(_sbatch([str(script)]))
+    except ClusterError as error:
+        if jobs:
+            raise ClusterError(
+                f"Only {len(jobs)} of {given.chain} jobs are queued ({', '.join(jobs)}). {error} To queue the others "
+                f"then: --behind --chain {(given.chain or 1) - len(jobs)}."
+            ) from None
+        raise
+    finally:
+        if jobs:
+            provenance.note_submission(
+                run_directory, jobs=jobs, nodes=given.nodes, continue_by=continue_by, arguments=sys.argv[1:]
+            )
     print(
         f"Submitted {job.name} as job{'s' if len(jobs) > 1 else ''} {', '.join(jobs)}: {job.nodes} nodes, "
         f"{job.world_size} ranks."
@@ -207,7 +222,7 @@ def _evaluate(given: argparse.Namespace) -> int:
 
 
 def _shard(given: argparse.Namespace) -> int:
-    directory = Path(given.logs).absolute()
+    directory = given.logs.absolute()
     job = _job(given, directory, "hand" if given.requeue is False else "requeue")
 
     if given.dry_run or given.test_only:
@@ -241,13 +256,13 @@ def _try_out(script: str, given: argparse.Namespace) -> int:
         with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
             file.write(script)
             file.flush()
-            result = _run_slurm(["sbatch", "--test-only", file.name])
+            result = run_slurm(["sbatch", "--test-only", file.name])
         print(result.stderr.strip() or result.stdout.strip())
     return ExitCode.FINISHED
 
 
 def _refuse_second_submission(job: Job, *, behind: bool) -> None:
-    listing = _run_slurm(["squeue", "--noheader", f"--user={os.getuid()}", f"--name={job.name}", "--format=%i %T"])
+    listing = run_slurm(["squeue", "--noheader", f"--user={os.getuid()}", f"--name={job.name}", "--format=%i %T"])
     existing = [line for line in listing.stdout.splitlines() if line.strip()]
     if existing and not behind:
         raise ClusterError(
@@ -270,22 +285,7 @@ def _write_script(job: Job, script: Path, text: str) -> None:
 
 
 def _sbatch(arguments: list[str]) -> str:
-    return _run_slurm(["sbatch", "--parsable", *arguments]).stdout.strip().split(";")[0]
-
-
-def _run_slurm(command: list[str]) -> subprocess.CompletedProcess[str]:
-    if shutil.which(command[0]) is None:
-        raise ClusterError(
-            f"{command[0]} is not on the PATH: submit from a login node of the cluster, or look at the "
-            f"script with --dry-run."
-        )
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode != 0:
-        raise ClusterError(
-            f"`{' '.join(command)}` failed: {result.stderr.strip() or result.stdout.strip()}. Check the "
-            f"partition, account and limits in the cluster file."
-        )
-    return result
+    return run_slurm(["sbatch", "--parsable", *arguments]).stdout.strip().split(";")[0]
 
 
 if __name__ == "__main__":

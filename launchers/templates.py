@@ -9,7 +9,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-TEMPLATE_DIRECTORY = Path(__file__).resolve().parents[1] / "slurm"
+from megavar.errors import ConfigError
+from megavar.paths import shipped
+
 _PLACEHOLDER = re.compile(r"\{\{(include )?([\w.]+)\}\}")
 
 
@@ -22,7 +24,7 @@ Value = Shell | str | int | Path | Sequence[str]
 
 def render(template: str, values: Mapping[str, Value]) -> str:
     """The text of ``slurm/<template>`` with all placeholders replaced by ``values``."""
-    text = _with_includes((TEMPLATE_DIRECTORY / template).read_text())
+    text = _with_includes(_text_of(template))
     wanted = {match[2] for match in _PLACEHOLDER.finditer(text)}
     assert wanted == set(values), f"{template} wants {sorted(wanted)}, got {sorted(values)}"
     for line in text.splitlines():
@@ -30,9 +32,16 @@ def render(template: str, values: Mapping[str, Value]) -> str:
     return _PLACEHOLDER.sub(lambda match: _quoted(values[match[2]]), text)
 
 
+def _text_of(template: str) -> str:
+    path = shipped(f"slurm/{template}")
+    if path is None:
+        raise ConfigError(f"slurm/{template} did not come with this installation of megavar: submit from a checkout.")
+    return path.read_text()
+
+
 def _with_includes(text: str) -> str:
     def content(match: re.Match[str]) -> str:
-        return (TEMPLATE_DIRECTORY / match[2]).read_text().rstrip("\n") if match[1] else match[0]
+        return _text_of(match[2]).rstrip("\n") if match[1] else match[0]
 
     return _PLACEHOLDER.sub(content, text)
 

@@ -1,5 +1,4 @@
-"""``python -m megavar train | sample | evaluate | plan | reproduce ... [key=value ...]``; the same under torchrun and
-srun."""
+"""``python -m megavar COMMAND ... [key=value ...]`` with the commands below; the same under torchrun and srun."""
 
 import argparse
 import importlib
@@ -15,6 +14,7 @@ COMMANDS = {
     "sample": "draw images from a trained generator",
     "evaluate": "draw images if needed, and score them",
     "plan": "predict memory, time and layouts before submitting",
+    "analyze": "look at trained runs: expert loads, routing maps, features, convergence, times",
     "reproduce": "show a paper's table with costs and our values; submit, demonstrate or collect its rows",
 }
 

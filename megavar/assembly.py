@@ -16,6 +16,7 @@ from megavar.config.generators.base import GeneratorChoice
 from megavar.config.parallel import ParallelConfig
 from megavar.config.recipes.base import GeneratorRecipeChoice
 from megavar.config.root import Config
+from megavar.config.teachers.base import TeacherChoice
 from megavar.config.token_space import TokenSpace
 from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.data.caches import CachedSamples
@@ -26,6 +27,7 @@ from megavar.parallel.topology import Topology
 from megavar.recipes.base import Recipe
 from megavar.sampling.sampler import Sampler
 from megavar.tokenizers.base import Tokenizer
+from megavar.transformer.compilation import compile_blocks
 from megavar.transformer.moe.backends import check_installed
 from megavar.weight_layout import WeightLayout
 
@@ -49,7 +51,25 @@ def load_tokenizer(config: TokenizerChoice, weights: str, device: torch.device) 
             f"under run.requires to have it trained automatically), or give a file in a public layout."
         )
     frozen.load(tokenizer, path, weight_layouts(config, config.space), what="The file of tokenizer weights")
-    return tokenizer.eval().requires_grad_(False).to(device)
+    return frozen.ready(tokenizer, device)
+
+
+def load_teacher(choice: TeacherChoice, device: torch.device) -> Any:
+    """A trained teacher in float32, frozen: an ``nn.Module`` with the methods of ``megavar.teachers.base``.
+
+    Raises:
+        CheckpointError: the weights are missing, damaged, or of another network.
+    """
+    teacher = resolve(choice)(choice)
+    path = Path(choice.weights)
+    if not path.exists():
+        raise CheckpointError(
+            f"The weights of the teacher {choice.name!r}, {path}, do not exist. Give a local file in one of its "
+            f"published layouts ({', '.join(type(choice).weight_layouts) or 'it has none'}), or list the configuration "
+            f"that trains it under run.requires."
+        )
+    frozen.load(teacher, path, weight_layouts(choice), what=f"The file of the teacher {choice.name!r}")
+    return teacher.eval().requires_grad_(False).to(device)
 
 
 def require_generator(config: Config) -> GeneratorChoice:
@@ -134,7 +154,7 @@ def check_consistency(config: Config, source: Source) -> None:
         ConfigError: the first contradiction, with both places.
     """
     space = config.tokenizer.space
-    if config.data.image_size != space.image_side:
+    if config.recipe.trains != "teacher" and config.data.image_size != space.image_side:
         raise ConfigError(
             f"data.image_size={config.data.image_size}, but the tokenizer {config.tokenizer.name!r} with sides "
             f"{list(space.sides)} is made for images of {space.image_side} pixels. Change data.image_size, or the "
@@ -153,8 +173,12 @@ def check_consistency(config: Config, source: Source) -> None:
             )
 
 
-def weight_layouts(choice: Choice, space: TokenSpace) -> dict[str, WeightLayout]:
-    """The public weight layouts of the model that ``choice`` configures, by name."""
+def weight_layouts(choice: Choice, space: TokenSpace | None = None) -> dict[str, WeightLayout]:
+    """The public weight layouts of the model that ``choice`` configures, by name.
+
+    Args:
+        space: of the tokens that it makes or predicts; a teacher has none.
+    """
     layouts = {}
     for name, place in type(choice).weight_layouts.items():
         module, _, attribute = place.partition(":")
@@ -164,6 +188,9 @@ def weight_layouts(choice: Choice, space: TokenSpace) -> dict[str, WeightLayout]
 
 def trained_choice(config: Config) -> Choice:
     """The section of the recipe's first module: the model that the run is for."""
+    own = config.recipe.trained_choice()
+    if own is not None:
+        return own
     return require_generator(config) if config.recipe.trains == "generator" else config.tokenizer
 
 
@@ -171,8 +198,9 @@ def build_trained(config: Config, device: torch.device) -> nn.Module:
     """The whole model that the run is for, float32, on one device (``meta`` for its shapes)."""
     if config.recipe.trains == "generator":
         return build_generator(config, None, dtype=torch.float32, device=device)
+    choice = trained_choice(config)
     with device:
-        return resolve(config.tokenizer)(config.tokenizer)
+        return resolve(choice)(choice)
 
 
 @dataclass(frozen=True)
@@ -192,7 +220,10 @@ class Assembly:
             ConfigError: sections contradict each other or the data.
         """
         check_consistency(self.config, self.source)
-        return resolve(self.config.recipe).build(self)
+        section = self.config.recipe
+        recipe: Recipe = resolve(section).build(self)
+        assert tuple(recipe.modules()) == section.modules, f"{type(section).__name__}.modules lists {section.modules}"
+        return recipe
 
     def tokenizer(self) -> Any:
         """The frozen tokenizer whose tokens the run's generator learns.
@@ -211,13 +242,20 @@ class Assembly:
             self.source.check_tokenizer(tokenizer)
         return tokenizer
 
+    def teacher(self, choice: TeacherChoice) -> Any:
+        """A frozen network of a term, on ``device``; see :func:`load_teacher`."""
+        return load_teacher(choice, self.device)
+
     def fresh_tokenizer(self) -> Any:
         """The tokenizer that the run trains, not initialized and on the CPU."""
         return resolve(self.config.tokenizer)(self.config.tokenizer)
 
     def generator(self, **options: Any) -> nn.Module:
-        """This rank's part of the generator, initialized; see :func:`build_generator`."""
-        return build_generator(self.config, self.topology, device=self.device, **options)
+        """This rank's part of the generator, initialized, compiled if asked for; see :func:`build_generator`."""
+        model = build_generator(self.config, self.topology, device=self.device, **options)
+        if self.config.train.compile == "blocks":
+            compile_blocks(model, self.config.train.compile_backend, self.device)
+        return model
 
     def terms(self) -> list[Any]:
         """The losses that the recipe section adds to the recipe's own: :class:`megavar.recipes.terms.base.Term`."""

@@ -104,6 +104,33 @@ class ClassConditions:
 
 
 @dataclass(frozen=True)
+class GivenClasses:
+    """Sample i shows class ``labels[i]``."""
+
+    classes: int
+    labels: tuple[int, ...]
+    kind: ClassVar[Kind] = "class"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Kind, number and labels."""
+        return {"kind": self.kind, "classes": self.classes, "labels": list(self.labels)}
+
+    @property
+    def count(self) -> int | None:
+        """As many as there are labels."""
+        return len(self.labels)
+
+    def describe(self) -> str:
+        """For result files."""
+        return "given classes"
+
+    def at(self, indices: Tensor) -> Condition:
+        """The given classes."""
+        return Condition(torch.tensor(self.labels, device=indices.device)[indices], classes=self.classes)
+
+
+@dataclass(frozen=True)
 class PromptConditions:
     """Samples ``p * per_prompt`` to ``(p + 1) * per_prompt - 1`` show prompt p."""
 

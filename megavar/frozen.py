@@ -19,6 +19,7 @@ from megavar.errors import CheckpointError
 from megavar.storage import sha256_of_file
 
 if TYPE_CHECKING:  # identities are compared on login nodes, too, which need no torch
+    import torch
     from torch import nn
 
     from megavar.weight_layout import WeightLayout
@@ -125,9 +126,20 @@ def load(
     from megavar.weight_file import read_weights_file
 
     if Path(path).is_dir():
-        load_weights(target, path)
+        load_weights(target, path, whole=True)
     else:
         fill(target, read_weights_file(Path(path), shapes_of(target), layouts, layout, what=what))
+
+
+def ready(network: nn.Module, device: torch.device) -> nn.Module:
+    """``network`` as it is used where it is not trained: in evaluation mode, without gradients, on ``device``.
+
+    On a CPU the weights of its convolutions are put in the order in which they are used there.
+    """
+    import torch
+
+    network = network.eval().requires_grad_(False).to(device)
+    return network.to(memory_format=torch.channels_last) if device.type == "cpu" else network
 
 
 def identities(records: Mapping[str, Mapping[str, str]]) -> dict[str, Identity]:

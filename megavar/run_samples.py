@@ -3,8 +3,6 @@
 import functools
 import hashlib
 import json
-import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from megavar.assembly import (
 from megavar.beginning import fill_initial
 from megavar.chunks import ChunkStore
 from megavar.conditions import ClassConditions, Conditions, SourceCaptions, Unconditional
-from megavar.config.loading import decode, import_plugins
+from megavar.config.loading import decode, import_stored_plugins
 from megavar.config.recipes.base import GENERATOR_MODULE
 from megavar.config.root import Config
 from megavar.config.tokenizers.base import TokenizerChoice
@@ -40,8 +38,6 @@ from megavar.training.checkpoint.weights import find_checkpoint, load_weights
 
 DECODER = "decoder.json"
 """Beside the chunks of samples: what decodes their tokens."""
-PLUGINS = "MEGAVAR_PLUGINS"
-"""Environment variable: modules, separated by commas, that may be imported to decode stored samples."""
 GRID_COLUMNS = 10
 GRID_IMAGES = 100
 
@@ -99,7 +95,7 @@ def _load(config: Config, device: torch.device, untrained: bool) -> tuple[nn.Mod
     else:
         checkpoint, manifest = find_checkpoint(Path(config.run.path), verify=False)  # loading verifies it
         check_same(identities(manifest.frozen), {TOKENIZER: of_tokenizer}, checkpoint, "train a generator with these.")
-        load_weights(generator, checkpoint, GENERATOR_MODULE, ema=config.sampling.weights == "ema")
+        load_weights(generator, checkpoint, GENERATOR_MODULE, ema=config.sampling.weights == "ema", whole=True)
         model = identify(checkpoint).to_json()
     model |= {
         "weights": config.sampling.weights,
@@ -182,8 +178,8 @@ def stored_decoder(directory: Path, device: torch.device) -> Decoder:
     The tokenizer is loaded when the first tokens are decoded: not at all where all images are stored.
 
     Raises:
-        DataError: (then) nothing says which tokenizer it is, its weights are gone, or it needs modules that nobody but
-            the file asks for.
+        DataError: (then) nothing says which tokenizer it is, or its weights are gone.
+        ConfigError: (then) it needs modules that nobody but the file asks for.
         CheckpointError: (then) its weights are others now.
     """
 
@@ -204,30 +200,12 @@ def stored_decoder(directory: Path, device: torch.device) -> Decoder:
                 f"The tokens in {directory} are decoded by the tokenizer weights {weights}, which do not exist: "
                 f"restore them, correct their path in {path}, or sample again."
             )
-        _check_plugins(described, path)
+        import_stored_plugins(described, str(path))
         tokenizer = load_tokenizer(decode(section, TokenizerChoice, str(path)), str(weights), device)
         check_same(before, {TOKENIZER: identify(weights)}, directory, "sample again.")
         return TokenDecoder(tokenizer, device, rounding)
 
     return lambda tokens: load()(tokens)
-
-
-def _check_plugins(described: dict[str, Any], path: Path) -> None:
-    """Import the modules that a tokenizer needs, if somebody else than a file beside samples says so.
-
-    Raises:
-        DataError: nobody does.
-    """
-    wanted = described.get("plugins", [])
-    named = os.environ.get(PLUGINS, "").split(",")
-    foreign = [name for name in wanted if name not in sys.modules and name not in named]
-    if foreign:
-        names = ",".join(map(str, foreign))
-        raise DataError(
-            f"{path} asks for the modules {names}, and a file beside samples is no reason to run code. If they are "
-            f"yours, set {PLUGINS}={names} and start again."
-        )
-    import_plugins(described, str(path))
 
 
 def describe(samples: Samples) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megavar.assembly import load_tokenizer, resolve
 from megavar.config.root import Config
+from megavar.errors import ConfigError
 from megavar.evaluation.base import Scores, Suite
 from megavar.evaluation.reconstruction import ROUNDING
 from megavar.evaluation.reconstruction_suite import check_reconstruction, score_tokenizer
@@ -29,6 +30,7 @@ def check(config: Config) -> None:
         ConfigError: the suite does not fit the data or the generator.
         CheckpointError, DataError: its files are missing or of another kind.
     """
+    _refuse_teacher(config)
     if config.recipe.trains == "generator":
         _checked_suite(config)
     else:
@@ -37,9 +39,18 @@ def check(config: Config) -> None:
 
 def score(config: Config, place: Environment, *, untrained: bool = False) -> dict[str, float]:
     """Score the run's latest checkpoint, print a table, write a result file. Collective; rank 0 gets the scores."""
+    _refuse_teacher(config)
     if config.recipe.trains == "generator":
         return _score_generator(config, place, untrained)
     return _score_tokenizer(config, place)
+
+
+def _refuse_teacher(config: Config) -> None:
+    if config.recipe.trains == "teacher":
+        raise ConfigError(
+            f"Run {config.run.name} trains a teacher (recipe {config.recipe.name!r}), for which there are no scores. "
+            f"Score the runs that it guides; set evaluation.after_training=false here."
+        )
 
 
 def _checked_suite(config: Config) -> Suite[Any]:

@@ -7,11 +7,12 @@ such a file, or one in a public weight layout of the model, into the same names 
 """
 
 import json
+import logging
 import pickle
 import re
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,23 @@ from torch import Tensor
 import megavar
 from megavar import storage, weight_layout
 from megavar.errors import CheckpointError
+from megavar.state_dicts import state_dicts, without_wrappers
 from megavar.weight_layout import Shape, WeightLayout
+
+_log = logging.getLogger(__name__)
 
 OURS = "megavar"
 """The weight layout of our own exports."""
 AUTO = "auto"
-FORMAT = 2
-"""1: until commit 9f0263a, metadata ``module``, ``step``, ``weights``. Both are read."""
+FORMAT = 3
+"""1: until commit 9f0263a, metadata ``module``, ``step``, ``weights``; 2: without ``config``, tokenizer and names of
+classes. All are read."""
+EMBEDDED = "tokenizer/"
+"""Beginning of the names of the tokenizer's tensors in an export of a generator."""
+_DESCRIPTION = (
+    "Logical tensors of megavar, whatever the parallel layout. Open with megavar.load(FILE), which is strict. Modules "
+    "name some of them otherwise (experts): their load_state_dict(strict=False) would leave those random."
+)
 
 
 @dataclass(frozen=True)
@@ -48,22 +59,67 @@ class About:
     """The token space of its tokenizer."""
     dropped: tuple[str, ...] = ()
     """Beginnings of the names of tensors that were left out."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """The whole configuration of the run; empty if nobody knew."""
+    class_names: tuple[str, ...] = ()
+    """By label; empty if nobody knew."""
+    tokenizer: Mapping[str, str] = field(default_factory=dict)
+    """Identity of the weights of the tokenizer that a generator learned from; empty if nobody knew."""
 
 
-def write_export(path: Path, tensors: Mapping[str, Tensor], about: About) -> None:
-    """Write logical tensors and buffers into a ``.safetensors`` file, atomically."""
+def write_export(
+    path: Path, tensors: Mapping[str, Tensor], about: About, tokenizer: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write logical tensors and buffers into a ``.safetensors`` file, atomically.
+
+    Args:
+        tokenizer: those of the tokenizer that a generator learned from, to make the file complete.
+    """
     facts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in asdict(about).items()}
     facts |= {"format": OURS, "format_version": str(FORMAT), "megavar": megavar.__version__}
-    contiguous = {name: value.contiguous() for name, value in tensors.items()}
+    facts["description"] = _DESCRIPTION
+    every = dict(tensors) | {f"{EMBEDDED}{name}": value for name, value in (tokenizer or {}).items()}
+    contiguous = {name: value.contiguous() for name, value in every.items()}
     storage.write_bytes_atomic(path, save(contiguous, metadata=facts))
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Metadata of a ``.safetensors`` file; nothing for other files and for files without."""
+    """Metadata of a ``.safetensors`` file; nothing for other files and for files without.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except Exception as error:  # of safetensors' own kind
+        raise CheckpointError(f"The file of weights {path} cannot be read: {_reason(path, error)}") from error
+
+
+def stored_value(metadata: Mapping[str, str], name: str, default: Any, path: Path) -> Any:
+    """A value of an export's metadata, of the type of ``default``, which stands for an absent one.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        value = json.loads(metadata[name]) if name in metadata else default
+    except ValueError:
+        value = None
+    if not isinstance(value, type(default)):
+        raise CheckpointError(f"{path} is damaged: {name!r} of its metadata cannot be read. Export it again.")
+    return value
+
+
+def embedded_tokenizer(path: Path) -> dict[str, Tensor]:
+    """Tensors of the tokenizer that an export of a generator holds, by its own names; nothing if it holds none."""
     if path.suffix != ".safetensors":
         return {}
     with safe_open(path, framework="pt") as file:
-        return dict(file.metadata() or {})
+        names = [name for name in file.keys() if name.startswith(EMBEDDED)]  # noqa: SIM118  no dictionary
+        return {name.removeprefix(EMBEDDED): file.get_tensor(name) for name in names}
 
 
 def names_in_export(path: Path) -> set[str]:
@@ -71,7 +127,7 @@ def names_in_export(path: Path) -> set[str]:
     if path.suffix != ".safetensors" or not path.is_file():
         return set()
     with safe_open(path, framework="pt") as file:
-        return set(file.keys())
+        return {name for name in file.keys() if not name.startswith(EMBEDDED)}  # noqa: SIM118  no dictionary
 
 
 def read_weights_file(
@@ -100,8 +156,34 @@ def read_weights_file(
         CheckpointError: the file cannot be read, or its tensors are not those of the model.
     """
     path = Path(path)
-    state = read_state_dict(path, what)
-    metadata = read_metadata(path)
+    fitting: dict[str, dict[str, Tensor]] = {}
+    problems = []
+    states = read_state_dicts(path, what)
+    for place, state in states.items():
+        state = {name: value for name, value in state.items() if not name.startswith(EMBEDDED)}
+        try:
+            fitting[place] = _fitted(state, read_metadata(path), expected, layouts, layout, fresh)
+        except CheckpointError as error:
+            problems.append(f"{error}" if len(states) == 1 else f"In {place!r}: {error}")
+    if len(fitting) == 1:
+        return next(iter(fitting.values()))
+    if fitting:
+        raise CheckpointError(
+            f"{what} {path} holds {len(fitting)} state dicts of this model: {', '.join(fitting)}. Save the one that "
+            f"you mean in a file of its own."
+        )
+    raise CheckpointError(f"{what} {path} cannot be used: {' '.join(problems)}")
+
+
+def _fitted(
+    state: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    expected: Mapping[str, Shape],
+    layouts: Mapping[str, WeightLayout],
+    layout: str,
+    fresh: tuple[str, ...],
+) -> dict[str, Tensor]:
+    """As :func:`read_weights_file`, from one state dict."""
     passed = {name: shape for name, shape in expected.items() if name.startswith(fresh)}
     expected = {name: shape for name, shape in expected.items() if name not in passed}
     ours = state.keys() >= expected.keys()
@@ -116,7 +198,7 @@ def read_weights_file(
             return layouts[name].load(state, expected, passed)
         except CheckpointError as error:
             problems.append(f"{error}" if len(candidates) == 1 else f"As {name!r}: {error}")
-    raise CheckpointError(f"{what} {path} cannot be used: {' '.join(problems)}")
+    raise CheckpointError(" ".join(problems))
 
 
 def _candidates(metadata: Mapping[str, str], layouts: Mapping[str, WeightLayout], ours: bool) -> tuple[str, ...]:
@@ -159,7 +241,21 @@ def read_state_dict(path: str | Path, what: str) -> dict[str, Tensor]:
         what: what the file should be, for messages ("Tokenizer checkpoint").
 
     Raises:
-        CheckpointError: the file is missing, cannot be read, or holds something else.
+        CheckpointError: the file is missing, cannot be read, holds something else, or several state dicts.
+    """
+    states = read_state_dicts(path, what)
+    if len(states) > 1:
+        raise CheckpointError(
+            f"{what} {path} holds {len(states)} state dicts: {', '.join(states)}. Save the one that you mean in a file "
+            f"of its own."
+        )
+    return next(iter(states.values()))
+
+
+def read_state_dicts(path: str | Path, what: str) -> dict[str, dict[str, Tensor]]:
+    """The state dicts of a file by their places in it, without what wrappers added to names; a warning says so.
+
+    A plain state dict is the only one, at "". Arguments and errors as in :func:`read_state_dict`.
     """
     path = Path(path)
     if not path.is_file():
@@ -170,12 +266,19 @@ def read_state_dict(path: str | Path, what: str) -> dict[str, Tensor]:
         content = load_file(path) if _is_safetensors(path) else _load_pickle(path)
     except Exception as error:  # a file that is no pickle may raise almost anything
         raise CheckpointError(f"{what} {path} cannot be read: {_reason(path, error)}") from error
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    found = state_dicts(content)
+    if not found:
         raise CheckpointError(
             f"{what} {path} is not a plain state dict (names to tensors). If it is a training checkpoint, extract the "
             "model's state dict from it first."
         )
-    return dict(content)
+    result = {}
+    for place, state in found.items():
+        result[place], removed = without_wrappers(state)
+        if place or removed:
+            names = f" without {' and '.join(map(repr, removed))} in their names" if removed else ""
+            _log.warning("%s: tensors%s are read%s.", path, f" of {place!r}" if place else "", names)
+    return result
 
 
 _TEXTS = {

@@ -82,11 +82,13 @@ def bare_loop(
         inputs, valid = recipe.prepare(batch, step), recipe.valid(batch, step)
         adam.zero_grad()
         for one in recipe.passes(module, step):
+            if hasattr(model, "balance"):
+                model.balance = one.balance
             with torch.set_grad_enabled(one.loss is not None):
                 output = one.forward(model, inputs)
             if one.loss is not None:
                 losses = one.loss(output, inputs)
-                _backward(losses, valid, len(batch), one.balance)
+                _backward(losses, valid, len(batch))
                 named |= {name: value / valid for name, value in losses.named.items()}
                 for name, (value, count) in losses.means.items():
                     total, counted = means.get(name, (0.0, 0))
@@ -118,10 +120,7 @@ def _groups(recipe: Recipe, module: str, model: nn.Module, optimizer: OptimizerC
     return groups
 
 
-def _backward(losses: Losses, valid: Any, images: int, balance: float) -> None:
-    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-
-    MoEAuxLossAutoScaler.main_loss_backward_scale = torch.tensor(balance)  # routers have added their losses at weight 1
+def _backward(losses: Losses, valid: Any, images: int) -> None:
     total = losses.total / valid
     if losses.per_image is not None:
         total = total + losses.per_image / images

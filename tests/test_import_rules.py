@@ -7,22 +7,25 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EVERYWHERE = {"errors", "logs", "storage"}
-"""Words for people, and files that are written whole or not at all."""
+EVERYWHERE = {"errors", "logs", "paths", "storage"}
+"""Words for people, paths as they write them, and files that are written whole or not at all."""
 ALLOWED: dict[str, set[str]] = {
     # Foundations. `config` reads DeepSpeed's own schema through `parallel`, and layouts are sections of `config`.
     "errors": set(),
     "logs": set(),
+    "paths": set(),
     "storage": set(),
     "config": {"parallel"},
     "parallel": {"config"},
+    "state_dicts": set(),
     "weight_layout": set(),
-    "weight_file": {"weight_layout"},
+    "weight_file": {"state_dicts", "weight_layout"},
     # Model mathematics.
     "transformer": {"config", "parallel"},
     "tokenizers": {"config", "parallel", "weight_file", "weight_layout"},
     "generators": {"config", "parallel", "transformer", "weight_layout"},
-    "recipes": {"config", "parallel", "data", "generators", "sampling", "tokenizers"},
+    "teachers": {"config", "weight_layout"},
+    "recipes": {"config", "parallel", "data", "generators", "sampling", "teachers", "tokenizers"},
     # Scale: tensors, ranks and bytes.
     "data": {"config", "parallel"},
     "chunks": {"parallel"},
@@ -44,19 +47,23 @@ ALLOWED: dict[str, set[str]] = {
         "assembly", "beginning", "chunks", "conditions", "config", "data", "frozen", "parallel", "sampling",
         "tokenizers", "training",
     },
+    "library": {
+        "assembly", "conditions", "config", "frozen", "parallel", "tokenizers", "training", "weight_file",
+    },
     "scoring": {
         "assembly", "config", "evaluation", "frozen", "parallel", "run_samples", "sampling", "tokenizers", "training",
     },
     "reproduction": {"chunks", "config", "planning", "training"},
+    "analysis": {"assembly", "config", "data", "parallel", "run_samples", "training", "transformer"},
     "commands": {
-        "assembly", "beginning", "config", "data", "parallel", "planning", "recipes", "reproduction", "run_samples",
-        "scoring", "training",
+        "analysis", "assembly", "beginning", "config", "data", "parallel", "planning", "recipes", "reproduction",
+        "run_samples", "scoring", "training",
     },
     "__main__": set(),
 }  # fmt: skip
 KNOWN_CIRCLES = {frozenset({"config", "parallel"}), frozenset({"frozen", "training"})}
 """The second: checkpoints carry identities of frozen weights, and frozen weights may lie in a checkpoint."""
-TORCH_FREE = ("megavar.config.loading", "megavar.config.cluster", "megavar.config.table", "megavar.frozen")
+TORCH_FREE = ("megavar", "megavar.config.loading", "megavar.config.cluster", "megavar.config.table", "megavar.frozen")
 """Login nodes read configurations and compare identities of weights."""
 
 

@@ -21,6 +21,7 @@ from megavar.config.loading import load_config
 from megavar.errors import ConfigError, ExitCode, MegavarError
 from megavar.parallel import topology
 from megavar.parallel.environment import environment
+from megavar.paths import as_path
 from megavar.planning.hardware import peak_of_device
 from megavar.storage import write_json_atomic
 from tools.benchmark_bench import Bench, Part
@@ -107,9 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--batch", type=int, help="images of a micro-batch; default: train.micro_batch_size or 8")
     parser.add_argument("--repeats", type=int, default=7, help="measurements per alternative (default: 7)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
-    parser.add_argument("--trace", type=Path, metavar="DIRECTORY", help="write a profiler trace of each alternative")
-    parser.add_argument("--snapshot", type=Path, metavar="DIRECTORY", help="write memory snapshots (GPU only)")
+    parser.add_argument("--json", type=as_path, metavar="FILE", help="write all figures to this file")
+    parser.add_argument("--trace", type=as_path, metavar="DIRECTORY", help="write a profiler trace of each alternative")
+    parser.add_argument("--snapshot", type=as_path, metavar="DIRECTORY", help="write memory snapshots (GPU only)")
     return parser
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megavar import frozen
 from megavar.assembly import PARAMETER_TYPES, Assembly, require_generator, require_generator_recipe
 from megavar.config.choice import resolve
 from megavar.config.deepspeed import load_deepspeed_json
@@ -52,7 +53,7 @@ class FreshAssembly(Assembly):
 
     def tokenizer(self) -> Any:
         """Frozen."""
-        return self.fresh_tokenizer().eval().requires_grad_(False).to(self.device)
+        return frozen.ready(self.fresh_tokenizer(), self.device)
 
 
 @dataclass(frozen=True)

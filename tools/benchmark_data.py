@@ -44,6 +44,7 @@ from megavar.data.photographs import Photographs
 from megavar.data.shards.listing import list_originals
 from megavar.data.shards.writing import Plan, write_shards
 from megavar.errors import ExitCode, MegavarError
+from megavar.paths import as_path
 
 WIDTH, HEIGHT = 500, 375
 """About the mean size of an ImageNet image (400x350 to 500x375, 110 kB)."""
@@ -203,14 +204,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="benchmark_data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", type=Path, help="measure the data section of this run instead of embedded data")
+    parser.add_argument("--config", type=as_path, help="measure the data section of this run, not embedded data")
     parser.add_argument("--images", type=int, default=256, help="embedded images (default: 256)")
     parser.add_argument("--size", type=int, default=256, help="image size after the transform (default: 256)")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=5.0, help="per measurement (default: 5)")
     parser.add_argument("--repetitions", type=int, default=3, help="of which the median is taken (default: 3)")
     parser.add_argument("--workers", type=int, default=0, help="measure also with this many worker processes")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--json", type=as_path, help="write the figures to this file")
     options = parser.parse_args(arguments)
     if min(options.repetitions, options.images, options.batch_size) < 1 or options.workers < 0:
         parser.error("--repetitions, --images and --batch-size must be at least 1, --workers at least 0")

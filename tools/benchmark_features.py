@@ -26,6 +26,7 @@ from megavar.errors import ExitCode, MegavarError
 from megavar.evaluation.classifier import load_network
 from megavar.evaluation.digits import digits_extractor
 from megavar.evaluation.inception import ADMInception
+from megavar.paths import as_path
 from tools.benchmark_data import machine
 
 
@@ -91,11 +92,11 @@ def benchmark(weights: Path | None, size: int, batch_size: int, seconds: float) 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="tools.benchmark_features", description=__doc__.splitlines()[0])
-    parser.add_argument("--inception-weights", type=Path, help="published weights; default: random ones")
+    parser.add_argument("--inception-weights", type=as_path, help="published weights; default: random ones")
     parser.add_argument("--size", type=int, default=256, help="image size (default: 256)")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=10.0, help="per extractor (default: 10)")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--json", type=as_path, help="write the figures to this file")
     options = parser.parse_args(arguments)
     try:
         figures = benchmark(options.inception_weights, options.size, options.batch_size, options.seconds)

@@ -40,6 +40,7 @@ from megavar.data.caching import (
 from megavar.errors import ConfigError, ExitCode
 from megavar.frozen import TOKENIZER
 from megavar.parallel.environment import Environment, environment
+from megavar.paths import as_path
 from megavar.tokenizers.base import Tokenizer
 from tools.outcome import outcome
 
@@ -54,7 +55,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="cache_tokens", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", type=Path, metavar="CONFIG")
+    parser.add_argument("config", type=as_path, metavar="CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--tokenizer-weights", metavar="PATH", help="default: recipe.tokenizer_weights of CONFIG")
     parser.add_argument("--rows-per-part", type=int, default=4096, metavar="N", help="default: 4096")

@@ -5,39 +5,55 @@
     python -m tools.convert_checkpoint runs/tokenizer vae.pth                      VAR's VQVAE layout
     python -m tools.convert_checkpoint var_d16.pth weights.safetensors --config configs/mepa/var_d16.yaml
 
-An export (``.safetensors`` without --layout) holds our names and says what it is; with --layout, or as ``.pth``, a file
-holds the names of a public weight layout of the model. A run begins with either under ``train.initial_weights``, and
-``recipe.tokenizer_weights`` takes either. Shapes must be those of the configured model, exactly. Heads that a recipe's
-terms trained beside the model (names that begin with ``heads.``) are left out.
+An export (``.safetensors`` without --layout) holds our names, the configuration, class names and a generator's
+tokenizer, and ``megavar.load`` opens it; with --layout, or as ``.pth``, a file holds the names of a public weight
+layout of the model. A run begins with either under ``train.initial_weights``, and ``recipe.tokenizer_weights`` takes
+either. Shapes must be those of the configured model, exactly. Heads that a recipe's terms trained beside the model
+(names that begin with ``heads.``) are left out.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, replace
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from megavar import storage
-from megavar.assembly import build_trained, trained_choice, weight_layouts
-from megavar.config.loading import load_config
+from megavar.assembly import (
+    build_trained,
+    load_tokenizer,
+    trained_choice,
+    weight_layouts,
+)
+from megavar.config.loading import load_config, read_tree, stored_config
 from megavar.config.parallel import ParallelConfig
 from megavar.config.root import Config
 from megavar.errors import CheckpointError, ConfigError, ExitCode
+from megavar.frozen import TOKENIZER, check_same, identify, identities
+from megavar.library.loading import class_names, find_tokenizer
 from megavar.parallel import topology
 from megavar.parallel.environment import Environment
+from megavar.paths import as_path
 from megavar.training.checkpoint import find_checkpoint, read_weights
-from megavar.training.checkpoint.weights import module_of, shapes_of
-from megavar.weight_file import AUTO, OURS, About, read_metadata, read_weights_file, write_export
+from megavar.training.checkpoint.weights import HEADS, module_of, shapes_of, tensors_of
+from megavar.weight_file import (
+    AUTO,
+    OURS,
+    About,
+    embedded_tokenizer,
+    read_metadata,
+    read_weights_file,
+    stored_value,
+    write_export,
+)
 from megavar.weight_layout import Shape, differences
 from tools.outcome import outcome
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-HEADS = "heads."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,15 +66,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="convert_checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("input", type=Path, help="run, checkpoint, or file of weights")
-    parser.add_argument("output", type=Path, help="file (.safetensors, .pth)")
+    parser.add_argument("input", type=as_path, help="run, checkpoint, or file of weights")
+    parser.add_argument("output", type=as_path, help="file (.safetensors, .pth)")
     parser.add_argument("--layout", help=f"weight layout to write (default: {OURS}; for .pth the model's public one)")
     parser.add_argument("--input-layout", default=AUTO, metavar="LAYOUT", help="weight layout of an input file")
     parser.add_argument("--module", help="module of the checkpoint (default: the one that the run was for)")
     parser.add_argument("--ema", action="store_true", help="take the moving average instead of the weights")
     parser.add_argument("--keep-heads", action="store_true", help="export the heads of the recipe's terms, too")
+    parser.add_argument("--without-tokenizer", action="store_true", help="export a generator without its tokenizer")
     parser.add_argument("--dtype", choices=TYPES, default="float32", help="type of written floating-point tensors")
-    parser.add_argument("--config", type=Path, help="configuration of the model (default: config.yaml of the run)")
+    parser.add_argument("--config", type=as_path, help="configuration of the model (default: config.yaml of the run)")
     return parser.parse_args(arguments)
 
 
@@ -86,8 +103,10 @@ def _configuration(options: argparse.Namespace) -> Config | None:
         return load_config(options.config)
     for directory in (options.input, options.input.parent, options.input.parent.parent):
         if options.input.is_dir() and (directory / "config.yaml").exists():
-            return load_config(directory / "config.yaml")
-    return None
+            return stored_config(read_tree(directory / "config.yaml"), str(directory / "config.yaml"))
+    metadata = read_metadata(options.input) if options.input.is_file() else {}
+    stored = stored_value(metadata, "config", {}, options.input)
+    return stored_config(stored, str(options.input)) if stored else None
 
 
 def _shapes(config: Config) -> dict[str, Shape]:
@@ -107,6 +126,7 @@ def _from_checkpoint(
     tensors = read_weights(checkpoint, module, options.ema)
     if expected is None or module != next(iter(manifest.modules)):
         return tensors, _about(None, module, manifest.step, options)
+    names = class_names(options.input)
     given = {name: tuple(value.shape) for name, value in tensors.items() if not name.startswith(HEADS)}
     problems = differences({name: shape for name, shape in expected.items() if not name.startswith(HEADS)}, given)
     if problems:
@@ -114,7 +134,7 @@ def _from_checkpoint(
             f"{checkpoint} does not fit the configuration: {'; '.join(problems)}. Name the configuration that it was "
             f"trained with by --config."
         )
-    return tensors, _about(config, module, manifest.step, options)
+    return tensors, _about(config, module, manifest.step, options, names, manifest.frozen.get(TOKENIZER, {}))
 
 
 def _from_file(
@@ -132,10 +152,19 @@ def _from_file(
         )
     metadata = read_metadata(options.input)
     step, module = int(metadata.get("step", 0)), metadata.get("module", "")
-    return tensors, _about(config, module or config.recipe.trains, step, options)
+    names = tuple(stored_value(metadata, "class_names", [], options.input))
+    learned_from = stored_value(metadata, "tokenizer", {}, options.input)
+    return tensors, _about(config, module or next(iter(config.recipe.modules)), step, options, names, learned_from)
 
 
-def _about(config: Config | None, module: str, step: int, options: argparse.Namespace) -> About:
+def _about(
+    config: Config | None,
+    module: str,
+    step: int,
+    options: argparse.Namespace,
+    class_names: tuple[str, ...] = (),
+    tokenizer: Mapping[str, str] = {},
+) -> About:
     return About(
         module=module,
         step=step,
@@ -143,7 +172,26 @@ def _about(config: Config | None, module: str, step: int, options: argparse.Name
         choice={} if config is None else trained_choice(config).model_dump(mode="json"),
         space={} if config is None else asdict(config.tokenizer.space),
         dropped=() if options.keep_heads else (HEADS,),
+        config={} if config is None else config.model_dump(mode="json"),
+        class_names=class_names,
+        tokenizer=tokenizer,
     )
+
+
+def _tokenizer(options: argparse.Namespace, config: Config | None, about: About) -> tuple[dict[str, Tensor], About]:
+    """The tensors of the tokenizer that an exported generator learned from, and with them what the export says."""
+    if options.without_tokenizer or config is None or not about.config or config.recipe.trains != "generator":
+        return {}, about
+    if options.input.is_file() and (tensors := embedded_tokenizer(options.input)):
+        return tensors, about
+    remedy = "Start where recipe.tokenizer_weights is right, or export --without-tokenizer."
+    weights = find_tokenizer(config, options.input, remedy)
+    found = identify(weights)
+    if about.tokenizer:
+        remedy = "export with --without-tokenizer."
+        check_same(identities({TOKENIZER: about.tokenizer}), {TOKENIZER: found}, options.input, remedy)
+    tokenizer = load_tokenizer(config.tokenizer, str(weights), torch.device("cpu"))
+    return tensors_of(tokenizer), replace(about, tokenizer=found.to_json())
 
 
 def _write(options: argparse.Namespace, config: Config | None, tensors: dict[str, Tensor], about: About) -> None:
@@ -151,7 +199,8 @@ def _write(options: argparse.Namespace, config: Config | None, tensors: dict[str
     if layout == OURS:
         if options.output.suffix != ".safetensors":
             raise ConfigError(f"{options.output} must end in .safetensors: an export says what it is in its metadata.")
-        write_export(options.output, _cast(tensors, options.dtype), about)
+        tokenizer, about = _tokenizer(options, config, about)
+        write_export(options.output, _cast(tensors, options.dtype), about, tokenizer)
         return
     if not about.choice or config is None:
         raise ConfigError(

@@ -35,6 +35,7 @@ from megavar.evaluation.reference import check_reference, load_reference, save_r
 from megavar.evaluation.results import Result, class_histogram, write_result
 from megavar.evaluation.table import format_table
 from megavar.parallel.environment import Environment, environment
+from megavar.paths import as_path
 from megavar.storage import remove
 from tools.outcome import outcome
 
@@ -201,7 +202,7 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(run.__name__, help=run.__doc__)
         command.set_defaults(run=run, backend="megavar", rounding="unknown", features=None)
         images = command.add_mutually_exclusive_group(required=True) if run is reference else command
-        images.add_argument("--images", type=Path, required=run is not reference, help="npz, folder of PNG, or samples")
+        images.add_argument("--images", type=as_path, required=run is not reference, help="npz, PNG folder, or samples")
         if run is reference:
             images.add_argument(
                 "--config",
@@ -209,20 +210,20 @@ def _parser() -> argparse.ArgumentParser:
                 metavar=("RUN.yaml", "key=value"),
                 help="a YAML whose data section names training images, and overrides",
             )
-            images.add_argument("--from-reference", type=Path, help="ADM's npz, to keep 82 MB of it instead of 2 GB")
+            images.add_argument("--from-reference", type=as_path, help="ADM's npz, to keep 82 MB of it instead of 2 GB")
             command.add_argument("--keep-features", action="store_true", help="keep 16 kB of features per image")
         if run is not selfcheck:
-            command.add_argument("--out", type=Path, required=True, help="file to write")
+            command.add_argument("--out", type=as_path, required=True, help="file to write")
         else:
             command.set_defaults(out=Path("selfcheck"))
         if run is export:
             command.add_argument("--order", choices=["interleaved", "shuffled"], default="shuffled")
             continue
-        command.add_argument("--inception-weights", type=Path, required=True, help="published Inception weights")
+        command.add_argument("--inception-weights", type=as_path, required=True, help="published Inception weights")
         command.add_argument("--unofficial-weights", action="store_true", help="accept others; the metrics say so")
-        command.add_argument("--features", type=Path, help="directory of feature chunks (default: beside --out)")
+        command.add_argument("--features", type=as_path, help="directory of feature chunks (default: beside --out)")
         if run is not reference:
-            command.add_argument("--reference", type=Path, required=True, help="reference statistics (three kinds)")
+            command.add_argument("--reference", type=as_path, required=True, help="reference statistics (three kinds)")
         if run is score:
             command.add_argument("--backend", choices=["megavar", "torch-fidelity"], default="megavar")
             command.add_argument(

@@ -82,9 +82,6 @@ def _train(result: Record) -> str:
     rows = []
     for record in _of(result, "train step"):
         model, mode = record["subject"], record["mode"]
-        if "skipped" in record:
-            rows.append((model, mode, *[""] * 7, record["skipped"]))
-            continue
         prediction = expected.get(model, {})
         images, flops = record["images"], prediction.get("flops_per_image")
         mfu = None if flops is None or peak is None else flops * record["images_per_second"] / peak

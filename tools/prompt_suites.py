@@ -29,6 +29,7 @@ from megavar.evaluation.official.dpg import DPGFolder
 from megavar.evaluation.official.geneval import GenEvalFolder
 from megavar.evaluation.table import format_table
 from megavar.parallel.environment import environment
+from megavar.paths import as_path
 from megavar.storage import write_text_atomic
 from tools.outcome import outcome
 
@@ -102,13 +103,13 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         official = run in (emit, verify)
         command.add_argument("suite", choices=sorted(FOLDERS) if official else ["shapes"])
-        command.add_argument("--out", type=Path, required=True, help="folder of the layout, or file to write")
+        command.add_argument("--out", type=as_path, required=True, help="folder of the layout, or file to write")
         if run in (emit, score):
-            command.add_argument("--images", type=Path, required=True, help="samples, npz, or folder of PNG files")
+            command.add_argument("--images", type=as_path, required=True, help="samples, npz, or folder of PNG files")
         if run is not prompts:
             command.add_argument("--per-prompt", type=int, default=PER_PROMPT, help="images per prompt")
         if official:
-            command.add_argument("--prompts", type=Path, required=True, help="the official prompt file or folder")
+            command.add_argument("--prompts", type=as_path, required=True, help="the official prompt file or folder")
         else:
             command.add_argument("--per-tag", type=int, default=100, help="prompts of each of the six kinds")
             command.add_argument("--seen", action="store_true", help="combinations that training shows")

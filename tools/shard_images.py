@@ -25,6 +25,7 @@ from megavar.data.shards.manifest import Manifest
 from megavar.data.shards.verification import adopt_shards
 from megavar.data.shards.writing import Plan, write_shards
 from megavar.errors import ExitCode
+from megavar.paths import as_path
 from tools.outcome import outcome
 
 
@@ -34,15 +35,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="shard_images", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--images", type=Path, metavar="DIR", help="a folder with one sub-folder of images per class")
-    source.add_argument("--list", type=Path, metavar="FILE", help="a text file of 'image label' lines")
+    source.add_argument("--images", type=as_path, metavar="DIR", help="a folder with a sub-folder of images per class")
+    source.add_argument("--list", type=as_path, metavar="FILE", help="a text file of 'image label' lines")
     source.add_argument(
-        "--pairs", type=Path, metavar="PATH", help="a folder of name.jpg + name.txt, or a .jsonl of image and caption"
+        "--pairs", type=as_path, metavar="PATH", help="a folder of name.jpg + name.txt, or a .jsonl of image, caption"
     )
     source.add_argument(
-        "--existing", type=Path, metavar="DIR", help="WebDataset tars of another tool: only add indexes and a manifest"
+        "--existing", type=as_path, metavar="DIR", help="WebDataset tars of another tool: add indexes and a manifest"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the shards")
+    parser.add_argument("--out", type=as_path, metavar="DIR", help="folder for the shards")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--shards", type=int, metavar="N", help="number of shards")
     size.add_argument("--samples-per-shard", type=int, default=1250, metavar="N", help="at most (default: 1250)")

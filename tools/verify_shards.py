@@ -13,13 +13,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from tqdm import tqdm
 
 from megavar.data.shards.manifest import read_manifest
 from megavar.data.shards.verification import list_sharded, repair_shards, verify_shards
 from megavar.errors import ExitCode
+from megavar.paths import as_path
 from tools.outcome import outcome
 
 
@@ -28,10 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="verify_shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="the folder of the shards")
+    parser.add_argument("folder", type=as_path, help="the folder of the shards")
     parser.add_argument("--full", action="store_true", help="read everything: hashes, members, images, classes, keys")
     parser.add_argument("--repair", action="store_true", help="rebuild indexes, and with --source also shards")
-    parser.add_argument("--source", type=Path, metavar="PATH", help="the originals that the shards were made from")
+    parser.add_argument("--source", type=as_path, metavar="PATH", help="the originals that the shards were made from")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--processes", type=int, default=cores, metavar="N", help=f"default: the {cores} cores")
     parsed = parser.parse_args(arguments)

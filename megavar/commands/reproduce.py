@@ -4,13 +4,13 @@ import argparse
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 from megavar.config.root import Config
 from megavar.config.table import TableConfig, load_table
 from megavar.errors import ExitCode
 from megavar.parallel import topology
 from megavar.parallel.environment import environment
+from megavar.paths import as_path
 from megavar.planning.efficiency import flops_per_image
 from megavar.planning.plan import Plan
 from megavar.reproduction import demo, ledger, listing
@@ -27,13 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     action.add_argument("--demo", action="store_true", help="train the rows at a small size here, or continue")
     action.add_argument("--collect", action="store_true", help="add finished runs to the ledger")
     parser.add_argument("--seeds", type=int, help="of a demo (default: the table's)")
-    parser.add_argument("--folder", type=Path, default=demo.FOLDER, help=f"of a demo's runs (default: {demo.FOLDER})")
+    parser.add_argument("--folder", type=as_path, default=demo.FOLDER, help=f"of a demo's runs ({demo.FOLDER})")
     parser.add_argument("--on", action="append", metavar="NUMBERxGPU", help="predict costs for (8xh200, 32xa100)")
     parser.add_argument("--hours", type=float, default=24.0, help="time limit of one job, for the length of its chain")
     parser.add_argument("--no-costs", action="store_true", help="show values only, at once")
     parser.add_argument("--nodes", type=int, default=1, help="of a submitted job (default: 1)")
     parser.add_argument("--slurm", default="", metavar="OPTIONS", help='e.g. "--dry-run --time 8:00:00"')
-    parser.add_argument("--ledger", type=Path, default=ledger.LEDGER, help=f"default: {ledger.LEDGER}")
+    parser.add_argument("--ledger", type=as_path, default=ledger.LEDGER, help=f"default: {ledger.LEDGER}")
 
 
 def run(options: argparse.Namespace) -> ExitCode:

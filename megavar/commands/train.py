@@ -28,7 +28,7 @@ from megavar.data.source import Source
 from megavar.errors import ConfigError, DataError, ExitCode, RunInUseError
 from megavar.parallel import topology
 from megavar.parallel.environment import Environment, choose_kernels, device_name, environment, limit_threads
-from megavar.parallel.rules import check_layout
+from megavar.parallel.rules import check_compiled, check_layout
 from megavar.planning.calibration import Calibration
 from megavar.planning.efficiency import flops_per_image
 from megavar.planning.hardware import name_of_device, peak_of_device
@@ -118,19 +118,22 @@ def _train_one(config: Config, place: Environment) -> ExitCode:
         if place.rank == 0:
             print(f"{config.run.name} is finished already ({directory.path}).", flush=True)
         return ExitCode.FINISHED
-    keeps_logs = "MEGAVAR_LOG_DIRECTORY" in os.environ  # a launcher writes what we print to files of its own
+    keeps_logs = bool(os.environ.get("MEGAVAR_LOG_DIRECTORY"))  # a launcher writes what we print to files of its own
     logs.configure(place.rank, None if keeps_logs else directory.path / "logs")
     if place.rank == 0:
         print(topology.describe(config.parallel, place.world_size), flush=True)
     source = build_source(config.data)
     deepspeed = load_deepspeed_json(Path(config.deepspeed))
+    zero_stage = int(deepspeed.get("zero_optimization", {}).get("stage", 0))
     check_layout(
         config.parallel,
         config.limits,
-        zero_stage=int(deepspeed.get("zero_optimization", {}).get("stage", 0)),
+        zero_stage=zero_stage,
         world_size=place.world_size,
         micro_batches=config.train.global_batch_size // mesh.data // micro_batch_size(config.train, mesh),
     )
+    if config.train.compile == "blocks":
+        check_compiled(config.parallel, config.limits, zero_stage)
     assembly = Assembly(config, source, place.device, mesh)
     recipe = assembly.recipe()
     if place.rank == 0 and not directory.checkpoints.exists():
@@ -178,6 +181,8 @@ def _train_one(config: Config, place: Environment) -> ExitCode:
 def _expected(config: Config, place: Environment) -> Expectation | None:
     """What a plan says of this run on this device; None where it says nothing of it."""
     file = config.logging.calibration
+    if config.recipe.trains == "teacher":
+        return None
     calibration = None if file is None or config.generator is None else Calibration.load(Path(file))
     gpu = name_of_device(device_name()) if calibration is None else None
     if calibration is None and gpu is None:
@@ -200,6 +205,8 @@ def _check_data(directory: RunDirectory, source: Source, config: Config) -> None
     """
     path = directory.path / "data.json"
     described = {"source": config.data.source.name, "samples": len(source), "fingerprint": source.fingerprint}
+    # The fingerprint covers classes, too; names are for readers of the run, and runs of earlier versions lack them.
+    named = described | {"class_names": list(source.class_names)}
     if path.exists() and not config.train.fresh:
         try:
             before = json.loads(path.read_text())
@@ -208,13 +215,13 @@ def _check_data(directory: RunDirectory, source: Source, config: Config) -> None
                 f"{path} is damaged ({error}), so nothing says which data the run began with. Restore it from a "
                 f"backup; or remove it, and the next start takes the data that it finds for those of the run."
             ) from error
-        if before != described:
+        if not isinstance(before, dict) or {key: before.get(key) for key in described} != described:
             raise DataError(
                 f"The data of {config.run.name} have changed since the run began: {path} says {before}, the source now "
                 f"is {described}. Restore the data, or start again with train.fresh=true or another run.directory."
             )
         return
-    write_json_atomic(path, described)
+    write_json_atomic(path, named)
 
 
 def _peak_flops(config: Config) -> float | None:
@@ -230,6 +237,8 @@ def _preview(assembly: Assembly, recipe: Recipe) -> Callable[[int], Tensor | Non
     if config.recipe.trains == "tokenizer":
         tokenizer: Any = recipe.modules()[TOKENIZER_MODULE]
         return functools.partial(_reconstructions, config, tokenizer, _preview_source(config), assembly.device)
+    if config.recipe.trains == "teacher":
+        return None  # features are nothing to look at
     if assembly.topology.config.pipeline > 1:
         return None  # a pipeline stage cannot decode alone: sample from a checkpoint instead
     generator = recipe.modules()[GENERATOR_MODULE]

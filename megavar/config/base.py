@@ -1,8 +1,13 @@
 """The base of every configuration section."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, field_validator
+
+from megavar.paths import expanded
+
+PathText = Annotated[str, AfterValidator(expanded)]
+"""A path: ``~`` and ``$VAR`` stand for what they do in a shell."""
 
 
 class Section(BaseModel):

@@ -2,9 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from megavar.config.base import Section
+from megavar.config.base import PathText, Section
+from megavar.config.secret import secret_in
 from megavar.config.shapes import ShapesSource
 
 
@@ -32,9 +33,9 @@ class ImageFolderSource(Section):
     """A folder with one sub-folder of images per class."""
 
     name: Literal["image_folder"] = "image_folder"
-    path: str
+    path: PathText
     """Folder of the training images."""
-    test_path: str | None = None
+    test_path: PathText | None = None
     """Folder of the test images, with the same class folders."""
 
 
@@ -42,9 +43,9 @@ class WebDatasetSource(Section):
     """A folder of WebDataset shards made, or given an index and a manifest, by ``tools/shard_images.py``."""
 
     name: Literal["webdataset"] = "webdataset"
-    path: str
+    path: PathText
     """Folder of the training shards."""
-    test_path: str | None = None
+    test_path: PathText | None = None
     """Folder of the test shards; they are always read by index."""
     order: Literal["index", "stream"] = "index"
     """``index``: random access, a new random order of all samples in every epoch. ``stream``: shards are read from
@@ -52,6 +53,16 @@ class WebDatasetSource(Section):
     url: str | None = None
     """Where ``stream`` reads shards, with ``{shard}`` for the file name, for example
     ``pipe:aws s3 cp s3://bucket/train/{shard} -``. Default: ``path``, which must hold the manifest in any case."""
+    @field_validator("url")
+    @classmethod
+    def _no_password(cls, value: str | None) -> str | None:
+        if value is not None and (found := secret_in(value)) is not None:
+            raise ValueError(
+                f"{found} in it looks like a secret, which config.yaml would keep in clear. Let the command read it: "
+                f"`pipe:curl -u \"$USER:$PASSWORD\" ...`, or a file such as ~/.netrc"
+            )
+        return value
+
     lanes: int = Field(8, ge=1)
     """Shards that ``stream`` reads side by side, over all ranks. It divides the global batch, and the data-parallel
     ranks divide it; changing it changes the order of samples."""
@@ -68,7 +79,7 @@ class CacheSource(Section):
     ``data.image_size`` and ``data.transform`` say how they were made from the images and must stay the same."""
 
     name: Literal["cache"] = "cache"
-    path: str
+    path: PathText
     """Folder of the cache of the training samples."""
     content: Literal["tokens", "latents"] = "tokens"
     """``tokens``: the tokenizer's ids. ``latents``: what it encodes to, for recipes whose scales change in every step

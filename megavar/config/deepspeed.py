@@ -13,6 +13,7 @@ from megavar.config.deepspeed_json import checked, read_json
 from megavar.config.parallel import ParallelConfig
 from megavar.errors import ConfigError
 from megavar.parallel.rules import check_zero
+from megavar.paths import found
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def load_deepspeed_json(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing, is not a JSON object, or holds keys or values that are not offered.
     """
-    return validate_deepspeed(read_json(Path(path)), str(path))
+    return validate_deepspeed(read_json(found(path)), str(path))
 
 
 def validate_deepspeed(content: dict[str, Any], where: str) -> dict[str, Any]:
@@ -103,6 +104,9 @@ def complete_deepspeed(
         )
     bf16["enabled"] = precision == "bf16"
     stage, notes = _effective_stage(asked, parallel, precision, has_experts)
+    profiled = result.get("flops_profiler", {}).get("enabled", False)  # offered with stages 2 and 3
+    if not profiled and _shards_nothing(stage, zero, parallel, precision, data_parallel_size):
+        stage = 0
     _check_accumulation_type(where, result, stage, precision)
     zero["stage"] = stage
     if device_type == "cpu" or stage <= 1:
@@ -151,6 +155,19 @@ def _effective_stage(asked: int, parallel: ParallelConfig, precision: str, has_e
         return asked, []
     return 1, [f"ZeRO stage 0 runs as stage 1: with {' and '.join(present)} DeepSpeed's stage 0 computes a wrong norm "
                f"for clipping. The mathematics is the same."]  # fmt: skip
+
+
+def _shards_nothing(
+    stage: int, zero: dict[str, Any], parallel: ParallelConfig, precision: str, data_parallel_size: int
+) -> bool:
+    """Whether one process has its float32 weights to itself: stage 0 computes the same update in place.
+
+    DeepSpeed's stages 1 and 2 would flatten all gradients, step a second copy of all weights and copy it back: a tenth
+    of the step of a small model on a CPU. In bf16 that copy is the float32 master copy, which is needed.
+    """
+    alone = data_parallel_size == parallel.tensor == parallel.pipeline == parallel.expert == 1
+    offloaded = any(_is_offloaded(zero.get(name)) for name in ("offload_optimizer", "offload_param"))
+    return stage in (1, 2) and alone and precision == "fp32" and not offloaded
 
 
 def _check_accumulation_type(where: str, content: dict[str, Any], stage: int, precision: str) -> None:

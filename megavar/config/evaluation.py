@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from megavar.config.base import Section
+from megavar.config.base import PathText, Section
 from megavar.config.suites.base import SuiteChoice
 from megavar.config.suites.digits import DigitsSuite
 
@@ -12,9 +12,9 @@ from megavar.config.suites.digits import DigitsSuite
 class PerceptualWeights(Section):
     """The two files of an LPIPS distance."""
 
-    backbone: str
+    backbone: PathText
     """State dict of torchvision's ``vgg16`` or ``alexnet``."""
-    linear: str
+    linear: PathText
     """The LPIPS package's ``v0.1/vgg.pth`` or ``v0.1/alex.pth``."""
 
 
@@ -29,17 +29,17 @@ class ReconstructionConfig(Section):
     """Side of the images that the tokenizer sees (default: ``data.image_size``; VGT: 448)."""
     chunk_size: int = Field(64, ge=1)
     """Images measured together."""
-    inception_weights: str | None = None
+    inception_weights: PathText | None = None
     """Inception weights for rFID. Without them rFID is on the classifier of the data's own classes, if it has any."""
     unofficial_weights: bool = False
     """Accept other Inception weights of the same layout."""
-    reference: str | None = None
+    reference: PathText | None = None
     """Reference statistics for ``rfid_adm``."""
     lpips_vgg: PerceptualWeights | None = None
     """Weights for LPIPS on VGG-16."""
     lpips_alex: PerceptualWeights | None = None
     """Weights for LPIPS on AlexNet."""
-    extractor_cache: str | None = None
+    extractor_cache: PathText | None = None
     """Directory of the classifier (default: the user's cache directory)."""
 
 

@@ -7,7 +7,9 @@ the base's value, everything else is merged key by key. Overrides are ``dotted.k
 import difflib
 import importlib
 import json
+import os
 import re
+import sys
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,22 +22,50 @@ from megavar.config.choice import Choice
 from megavar.config.root import Config
 from megavar.config.yaml_text import parse_yaml, read_text
 from megavar.errors import ConfigError
+from megavar.paths import expanded, found
 
 
 def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The merged content of a YAML file and its bases."""
-    path = Path(path)
+    path = found(path)
     if path.resolve() in seen:
         raise ConfigError(f"{path} is its own base (through {' -> '.join(map(str, seen))}). Remove one `base:` line.")
     tree = parse_yaml(read_text(path), str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} does not hold keys and values at its top level. Start from configs/quickstart.yaml.")
     base = tree.pop("base", None)
+    _look_beside(path, tree)
     if base is None:
         return tree
     if not isinstance(base, str):
         raise ConfigError(f"{path}: base must be the path of one YAML file, relative to this file.")
-    return merge(read_tree(path.parent / base, (*seen, path.resolve())), tree)
+    return merge(read_tree(path.parent / _expanded(base, f"{path}: base"), (*seen, path.resolve())), tree)
+
+
+def _look_beside(path: Path, tree: dict[str, Any]) -> None:
+    """Let ``deepspeed`` and ``run.requires`` mean files beside the file that names them, as ``base`` does.
+
+    What does not lie there is looked for from the current directory, then among the files that come with megavar.
+    """
+
+    def beside(name: Any) -> Any:
+        if not isinstance(name, str) or name.startswith(("~", "$")):
+            return name
+        file = path.absolute().parent / name
+        return os.path.normpath(file) if file.is_file() else name
+
+    if "deepspeed" in tree:
+        tree["deepspeed"] = beside(tree["deepspeed"])
+    run = tree.get("run")
+    if isinstance(run, dict) and isinstance(run.get("requires"), list):
+        run["requires"] = [beside(name) for name in run["requires"]]
+
+
+def _expanded(text: str, origin: str) -> str:
+    try:
+        return expanded(text)
+    except ValueError as error:
+        raise ConfigError(f"{origin}: {error}.") from None
 
 
 def merge(base: Any, top: Any, section: str = "") -> Any:
@@ -67,9 +97,14 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Read, merge, override and check a configuration.
 
+    Args:
+        path: the YAML file; one that comes with megavar (``configs/...``) is found from everywhere.
+        overrides: ``dotted.key=value``; their paths are relative to the current directory.
+
     Raises:
         ConfigError: anything is wrong; the message names key, problem and remedy for every problem found.
     """
+    path = _expanded(str(path), "The configuration")
     tree = read_tree(Path(path))
     for override in overrides:
         apply_override(tree, override)
@@ -92,6 +127,41 @@ def import_plugins(tree: Mapping[str, Any], origin: str) -> None:
                 f"{origin}: plugins: the module {name!r} cannot be imported ({type(error).__name__}: {error}). Modules "
                 f"are looked for in the current directory and in PYTHONPATH."
             ) from error
+
+
+PLUGINS = "MEGAVAR_PLUGINS"
+"""Environment variable: modules, separated by commas, that may be imported because something stored asks for them."""
+
+
+def stored_config(tree: Mapping[str, Any], origin: str) -> Config:
+    """Decode a configuration that lies beside weights or in a file of them.
+
+    Raises:
+        ConfigError: it is wrong, or asks for modules that nobody else asks for.
+    """
+    import_stored_plugins(tree, origin)
+    return decode(tree, Config, origin)
+
+
+def import_stored_plugins(tree: Mapping[str, Any], origin: str) -> None:
+    """Import the modules that something stored needs, if somebody else says so, too.
+
+    Raises:
+        ConfigError: nobody does.
+    """
+    named = os.environ.get(PLUGINS, "").split(",")
+    wanted = tree.get("plugins")
+    foreign = [
+        str(name) for name in (wanted if isinstance(wanted, list) else ())
+        if str(name) not in sys.modules and name not in named
+    ]  # fmt: skip
+    if foreign:
+        names = ",".join(foreign)
+        raise ConfigError(
+            f"{origin} asks for the modules {names}, and a file beside samples or weights is no reason to run code. If "
+            f"they are yours, set {PLUGINS}={names} and start again."
+        )
+    import_plugins(tree, origin)
 
 
 Model = typing.TypeVar("Model", bound=BaseModel)

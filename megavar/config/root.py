@@ -1,8 +1,10 @@
 """The configuration of a run: one YAML file, decoded into this."""
 
+import difflib
+
 from pydantic import Field, model_validator
 
-from megavar.config.base import Section
+from megavar.config.base import PathText, Section
 from megavar.config.data import DataConfig
 from megavar.config.evaluation import EvaluationConfig
 from megavar.config.generators.base import GeneratorChoice, Limits
@@ -21,9 +23,9 @@ class RunConfig(Section):
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Used in logs, job names and W&B: letters, digits, ``.``, ``_`` and ``-``."""
-    directory: str | None = None
+    directory: PathText | None = None
     """Where everything the run writes goes. Default: ``runs/<name>``."""
-    requires: tuple[str, ...] = ()
+    requires: tuple[PathText, ...] = ()
     """Configurations of runs that must be finished first, such as the tokenizer's. ``train`` trains them if they are
     not. Paths are relative to the repository or absolute."""
 
@@ -52,7 +54,7 @@ class Config(Section):
     """AdamW and its schedules."""
     parallel: ParallelConfig = ParallelConfig()
     """How the model is spread over devices."""
-    deepspeed: str = "configs/deepspeed/zero1.json"
+    deepspeed: PathText = "configs/deepspeed/zero1.json"
     """DeepSpeed's own JSON: the ZeRO stage, offloading, communication sizes."""
     logging: LoggingConfig = LoggingConfig()
     """What a run reports."""
@@ -86,6 +88,22 @@ class Config(Section):
                     f"optimizer.schedule.warmup_{unit}={warmup} is longer than the run of train.{unit}={length}: the "
                     f"peak learning rate would never be reached. Shorten the warm-up or lengthen the run"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _modules_exist(self) -> "Config":
+        """Values for a module that nobody trains would be used by none."""
+        ema = self.train.ema.modules if self.train.ema is not None else None
+        trained = self.recipe.modules
+        for key, names in (("optimizer.modules", self.optimizer.modules), ("train.ema.modules", ema or ())):
+            for name in names:
+                if name not in trained:
+                    near = difflib.get_close_matches(name, trained, 1)
+                    hint = f". Did you mean {near[0]!r}?" if near else ""
+                    raise ValueError(
+                        f"{key} names {name!r}, but the recipe {self.recipe.name!r} trains "
+                        f"{' and '.join(map(repr, trained))}{hint}"
+                    )
         return self
 
     @model_validator(mode="after")

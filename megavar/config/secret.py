@@ -3,7 +3,7 @@
 import re
 
 _NAME = re.compile(
-    r"KEY|TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|COOKIE|WEBHOOK|SIGNATURE|BEARER|NETRC|"
+    r"KEY|TOKEN(?!IZ)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|COOKIE|WEBHOOK|SIGNATURE|BEARER|NETRC|"
     r"(?:^|_)(?:AUTH|AUTHORIZATION|PASS|PWD|PW|PIN|DSN|SAS|JWT|LOGIN)(?:_|$)",
     re.IGNORECASE,
 )
@@ -15,6 +15,28 @@ _VALUE = re.compile(
 """Well-known shapes: tokens of Hugging Face, GitHub, GitLab, Slack, OpenAI, AWS, and JSON web tokens."""
 
 
+_PLAIN = re.compile(r"0|1|true|false|yes|no|on|off", re.IGNORECASE)
+_PLACE = re.compile(r"_(?:FILE|PATH|DIR|FOLDER)$", re.IGNORECASE)
+_ASSIGNMENT = re.compile(r"(?=\b([A-Za-z_][A-Za-z0-9_]*)=(\"[^\"]*\"|'[^']*'|[^\s;&|,]*))")
+
+
 def looks_secret(name: str, value: str = "") -> bool:
     """Whether the environment variable ``name`` may hold a credential and must not be recorded."""
-    return (_NAME.search(name) is not None and name != "PWD") or _VALUE.search(value) is not None
+    if _VALUE.search(value):
+        return True
+    harmless = name == "PWD" or (value and _PLAIN.fullmatch(value)) or _PLACE.search(name)
+    return _NAME.search(name) is not None and not harmless
+
+
+def secret_in(text: str) -> str | None:
+    """What in a line of shell or in an option looks like a credential written out; None: nothing.
+
+    A value that is looked up where the line runs (``$(cat FILE)``, ``$NAME``) is none.
+    """
+    if _VALUE.search(text):
+        return "a value"
+    for name, value in _ASSIGNMENT.findall(text):
+        value = value.strip("\"'")
+        if value and not value.startswith("$") and looks_secret(name, value):
+            return name
+    return None

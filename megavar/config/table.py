@@ -82,8 +82,10 @@ class DemoConfig(Section):
     """Runs of each row."""
     minutes: float = Field(30.0, gt=0)
     """Processor minutes that all runs were sized for."""
+    size: str
+    """What it is, beside what the paper trained."""
     notes: tuple[str, ...] = ()
-    """What the size leaves out, and why it was chosen."""
+    """What else a reader must know."""
 
     @model_validator(mode="after")
     def _is_measured(self) -> "DemoConfig":

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from megavar.config.base import Section
+from megavar.config.base import PathText, Section
 from megavar.config.checkpoint import CheckpointConfig
 
 
@@ -26,7 +26,7 @@ class EmaConfig(Section):
 class InitialWeightsConfig(Section):
     """Weights with which a new run begins. Its optimizer state is fresh. Not read once there is a checkpoint."""
 
-    path: str
+    path: PathText
     """A megavar run or checkpoint, an export (``.safetensors``), or a file in a public layout of the model."""
     layout: str = "auto"
     """Of a file: the name of one of the model's public weight layouts (VAR: ``var``), or ``megavar`` for an export;
@@ -89,6 +89,13 @@ class TrainConfig(Section):
     deterministic: bool = False
     """Ask for repeatable CUDA kernels wherever PyTorch has them; it warns of those that it lacks (bicubic resizing in a
     tokenizer's backward pass). Blocks with FlexAttention and experts of their own rank repeat without it."""
+    compile: Literal["none", "blocks"] = "none"
+    """``blocks``: each block of the generator is one graph of ``torch.compile``, forward and backward, which all blocks
+    share. Compiled code rounds differently: it is part of what the run is. Experts that are spread over ranks, or whose
+    backend is not ``grouped``, stay outside of the graphs; decoding is not compiled; tensor parallelism and ZeRO-3 are
+    refused. With lists of scales that change, ``attention_kernel: prefix`` would compile anew for each."""
+    compile_backend: Literal["inductor", "aot_eager"] = "inductor"
+    """``inductor`` writes kernels; ``aot_eager`` runs the same graphs without: to see whether a difference is its."""
     seed: int = Field(0, ge=0)
     """Decides initial weights, data order, augmentation, label drop and all noise of training."""
     ema: EmaConfig | None = None

@@ -30,6 +30,8 @@ class Batch:
     """int64 [B, L]: token ids of a token cache, scales one after the other."""
     latents: Tensor | None = None
     """float32 [B, C, h, w]: encoder features of a latent cache."""
+    features: Tensor | None = None
+    """float32 [B, N, D]: a teacher's features of the image, where the cache has them."""
     captions: tuple[str, ...] | None = None
     """B texts of a text-image source."""
     replaced: Tensor | None = None
@@ -75,8 +77,9 @@ class Batch:
         """
         if self.images is None:
             raise ConfigError(
-                "This recipe needs images, but data.source is a cache of tokens or latents. "
-                "Set data.source to the images from which the cache was made."
+                "This recipe (or one of its terms) needs images, but data.source is a cache of tokens or latents. Set "
+                "data.source to the images from which the cache was made; a teacher's features can be cached, too "
+                "(data.source.features; python -m tools.cache_tokens CONFIG --teacher)."
             )
         return self.images
 

@@ -129,7 +129,7 @@ class ClassifierExtractor(FeatureExtractorBase):
 
 def cache_directory() -> Path:
     """Where extractors are kept: ``$MEGAVAR_CACHE``, else ``$XDG_CACHE_HOME/megavar``, else ``~/.cache/megavar``."""
-    if "MEGAVAR_CACHE" in os.environ:
+    if os.environ.get("MEGAVAR_CACHE"):
         return Path(os.environ["MEGAVAR_CACHE"]) / "extractors"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megavar" / "extractors"
 

@@ -13,7 +13,7 @@ class PipelineStage(Protocol):
     config: TransformerConfig
     """Megatron-core's schedules read it."""
     balance: float
-    """Weight of the routers' balance losses in the pass that runs now; the engine sets it."""
+    """Weight of the routers' balance losses of a micro-batch in the pass that runs now; the engine sets it."""
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Called by the schedules with what the previous stage returned."""

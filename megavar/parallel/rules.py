@@ -94,6 +94,29 @@ def check_zero(parallel: ParallelConfig, stage: int) -> None:
         )
 
 
+def check_compiled(parallel: ParallelConfig, limits: Limits | None, zero_stage: int) -> None:
+    """Refuse ``train.compile: blocks`` where blocks cannot be graphs.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    if limits is None:
+        raise ConfigError(
+            "train.compile=blocks, but a tokenizer is trained, which has no transformer blocks. Set train.compile=none."
+        )
+    if parallel.tensor > 1:
+        raise ConfigError(
+            f"train.compile=blocks does not work with parallel.tensor={parallel.tensor}: the collectives that Megatron-"
+            f"core starts beside its matrix products (tensor_parallel/layers.py:544) cannot be traced. Set "
+            f"parallel.tensor=1, or train.compile=none."
+        )
+    if zero_stage == 3:
+        raise ConfigError(
+            "train.compile=blocks does not work with ZeRO stage 3, whose hooks gather parameters in the middle of a "
+            "block. Name a DeepSpeed JSON with stage 2, or set train.compile=none."
+        )
+
+
 def _check_experts(parallel: ParallelConfig, limits: Limits) -> None:
     experts = limits.experts
     if experts is None:

@@ -57,13 +57,30 @@ def random_bits(seed: int, stream: str, *keys: int | Tensor) -> Tensor:
         stream: what the numbers are for, for example ``"label_drop"``.
         keys: integers or int64 tensors, broadcast against each other; the result has their common shape and device.
     """
+    return _tensor(_mixed(_absorbed(_stream_key(seed, stream), keys)))
+
+
+def begin(seed: int, stream: str, *keys: int | Tensor) -> Tensor:
+    """The first keys of draws that :func:`go_on` makes with the others, as int64:
+    ``random_bits(seed, stream, *first, *others)`` is ``go_on(begin(seed, stream, *first), *others)``."""
+    return _tensor(_absorbed(_stream_key(seed, stream), keys))
+
+
+def go_on(state: Tensor, *keys: int | Tensor) -> Tensor:
+    """64 random bits per key, as int64; see :func:`begin`."""
+    return _tensor(_mixed(_absorbed(state, keys)))
+
+
+def _absorbed(state: int | Tensor, keys: tuple[int | Tensor, ...]) -> int | Tensor:
     # Numbers are mixed on the host: a tensor of one number would make the host wait for its copy to the device.
-    device = next((key.device for key in keys if isinstance(key, Tensor)), None)
-    state: int | Tensor = _stream_key(seed, stream)
+    device = next((key.device for key in (state, *keys) if isinstance(key, Tensor)), None)
     for key in keys:
         key = key.to(device, torch.int64) if isinstance(key, Tensor) else _signed(key)
         state = _mixed(state ^ _mixed(key))
-    state = _mixed(state)
+    return state
+
+
+def _tensor(state: int | Tensor) -> Tensor:
     return state if isinstance(state, Tensor) else torch.tensor(state, dtype=torch.int64)
 
 

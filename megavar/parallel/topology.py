@@ -112,6 +112,28 @@ def initialize(config: ParallelConfig, environment: Environment, timeout_minutes
     )
 
 
+def ensure_single(device: torch.device) -> None:
+    """A mesh of this process alone, for a whole model in another program; nothing where there is one.
+
+    Raises:
+        ConfigError: this process is a part of a larger model.
+    """
+    from megatron.core import parallel_state
+
+    if not parallel_state.model_parallel_is_initialized():
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        before = {name: os.environ.get(name) for name in names}
+        initialize(ParallelConfig(), Environment(0, 1, device.index or 0, "single"))
+        for name, value in before.items():  # the other program's processes are not ranks of ours
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+    if parallel_state.get_model_parallel_group().size() > 1:
+        raise ConfigError(
+            "This process holds a part of a model (tensor or pipeline parallelism). Load whole models in another one."
+        )
+
+
 def shutdown() -> None:
     """Destroy all process groups."""
     from megatron.core import parallel_state

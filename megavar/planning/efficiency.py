@@ -15,6 +15,8 @@ def flops_per_image(config: Config) -> float | None:
     Returns:
         None where the model cannot be measured: the reason is printed, and a run of it goes on without utilization.
     """
+    if config.recipe.trains == "teacher":
+        return None
     try:
         if config.generator is None:
             tokenizer = tokenizer_cost(config.tokenizer)

@@ -83,9 +83,15 @@ class Laboratory:
         layer.check_installed = nothing  # a backend's package need not be installed here
         layer.choose_backend = lambda name, config: "grouped"  # whose experts are built at once
         on_gpu = torch.device("cuda")
-        attention.choose_kernel = lambda name, visibility, device: kernels.choose_kernel(name, visibility, on_gpu)
+
+        def choose_kernel(name: str, visibility: kernels.Visibility, device: torch.device, **options: bool) -> str:
+            return kernels.choose_kernel(name, visibility, on_gpu, **options)
+
+        attention.choose_kernel = choose_kernel
         for name, kernel in kernels.KERNELS.items():
-            kernels.KERNELS[name] = replace(kernel, function=attention_kernel(name, lambda: self.ledger))
+            kernels.KERNELS[name] = replace(
+                kernel, function=attention_kernel(name, lambda: self.ledger), prepare=nothing
+            )
 
     def answer(self, request: Request | DrawRequest | TokenizerChoice) -> Any:
         """What :mod:`megavar.planning.measure` asks for."""

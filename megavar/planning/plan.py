@@ -108,6 +108,11 @@ def plan(
             f"A plan needs at least one GPU and a utilization between 0 and 1, not --gpus {gpus}, --gpus-per-node "
             f"{gpus_per_node}, --mfu {mfu}."
         )
+    if config.recipe.trains == "teacher":
+        raise ConfigError(
+            f"The recipe {config.recipe.name!r} trains a teacher, which takes minutes: plans know generators and "
+            f"tokenizers."
+        )
     workload, measured = _measured_workload(config, gpu, min(gpus_per_node, gpus), calibration, mfu)
     layout, notes = configured_layout(config, gpus)
     notes += () if measured is None else measured.notes

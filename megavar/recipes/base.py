@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from megavar.config.root import Config
+from megavar.config.teachers.base import TeacherChoice
 from megavar.data.batch import Batch
 from megavar.parallel.parameter_rule import ParameterRule
 
@@ -100,6 +101,10 @@ class Parts(Protocol):
 
     def generator(self, **options: Any) -> nn.Module:
         """This rank's part of the generator: a stage, or a ``ModuleList`` of its chunks."""
+        ...
+
+    def teacher(self, choice: TeacherChoice) -> Any:
+        """A frozen network that a term compares with (``megavar.teachers.base``)."""
         ...
 
     def terms(self) -> list[Any]:

@@ -4,7 +4,7 @@ scales        = the tokenizer's, or random ones        FlexVAR
 ids, features = tokenizer(image, scales)               frozen pyramid of tokens: MEPA Eq. 1 to 3
 label         = "no class" for 10 % of the samples
 logits        = generator(label, features)             experts routed by Eq. 6 to 9 inside the blocks
-loss          = mean cross entropy over all tokens     Eq. 5
+loss          = lambda * mean cross entropy            Eq. 5, 13
                 + balance loss                         Eq. 10, injected by the routers where they score tokens
                 + terms                                semantic guidance: Eq. 11 to 13
 """
@@ -123,13 +123,14 @@ class NextScale(BaseRecipe):
         return [Pass(lambda model, inputs: model(inputs.model), self.loss)]
 
     def loss(self, output: GeneratorOutput, inputs: NextScaleInputs) -> Losses:
-        """Cross entropy in nats (Eq. 5), and that of the terms; loss and accuracy of each scale beside it."""
+        """Weighted cross entropy in nats (Eq. 5, 13) and the terms; loss and accuracy of each scale beside it."""
         per_token = vocabulary_cross_entropy(output.prediction, inputs.targets, self.config.label_smoothing)
         total = per_token.sum()
         with torch.no_grad():
             hits = vocabulary_hits(output.prediction, inputs.targets).float()
             means = self._by_scale(inputs.model.sides or self.tokenizer.space.sides, per_token.detach(), hits)
-        losses = Losses(total, {"loss": total.detach(), "accuracy": hits.sum()}, means=means)
+        weighted = self.config.cross_entropy_weight * total
+        losses = Losses(weighted, {"loss": total.detach(), "accuracy": hits.sum()}, means=means)
         return add_terms(losses, self.terms, output, inputs.terms, len(inputs.targets))
 
     def _by_scale(self, sides: tuple[int, ...], losses: Tensor, hits: Tensor) -> dict[str, tuple[Tensor, Count]]:

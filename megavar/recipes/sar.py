@@ -11,7 +11,6 @@ scale k - 2 and the residual drawn at k - 1; on FlexVAR's independent scales the
 """
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,7 +18,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from megavar.config.recipes.sar import SARConfig
 from megavar.data.batch import Batch
@@ -29,9 +27,7 @@ from megavar.parallel import seeds
 from megavar.parallel.vocabulary import all_logits, vocabulary_best, vocabulary_cross_entropy
 from megavar.recipes.base import Losses, Pass
 from megavar.recipes.next_scale import NextScale, NextScaleInputs
-from megavar.sampling.filters import truncate
-from megavar.sampling.guidance import guide
-from megavar.sampling.noise import pick
+from megavar.recipes.rollouts import Rollout, bounds_of
 
 
 @dataclass
@@ -55,6 +51,11 @@ class SAR(NextScale):
     """Two passes; everything else is next-scale prediction."""
 
     config: SARConfig
+
+    @functools.cached_property
+    def rollout(self) -> Rollout:
+        """What draws tokens."""
+        return Rollout(self.config.rollout, self.classes)
 
     def prepare(self, batch: Batch, step: int) -> SARInputs:
         """Teacher-forcing inputs, and what the second pass draws from."""
@@ -82,10 +83,10 @@ class SAR(NextScale):
             return super().passes(module, step)
         first = Pass(
             self.teacher_forward,
-            lambda output, inputs: self.loss(self._conditional(output), inputs),
+            self.teacher_loss,
             carry=functools.partial(self.roll_out, scales=scales),
             following=functools.partial(self.with_drawn, scales=scales),
-            copies=2 if self.config.rollout.guided else 1,
+            copies=self.rollout.copies,
         )
         weight = self.config.student_weight
         groups = [scales] if self.config.context == "prefix" else [(scale,) for scale in scales]
@@ -111,23 +112,11 @@ class SAR(NextScale):
 
     def teacher_forward(self, model: Callable[[ScaleInputs], Any], inputs: SARInputs) -> Any:
         """Eq. 7; with guidance for the same images without class, too."""
-        given = inputs.model
-        if self.config.rollout.guided:
-            assert given.features is not None and given.sample_keys is not None
-            given = replace(
-                given,
-                labels=torch.cat([given.labels, torch.full_like(given.labels, self.classes)]),
-                features=given.features.repeat(2, 1, 1),
-                sample_keys=given.sample_keys.repeat(2),
-            )
-        return model(given)
+        return model(self.rollout.doubled(inputs.model))
 
-    def _conditional(self, output: GeneratorOutput) -> GeneratorOutput:
-        """The half with classes."""
-        if not self.config.rollout.guided:
-            return output
-        half = tree_map(lambda value: value[: len(value) // 2], (output.prediction, output.taps, output.heads))
-        return GeneratorOutput(*half)
+    def teacher_loss(self, output: GeneratorOutput, inputs: SARInputs) -> Losses:
+        """Eq. 9, of the images with their classes."""
+        return self.loss(self.rollout.conditional(output), inputs)
 
     @torch.no_grad()
     def roll_out(self, output: GeneratorOutput, inputs: SARInputs, scales: tuple[int, ...]) -> Tensor:
@@ -136,26 +125,14 @@ class SAR(NextScale):
         bounds = self.bounds(inputs)
         for scale in self._rolled(scales, len(bounds)):
             rows = slice(*bounds[scale])
-            logits = output.prediction[:, rows]
-            if self.config.rollout.sampled:
-                drawn[:, rows] = self._draw(all_logits(logits), inputs.uniform[:, rows], scale, len(bounds))
-            else:
-                drawn[:, rows] = vocabulary_best(logits)[: len(drawn)]
+            drawn[:, rows] = self.rollout.draw(output.prediction[:, rows], inputs.uniform[:, rows], scale, len(bounds))
         if self.config.target == "most_likely":
-            best = vocabulary_best(self._conditional(output).prediction)
+            best = vocabulary_best(self.rollout.conditional(output).prediction)
             return torch.cat([drawn, best], 1)
         if self.config.target != "soft":
             return drawn
         kept = [all_logits(output.prediction[: len(drawn), slice(*bounds[scale])]).flatten(1) for scale in scales]
         return torch.cat([drawn.float(), *kept], 1)  # ids are exact in float32 below 2^24
-
-    def _draw(self, logits: Tensor, uniform: Tensor, scale: int, count: int) -> Tensor:
-        """[B or 2 B, rows, V] to int64 [B, rows]."""
-        rollout = self.config.rollout
-        if rollout.guided:
-            conditional, free = logits.chunk(2)
-            logits = guide(conditional, free, 0.5 * rollout.guidance * (1 + scale / max(count - 1, 1)))
-        return pick(truncate(logits, rollout.top_k, rollout.top_p), uniform)
 
     def _rolled(self, scales: tuple[int, ...], count: int) -> list[int]:
         """Scales whose tokens are needed: inputs of the second pass, and its targets."""
@@ -233,7 +210,4 @@ class SAR(NextScale):
 
     def bounds(self, inputs: SARInputs) -> list[tuple[int, int]]:
         """(first row, row after the last) of each scale."""
-        ends = [0]
-        for side in inputs.model.sides or self.tokenizer.space.sides:
-            ends.append(ends[-1] + side * side)
-        return list(itertools.pairwise(ends))
+        return bounds_of(inputs.model.sides or self.tokenizer.space.sides)

@@ -153,8 +153,8 @@ def format_demo(
     lines = [f"DEMO of {table.source} at a small size: mean ± standard error over seeds"]
     lines += [f"  {line}" for line in grid(head, rows)]
     lines += [f"  by {metrics[name].heading}: {words}" for name, words in verdicts.items()]
-    lines += [f"  note: {note}" for note in demo.notes]
-    lines.append(f"  {minutes:.0f} processor minutes")
+    lines += [f"  note: {note}" for note in (demo.size, *demo.notes)]
+    lines.append(f"  {minutes:.0f} processor minutes; it was sized for {demo.minutes:g}")
     return "\n".join(lines)
 
 

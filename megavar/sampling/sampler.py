@@ -14,9 +14,13 @@ from megavar.sampling.base import Procedure
 from megavar.sampling.noise import Noise
 from megavar.tokenizers.base import Tokenizer
 
+PIXELS_AT_ONCE = {"cpu": 1 << 16, "cuda": 1 << 20}
+"""Pixels of images that a tokenizer decodes together on a device: a decoder of VAR's size keeps 250 MB for an image of
+256 x 256 (2^16) pixels, more than the caches of a CPU hold even of one."""
+
 
 class TokenDecoder:
-    """Images of stored tokens."""
+    """Images of stored tokens, decoded in pieces: memory does not grow with the number of samples drawn together."""
 
     def __init__(self, tokenizer: Tokenizer, device: torch.device, rounding: Rounding = "round") -> None:
         self.tokenizer = tokenizer
@@ -31,13 +35,19 @@ class TokenDecoder:
             CheckpointError: an image is not finite, which bytes would hide.
         """
         wide = tokens.astype(np.int64 if tokens.dtype.kind in "iu" else np.float32)
-        images = self.tokenizer.decode(torch.from_numpy(wide).to(self.device))
+        pieces = torch.from_numpy(wide).to(self.device).split(self._images_at_once)
+        images = torch.cat([self.tokenizer.decode(piece) for piece in pieces])
         if not bool(images.isfinite().all()):
             raise CheckpointError(
                 "The tokenizer decodes tokens to values that are not finite. Its weights are damaged or belong to "
                 "another model: name other tokenizer weights."
             )
         return quantize(images, self.rounding).cpu()
+
+    @property
+    def _images_at_once(self) -> int:
+        pixels = PIXELS_AT_ONCE.get(self.device.type, PIXELS_AT_ONCE["cuda"])
+        return max(1, pixels // self.tokenizer.space.image_side**2)
 
 
 @dataclass(frozen=True)

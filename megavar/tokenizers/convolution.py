@@ -4,10 +4,22 @@ Feature maps are [B, C, H, W]. Attribute names are the published checkpoints' ke
 Sources: FoundationVision/VAR models/basic_vae.py; FoundationVision/LlamaGen tokenizer/tokenizer_image/vq_model.py.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megavar.tokenizers.dropout import SampleDropout
+
+
+def activated(x: Tensor) -> Tensor:
+    """silu(x), in the place of ``x`` where no gradient needs it: feature maps may be hundreds of megabytes."""
+    return F.silu(x, inplace=not x.requires_grad)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """``x`` with the channels of a pixel side by side, on a CPU: its convolutions work in that order, and copy every
+    feature map that comes in another."""
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
 
 
 class ResidualBlock(nn.Module):
@@ -35,9 +47,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return self.nin_shortcut(x) + h
+        h = self.conv1(activated(self.norm1(x)))
+        h = self.conv2(self.dropout(activated(self.norm2(h))))
+        return h + self.nin_shortcut(x) if h.requires_grad else h.add_(self.nin_shortcut(x))
 
 
 class AttentionBlock(nn.Module):

@@ -103,6 +103,8 @@ class Engine:
         with equal_groups_on_stages(name, module, parameter_groups(module, rules), topology) as groups:
             inner = build_optimizer(optimizer, name, groups)
             self.deepspeed: Any = _initialize_deepspeed(module, inner, plan)
+        if plan.stage == 0 and topology.data == 1:
+            self.deepspeed.enable_backward_allreduce = False  # it would flatten all gradients to share with nobody
         # Stage 0 has no master copy and no norm of its own: clip and guard right before torch's step.
         self._clipped = ClippedStep(inner, plan.clip_norm) if plan.stage == 0 else None
         self._scheduled = [_Scheduled(chunk, self._callable(chunk)) for chunk in self.chunks]
@@ -149,10 +151,7 @@ class Engine:
     ) -> list[Tensor]:
         """Forward, and backward if there is a loss, of all micro-batches; returns what the pass carries on."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
-        from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-        # A backward outside the schedules leaves a scalar here, into which they cannot copy their one-element tensor.
-        MoEAuxLossAutoScaler.main_loss_backward_scale = None
         carried: dict[int, Tensor] = {}
 
         def finish(index: int, item: Any, output: Any) -> tuple[Tensor, dict[str, Any]]:
@@ -191,7 +190,7 @@ class Engine:
         """Tell the chunks what pass begins; returns the sequence length to announce to the schedules."""
         for chunk in self.chunks:
             if isinstance(chunk, PipelineStage):
-                chunk.balance = one.balance
+                chunk.balance = one.balance / inputs.count  # the schedules take the mean over micro-batches
         if self.topology.config.pipeline == 1:
             return 1
         stage = self.chunks[0]

@@ -358,6 +358,8 @@ def _now() -> str:
 
 def _git(*arguments: str) -> str:
     root = Path(__file__).resolve().parents[2]
+    if "site-packages" in root.parts:  # installed; a repository around it is another one
+        return ""
     try:
         result = subprocess.run(
             ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=60, check=False

@@ -14,7 +14,6 @@ from torch.nn.modules.dropout import _DropoutNd
 from megavar.config.deepspeed import complete_deepspeed
 from megavar.config.optimizer import OptimizerConfig
 from megavar.data.batch import Batch
-from megavar.errors import ConfigError
 from megavar.parallel.topology import Topology
 from megavar.recipes.base import Count, Losses, Recipe, frozen
 from megavar.training.engine import Divisors, Engine
@@ -46,18 +45,10 @@ def build_engines(
         deepspeed_origin: its path, for errors.
 
     Raises:
-        ConfigError: JSON and configuration contradict each other, the layout does not work, or values are given for a
-            module that the recipe does not have.
+        ConfigError: JSON and configuration contradict each other, or the layout does not work.
     """
     engines = {}
-    modules = recipe.modules()
-    unknown = sorted(set(optimizer.modules) - set(modules))
-    if unknown:
-        raise ConfigError(
-            f"optimizer.modules names {unknown[0]!r}, but this recipe trains {' and '.join(map(repr, modules))}. "
-            f"Correct the name: values for a module that does not exist would be used by none."
-        )
-    for name, module in modules.items():
+    for name, module in recipe.modules().items():
         override = optimizer.modules.get(name)
         clipping = override.gradient_clipping if override is not None else None
         plan = complete_deepspeed(

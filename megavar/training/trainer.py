@@ -310,8 +310,8 @@ class Trainer:
 
     def _fresh(self) -> bool:
         """Once only. Launchers start the configuration that the run directory keeps, which forgets it then."""
-        by_launcher = "MEGAVAR_ATTEMPT" in os.environ
-        return self.setup.train.fresh and (by_launcher or int(os.environ.get("SLURM_RESTART_COUNT", "0")) == 0)
+        by_launcher = bool(os.environ.get("MEGAVAR_ATTEMPT"))
+        return self.setup.train.fresh and (by_launcher or int(os.environ.get("SLURM_RESTART_COUNT") or 0) == 0)
 
     def _layout(self) -> dict[str, Any]:
         stage = max(engine.plan.stage for engine in self.engines.values())

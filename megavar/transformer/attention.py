@@ -7,14 +7,14 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from megavar.transformer.context import ForwardContext
-from megavar.transformer.kernels import KERNELS, attend, choose_kernel
+from megavar.transformer.kernels import KERNELS, Kernel, attend, choose_kernel
 from megavar.transformer.rotary import Pairs, rotate
 
 
@@ -51,7 +51,14 @@ class AttentionCore(nn.Module):
         self.pairs = pairs
         self.recompute = False
         """Whether the backward pass computes the core again (``parallel.recompute: selective``)."""
+        self.compiled = False
+        """Whether passes without a cache run as a compiled graph (``train.compile: blocks``)."""
         self.softmax_scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
+
+    def prepare(self, context: ForwardContext, device: torch.device) -> None:
+        """Make the masks of the pass, which all blocks share."""
+        if context.cache is None:
+            self._kernel(context, device).prepare(context.visibility, device)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: ForwardContext, **unused: Any) -> Tensor:
         """Attend among the rows of this pass, or to the cache and them while decoding.
@@ -78,7 +85,8 @@ class AttentionCore(nn.Module):
             if past:
                 return self._continue(query, keys, values, past, context)
         if self.recompute and torch.is_grad_enabled():
-            return tensor_parallel.checkpoint(compute, False, query, key, value)
+            # PyTorch's, which a compiler sees through; nothing here draws random numbers
+            return checkpoint(compute, query, key, value, use_reentrant=False, preserve_rng_state=False)
         return compute(query, key, value)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext) -> Tensor:
@@ -86,14 +94,27 @@ class AttentionCore(nn.Module):
         if context.cache is not None and context.sequence.unmasked and context.valid is None:
             tokens = context.sequence.tokens  # one segment: not worth a compiled kernel of its own shape
             return attend(q, k[:, :, :tokens], v[:, :, :tokens], self.softmax_scale)
-        kernel = KERNELS[choose_kernel(self.kernel, context.visibility, q.device)]
-        return kernel.function(q, k, v, context.visibility, self.softmax_scale)
+        return self._kernel(context, q.device).function(q, k, v, context.visibility, self.softmax_scale)
+
+    def _kernel(self, context: ForwardContext, device: torch.device) -> Kernel:
+        compiled = self.compiled and context.cache is None
+        return KERNELS[choose_kernel(self.kernel, context.visibility, device, compiled=compiled)]
 
     def _continue(self, query: Tensor, keys: Tensor, values: Tensor, past: int, context: ForwardContext) -> Tensor:
-        """Attend to ``past`` decoded rows and to those of this pass."""
-        q, k, v = (heads.permute(1, 2, 0, 3) for heads in (query, keys, values))
+        """Attend to ``past`` decoded rows and to those of this pass, keys and values [B, G, past + rows, D]."""
+        q = query.permute(1, 2, 0, 3)
         mask = context.visibility.continued(past, q.device)
-        return attend(q, k, v, self.softmax_scale, mask).permute(2, 0, 1, 3).flatten(2)
+        return attend(q, keys, values, self.softmax_scale, mask).permute(2, 0, 1, 3).flatten(2)
+
+
+def _of_length(heads: Tensor, length: Tensor | float) -> Tensor:
+    """Head vectors [L, B, H, D] stretched to ``length`` ([H, 1] or a number): one factor per vector, in float32.
+
+    The smallest length that is divided by is 1e-12.
+    """
+    wide = heads.float()
+    factor = length / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(1e-12)
+    return (wide * factor).to(heads.dtype)
 
 
 class UnitLength(nn.Module):
@@ -104,7 +125,7 @@ class UnitLength(nn.Module):
 
     def forward(self, heads: Tensor) -> Tensor:
         """[L, B, H, D] -> [L, B, H, D]."""
-        return F.normalize(heads.float(), dim=-1).to(heads.dtype)
+        return _of_length(heads, 1.0)
 
 
 class UnitLengthWithTemperature(UnitLength):
@@ -121,4 +142,4 @@ class UnitLengthWithTemperature(UnitLength):
     def forward(self, heads: Tensor) -> Tensor:
         """[L, B, H, D] -> [L, B, H, D]."""
         temperature = self.log_temperature.float().clamp(max=self.MAXIMUM).exp()
-        return (F.normalize(heads.float(), dim=-1) * temperature[:, None]).to(heads.dtype)
+        return _of_length(heads, temperature[:, None])

@@ -20,6 +20,7 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megavar.config.choice import resolve
 from megavar.config.experts.base import ExpertsChoice
 from megavar.config.parallel import ParallelConfig
 from megavar.errors import ConfigError
@@ -31,6 +32,8 @@ from megavar.transformer.context import ForwardContext, RoutingRecord
 from megavar.transformer.defaults import usual_initial_value, usual_rule
 from megavar.transformer.interface import Embedded, GeneratorOutput, Head, TokenSequence
 from megavar.transformer.megatron_config import without_sequence_parallel
+from megavar.transformer.moe.carried import Carried
+from megavar.transformer.moe.router import Router
 from megavar.transformer.sequence import SequenceLayout
 
 EMBEDDING = "embedding"
@@ -98,8 +101,9 @@ class Backbone(nn.Module, ABC):
         shared = config.sequence_parallel or config.num_moe_experts is not None
         self.row_multiple = config.tensor_model_parallel_size if shared else 1
         self.balance = 1.0
-        """Weight of the routers' balance loss in the pass that runs now; set by the engine."""
+        """Weight of the routers' balance loss of a micro-batch in the pass that runs now; set by the engine."""
         self.routing: list[RoutingRecord] = []
+        self._carried = Carried(experts, config)
         self.input_tensor: Tensor | None = None
         if self.stage.is_first:
             self.build_first()
@@ -183,10 +187,11 @@ class Backbone(nn.Module, ABC):
             hidden, conditions = self._embed(inputs, context.sequence)
             tapped = {EMBEDDING: hidden} if EMBEDDING in self.tapped else {}
         else:
-            hidden, conditions, tapped = self._receive(payload)
+            hidden, conditions, tapped, context.carried = self._receive(payload)
         hidden = self._run_blocks(hidden, conditions, context, tapped)
         if not self.stage.is_last:
-            return payload.pack({"hidden": hidden, **_prefixed("condition", conditions), **_prefixed("tap", tapped)})
+            sent = {"hidden": hidden, **_prefixed("condition", conditions), **_prefixed("tap", tapped)}
+            return payload.pack(sent | self._carried.pack(context.carried))
         tokens = context.sequence.tokens
         taps = {name: self._to_tokens(rows, tokens).transpose(0, 1) for name, rows in tapped.items()}
         prediction = self.predict(self._to_tokens(hidden, tokens), self._complete(conditions, tokens), inputs)
@@ -259,12 +264,13 @@ class Backbone(nn.Module, ABC):
             return block(hidden, condition, context)
         passes = itertools.count()
 
-        def compute(hidden: Tensor, *condition: Tensor) -> Tensor:
+        def compute(hidden: Tensor, condition: Tensor | None, carried: Tensor | None) -> tuple[Tensor, Tensor | None]:
             recorded = context if next(passes) == 0 else context.silent()
-            return block(hidden, condition[0] if condition else None, recorded)
+            recorded.carried = carried
+            return block(hidden, condition, recorded), recorded.carried
 
-        given = (hidden,) if condition is None else (hidden, condition)
-        return tensor_parallel.checkpoint(compute, False, *given)
+        hidden, context.carried = tensor_parallel.checkpoint(compute, False, hidden, condition, context.carried)
+        return hidden
 
     def _complete(self, conditions: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:
         """Conditions as the last stage's modules want them: without padding, all rows on every rank."""
@@ -303,14 +309,16 @@ class Backbone(nn.Module, ABC):
         for name, rows in self.condition_rows().items():
             slots.append(Slot(f"condition.{name}", layout.length if rows is None else rows, sharded=rows is None))
         slots += [Slot(f"tap.{name}", layout.length, sharded=True) for name in self.tapped]
+        slots += self._carried.slots(layout)
         return Payload(slots, self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1)
 
-    def _receive(self, payload: Payload) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Hidden states, conditions and taps from the previous stage."""
+    def _receive(self, payload: Payload) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], Tensor | None]:
+        """Hidden states, conditions, taps and what routers carry from the previous stage."""
         assert self.input_tensor is not None, "a later stage runs only inside Megatron-core's schedules"
         received, self.input_tensor = payload.unpack(self.input_tensor), None
         conditions = {name: received[f"condition.{name}"] for name in self.condition_rows()}
-        return received["hidden"], conditions, {name: received[f"tap.{name}"] for name in self.tapped}
+        taps = {name: received[f"tap.{name}"] for name in self.tapped}
+        return received["hidden"], conditions, taps, self._carried.unpack(received)
 
     # -- statistics, parameters -------------------------------------------------------------------------------------
 
@@ -348,14 +356,24 @@ class Backbone(nn.Module, ABC):
     def rule(self, name: str) -> ParameterRule:
         """How the logical tensor ``name`` is trained, on whatever stage it lies."""
         head, inner = self._head_of(name)
-        return self.own_rule(name) if head is None else head.rule(inner)
+        if head is not None:
+            return head.rule(inner)
+        router, inner = self._router_of(name)
+        return (router and router.rule(inner)) or self.own_rule(name)
 
     def _initial_value(self, name: str, value: Tensor, generator: torch.Generator) -> None:
         head, inner = self._head_of(name)
-        if head is None:
-            self.initial_value(name, value, generator)
-        else:
+        if head is not None:
             head.initial_value(inner, value, generator)
+            return
+        router, inner = self._router_of(name)
+        if router is None or not router.initial_value(inner, value, generator):
+            self.initial_value(name, value, generator)
+
+    def _router_of(self, name: str) -> tuple[type[Router] | None, str]:
+        """The class of the router that a logical tensor belongs to, and the tensor's name in it."""
+        _, within, inner = name.partition(".moe.router.")
+        return (resolve(self.experts) if within and self.experts else None), inner
 
     def _head_of(self, name: str) -> tuple[Head | None, str]:
         """The head that a logical tensor belongs to, and the tensor's name in it."""

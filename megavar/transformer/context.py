@@ -1,12 +1,13 @@
 """What the blocks of one forward pass share besides hidden states."""
 
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
 
-from megavar.parallel import seeds
 from megavar.transformer.cache import KeyValueCache
 from megavar.transformer.kernels import Visibility
 from megavar.transformer.sequence import SequenceLayout
@@ -40,9 +41,15 @@ class ForwardContext:
     """bool [B]: samples that routing statistics count (the conditional half under guidance); None counts all."""
     routing: "list[RoutingRecord] | None" = None
     """Collects one record per mixture-of-experts layer."""
+    carried: Tensor | None = None
+    """What the router of the block before handed on (``ExpertsChoice.carried``), float32 [rows that routers of this
+    rank see, B, N]; each router reads it and leaves its own. None before the first block."""
+
+    prepared: dict[str, Tensor] = field(default_factory=dict)
+    """What the parts of one block have made for its pass before it is computed (``BlockSpec``)."""
 
     _visibility: Visibility | None = field(init=False, default=None)
-    _drawn: dict[str, Tensor] = field(init=False, default_factory=dict)
+    _made: dict[str, Tensor] = field(init=False, default_factory=dict)
 
     @property
     def visibility(self) -> Visibility:
@@ -51,15 +58,36 @@ class ForwardContext:
             self._visibility = Visibility(self.sequence, self.valid)
         return self._visibility
 
+    def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """What all blocks of a pass share under a name; the first one that asks makes it."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+    def of_block(self) -> "ForwardContext":
+        """The same context for one block, which prepares and records for itself."""
+        visibility = self.visibility  # before the copy: all blocks share its masks
+        other = copy(self)
+        other._visibility, other.prepared = visibility, {}
+        other.routing = None if self.routing is None else []
+        return other
+
     def silent(self) -> "ForwardContext":
         """The same context for a recomputation, which must not be recorded twice."""
         other = copy(self)  # shares the masks that were made and the numbers that were drawn
         other.routing = None
         return other
 
+    def kind_index(self, device: torch.device) -> Tensor:
+        """Kind of each row's segment, int64 [L]; negative for rows of padding."""
+        return self.once("kinds", lambda: self.sequence.kind_index(device))
+
     def counted_rows(self, device: torch.device) -> Tensor:
         """Rows that are no padding, bool [L, 1 or B]."""
-        counted = (self.sequence.kind_index(device) >= 0)[:, None]
+        return self.once("counted", lambda: self._counted_rows(device))
+
+    def _counted_rows(self, device: torch.device) -> Tensor:
+        counted = (self.kind_index(device) >= 0)[:, None]
         if self.valid is not None:
             counted = counted & self.valid[:, -self.sequence.length :].t()
         return counted
@@ -68,32 +96,19 @@ class ForwardContext:
         """Number of the first of this rank's ``rows`` rows of the sequence."""
         if rows == self.sequence.length:
             return 0
-        from megatron.core import parallel_state
-
         assert rows * parallel_state.get_tensor_model_parallel_world_size() == self.sequence.length
         return rows * parallel_state.get_tensor_model_parallel_rank()
-
-    def keep_mask(self, stream: str, block: int, depth: int, rate: float) -> Tensor | None:
-        """Drop-path multipliers [B] (0 or 1/keep), a function of (seed, sample, block); None means keep all.
-
-        The first block draws for all ``depth`` of them: some seventy kernels on [depth, B] numbers instead of on [B].
-        """
-        if self.sample_keys is None or rate == 0.0:
-            return None
-        if stream not in self._drawn:
-            blocks = torch.arange(depth, device=self.sample_keys.device)
-            self._drawn[stream] = seeds.uniform(self.seed, stream, blocks[:, None], self.sample_keys)
-        return (self._drawn[stream][block] >= rate).to(torch.float32) / (1.0 - rate)
 
 
 @dataclass
 class RoutingRecord:
     """What one mixture-of-experts layer did in one pass; no gradient, no host synchronization."""
 
-    block: int
     load: Tensor
     """float32 [K, M]: tokens of each kind of segment assigned to each target (this rank's tokens)."""
     balance: Tensor
     """float32 scalar: Eq. 10, averaged over this rank's images."""
     met: Tensor | None = None
     """float32 [K, E + 1]: tokens of each kind that met 0, 1 ... E experts; None where all meet the same number."""
+    block: int = -1
+    """Number of the block, which writes it here: the same compiled graph serves all blocks."""

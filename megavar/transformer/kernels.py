@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megavar.errors import ConfigError
+from megavar.transformer import prefix
 from megavar.transformer.sequence import Rule, SequenceLayout, cached_by_layout, visible
 
 
@@ -125,9 +126,16 @@ def _seen_ranges(layout: SequenceLayout) -> list[tuple[slice, slice]]:
     return ranges + ([(slice(layout.tokens, layout.length), everything)] if layout.padding else [])
 
 
+def _mask_of_samples(visibility: Visibility, device: torch.device) -> Tensor | None:
+    return None if visibility.valid is None else visibility.mask(device)
+
+
 def prefix_attention(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Tensor:
     """[B, H, L, D] by one call per segment."""
-    mask = None if visibility.valid is None else visibility.mask(q.device)
+    if visibility.valid is None and prefix.serves(q, k):
+        ranges = tuple((rows.start, rows.stop, keys.start, keys.stop) for rows, keys in _seen_ranges(visibility.layout))
+        return prefix.SegmentAttention.apply(q, k, v, ranges, scale)
+    mask = _mask_of_samples(visibility, q.device)
     outputs = [
         attend(q[:, :, rows], k[:, :, keys], v[:, :, keys], scale, None if mask is None else mask[..., rows, keys])
         for rows, keys in _seen_ranges(visibility.layout)
@@ -149,10 +157,30 @@ def _flex_function() -> Callable[..., Any]:
     return torch.compile(function) if torch.cuda.is_available() else function
 
 
+def flex_options(device: torch.device) -> dict[str, Any]:
+    """FlexAttention's Triton backend on CUDA, whatever else is installed or becomes its default.
+
+    Its FLASH backend gives wrong gradients at head size 64 on Hopper (flash-attention issues 2623, 2756, 2903).
+    """
+    return {"BACKEND": "TRITON"} if device.type == "cuda" else {}
+
+
+SMALLEST_FLEX_HEAD = 16
+"""Triton multiplies no smaller matrices."""
+
+
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Tensor:
-    """[B, H, L, D] by FlexAttention."""
-    block_mask = visibility.block_mask(q.device)
-    return _flex_function()(q, k, v, block_mask=block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    """[B, H, L, D] by FlexAttention; a part of the graph where a block is compiled."""
+    if (size := v.shape[-1]) < SMALLEST_FLEX_HEAD:  # channels of zeros change no score, and give zeros
+        q, k, v = (F.pad(part, (0, SMALLEST_FLEX_HEAD - size)) for part in (q, k, v))
+    from torch.nn.attention import flex_attention
+
+    plain: Callable[..., Any] = flex_attention.flex_attention
+    function = plain if torch.compiler.is_compiling() else _flex_function()
+    return function(
+        q, k, v, block_mask=visibility.block_mask(q.device), scale=scale, enable_gqa=q.shape[1] != k.shape[1],
+        kernel_options=flex_options(q.device),
+    )[..., :size]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -163,6 +191,8 @@ class Kernel:
     rules: tuple[Rule, ...]
     padded_samples: bool = True
     """Whether it takes ``valid``."""
+    prepare: Callable[[Visibility, torch.device], Any] = lambda visibility, device: None
+    """Makes what the function reads, so that a compiled graph finds it made."""
 
     def serves(self, visibility: Visibility) -> bool:
         """Whether it can compute this."""
@@ -171,15 +201,18 @@ class Kernel:
 
 _ALL: tuple[Rule, ...] = ("block_causal", "block_diagonal", "causal", "full")
 KERNELS: dict[str, Kernel] = {
-    "dense": Kernel(dense_attention, _ALL),
-    "prefix": Kernel(prefix_attention, ("block_causal", "block_diagonal", "full")),
+    "dense": Kernel(dense_attention, _ALL, prepare=Visibility.mask),
+    "prefix": Kernel(prefix_attention, ("block_causal", "block_diagonal", "full"), prepare=_mask_of_samples),
     "causal": Kernel(causal_attention, ("causal",), padded_samples=False),
-    "flex": Kernel(flex_attention, _ALL),
+    "flex": Kernel(flex_attention, _ALL, prepare=Visibility.block_mask),
 }
 
 
-def choose_kernel(name: str, visibility: Visibility, device: torch.device) -> str:
+def choose_kernel(name: str, visibility: Visibility, device: torch.device, *, compiled: bool = False) -> str:
     """The kernel ``name``; ``auto`` chooses by rule and device.
+
+    Args:
+        compiled: whether it becomes a part of a graph; ``prefix`` would make one for each list of segments.
 
     Raises:
         ConfigError: the named kernel does not serve this pass.
@@ -191,7 +224,7 @@ def choose_kernel(name: str, visibility: Visibility, device: torch.device) -> st
             return plain  # torch's fused kernels do these without a mask
         if device.type == "cuda":
             return "flex"
-        return "dense" if rule == "causal" else "prefix"
+        return "dense" if rule == "causal" or compiled else "prefix"
     if not KERNELS[name].serves(visibility):
         fitting = ", ".join(other for other, kernel in KERNELS.items() if kernel.serves(visibility))
         padded = "" if visibility.valid is None else ", with samples of different lengths"

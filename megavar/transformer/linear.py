@@ -1,12 +1,30 @@
-"""Linear layers on Megatron-core's that it does not offer."""
+"""Linear layers on Megatron-core's that it does not offer.
+
+Where no rank shares a layer, it is one product that adds its bias: Megatron-core adds biases in passes of their own.
+"""
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+
+
+class ColumnLinear(ColumnParallelLinear):
+    """A column-parallel layer that adds its bias itself, whoever builds it."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **(options | {"skip_bias_add": False}))
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """[..., in] -> [..., out of this rank, or out when gathered]."""
+        if self.tp_group.size() == 1:
+            return F.linear(hidden, self.weight, self.bias), None
+        output, _ = super().forward(hidden, *args, **kwargs)
+        return output, None
 
 
 class LinearFloat32(ColumnParallelLinear):
@@ -14,6 +32,8 @@ class LinearFloat32(ColumnParallelLinear):
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """[..., in] -> float32 [..., out of this rank, or out when gathered]."""
+        if self.tp_group.size() == 1:
+            return F.linear(input_.float(), self.weight.float(), self.bias.float()), None
         output, _ = super().forward(input_.float(), weight=self.weight.float())
         bias = self.bias.float()
         if self.gather_output and bias.shape[0] != output.shape[-1]:
@@ -38,9 +58,12 @@ class QKVLinear(ColumnParallelLinear):
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """[L, B, C] -> [L, B, 3 H D]."""
-        output, _ = super().forward(hidden, *args, **kwargs)
         q_bias, v_bias = (bias.view(self.heads, self.head_size) for bias in (self.q_bias, self.v_bias))
-        return output + torch.stack([q_bias, torch.zeros_like(q_bias), v_bias], dim=1).flatten(), None
+        bias = torch.stack([q_bias, torch.zeros_like(q_bias), v_bias], dim=1).flatten()
+        if self.tp_group.size() == 1:
+            return F.linear(hidden, self.weight, bias), None
+        output, _ = super().forward(hidden, *args, **kwargs)
+        return output + bias, None
 
 
 class RowLinear(RowParallelLinear):
@@ -53,7 +76,21 @@ class RowLinear(RowParallelLinear):
         return super()._forward_impl(input, weight, *args, **(options | {"tp_group": self.tp_group}))
 
 
-class BiasedRowLinear(RowLinear):
+class OutputLinear(RowLinear):
+    """A row-parallel layer that adds its bias itself, whoever builds it: the last one of attention and of a network."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **(options | {"skip_bias_add": False}))
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, None]:
+        """[..., in of this rank] -> [..., out] (this rank's rows under sequence parallelism)."""
+        if self.tp_group.size() == 1:
+            return F.linear(hidden, self.weight, self.bias), None
+        output, _ = super().forward(hidden)
+        return output, None
+
+
+class BiasedOutputLinear(OutputLinear):
     """A row-parallel layer with a bias although ``add_bias_linear`` is off (AliTok's attention output)."""
 
     def __init__(self, *args: Any, **options: Any) -> None:

@@ -77,7 +77,7 @@ def _mixture(experts: ExpertsChoice | None, parallel: ParallelConfig, hidden: in
         return {}
     return {
         "num_moe_experts": experts.number,
-        "moe_router_topk": experts.top_k,
+        "moe_router_topk": min(experts.top_k, experts.number),
         "moe_router_pre_softmax": True,  # what our routers do (Eq. 7); without it top_k=1 is refused
         "moe_token_dispatcher_type": parallel.dispatcher,
         "moe_router_load_balancing_type": "none",  # Eq. 10 is added by our routers

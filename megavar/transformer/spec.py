@@ -9,17 +9,20 @@ part               built with                                          called wi
 ``modulation``     ``config``; None: there is no modulation            condition -> :class:`Modulated` by half
 ``attention``      ``config, layer_number`` (from 1)                   hidden, context -> hidden
 ``feed_forward``   ``config, number``                                  hidden, context -> hidden
-``residual``       ``config, number, depth``                           branch, "attention" or "feed_forward", context
+``residual``       ``config, number, depth``                           hidden, branch, gate (None: ungated), half,
+                                                                       context -> hidden
 =================  ==================================================  ========================================
 
-plus the parameters of the spec. Hidden states are [L, B, C]; sizes are the ``TransformerConfig``'s.
+plus the parameters of the spec. A part that has a method ``prepare(context, device)`` is asked before each pass: what
+depends on the number of the block or on the sequence layout it computes there and leaves in the context, so that one
+compiled graph serves all blocks and all layouts. Hidden states are [L, B, C]; sizes are the ``TransformerConfig``'s; a
+half is "attention" or "feed_forward".
 """
 
 import functools
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 
@@ -27,7 +30,7 @@ from megavar.config.experts.base import ExpertsChoice
 from megavar.transformer.attention import AttentionCore, BlockAttention, UnitLength, UnitLengthWithTemperature
 from megavar.transformer.dropout import Dropout, DropPath
 from megavar.transformer.feed_forward import FeedForward
-from megavar.transformer.linear import BiasedRowLinear, QKVLinear, RowLinear
+from megavar.transformer.linear import BiasedOutputLinear, ColumnLinear, OutputLinear, QKVLinear
 from megavar.transformer.modulation import ImageModulation, PositionModulation, SharedModulation
 from megavar.transformer.moe.layer import ExpertFeedForward
 from megavar.transformer.norms import AffineLayerNorm, PlainNorm, RMSNorm
@@ -48,8 +51,8 @@ class BlockSpec:
 def attention(
     kernel: str,
     *,
-    linear_qkv: Any = ColumnParallelLinear,
-    linear_proj: Any = RowLinear,
+    linear_qkv: Any = ColumnLinear,
+    linear_proj: Any = OutputLinear,
     query_norm: type | None = None,
     key_norm: type | None = None,
     pairs: Pairs = "half",
@@ -141,7 +144,7 @@ def llama_block(
         dropout: of both branches.
     """
     norm = RMSNorm if head_norm else None
-    output = BiasedRowLinear if projection_bias else RowLinear
+    output = BiasedOutputLinear if projection_bias else OutputLinear
     return BlockSpec(
         norm=ModuleSpec(module=RMSNorm),
         modulation=None,

@@ -52,7 +52,7 @@ def family_modules() -> frozenset[str]:
 SHARED_ROOMS = {
     "megavar.generators", "megavar.tokenizers", "megavar.recipes", "megavar.recipes.terms",
     "megavar.sampling.procedures", "megavar.evaluation.suites", "megavar.transformer.moe",
-    "megavar.transformer.moe.routers",
+    "megavar.transformer.moe.routers", "megavar.teachers", "megavar.analysis.kinds",
 }  # fmt: skip
 """Rooms in which several families have a file each."""
 

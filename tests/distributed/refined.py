@@ -9,6 +9,7 @@ from megavar.config.experts.base import ExpertsChoice
 from megavar.config.generators.flexvar import FlexVARConfig
 from megavar.config.parallel import ParallelConfig
 from megavar.config.recipes.sar import SARConfig
+from megavar.config.recipes.student_forcing import StudentForcingConfig
 from megavar.config.tokenizers.llamagen_vq import LlamaGenVQConfig
 from megavar.generators.base import Stage
 from megavar.generators.flexvar import FlexVAR
@@ -16,6 +17,7 @@ from megavar.parallel import seeds, topology
 from megavar.parallel.environment import environment
 from megavar.parallel.logical import initialize_parameters
 from megavar.recipes.sar import SAR, SARInputs
+from megavar.recipes.student_forcing import StudentForcing
 from megavar.tokenizers.llamagen_vq import LlamaGenVQ
 from tests.distributed import curves
 from tests.distributed.curves import Setup
@@ -28,6 +30,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "one by one": {"student_scales": "all", "target": "most_likely", "rollout": {"guidance": 1.0}},
 }
 """What each run changes in SAR's defaults."""
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "full": {"rollout": {"guidance": 2.0, "top_k": 20}},
+    "interleave": {"schedule": "interleave", "rollout": {"sampled": False}},
+    "hybrid": {"schedule": "hybrid", "true_until": 2},
+    "alternate": {"schedule": "alternate"},
+}
+"""What each run changes in the defaults of naive student forcing."""
 
 
 def tokenizer() -> LlamaGenVQ:
@@ -40,7 +49,7 @@ def tokenizer() -> LlamaGenVQ:
     return model.requires_grad_(False)
 
 
-def build(setup: Setup, mesh: topology.Topology, kind: str) -> SAR:
+def build(setup: Setup, mesh: topology.Topology, kind: str) -> Any:
     frozen = tokenizer()
     experts = ExpertsChoice.make(router=setup.router, number=4, top_k=2, balance_coefficient=0.05)
     config = FlexVARConfig(
@@ -58,8 +67,11 @@ def build(setup: Setup, mesh: topology.Topology, kind: str) -> SAR:
         for chunk in range(mesh.config.virtual_pipeline)
     ]
     generator = chunks[0] if len(chunks) == 1 else torch.nn.ModuleList(chunks)
-    recipe = SARConfig(tokenizer_weights="unused", student_weight=0.5, scale_lists=LISTS, **KINDS[kind])
-    return SAR(recipe, generator, frozen, classes=config.classes, label_drop=config.label_drop, seed=5)
+    place = {"classes": config.classes, "label_drop": config.label_drop, "seed": 5}
+    common = {"tokenizer_weights": "unused", "scale_lists": LISTS}
+    if kind in SCHEDULES:
+        return StudentForcing(StudentForcingConfig(**common, **SCHEDULES[kind]), generator, frozen, **place)
+    return SAR(SARConfig(**common, student_weight=0.5, **KINDS[kind]), generator, frozen, **place)
 
 
 def batches(step: int, data_rank: int, data_size: int, micro_batch_size: int) -> list[Any]:
@@ -77,7 +89,7 @@ def engine_values(setup: Setup) -> dict[str, list[dict[str, Any]]]:
     mesh = topology.initialize(ParallelConfig(**setup.parallel), environment())
     size = setup.micro_batch_size or curves.BATCH // mesh.data
     result = {}
-    for kind in KINDS:
+    for kind in [*KINDS, *SCHEDULES]:
         loop = curves.engine_loop(
             setup, build(setup, mesh, kind), mesh, lambda step: batches(step, mesh.data_rank, mesh.data, size)
         )
@@ -91,7 +103,7 @@ def bare_values(setup: Setup) -> dict[str, list[dict[str, Any]]]:
     mesh = topology.initialize(ParallelConfig(), environment())
     return {
         kind: curves.bare_values(build(setup, mesh, kind), STEPS, lambda step: batches(step, 0, 1, curves.BATCH))
-        for kind in KINDS
+        for kind in [*KINDS, *SCHEDULES]
     }
 
 

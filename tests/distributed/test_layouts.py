@@ -55,13 +55,21 @@ LAYOUTS = [
     Setup(2, 1, offload=("optimizer",)),
     Setup(2, 2, offload=("optimizer",)),
     Setup(2, 3, offload=("optimizer", "param")),
+    Setup(2, 0, dense=True, parallel={"tensor": 2}),  # with experts stage 0 runs as 1
     Setup(4, 1, dense=True, parallel={"tensor": 2, "sequence": True}),
     Setup(4, 1, dense=True, shared=True, micro_batch_size=2, parallel={"tensor": 2, "pipeline": 2}),
     Setup(2, 1, backend="grouped", parallel={"expert": 2}),
     Setup(2, 3, backend="grouped", parallel={"expert": 2}),
+    Setup(
+        4,
+        1,
+        router="zero_computation",
+        micro_batch_size=2,
+        parallel={"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "recompute": "full"},
+    ),
     *[
         Setup(ranks, stage, router=router, micro_batch_size=2, parallel=parallel)
-        for router in ("expert_choice",)
+        for router in ("expert_choice", "zero_computation")
         for ranks, stage, parallel in (
             (2, 3, {"expert": 2, "recompute": "full"}),
             (4, 1, {"tensor": 2, "sequence": True, "pipeline": 2}),

@@ -1,4 +1,5 @@
-"""SAR on FlexVAR under every layout: the losses, norms and drawn ids of one process; its options by brute force."""
+"""SAR and naive student forcing on FlexVAR under every layout: the losses, norms and drawn ids of one process; their
+options by brute force."""
 
 import functools
 
@@ -10,6 +11,8 @@ from megavar.config.parallel import ParallelConfig
 from megavar.generators.inputs import ScaleInputs
 from megavar.parallel import topology
 from megavar.parallel.environment import environment
+from megavar.sampling.filters import truncate
+from megavar.sampling.noise import pick
 from tests.distributed import curves, refined
 from tests.distributed.curves import Setup
 from tests.distributed.harness import run_ranks
@@ -39,7 +42,7 @@ def test_layouts_equal_one_process(setup):
     for values in run_ranks(setup.world_size, refined.engine_values, setup):
         for kind, steps in expected.items():
             for number, step in enumerate(steps):
-                for name in {"loss", "loss/student", "gradient_norm"}:
+                for name in {"loss", "loss/student", "gradient_norm"} & step.keys():
                     place = f"{kind}, step {number}: {name}"
                     assert values[kind][number][name] == pytest.approx(step[name], abs=TOLERANCE), place
                 present = {name for name in step if name.startswith("loss/scale_")}
@@ -94,3 +97,44 @@ def test_the_second_pass_is_its_definition(kind):
     wanted = torch.cat(losses, 1).mean(1).sum()
     found = sum(one.loss(one.forward(recipe.generator, inputs), inputs).per_image for one in second)
     torch.testing.assert_close(found, 0.5 * wanted)
+
+
+@pytest.mark.usefixtures("single_process")
+@pytest.mark.parametrize("kind", refined.SCHEDULES)
+def test_student_forcing_is_its_definition(kind):
+    """Scale by scale: what is drawn after what has been drawn, and the loss after all of it."""
+    mesh = topology.initialize(ParallelConfig(), environment())
+    recipe = refined.build(Setup(dense=True), mesh, kind)
+    (batch,) = refined.batches(1, 0, 1, curves.BATCH)
+    given = recipe.prepare(batch, 1)
+    *rollouts, last = recipe.passes("generator", 1)
+    inputs = given
+    for one in rollouts:
+        inputs = one.following(inputs, one.carry(one.forward(recipe.generator, inputs), inputs))
+    sides, model, classes = given.model.sides, given.model, recipe.classes
+    student = {"full": [1, 2, 3], "alternate": [1, 2, 3], "interleave": [1, 3], "hybrid": [2, 3]}[kind]
+    assert [sides[0], sides[1], sides[-1]] == [1, 2, 5] and len(rollouts) == len(student)
+    maps = list(given.targets.split([side * side for side in sides], 1))
+    for scale in range(1, len(sides)):
+        if scale not in student:
+            continue
+        features = recipe.tokenizer.inputs(torch.cat(maps, 1), sides)
+        logits = [
+            recipe.generator(ScaleInputs(labels, features, model.sample_keys, sides)).prediction
+            for labels in (model.labels, torch.full_like(model.labels, classes))
+        ]
+        start = sum(side * side for side in sides[: scale - 1])
+        rows = slice(start, start + sides[scale - 1] ** 2)
+        own, free = (one[:, rows] for one in logits)
+        rollout = recipe.config.rollout
+        if rollout.sampled:
+            strength = rollout.guidance / 2 * (1 + (scale - 1) / (len(sides) - 1))
+            own = own + strength * (own - free)
+            maps[scale - 1] = pick(truncate(own, rollout.top_k, rollout.top_p), given.uniform[:, rows])
+        else:
+            maps[scale - 1] = own.argmax(-1)
+    assert torch.equal(inputs.mixed, torch.cat(maps, 1))
+    features = recipe.tokenizer.inputs(torch.cat(maps, 1), sides)
+    logits = recipe.generator(ScaleInputs(model.labels, features, model.sample_keys, sides)).prediction
+    wanted = F.cross_entropy(logits.transpose(1, 2), given.targets, reduction="sum")
+    torch.testing.assert_close(last.loss(last.forward(recipe.generator, inputs), inputs).total, wanted)

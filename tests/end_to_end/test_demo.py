@@ -18,7 +18,7 @@ def test_a_demo_goes_on_and_compares(tokenizer_run: Path, tmp_path: Path) -> Non
         "name": "t", "source": "a paper", "title": "t", "protocol": "p",
         "metrics": {"fid": {"heading": "FID", "better": "lower"}},
         "rows": [{"name": "dense", "paper": {"fid": 4.1}}, {"name": "experts", "paper": {"fid": 3.0}}],
-        "demo": {"config": "configs/quickstart.yaml", "overrides": short, "rows": rows, "minutes": 1.0,
+        "demo": {"config": "configs/quickstart.yaml", "overrides": short, "rows": rows, "minutes": 1.0, "size": "tiny",
                  "metrics": {"loss": {"heading": "loss", "key": "log/loss", "better": "lower"}}},
     }  # fmt: skip
     file.write_text(json.dumps(table))

@@ -80,6 +80,9 @@ def test_every_metric_is_its_definition_on_the_stored_features(pair, metrics, sm
     assert values["fid" + suffix] == frechet_distance(generated.pool_statistics, real.pool_statistics)
     assert values["sfid" + suffix] == frechet_distance(generated.spatial_statistics, real.spatial_statistics)
     assert values["is_single_split" + suffix] == inception_score(logits, splits=1)[0]
+    order = torch.from_numpy(np.random.RandomState(2020).permutation(60))  # ten splits of torch-fidelity's own shuffle
+    of_shuffle = inception_score(logits, splits=10, order=order)
+    assert (values["is" + suffix], values["is_deviation" + suffix]) == of_shuffle
     single = precision_recall(generated.pool, real.pool)
     assert (values["precision_fp32" + suffix], values["recall_fp32" + suffix]) == single
     half = precision_recall(generated.pool, real.pool, half=True)

@@ -6,7 +6,9 @@ import torch
 from megavar.data.digits import Digits
 from megavar.errors import DataError
 from megavar.evaluation import digits
+from megavar.evaluation.classifier import load_network
 from megavar.evaluation.digits import METRICS, baselines, digits_extractor, digits_reference, evaluate_digits
+from megavar.evaluation.statistics import frechet_distance, gaussian, inception_score, precision_recall
 from megavar.evaluation.table import format_table, thresholds_missed
 
 
@@ -57,6 +59,18 @@ def test_extractor_scores_rank_the_baselines(scores):
     assert scores["class means"]["recall@digits-cnn"] == 0
     assert 6.5 < scores["held-out real"]["isc@digits-cnn"] < 10
     assert scores["uniform noise"]["isc@digits-cnn"] < 3
+
+
+def test_extractor_scores_are_their_definitions(scores, extractor_directory):
+    """On the trained network's features and logits: three neighbours, one split."""
+    network, reference = load_network(digits_extractor(extractor_directory).path), digits_reference()
+    with torch.no_grad():
+        (features, logits), (real, _) = (network(digits.as_images(part)) for part in (reference.test, reference.train))
+    row = scores["held-out real"]
+    assert row["fid@digits-cnn"] == pytest.approx(frechet_distance(gaussian(features), gaussian(real)), rel=1e-4)
+    assert row["isc@digits-cnn"] == pytest.approx(inception_score(logits, splits=1)[0], rel=1e-5)
+    shares = precision_recall(features, real, neighbours=3)
+    assert (row["precision@digits-cnn"], row["recall@digits-cnn"]) == pytest.approx(shares, abs=1e-6)
 
 
 def test_wrong_labels_are_seen_by_the_judge_alone(scores, extractor_directory):

@@ -169,5 +169,8 @@ def test_training_statistics_add_another_rfid(source, tmp_path):
 def test_perceptual_distances_are_reported(source, tmp_path):
     distance = torch.nn.Module()
     distance.forward = lambda a, b: (a - b).square().mean((1, 2, 3))
-    _, _, (metrics, _) = run(tmp_path, source, blur, features=False, perceptual={"lpips_alex": distance})
-    assert set(metrics) == {"psnr", "ssim", "ssim_dr2", "lpips_alex"} and metrics["lpips_alex"] > 0
+    store, _, (metrics, _) = run(tmp_path, source, blur, features=False, perceptual={"lpips_alex": distance})
+    assert set(metrics) == {"psnr", "ssim", "ssim_dr2", "lpips_alex"}
+    # On images in [-1, 1], whose squared errors are four times those of [0, 1] that PSNR is made of.
+    psnrs = np.concatenate([arrays["psnr"] for arrays in store.read_all()])
+    assert metrics["lpips_alex"] == pytest.approx(4 * np.mean(10 ** (-psnrs / 10)), rel=1e-5)

@@ -84,14 +84,6 @@ def test_matrices_decay_and_nothing_else(name):
     assert left <= known | {"log_temperature"} and {"bias", "q_bias", "position", "scale"} <= left
 
 
-@pytest.mark.parametrize(("depth", "rate"), [(12, 0.05), (16, 0.1 * 2 / 3), (24, 0.1), (30, 0.125)])
-def test_drop_path_grows_with_depth(depth, rate):
-    """VAR's rule: 0.1 depth / 24 for the last block, rising linearly from 0."""
-    model = on_meta(VARConfig(depth=depth))
-    rates = [block.residual.rate for block in model.blocks.values()]
-    assert rates == pytest.approx([rate * number / (depth - 1) for number in range(depth)])
-
-
 # notes/peers.md 1a: counted on the reference's class.
 @pytest.mark.parametrize(
     ("depth", "parameters"),

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from megavar.errors import CheckpointError, DataError
+from megavar.errors import CheckpointError, ConfigError, DataError
 from megavar.frozen import identify
 from megavar.run_samples import DECODER, stored_decoder
 
@@ -28,7 +28,7 @@ def test_modules_that_only_the_samples_ask_for_are_not_imported(tmp_path, outsid
     torch.save({"weight": torch.ones(1)}, tmp_path / "w.pth")
     identity = identify(tmp_path / "w.pth").to_json()
     described = WHOLE | {"weights": str(tmp_path / "w.pth"), "identity": identity, "plugins": ["evil_samples"]}
-    with pytest.raises(DataError, match=r"evil_samples, and a file beside samples is no reason to run code"):
+    with pytest.raises(ConfigError, match="evil_samples, and a file beside samples or weights is no reason"):
         decode(tmp_path, described)
     (tmp_path / "own_module.py").write_text("")
     monkeypatch.setenv("MEGAVAR_PLUGINS", "own_module")

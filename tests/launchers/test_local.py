@@ -75,7 +75,8 @@ def test_a_killed_rank_is_reported(tmp_path):
     assert "task 0: Killed" in (tmp_path / "logs/tasks.txt").read_text()
 
 
-def test_a_request_to_stop_reaches_every_rank(tmp_path):
+@pytest.mark.parametrize("number", local.STOP_SIGNALS)
+def test_a_request_to_stop_reaches_every_rank(tmp_path, number):
     body = """seen = []
 signal.signal(signal.SIGUSR2, lambda *_: seen.append(1))
 open(f"{os.environ['MEGAVAR_LOG_DIRECTORY']}/ready-{rank}", "w").close()
@@ -86,13 +87,61 @@ sys.exit(85)"""
     def stop_when_ready() -> None:
         while len(list((tmp_path / "logs").glob("ready-*"))) < 2:
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     with ranks(tmp_path, body) as two:
         threading.Thread(target=stop_when_ready).start()
         assert two.wait() == ExitCode.PREEMPTED
         assert two.stop_requested
     assert (tmp_path / "logs/tasks.txt").read_text().count("exit code 85") == 2
+
+
+STUBBORN = """signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+open(f"{os.environ['MEGAVAR_LOG_DIRECTORY']}/ready-{rank}", "w").write(str(os.getpid()))
+time.sleep(600)"""
+
+
+def pids_of_ready(tmp_path: Path, number: int = 2) -> list[int]:
+    while len(texts := [text for file in (tmp_path / "logs").glob("ready-*") if (text := file.read_text())]) < number:
+        time.sleep(0.01)
+    return [int(text) for text in texts]
+
+
+def test_ctrl_c_twice_does_not_wait(tmp_path):
+    def press() -> None:
+        pids_of_ready(tmp_path)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)
+
+    with ranks(tmp_path, STUBBORN) as two:
+        threading.Thread(target=press).start()
+        assert two.wait() == 137
+
+
+def test_the_death_of_the_launcher_takes_the_ranks_along(tmp_path):
+    """kill -9: it cannot say anything any more."""
+    (tmp_path / "logs").mkdir()
+    code = f"import os, signal, time\nrank = int(os.environ['RANK'])\n{STUBBORN}"
+    launcher = (
+        "import sys; from pathlib import Path; from launchers import local\n"
+        f"local.Ranks([sys.executable, '-c', {code!r}], 2, Path({str(tmp_path / 'logs')!r}), {{}}).wait()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", launcher], cwd=CONFIG.parents[2])
+    pids = pids_of_ready(tmp_path)
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 30
+    while (alive := [pid for pid in pids if _runs(pid)]) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not alive
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_leaving_the_block_leaves_no_process(tmp_path):

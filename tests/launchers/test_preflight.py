@@ -177,3 +177,32 @@ def test_command_line_refuses_unknown_words(capsys):
     with pytest.raises(SystemExit):
         preflight.main(["config.yaml", "--gpu", "3"])
     assert "'--gpu' is neither an option nor an override" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("variables", "place"),
+    [
+        ({}, (0, 1, "127.0.0.1", 0)),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, (0, 1, "127.0.0.1", 0)),  # a batch script
+        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, (0, 1, "127.0.0.1", 0)),  # srun -n1
+        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "", "SLURM_PROCID": "", "MASTER_PORT": ""}, (0, 1, "127.0.0.1", 0)),
+        ({"SLURM_STEP_ID": "", "SLURM_NTASKS": "2"}, (0, 1, "127.0.0.1", 0)),
+        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_PROCID": "1", "MASTER_ADDR": "n0", "MASTER_PORT": "29"},
+         (1, 2, "n0", 29)),
+    ],
+)  # fmt: skip
+def test_places_under_srun(variables, place):
+    found = Place.from_environment(variables)
+    assert (found.rank, found.nodes, found.master, found.port) == place
+
+
+def test_processes_that_do_not_know_where_to_meet_say_so(monkeypatch, capsys):
+    for name, value in {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert preflight.main([str(CONFIG)]) == ExitCode.PREFLIGHT
+    assert "MASTER_ADDR not set, so 2 processes do not know where to meet" in capsys.readouterr().err
+    monkeypatch.setenv("MASTER_ADDR", "n0")
+    monkeypatch.setenv("MASTER_PORT", "tcp")
+    assert preflight.main([str(CONFIG)]) == ExitCode.PREFLIGHT
+    assert "MASTER_PORT='tcp' is not a number" in capsys.readouterr().err

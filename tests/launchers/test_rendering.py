@@ -1,6 +1,7 @@
 """Rendered batch scripts: their exact text and their syntax."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -103,6 +104,71 @@ def test_directives_refuse_what_sbatch_may_interpret():
         render_training(job(run_directory=Path("/shared/runs/%j")))
     with pytest.raises(ConfigError, match="output"):
         render_training(job(run_directory=Path("/shared/my runs/x")))
+
+
+@pytest.mark.parametrize(
+    ("cluster", "request_line"),
+    [
+        ({"gpus_per_node": 4}, "#SBATCH --gpus-per-node=4"),
+        ({"gpus_per_node": "h100:8"}, "#SBATCH --gpus-per-node=h100:8"),
+        ({"gpus_per_node": "nvidia_a100_3g.20gb:2"}, "#SBATCH --gpus-per-node=nvidia_a100_3g.20gb:2"),
+        ({"extra_directives": ["--gres=gpu:h100:8"]}, "#SBATCH --gres=gpu:h100:8"),
+        ({"gpus_per_node": "h100:8", "extra_directives": ["--gres=nvme:1,gpu:8"]}, "#SBATCH --gres=nvme:1,gpu:8"),
+        ({"gpus_per_node": 1, "extra_directives": ["--gres=gpu"]}, "#SBATCH --gres=gpu"),
+    ],
+)
+def test_gpus_are_asked_for_once(cluster, request_line):
+    script = render_training(job(cluster))
+    asking = [line for line in script.splitlines() if line.startswith("#SBATCH") and "gpu" in line]
+    assert asking == [request_line]
+    assert re.search(r"--gpus \d \\\n", script), "a number, also where the type is known"
+    assert not re.search(r"^#SBATCH.*gpu", render_sharding(job(cluster), []), re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "message"),
+    [
+        ({"gpus_per_node": 4, "extra_directives": ["--gres=gpu:h100:8"]}, "write gpus_per_node: h100:8"),
+        ({"gpus_per_node": "a100:8", "extra_directives": ["--gres=gpu:h100:8"]}, "write gpus_per_node: h100:8"),
+        ({"gpus_per_node": "8xh100"}, "gpus_per_node"),
+        ({"gpus_per_node": "h100:0"}, "gpus_per_node"),
+        ({"extra_directives": ["--gpus=16"]}, "--gpus is set by gpus_per_node already"),
+        ({"extra_directives": ["--time=3:00:00"]}, "--time is set by time already"),
+        ({"extra_directives": ["--mem-per-gpu=90G"]}, "--mem-per-gpu is set by memory already"),
+        ({"extra_directives": ["-N4"]}, "not an option of sbatch"),
+        ({"extra_directives": ["comment=x"]}, "not an option of sbatch"),
+    ],
+)
+def test_directives_that_contradict_each_other_are_refused(cluster, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        decode(cluster, ClusterConfig, "cluster.yaml")
+
+
+@pytest.mark.parametrize(
+    "cluster",
+    [
+        {"environment": {"WANDB_API_KEY": "geheim42"}},
+        {"environment": {"HTTPS_PROXY": "http://me:geheim42@proxy:3128"}},
+        {"setup": ["module load cuda", "export HF_TOKEN=geheim42"]},
+        {"setup": ["curl -H 'Authorization: Bearer' https://me:geheim42@host/x"]},
+        {"setup": ["WANDB_API_KEY='geheim42' && true"]},
+        {"extra_directives": ["--export=ALL,AWS_SECRET_ACCESS_KEY=geheim42"]},
+        {"container": {"name": "pyxis", "image": "docker://me:geheim42@registry#x"}},
+    ],
+)
+def test_secrets_of_the_cluster_file_are_refused_unspoken(cluster):
+    """They would stand in clear in submit.sbatch, which may lie in a folder that others read."""
+    with pytest.raises(ConfigError, match=r"looks like a secret, .*Export it in the shell that submits") as caught:
+        decode(cluster, ClusterConfig, "cluster.yaml")
+    assert "geheim42" not in str(caught.value)
+
+
+def test_what_only_resembles_a_secret_is_passed_on():
+    environment = {"TOKENIZERS_PARALLELISM": "false", "HF_TOKEN_PATH": "/home/me/.token", "GIT_TERMINAL_PROMPT": "0"}
+    setup = ["export WANDB_API_KEY=$(cat ~/.wandb)", 'export HF_TOKEN="$TOKEN"', "set -a; source ~/.megavar-secrets"]
+    script = render_training(job({"environment": environment, "setup": setup}))
+    assert all(f"export {name}={value}" in script for name, value in environment.items())
+    assert all(line in script for line in setup)
 
 
 def test_run_directory_must_be_shared():

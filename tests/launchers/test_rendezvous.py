@@ -4,7 +4,8 @@ import socket
 
 import pytest
 
-from launchers.rendezvous import FIRST_PORT, OVERRIDE, PORTS, RendezvousError, master_address, master_port, run
+from launchers.rendezvous import FIRST_PORT, OVERRIDE, PORTS, RendezvousError, main, master_address, master_port, run
+from megavar.errors import ExitCode
 
 JOB = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2"}
 
@@ -67,3 +68,11 @@ def test_an_occupied_port_is_passed_over():
         second = master_port(job)
     assert second != port
     assert FIRST_PORT <= second < FIRST_PORT + PORTS
+
+
+def test_empty_variables_of_slurm_are_absent_ones(monkeypatch, capsys):
+    empty = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "", OVERRIDE: " "}
+    assert master_address(empty, commands({"n1": "127.0.1.1"}, "")) == "127.0.1.1"
+    monkeypatch.setenv("SLURM_JOB_ID", "")
+    assert main() == ExitCode.PREFLIGHT
+    assert "this is no job of Slurm" in capsys.readouterr().err

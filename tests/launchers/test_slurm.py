@@ -163,6 +163,43 @@ def test_errors_of_slurm_are_passed_on(site, tmp_path, monkeypatch, capsys):
     assert "invalid partition specified" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("said", "reached"),
+    [
+        ("sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)", False),
+        ("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation", False),
+        ("sbatch: error: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host\n"
+         "sbatch: fatal: Could not establish a configuration source", False),
+        ("sbatch: error: Batch job submission failed: Zero Bytes were transmitted or received", False),
+        ("sbatch: error: Batch job submission failed: Protocol authentication error", False),
+        ("sbatch: error: Batch job submission failed: Invalid account or account/partition combination", True),
+        ("sbatch: error: QOSMaxSubmitJobPerUserLimit", True),
+    ],
+)  # fmt: skip
+def test_who_is_to_blame_where_slurm_fails(site, tmp_path, monkeypatch, capsys, said, reached):
+    failing = tmp_path / "failing"
+    failing.mkdir()
+    (failing / "sbatch").write_text(f"#!/bin/sh\ncat >&2 <<'E'\n{said}\nE\nexit 1\n")
+    (failing / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{failing}:{site.environment({})['PATH']}")
+    assert submit("run.directory=here") == ExitCode.PREFLIGHT
+    error = capsys.readouterr().err
+    assert ("Check the partition" in error, "controller does not answer" in error) == (reached, not reached)
+    assert " ".join(said.split()) in error
+
+
+def test_a_chain_that_is_queued_in_part_says_how_to_go_on(site, tmp_path, monkeypatch, capsys):
+    failing = tmp_path / "failing"
+    failing.mkdir()
+    (failing / "sbatch").write_text(f"#!/bin/sh\nmkdir {tmp_path}/once 2>/dev/null && echo 4711\n")
+    (failing / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{failing}:{site.environment({})['PATH']}")
+    assert submit("--chain", "3", "run.directory=here") == ExitCode.PREFLIGHT
+    error = capsys.readouterr().err
+    assert "Only 1 of 3 jobs are queued (4711)" in error and "--behind --chain 2" in error
+    assert json.loads((tmp_path / "here/submissions.jsonl").read_text())["jobs"] == ["4711"]
+
+
 def test_without_slurm_the_error_says_where_to_go(site, monkeypatch, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))

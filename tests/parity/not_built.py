@@ -12,7 +12,4 @@ NOT_BUILT = {
     "mar": "MAR's transformer and diffusion loss",
     "flowar": "FlowAR's transformer and flow heads",
     "scalear": "SAR's hybrid of masked and next-scale prediction",
-    "moe/moe_plus_plus_layer": "MoE++",
-    "moe/moe_plus_plus_released": "MoE++",
-    "moe/repa_projector": "REPA's head",
 }

@@ -8,6 +8,7 @@ from megavar.config.generators.var import VARConfig
 from megavar.config.parallel import ParallelConfig
 from megavar.planning.ledger import saved_bytes
 from megavar.planning.measure import Request, measure
+from megavar.transformer import prefix
 from tests.planning import models
 from tests.planning.models import MEPA, space_of
 
@@ -47,7 +48,8 @@ def measured(config, recompute, precision):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_saved_memory(single_process, costs, case):
+def test_saved_memory(single_process, costs, case, monkeypatch):
+    monkeypatch.setattr(prefix, "serves", lambda q, k: False)  # plans are for GPUs
     options, recompute, precision = case
     predicted = sum(part.saved.at(IMAGES) + part.routed.at(IMAGES) for part in costs[case].parts)
     assert predicted == pytest.approx(measured(config_of(options), recompute, precision), rel=0.02)

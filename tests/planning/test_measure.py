@@ -69,6 +69,8 @@ def test_memory_that_autograd_keeps(measured):
     for row, cost in measured:
         kept = sum(part.saved.at(IMAGES) + part.routed.at(IMAGES) for part in cost.blocks) + cost.head.saved.at(IMAGES)
         blocks, head, logits = int(row["block_saved"]), int(row["head_saved"]), int(row["logits"])
+        if row["recompute"] != "full":  # unit-length queries in float32, which one factor per vector took the place of
+            blocks -= 4 * IMAGES * SPACE.length * 64 * int(row["depth"]) // int(row["tensor"])
         assert kept == pytest.approx(int(row["depth"]) * blocks + head + logits, rel=0.02), row
         assert len(cost.kinds) == 1
         assert cost.kinds[0].saved.at(IMAGES) + cost.kinds[0].routed.at(IMAGES) == pytest.approx(blocks, rel=0.02), row
@@ -100,6 +102,7 @@ def test_a_process_that_dies_is_an_error_and_another_one_starts(monkeypatch):
 def test_a_run_of_it_goes_on_without_utilization(capsys):
     vectors = TokenSpace("latent", (4,), 16, None, 8, 64)
     generator = VARConfig(depth=1, width=16, heads=2)
-    assert flops_per_image(SimpleNamespace(generator=generator, tokenizer=SimpleNamespace(space=vectors))) is None
+    recipe, tokenizer = SimpleNamespace(trains="generator"), SimpleNamespace(space=vectors)
+    assert flops_per_image(SimpleNamespace(generator=generator, tokenizer=tokenizer, recipe=recipe)) is None
     told = capsys.readouterr().out
     assert told.count("Utilization will not be shown") == 1 and "generator.name=var" in told

@@ -5,7 +5,7 @@ import torch
 
 from megavar.config.recipes.tokenizer import CodebookConfig
 from megavar.parallel.seeds import random_bits
-from megavar.recipes.tokenizer.codebook import CodebookUpkeep, usage_metrics
+from megavar.recipes.tokenizer.codebook import CodebookUpkeep, _quotas, usage_metrics
 from megavar.tokenizers.multiscale_vq import MultiScaleQuantizer
 from tests.distributed.harness import run_ranks
 from tests.recipes.digit_images import TOKENIZER
@@ -81,6 +81,11 @@ def test_revived_codes_come_evenly_from_all_scales_and_are_used():
     with torch.no_grad():
         made.embedding.weight[replacement.rows] = replacement.vectors
     assert made(features(1)).usage.sum(0)[20:].any()
+
+
+def test_a_remainder_goes_to_the_scale_whose_turn_it_is_and_a_shortage_to_the_finer_ones():
+    assert [_quotas(8, [9, 9, 9], first) for first in range(3)] == [[3, 3, 2], [2, 3, 3], [3, 2, 3]]
+    assert _quotas(9, [1, 9, 9], 0) == [1, 5, 3] and _quotas(9, [1, 2, 3], 0) == [1, 2, 3]
 
 
 def test_revived_codes_get_time_to_prove_themselves():

@@ -10,7 +10,7 @@ from megavar.generators.base import GeneratorOutput
 from megavar.parallel import seeds
 from megavar.recipes.base import Losses, routing_metrics
 from megavar.recipes.next_scale import NextScale
-from tests.distributed.curves import CLASSES, SCALES, VOCABULARY, tokenizer
+from tests.distributed.curves import CLASSES, SCALES, VOCABULARY
 
 TOKENS = sum(side * side for side in SCALES)
 
@@ -29,11 +29,6 @@ class Distance:
     def loss(self, tapped, output, targets):
         distances = (tapped["block.1"].mean((1, 2)) - targets).abs()
         return Losses(distances.sum(), {"squared": distances.square().sum()})
-
-
-@pytest.fixture(scope="module")
-def pyramid():
-    return tokenizer()
 
 
 def recipe(pyramid, label_drop=0.0, label_smoothing=0.0, seed=3, terms=()):

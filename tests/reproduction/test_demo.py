@@ -12,7 +12,7 @@ from megavar.reproduction.demo import Mean, compare, demo_runs, paper_order, ver
 def table(**demo):
     rows = [{"name": name, "paper": {"fid": value}} for name, value in (("best", 2.0), ("middle", 3.0), ("worst", 4.0))]
     section = {
-        "config": "configs/quickstart.yaml",
+        "config": "configs/quickstart.yaml", "size": "small",
         "rows": {name: [f"optimizer.lr=1e-{number}"] for number, name in enumerate(("worst", "best", "middle"), 2)},
         "metrics": {"fd": {"heading": "FD", "key": "fd64", "better": "lower"}},
     } | demo

@@ -129,6 +129,12 @@ def test_titok_crops_along_the_longer_side_only():
     assert equal(transforms.Titok(256, random_crop=False, flip=False)(image, (0.1, 0.1, 0.1)), expected)
 
 
+@pytest.mark.parametrize("margin", [1, 3, 5, 7])
+def test_odd_margins_are_rounded_half_to_even_like_torchvisions(margin):
+    image = noise(64 + margin, 64)
+    assert equal(transforms.center_crop(image, 64), reference.center_crop(image, 64))
+
+
 def test_square_crop_of_vgt():
     image = noise(100, 60)
     for draw, left in ((0.0, 0), (ALMOST_ONE, 40), (0.5, 20)):

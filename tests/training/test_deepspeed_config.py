@@ -123,6 +123,25 @@ def test_stage_0_runs_as_1_where_it_would_clip_wrongly(parallel, options, runs_a
         assert plan.json["gradient_clipping"] == 2.0
 
 
+@pytest.mark.parametrize(
+    "asked, options, runs_as",
+    [
+        (stage(1), {}, 0),
+        (stage(2), {}, 0),
+        (stage(3), {}, 3),
+        (stage(2) | {"flops_profiler": {"enabled": True}}, {}, 2),
+        (stage(1, offload_optimizer={"device": "cpu"}), {}, 1),
+        (stage(1), {"data_parallel_size": 2}, 1),
+        (stage(1), {"precision": "bf16"}, 1),
+        (stage(1), {"parallel": ParallelConfig(tensor=2)}, 1),
+    ],
+)
+def test_one_process_copies_nothing_to_shard_it_with_nobody(asked, options, runs_as):
+    plan = complete(asked, **({"data_parallel_size": 1} | options))
+    assert plan.stage == plan.json["zero_optimization"]["stage"] == runs_as
+    assert (plan.clip_norm, plan.notes) == (2.0, ())
+
+
 @pytest.mark.parametrize("number", [2, 3])
 def test_pipeline_stages_refuse_zero_2_and_3(number):
     with pytest.raises(ConfigError, match=f"ZeRO stage {number} does not work with parallel.pipeline=2"):

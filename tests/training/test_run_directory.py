@@ -110,6 +110,7 @@ def test_what_does_not_change_the_training_may_change(tmp_path):
     [
         (changed("train", "steps", 20), "train.steps is 10 there and 20 here"),
         (changed("data", "source", {"name": "photographs"}), "data.source.name is 'digits' there"),
+        (changed("train", "compile", "blocks"), "train.compile is None there and 'blocks' here"),
         (CONFIG | {"scales": [1, 3]}, "scales is [1, 2] there and [1, 3] here"),
         (CONFIG | {"generator": {"depth": 4}}, "generator.depth is None there and 4 here"),
     ],

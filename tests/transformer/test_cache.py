@@ -86,7 +86,7 @@ def test_appending_copies_new_rows_only():
     keys, _ = cache.extend(0, key, key)
     place = keys.data_ptr()
     more, _ = cache.extend(0, key[:2] * 2, key[:2])
-    assert more.data_ptr() == place and more.shape[0] == 5 and more[3:].unique().tolist() == [2.0]
+    assert more.data_ptr() == place and more.shape[2] == 5 and more[:, :, 3:].unique().tolist() == [2.0]
     assert cache.length(0) == 5 and cache.length(1) == 0
     with pytest.raises(AssertionError, match="11 rows in a cache of 10"):
         cache.extend(0, key.repeat(2, 1, 1, 1), key.repeat(2, 1, 1, 1))

@@ -6,6 +6,7 @@ import torch
 from megavar.config.parallel import ParallelConfig
 from megavar.parallel import seeds
 from megavar.transformer.context import ForwardContext
+from megavar.transformer.dropout import keep_mask
 from megavar.transformer.sequence import SequenceLayout
 from tests.transformer import tiny
 
@@ -18,15 +19,15 @@ def context(keys, seed=0):
 
 def test_keep_mask_depends_on_seed_sample_block_and_branch_alone():
     keys = torch.tensor([7, 3, 11, 3])
-    mask = context(keys).keep_mask("drop_path/attention", 5, 8, 0.5)
+    mask = keep_mask(context(keys), "drop_path/attention", 5, 8, 0.5)
     order = torch.tensor([2, 0, 3, 1])
-    assert torch.equal(context(keys[order]).keep_mask("drop_path/attention", 5, 8, 0.5), mask[order])
+    assert torch.equal(keep_mask(context(keys[order]), "drop_path/attention", 5, 8, 0.5), mask[order])
     assert mask[1] == mask[3]
     alone = seeds.uniform(0, "drop_path/attention", 5, keys) >= 0.5  # drawn for all blocks or for one: the same
     assert torch.equal(mask > 0, alone)
     many = torch.arange(4000)
     masks = [
-        context(many, seed).keep_mask(stream, block, 4, 0.25)
+        keep_mask(context(many, seed), stream, block, 4, 0.25)
         for seed, stream, block in [(0, "a", 1), (1, "a", 1), (0, "b", 1), (0, "a", 2)]
     ]
     for mask in masks:
@@ -37,8 +38,8 @@ def test_keep_mask_depends_on_seed_sample_block_and_branch_alone():
 
 
 def test_no_keys_or_no_rate_keeps_everything():
-    assert context(None).keep_mask("x", 1, 4, 0.5) is None
-    assert context(torch.arange(3)).keep_mask("x", 1, 4, 0.0) is None
+    assert keep_mask(context(None), "x", 1, 4, 0.5) is None
+    assert torch.equal(keep_mask(context(torch.arange(3)), "x", 1, 4, 0.0), torch.ones(3))
 
 
 def test_a_sample_drops_the_same_branches_in_any_batch():
@@ -66,7 +67,11 @@ def test_rate_rises_linearly_from_zero():
     assert tiny.config(None, depth=24, drop_path=None).drop_path_rate == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("experts", [None, {}, {"router": "scale"}], ids=["dense", "scale_token", "scale"])
+@pytest.mark.parametrize(
+    "experts",
+    [None, {}, {"router": "scale"}, {"router": "expert_choice"}, {"router": "zero_computation"}],
+    ids=["dense", "scale_token", "scale", "expert_choice", "zero_computation"],
+)
 @pytest.mark.parametrize("mode", ["full", "selective"])
 def test_recomputation_changes_neither_loss_nor_gradients_nor_statistics(mode, experts):
     def run(recompute):
@@ -84,4 +89,5 @@ def test_recomputation_changes_neither_loss_nor_gradients_nor_statistics(mode, e
     tiny.assert_same(statistics, expected_statistics, rtol=0, atol=0)
     if experts is not None:
         assert statistics["passes"].tolist() == [1, 1]
-        assert statistics["load"].sum() == 2 * 3 * tiny.TOKENS * 2  # blocks, samples, tokens, experts per token
+        if experts.get("router") != "expert_choice":
+            assert statistics["load"].sum() == 2 * 3 * tiny.TOKENS * 2  # blocks, samples, tokens, experts per token

@@ -5,7 +5,7 @@ import torch
 
 from megavar.parallel import seeds
 from megavar.transformer.context import ForwardContext
-from megavar.transformer.dropout import dropout
+from megavar.transformer.dropout import dropout, prepare_dropout
 from megavar.transformer.sequence import SequenceLayout
 
 ROWS, CHANNELS = 64, 50
@@ -14,7 +14,8 @@ ROWS, CHANNELS = 64, 50
 def dropped(keys, *, rows=ROWS, channels=CHANNELS, seed=0, stream="a", block=0, rate=0.25, first=0):
     context = ForwardContext(SequenceLayout((rows,)), seed=seed, sample_keys=torch.tensor(keys))
     ones = torch.ones(rows, len(keys), channels)
-    return dropout(ones, context, stream=stream, block=block, rate=rate, first_channel=first)
+    prepare_dropout(context, stream, block, block + 2, rate)
+    return dropout(ones, context, stream=stream, rate=rate, first_channel=first)
 
 
 def test_the_mean_stays_and_every_place_draws_anew():
@@ -45,9 +46,11 @@ def test_any_share_of_the_channels_drops_its_part(first, count):
 def test_without_samples_or_rate_nothing_is_dropped():
     hidden = torch.randn(4, 2, 3)
     context = ForwardContext(SequenceLayout((4,)))
-    assert dropout(hidden, context, stream="a", block=0, rate=0.5) is hidden
+    prepare_dropout(context, "a", 0, 1, 0.5)
+    assert dropout(hidden, context, stream="a", rate=0.5) is hidden
     context.sample_keys = torch.arange(2)
-    assert dropout(hidden, context, stream="a", block=0, rate=0.0) is hidden
+    prepare_dropout(context, "a", 0, 1, 0.0)
+    assert dropout(hidden, context, stream="a", rate=0.0) is hidden
 
 
 def test_nothing_comes_through_a_rate_of_almost_one():
@@ -56,8 +59,9 @@ def test_nothing_comes_through_a_rate_of_almost_one():
 
 def test_types_stay():
     context = ForwardContext(SequenceLayout((4,)), sample_keys=torch.arange(2))
+    prepare_dropout(context, "a", 0, 1, 0.5)
     for dtype in (torch.float32, torch.bfloat16):
-        assert dropout(torch.ones(4, 2, 3, dtype=dtype), context, stream="a", block=0, rate=0.5).dtype == dtype
+        assert dropout(torch.ones(4, 2, 3, dtype=dtype), context, stream="a", rate=0.5).dtype == dtype
 
 
 def test_lanes_are_uniform_and_any_range_is_a_part_of_the_whole():
@@ -65,3 +69,11 @@ def test_lanes_are_uniform_and_any_range_is_a_part_of_the_whole():
     assert abs(numbers.mean()) < 150 and abs(numbers.std() - 65536 / 12**0.5) < 150
     bits = torch.tensor([5, -9])
     assert torch.equal(seeds.lanes(bits, 6, 11), seeds.lanes(bits, 0, 40)[:, 6:17])
+
+
+def test_bits_are_those_of_a_draw_with_all_keys_at_once():
+    """Blocks start their draws together; each element still depends on (seed, stream, block, sample, position)."""
+    position = torch.arange(ROWS)[:, None]
+    bits = seeds.random_bits(5, "a", 3, torch.tensor([[3, 8, 9]]), position)
+    kept = seeds.lanes(bits, 0, CHANNELS) >= round(0.25 * 65536) - 32768
+    assert torch.equal(dropped([3, 8, 9], seed=5, block=3) > 0, kept)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from megavar.config.choice import resolve
 from megavar.config.experts.base import ExpertsChoice
@@ -32,7 +31,6 @@ def run(parallel, backend, factor):
     """Output, load and gradients of one layer with the balance loss at a quarter of its weight."""
     parallel = ParallelConfig(**parallel)
     place = topology.initialize(parallel, environment())
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1 / place.data))
     experts = ExpertsChoice.make(
         router="above_mean", number=4, top_k=2, balance_coefficient=0.05, factor=factor, backend=backend
     )
@@ -47,7 +45,7 @@ def run(parallel, backend, factor):
     hidden = hidden[:, torch.arange(BATCH).chunk(place.data)[place.data_rank]]
     if config.sequence_parallel:
         hidden = hidden.chunk(parallel.tensor)[place.tensor_rank]
-    context = ForwardContext(sequence, routing=[], balance=WEIGHT)
+    context = ForwardContext(sequence, routing=[], balance=WEIGHT / place.data)
     output = layer(hidden, context)
     if config.sequence_parallel:
         from megatron.core.tensor_parallel import gather_from_sequence_parallel_region

@@ -1,6 +1,7 @@
 """Attention has one meaning for each rule; the kernels agree with a loop over queries and with each other."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -218,10 +219,24 @@ def test_choice():
     for layout, given, device, expected in chosen:
         assert choose_kernel("auto", Visibility(layout, given), device) == expected
     assert choose_kernel("flex", Visibility(raster), cpu) == "flex"
+    compiled = [choose_kernel("auto", Visibility(scales), device, compiled=True) for device in (cpu, cuda)]
+    assert compiled == ["dense", "flex"], "a graph that serves all lists of scales"
     with pytest.raises(ConfigError, match=r"attention_kernel=prefix.*\(visibility causal\).*dense, causal, flex"):
         choose_kernel("prefix", Visibility(raster), cpu)
     with pytest.raises(ConfigError, match=r"attention_kernel=causal.*causal, with samples of different lengths"):
         choose_kernel("causal", Visibility(raster, valid), cpu)
+
+
+def test_flex_on_cuda_is_triton_whatever_becomes_the_default(monkeypatch):
+    """The FLASH backend's gradients are wrong at head size 64."""
+    asked = []
+    monkeypatch.setattr(kernels, "_flex_function", lambda: lambda q, k, v, **options: asked.append(options) or q)
+    seen = Visibility(SequenceLayout((1, 4)))
+    seen._made["block mask"] = None
+    for device in ("cuda", "cpu"):
+        heads = SimpleNamespace(device=torch.device(device), shape=(1, 2, 5, 64))  # no GPU is needed to ask
+        kernels.flex_attention(heads, heads, heads, seen, 1.0)
+    assert [options["kernel_options"] for options in asked] == [{"BACKEND": "TRITON"}, {}]
 
 
 def test_masks_of_a_mode_do_not_outlive_it():

@@ -50,11 +50,9 @@ def decoded(model, given):
 
 
 def run_case(place, parallel, experts):
-    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-
     model = tiny.model(tiny.config(experts), parallel)
     register_sequence_parallel_hooks(model)
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1 / place.data))
+    model.balance = 1 / place.data
     given, targets = tiny.inputs(BATCH)
     own = torch.arange(BATCH).chunk(place.data)[place.data_rank]
     given, targets = tiny.rows(given, own), targets[own]
@@ -99,7 +97,7 @@ def of_other_routers(*layouts_of_a_world):
     return [(layout, {"backend": next(backends), "router": router}) for layout, router in cases]
 
 
-OTHER = ["expert_choice"]
+OTHER = ["expert_choice", "zero_computation"]
 """Routers that are not MEPA's."""
 TP2, TP2_SP = {"tensor": 2}, {"tensor": 2, "sequence": True}
 ALLGATHER = {"dispatcher": "allgather"}

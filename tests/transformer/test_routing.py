@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from megavar.config.choice import resolve
 from megavar.config.experts.base import ExpertsChoice
@@ -16,14 +15,6 @@ from tests.transformer import tiny
 pytestmark = pytest.mark.usefixtures("one_process")
 LAYOUT = SequenceLayout.of_scales(tiny.SCALES)
 EXPERTS, TOP_K, COEFFICIENT = 4, 2, 0.05
-
-
-@pytest.fixture(autouse=True)
-def balance_gradient_scale():
-    """Megatron-core keeps the factor of injected gradients in the class."""
-    MoEAuxLossAutoScaler.main_loss_backward_scale = None
-    yield
-    MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
 
 def router(padding=0, **changes):
@@ -137,9 +128,9 @@ def test_a_pass_weighs_the_balance_loss():
 
 
 def accumulated_gradient(scope, parts):
-    """Router gradient of the injected loss over micro-batches, as Megatron-core's schedules scale it."""
+    """Router gradient of the injected loss over micro-batches, weighted as the engine does it."""
     made, x = router(balance_scope=scope), hidden(4)
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1 / len(parts)))
+    made.context.balance = 1 / len(parts)
     for part in parts:
         (made(x[:, part])[0] * 0).sum().backward()
     return made.weight.grad

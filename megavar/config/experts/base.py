@@ -44,8 +44,8 @@ class ExpertsChoice(Choice):
 
     @model_validator(mode="after")
     def _check(self) -> "ExpertsChoice":
-        if self.top_k > self.number:
-            raise ValueError(f"top_k={self.top_k} exceeds number={self.number}: lower top_k or add experts")
+        if self.top_k > len(self.targets):
+            raise ValueError(f"top_k={self.top_k} exceeds number={len(self.targets)}: lower top_k or add experts")
         return self
 
     @property
@@ -55,6 +55,11 @@ class ExpertsChoice(Choice):
         The first :attr:`number` are the experts; a router may know more targets, which are no feed-forward networks.
         """
         return tuple(map(str, range(self.number)))
+
+    @property
+    def carried(self) -> int:
+        """float32 numbers per token that the router of a block hands to that of the next one."""
+        return 0
 
     def copies(self, sizes: Sequence[int]) -> float:
         """Experts that compute a token on average: what plans count with.

@@ -2,6 +2,7 @@
 
 from typing import ClassVar, Literal
 
+from megavar.config.base import PathText
 from megavar.config.choice import Choice
 from megavar.config.terms.base import TermChoice
 
@@ -15,14 +16,24 @@ class RecipeChoice(Choice):
     """An algorithm; :class:`megavar.recipes.base.Recipe` is what it configures."""
 
     package: ClassVar[str] = "megavar.config.recipes"
-    trains: ClassVar[Literal["generator", "tokenizer"]]
-    """What a run of it results in: a generator is sampled and scored, a tokenizer's reconstructions are."""
+    trains: ClassVar[Literal["generator", "tokenizer", "teacher"]]
+    """What a run of it results in: a generator is sampled and scored, a tokenizer's reconstructions are, a teacher is
+    used by terms of other runs."""
 
     name: str
     """Which algorithm."""
 
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules that it trains, as ``Recipe.modules`` of its implementation returns them."""
+        return (GENERATOR_MODULE if self.trains == "generator" else TOKENIZER_MODULE,)
+
     def initial_weights_path(self) -> str | None:
         """Weights to begin with, where the recipe has a key of its own for them beside ``train.initial_weights``."""
+        return None
+
+    def trained_choice(self) -> Choice | None:
+        """What a run of it results in, where no section of its own says so (``generator``, ``tokenizer``)."""
         return None
 
     def frozen_weights(self) -> dict[str, str]:
@@ -43,9 +54,9 @@ class RecipeChoice(Choice):
 class GeneratorRecipeChoice(RecipeChoice):
     """An algorithm that trains a generator on the tokens of a frozen tokenizer."""
 
-    trains: ClassVar[Literal["generator", "tokenizer"]] = "generator"
+    trains: ClassVar[Literal["generator", "tokenizer", "teacher"]] = "generator"
 
-    tokenizer_weights: str
+    tokenizer_weights: PathText
     """Trained tokenizer: the directory of a megavar tokenizer run, or a file in a published layout of the tokenizer
     (for VAR's, ``vae_ch160v4096z32.pth``)."""
     terms: tuple[TermChoice, ...] = ()

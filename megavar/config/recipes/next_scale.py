@@ -13,3 +13,6 @@ class NextScaleConfig(GeneratorRecipeChoice):
     """On which scales a step trains: the tokenizer's, or FlexVAR's random lists."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Label smoothing of the cross entropy (VAR: 0)."""
+    cross_entropy_weight: float = Field(1.0, ge=0)
+    """lambda in MEPA Eq. 13 (0.5 in its section 5.1): weighs the cross entropy of teacher forcing against semantic
+    guidance and the balance loss. The logged loss is the cross entropy itself."""

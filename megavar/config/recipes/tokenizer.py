@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from megavar.config.base import Section
+from megavar.config.base import PathText, Section
 from megavar.config.recipes.base import RecipeChoice
 
 
@@ -17,9 +17,9 @@ class PerceptualConfig(Section):
 
     weight: float = Field(1.0, gt=0)
     """Weight lambda_P in VAR Eq. 5 (VQGAN and LlamaGen: 1)."""
-    vgg16_weights: str
+    vgg16_weights: PathText
     """State dict of torchvision's ``vgg16`` (``vgg16-397923af.pth``, ImageNet weights). The classifier is ignored."""
-    lpips_weights: str
+    lpips_weights: PathText
     """LPIPS' linear weights for VGG-16, version 0.1: the file ``lpips/weights/v0.1/vgg.pth`` of the LPIPS package
     (keys ``lin0.model.1.weight`` to ``lin4.model.1.weight``)."""
 
@@ -93,7 +93,7 @@ class TokenizerTrainingConfig(RecipeChoice):
     trains: ClassVar[Literal["generator", "tokenizer"]] = "tokenizer"
 
     name: Literal["tokenizer"] = "tokenizer"
-    initial_weights: str | None = None
+    initial_weights: PathText | None = None
     """A file in VAR's published layout (``vae_ch160v4096z32.pth``), an export or a run to start from; default: fresh
     parameters. Short for ``train.initial_weights: {path: ...}``."""
     l2_weight: float = Field(1.0, ge=0)
@@ -115,6 +115,11 @@ class TokenizerTrainingConfig(RecipeChoice):
         if self.l1_weight + self.l2_weight == 0:
             raise ValueError("l1_weight and l2_weight are both 0: at least one pixel loss has to be positive")
         return self
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The autoencoder, and the discriminator if there is one."""
+        return super().modules if self.adversarial is None else (*super().modules, "discriminator")
 
     def initial_weights_path(self) -> str | None:
         """``initial_weights``."""

@@ -4,6 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from megavar.config.base import PathText
 from megavar.config.suites.base import SuiteChoice
 
 
@@ -22,5 +23,5 @@ class ClassifierSuite(SuiteChoice):
     baselines: bool = True
     """Print the scores of held-out images, class means, training copies and noise beside the model,
     and those of the untrained model."""
-    extractor_cache: str | None = None
+    extractor_cache: PathText | None = None
     """Directory of the classifier (default: the user's cache directory)."""

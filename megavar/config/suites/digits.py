@@ -2,6 +2,7 @@
 
 from typing import ClassVar, Literal
 
+from megavar.config.base import PathText
 from megavar.config.suites.base import SuiteChoice
 
 
@@ -14,5 +15,5 @@ class DigitsSuite(SuiteChoice):
     baselines: bool = True
     """Print the scores of held-out digits, class Gaussians, class means, training copies and noise beside the model,
     and those of the untrained model."""
-    extractor_cache: str | None = None
+    extractor_cache: PathText | None = None
     """Directory of the extractor that is trained on the spot (default: the user's cache directory)."""

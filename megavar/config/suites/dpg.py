@@ -2,6 +2,7 @@
 
 from typing import ClassVar, Literal
 
+from megavar.config.base import PathText
 from megavar.config.suites.base import SuiteChoice
 
 
@@ -11,5 +12,5 @@ class DPGSuite(SuiteChoice):
     implementation: ClassVar[str] = "megavar.evaluation.suites.dpg:DPG"
 
     name: Literal["dpg"] = "dpg"
-    prompts: str
+    prompts: PathText
     """The official repository's folder ``dpg_bench/prompts``."""

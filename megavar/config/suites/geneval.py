@@ -4,6 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from megavar.config.base import PathText
 from megavar.config.suites.base import SuiteChoice
 
 
@@ -13,7 +14,7 @@ class GenEvalSuite(SuiteChoice):
     implementation: ClassVar[str] = "megavar.evaluation.suites.geneval:GenEval"
 
     name: Literal["geneval"] = "geneval"
-    prompts: str
+    prompts: PathText
     """The official repository's ``prompts/evaluation_metadata.jsonl``."""
     per_prompt: int = Field(4, ge=1)
     """Images per prompt."""

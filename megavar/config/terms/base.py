@@ -5,6 +5,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from megavar.config.choice import Choice
+from megavar.config.teachers.base import TeacherChoice
 
 
 class TermChoice(Choice):
@@ -20,3 +21,8 @@ class TermChoice(Choice):
     def frozen_weights(self) -> dict[str, str]:
         """Paths of the weights that it uses and does not train (a teacher's), by what they are."""
         return {}
+
+    @property
+    def teachers(self) -> tuple[TeacherChoice, ...]:
+        """Networks whose features it needs of every image."""
+        return ()

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from megavar.config.token_space import TokenSpace
 from megavar.config.tokenizers.llamagen_vq import LlamaGenVQConfig
-from megavar.tokenizers.convolution import Downsample, ResidualBlock, SplitAttentionBlock, Upsample
+from megavar.tokenizers.convolution import (
+    Downsample,
+    ResidualBlock,
+    SplitAttentionBlock,
+    Upsample,
+    activated,
+    channels_last,
+)
 from megavar.tokenizers.dropout import name_dropouts
 from megavar.tokenizers.llamagen_vq.quantizer import UnitQuantizer
 
@@ -79,10 +86,10 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Encode."""
-        h = self.conv_in(images)
+        h = self.conv_in(channels_last(images))
         for block in [*self.conv_blocks, *self.mid]:
             h = block(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(activated(self.norm_out(h))).contiguous()
 
 
 class Decoder(nn.Module):
@@ -104,14 +111,14 @@ class Decoder(nn.Module):
 
     def last_features(self, latents: Tensor) -> Tensor:
         """Everything before the last convolution: [B, latent_channels, h, w] -> [B, C, H, W]."""
-        h = self.conv_in(latents)
+        h = self.conv_in(channels_last(latents))
         for block in [*self.mid, *self.conv_blocks]:
             h = block(h)
-        return F.silu(self.norm_out(h))
+        return activated(self.norm_out(h))
 
     def forward(self, latents: Tensor) -> Tensor:
         """Decode."""
-        return self.conv_out(self.last_features(latents))
+        return self.conv_out(self.last_features(latents)).contiguous()
 
 
 class LlamaGenVQ(nn.Module):

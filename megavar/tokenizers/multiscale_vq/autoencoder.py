@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from megavar.config.token_space import TokenSpace
 from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
-from megavar.tokenizers.convolution import AttentionBlock, Downsample, ResidualBlock, Upsample
+from megavar.tokenizers.convolution import (
+    AttentionBlock,
+    Downsample,
+    ResidualBlock,
+    Upsample,
+    activated,
+    channels_last,
+)
 from megavar.tokenizers.dropout import name_dropouts, sample_keys
 from megavar.tokenizers.multiscale_vq.quantizer import MultiScaleQuantizer, QuantizerOutput, Scale, height_width
 
@@ -89,10 +96,10 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Encode."""
-        h = self.conv_in(images)
+        h = self.conv_in(channels_last(images))
         for level in self.down:
             h = level(h)
-        return self.conv_out(nn.functional.silu(self.norm_out(self.mid(h))))
+        return self.conv_out(activated(self.norm_out(self.mid(h)))).contiguous()
 
 
 class Decoder(nn.Module):
@@ -121,14 +128,14 @@ class Decoder(nn.Module):
 
     def last_features(self, features: Tensor) -> Tensor:
         """Everything before the last convolution: [B, code_dimension, h, w] -> [B, C, H, W]."""
-        h = self.mid(self.conv_in(features))
+        h = self.mid(self.conv_in(channels_last(features)))
         for level in reversed(self.up):
             h = level(h)
-        return nn.functional.silu(self.norm_out(h))
+        return activated(self.norm_out(h))
 
     def forward(self, features: Tensor) -> Tensor:
         """Decode."""
-        return self.conv_out(self.last_features(features))
+        return self.conv_out(self.last_features(features)).contiguous()
 
 
 class Reconstruction(NamedTuple):

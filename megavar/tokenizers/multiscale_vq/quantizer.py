@@ -99,6 +99,17 @@ def refinements(config: MultiScaleVQConfig) -> nn.Module:
     return PartiallySharedRefinement(phis) if config.refinement == "partially_shared" else nn.ModuleList(phis)
 
 
+class Codes(nn.Embedding):
+    """The code vectors, float32 whatever type holds them: of tokens int64 [...] -> [..., C], or all of them [V, C].
+
+    Nobody else reads ``weight``: under ZeRO-3 it is whole only while this module runs.
+    """
+
+    def forward(self, ids: Tensor | None = None) -> Tensor:
+        """Look up ``ids``; None: a copy of all code vectors, without gradient."""
+        return self.weight.detach().float().clone() if ids is None else F.embedding(ids, self.weight.float())
+
+
 class ScaleStep(NamedTuple):
     """What happens at one scale. H, W is the full map, h, w the scale."""
 
@@ -143,7 +154,7 @@ class MultiScaleQuantizer(nn.Module):
         self.commitment_weight = config.commitment_weight
         self.quant_resi = refinements(config)
         self.refinement_convolutions = config.refinement_convolutions
-        self.embedding = nn.Embedding(config.vocabulary_size, config.code_dimension)
+        self.embedding = Codes(config.vocabulary_size, config.code_dimension)
         # Running mean of the usage per scale. Part of the published checkpoints, unused in encoding and decoding; the
         # training recipe keeps it up to date and finds dead codes with it.
         self.register_buffer("ema_vocab_hit_SV", torch.zeros(len(config.scales), config.vocabulary_size))
@@ -158,12 +169,12 @@ class MultiScaleQuantizer(nn.Module):
 
     def embed(self, ids: Tensor) -> Tensor:
         """Code vectors of tokens: int64 [...] -> float32 [..., C]."""
-        return F.embedding(ids, self.embedding.weight.float())
+        return self.embedding(ids)
 
     @torch.no_grad()
     def nearest(self, vectors: Tensor) -> Tensor:
         """The nearest code of every vector: float32 [N, C] -> int64 [N]. Ties go to the lower index."""
-        codes = self.embedding.weight.float()
+        codes = self.embedding()
         rows = max(1, _DISTANCE_ELEMENTS // self.vocabulary_size)
         return torch.cat([self._nearest(chunk, codes) for chunk in vectors.split(rows)])
 

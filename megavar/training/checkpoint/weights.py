@@ -21,6 +21,9 @@ from megavar.training.checkpoint.state import (
     tensor_place,
 )
 
+HEADS = "heads."
+"""Beginning of the names of heads that a recipe's terms train beside a generator."""
+
 
 def find_checkpoint(path: Path, verify: bool = True) -> tuple[Path, Manifest]:
     """The checkpoint meant by ``path``: a checkpoint, a directory of checkpoints or a run directory (their newest).
@@ -104,11 +107,21 @@ def read_weights(
 
 @torch.no_grad()
 def load_weights(
-    target: nn.Module, path: Path, module: str | None = None, ema: bool = False, verify: bool = True
+    target: nn.Module,
+    path: Path,
+    module: str | None = None,
+    ema: bool = False,
+    verify: bool = True,
+    *,
+    whole: bool = False,
 ) -> Manifest:
     """Fill the parameters and buffers of ``target``, which may be one rank's part of any layout (not of ZeRO-3).
 
     Every rank calls it and reads what it needs, without communication. Arguments as in :func:`read_weights`.
+
+    Args:
+        whole: ``target`` is the whole model, so the checkpoint may have no other tensors than its; heads of a recipe's
+            terms are no part of a model.
 
     Returns:
         The manifest of the checkpoint.
@@ -122,6 +135,12 @@ def load_weights(
     parameters, buffers = dict(target.named_parameters()), persistent_buffers(target)
     names = logical_by_parameter(target)
     values, templates = {}, {}
+    own = {tensor.name for tensors in names.values() for tensor in tensors}
+    if whole and (foreign := sorted(name for name in entry.tensors.keys() - own if not name.startswith(HEADS))):
+        raise CheckpointError(
+            f"{path} is a checkpoint of another model: {module} has {', '.join(foreign[:4])} there and not here. "
+            f"Give the configuration the checkpoint was trained with."
+        )
     for parameter, tensors in names.items():
         values[parameter] = torch.empty(parameters[parameter].shape, dtype=torch.float32)
         for tensor in tensors:
@@ -147,6 +166,17 @@ def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shape of every logical tensor and persistent buffer of which ``module`` holds a part, by name."""
     shapes = {tensor.name: tensor.shape for tensors in logical_by_parameter(module).values() for tensor in tensors}
     return shapes | {name: tuple(buffer.shape) for name, buffer in persistent_buffers(module).items()}
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """The logical tensors and persistent buffers of a module that is whole on this rank, by name."""
+    parameters = dict(module.named_parameters())
+    tensors = {
+        tensor.name: tensor.local(parameters[parameter]).detach()
+        for parameter, logical in logical_by_parameter(module).items()
+        for tensor in logical
+    }
+    return tensors | dict(persistent_buffers(module))
 
 
 @torch.no_grad()

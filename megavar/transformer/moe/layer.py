@@ -4,6 +4,7 @@ import functools
 from copy import copy
 from typing import Any
 
+import torch
 from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
@@ -109,17 +110,34 @@ class ExpertFeedForward(nn.Module):
         self.moe: Any = _build_mixture(choose_backend(experts.backend, config), config, router)
         self._even = functools.partial(EvenMixture, config=config, experts=experts)
 
+    @property
+    def one_graph(self) -> bool:
+        """Whether Dynamo traces the layer: Megatron-core's dispatchers and other packages' layers stay outside."""
+        return isinstance(self.moe, LocalMixture)
+
     def spread_evenly(self) -> None:
         """Give all experts equal loads whatever the router says, to measure what the layer costs (see ``even.py``)."""
         self.moe = self._even(self.moe.router)
+
+    def prepare(self, context: ForwardContext, device: torch.device) -> None:
+        """Make what routers ask of a pass."""
+        context.kind_index(device), context.counted_rows(device)
 
     def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
         """[L, B, C] -> [L, B, C]."""
         self.moe.router.context = context
         if self.scatter:
             hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden)
-        output, _ = self.moe(hidden, self.moe.router(hidden))
+        routing = self.moe.router(hidden)
+        exchange = self.moe if self.one_graph else self._outside_of_graphs
+        output, _ = exchange(hidden if routing.input_scale == 1.0 else hidden * routing.input_scale, routing)
+        if routing.beside is not None:
+            output = output + routing.beside
         if self.scatter:
             # Every rank goes on with all tokens and computes the same gradient: keep this rank's rows of it.
             output = tensor_parallel.gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=False)
         return output
+
+    @torch.compiler.disable
+    def _outside_of_graphs(self, hidden: Tensor, routing: Routing) -> tuple[Tensor, None]:
+        return self.moe(hidden, routing)

@@ -52,7 +52,7 @@ def arrange(assignment: Tensor, bounds: Bounds) -> Arrangement:
     places = torch.where(chosen, counted - 1, bounds.rows).view(experts, tokens).t()
     copies = places if bounds.copies == experts else places.sort(-1).values[:, : bounds.copies]
     kept = None if bounds.every_row else (own < experts)[:, None]
-    last = torch.arange(tokens - 1, experts * tokens, tokens, device=assignment.device)
+    last = torch.arange(1, experts + 1, device=assignment.device) * tokens - 1
     ends = counted[last].to(torch.int32)
     own = own.clamp(max=experts - 1)
     return Arrangement(Segments(ends, own, kept), token, token * experts + own, copies, places.reshape(-1, 1))

@@ -9,25 +9,25 @@
             return F.linear(hidden.float(), self.weight.float()).softmax(-1)
 
 and its choice (a subclass of ``ExpertsChoice`` with a tag of its own) names the class. Gates, balance loss, statistics,
-padding and sequence parallelism are here; :meth:`Router.choose`, :meth:`Router.bounds` and :meth:`Router.balance` may
-be replaced.
+padding and sequence parallelism are here; and what follows :meth:`Router.scores` may be replaced.
 
 Shapes: L rows of this rank, B samples, M targets (``ExpertsChoice.targets``: the experts, and after them what else a
 router knows), m experts per token.
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megavar.config.experts.base import ExpertsChoice
+from megavar.parallel.parameter_rule import ParameterRule
 from megavar.transformer.context import ForwardContext, RoutingRecord
-from megavar.transformer.moe.routing import Bounds, balance_loss, top_k_gates
+from megavar.transformer.moe.routing import Bounds, WithLoss, balance_loss, top_k_gates
 
 
 class Routing(NamedTuple):
@@ -39,6 +39,23 @@ class Routing(NamedTuple):
     """bool [T, E]."""
     bounds: Bounds
     """What ``assignment`` keeps to."""
+    input_scale: float = 1.0
+    """What the experts' input is multiplied with."""
+    beside: Tensor | None = None
+    """What targets that are no experts add to the output, [L, B, C]."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of the sequence, ``start`` to ``stop``. (A ``range`` would tie a compiled graph to their number.)"""
+
+    start: int
+    stop: int
+
+    @property
+    def count(self) -> int:
+        """How many."""
+        return self.stop - self.start
 
 
 class Router(nn.Module, ABC):
@@ -46,6 +63,9 @@ class Router(nn.Module, ABC):
 
     The layer around it sets ``context`` before every call.
     """
+
+    input_scale = 1.0
+    """See :attr:`Routing.input_scale`."""
 
     def __init__(self, config: TransformerConfig, experts: ExpertsChoice, *, block: int, kinds: int) -> None:
         """Build the router of block ``block``.
@@ -65,6 +85,16 @@ class Router(nn.Module, ABC):
         parameter = nn.Parameter(torch.empty(shape, dtype=self._dtype))
         parameter.sequence_parallel = self.tokens_sharded  # type: ignore[attr-defined]
         return parameter
+
+    @classmethod
+    def initial_value(cls, name: str, value: Tensor, generator: torch.Generator) -> bool:
+        """Fill the parameter ``name``, float32, and say so; default: the generator's rule for linear layers does."""
+        return False
+
+    @classmethod
+    def rule(cls, name: str) -> ParameterRule | None:
+        """How the parameter ``name`` is trained; default: as the generator says."""
+        return None
 
     @abstractmethod
     def scores(self, hidden: Tensor, kinds: Tensor) -> Tensor:
@@ -86,15 +116,23 @@ class Router(nn.Module, ABC):
         """
         return top_k_gates(scores, self.experts.top_k)
 
-    def bounds(self, rows: range, samples: int) -> Bounds:
+    def bounds(self, rows: Rows, samples: int) -> Bounds:
         """What :meth:`choose` keeps to for this rank's ``rows``, so that buffers need no count from the device.
 
         Default: exactly m copies of each token, or up to E where the choice says that the number varies.
         """
-        tokens = len(rows) * samples
+        tokens = rows.count * samples
         if self.experts.variable_number:
             return Bounds(self.experts.number, tokens * self.experts.number)
         return Bounds(self.experts.top_k, tokens * self.experts.top_k, every_token=True, every_row=True)
+
+    def kept(self, chosen: Tensor, counted: Tensor) -> Tensor:
+        """Which of the chosen pairs are computed, bool [L, B, M]. Default: all; nothing is dropped."""
+        return chosen
+
+    def beside(self, hidden: Tensor, gates: Tensor) -> Tensor | None:
+        """What targets that are no experts add to the output, from the experts' input [L, B, C] and [L, B, M]."""
+        return None
 
     def balance(self, scores: Tensor, assignment: Tensor, counted: Tensor) -> Tensor:
         """The loss that keeps experts in use, a float32 scalar. Default: MEPA Eq. 10 by image or by micro-batch.
@@ -122,32 +160,38 @@ class Router(nn.Module, ABC):
         assert self.context is not None
         kinds, counted = self._rows(hidden)
         scores = self.scores(hidden, kinds.clamp(min=0))
-        gates, assignment = self.choose(scores)
-        loss = self.balance(scores, assignment, counted)
+        gates, chosen = self.choose(scores)
+        loss = self.balance(scores, chosen, counted)
+        assignment = self.kept(chosen, counted)
+        if assignment is not chosen:
+            gates = gates * assignment
         if self.context.routing is not None:
             self._record(assignment, kinds, counted, loss)
         coefficient = self.experts.balance_coefficient * self.context.balance
         if torch.is_grad_enabled() and coefficient > 0:
-            gates = MoEAuxLossAutoScaler.apply(gates, coefficient * loss)
+            gates = WithLoss.apply(gates, coefficient * loss)
         experts = slice(self.experts.number)
+        given = hidden if self.input_scale == 1.0 else hidden * self.input_scale
         return Routing(
             gates[..., experts].flatten(0, 1).to(hidden.dtype),
             assignment[..., experts].flatten(0, 1),
             self.bounds(self._own_rows(hidden.shape[0]), hidden.shape[1]),
+            self.input_scale,
+            self.beside(given, gates),
         )
 
-    def _own_rows(self, length: int) -> range:
+    def _own_rows(self, length: int) -> Rows:
         """Numbers of this rank's ``length`` rows in the sequence."""
         assert self.context is not None
         first = self.context.first_row(length)
-        return range(first, first + length)
+        return Rows(first, first + length)
 
     def _rows(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Kind of each of this rank's rows, int64 [L] (padding: negative), and what counts, float32 [L, 1 or B]."""
         assert self.context is not None
         own = self._own_rows(hidden.shape[0])
         rows = slice(own.start, own.stop)
-        kinds = self.context.sequence.kind_index(hidden.device)
+        kinds = self.context.kind_index(hidden.device)
         return kinds[rows], self.context.counted_rows(hidden.device)[rows].float()
 
     @torch.no_grad()
@@ -162,7 +206,7 @@ class Router(nn.Module, ABC):
             numbers = torch.arange(self.experts.number + 1, device=kinds.device)  # none to all
             found = assignment[..., : self.experts.number].sum(-1)[..., None] == numbers
             met = _by_kind((found * counted[..., None]).sum(1), kinds, self.kinds)
-        self.context.routing.append(RoutingRecord(self.block, load, loss.detach(), met))
+        self.context.routing.append(RoutingRecord(load, loss.detach(), met))
 
 
 def _by_kind(values: Tensor, kinds: Tensor, number: int) -> Tensor:

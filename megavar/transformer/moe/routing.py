@@ -4,6 +4,7 @@ T tokens, M experts, m experts per token.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,3 +53,21 @@ def balance_loss(assigned: Tensor, score_sum: Tensor, tokens: int | Tensor) -> T
     """
     experts = score_sum.shape[-1]
     return experts * ((assigned / tokens) * (score_sum / tokens)).sum(-1)
+
+
+class WithLoss(torch.autograd.Function):
+    """Gates as they are; the backward pass adds a loss of which nobody else knows to the loss that it comes from.
+
+    What Megatron-core's ``MoEAuxLossAutoScaler`` does with a factor that lies in its class, where no graph can be
+    traced. Here who scales the loss scales what is given.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor, loss: Tensor) -> Tensor:
+        """``loss`` is a scalar."""
+        return gates.view_as(gates)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """One for the loss."""
+        return gradients[0], gradients[0].new_ones((), dtype=torch.float32)

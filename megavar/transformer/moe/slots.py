@@ -33,7 +33,7 @@ def assign_slots(routing: Routing, top_k: int, group: dist.ProcessGroup) -> Slot
         routing: with ``top_k`` experts for each token.
         group: the ranks that share the experts; they agree on one capacity.
     """
-    gates, assignment, _ = routing
+    gates, assignment = routing.gates, routing.assignment
     place_in_expert = assignment.cumsum(0) - 1
     capacity = place_in_expert[-1].max() + 1
     if group.size() > 1:

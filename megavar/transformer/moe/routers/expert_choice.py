@@ -14,7 +14,7 @@ from torch import Tensor
 from megavar.config.experts.expert_choice import ExpertChoiceExperts
 from megavar.errors import ConfigError
 from megavar.transformer.context import ForwardContext
-from megavar.transformer.moe.router import Router
+from megavar.transformer.moe.router import Router, Rows
 from megavar.transformer.moe.routing import Bounds
 
 
@@ -52,11 +52,11 @@ class ExpertChoiceRouter(Router):
         best = _best(scores.reshape(len(one), 1, -1), one, counted.reshape(-1, 1), 1, self.experts)
         return best.view(scores.shape)
 
-    def bounds(self, rows: range, samples: int) -> Bounds:
+    def bounds(self, rows: Rows, samples: int) -> Bounds:
         """Experts x k of every group, exactly, where a rank has all rows and all of them count."""
         context, group, number = self._context(), self._group(), self.experts.number
         if group == "batch":
-            taken = min(self.experts.tokens_per_expert(context.sequence.tokens * samples), len(rows) * samples)
+            taken = min(self.experts.tokens_per_expert(context.sequence.tokens * samples), rows.count * samples)
             return Bounds(number, number * taken, every_row=False)
         segments = context.sequence.bounds if group == "image_scale" else ((0, context.sequence.tokens),)
         total = 0

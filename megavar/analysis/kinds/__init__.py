@@ -1,0 +1,1 @@
+"""One module per kind of analysis; each is named by a choice in ``config/analyses``."""

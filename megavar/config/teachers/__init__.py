@@ -1,0 +1,1 @@
+"""Teachers: one module per network; see :mod:`megavar.config.teachers.base`."""

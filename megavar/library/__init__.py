@@ -1,0 +1,1 @@
+"""The library's door, for other programs: ``megavar.load`` and what it returns."""

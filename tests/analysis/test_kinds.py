@@ -1,0 +1,73 @@
+"""The mathematics of the analyses on data whose answer is known."""
+
+import math
+
+import numpy as np
+import pytest
+
+from megavar.analysis.kinds.convergence import Curve, smoothed, speed_up
+from megavar.analysis.kinds.expert_load import load_metrics, normalized
+from megavar.analysis.kinds.routing_maps import as_map, map_metrics
+from megavar.analysis.kinds.scale_features import linear_cka, separation
+
+SMOE = (11.35, 5.61, 9.13, 5.18, 5.71, 9.23, 11.32, 6.46)
+STMOE = (7.92, 7.64, 11.56, 6.91, 6.44, 7.54, 8.31, 7.67)
+
+
+@pytest.mark.parametrize(("loads", "variance"), [(SMOE, 6.62), (STMOE, 2.41)])
+def test_loads_of_the_paper_give_its_variance(loads, variance):
+    """MEPA Table 1: whatever the number of tokens was, and with the sample variance."""
+    layers = np.array([loads, loads]) * np.array([[1000.0], [3000.0]])
+    metrics = load_metrics(layers)
+    assert metrics["variance"] == pytest.approx(variance, abs=0.006)
+    assert [metrics[f"expert_{number}"] for number in range(1, 9)] == pytest.approx(loads, abs=0.01)
+
+
+def test_uneven_layers_are_seen_although_their_mean_is_even():
+    counts = np.array([[20, 0], [0, 20]])
+    metrics = load_metrics(counts)
+    assert metrics["variance"] == 0 and metrics["unused"] == 2
+    assert metrics["variance_of_a_layer"] == pytest.approx(np.var([16, 0], ddof=1))
+    assert normalized(counts[0]).sum() == 16
+
+
+def test_maps_of_a_router_by_scale_have_no_places():
+    by_scale = [np.stack([np.full((side, side), value) for value in given]) for side, given in
+                ((1, (1.0, 0.0)), (2, (0.0, 1.0)))]  # fmt: skip
+    assert map_metrics(by_scale) == {"experts_used": 2.0, "scale_bits": 1.0, "spatial_deviation": 0.0}
+    by_place = [np.array([[[1.0, 0.0]], [[0.0, 1.0]]]), np.array([[[0.0, 1.0]], [[1.0, 0.0]]])]
+    metrics = map_metrics(by_place)
+    assert metrics["scale_bits"] == 0 and metrics["spatial_deviation"] == pytest.approx(0.5)
+
+
+def test_rows_are_laid_out_row_by_row():
+    rows = np.arange(12).reshape(6, 2)
+    assert as_map(rows).shape == (2, 1, 6)
+    assert np.array_equal(as_map(rows[:4])[0], [[0, 2], [4, 6]])
+
+
+def test_scales_that_lie_apart_are_told_from_those_that_do_not():
+    points = np.random.default_rng(0).normal(size=(120, 6))
+    scale = np.repeat([1, 2, 3], 40)
+    mixed, apart = separation(points, scale), separation(points + 20 * np.eye(6)[scale], scale)
+    assert apart["explained"] > 0.95 and apart["silhouette"] > 0.7 and apart["same_scale_neighbours"] == 1
+    assert mixed["explained"] < 0.1 and mixed["silhouette"] < 0.05 and mixed["same_scale_neighbours"] < 0.5
+
+
+def test_cka_is_that_of_gram_matrices():
+    """Feature form against Kornblith's Eq. 4 on Gram matrices; blind to rotation and scale."""
+    random = np.random.default_rng(1)
+    x, y = random.normal(size=(30, 5)), random.normal(size=(30, 7))
+    centre = np.eye(30) - 1 / 30
+    k, m = centre @ x @ x.T @ centre, centre @ y @ y.T @ centre
+    assert linear_cka(x, y) == pytest.approx((k * m).sum() / math.sqrt((k * k).sum() * (m * m).sum()))
+    rotation = np.linalg.qr(random.normal(size=(5, 5)))[0]
+    assert linear_cka(x, 3 * x @ rotation) == pytest.approx(1)
+
+
+def test_speed_up():
+    steps = np.arange(1.0, 101)
+    slow, fast = Curve(steps, steps, 100 - steps), Curve(steps, steps, 100 - 2 * steps)
+    assert smoothed(slow.values)[-1] == pytest.approx(2)  # the mean of the last five
+    assert speed_up(fast, slow) == pytest.approx(2, abs=0.05)
+    assert math.isinf(speed_up(slow, fast))

@@ -1,0 +1,72 @@
+"""Analyses of a real run through the command line: data, pictures, and what a router by scale must show."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megavar.__main__ import main
+from megavar.errors import ExitCode
+from tests.end_to_end.conftest import ROOT, megavar, overrides
+
+pytestmark = pytest.mark.end_to_end
+SMALL = ("analysis.images=24", "analysis.batch=10")
+
+
+@pytest.fixture(autouse=True)
+def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="module")
+def by_scale(tmp_path_factory: pytest.TempPathFactory, tokenizer_run: Path) -> Path:
+    """A run whose tokens are routed by their scale alone."""
+    directory = tmp_path_factory.mktemp("by_scale") / "run"
+    more = ("generator.experts.router=scale", "train.steps=2", "run.name=by-scale")
+    outcome = megavar("train", "configs/quickstart.yaml", *overrides(directory, tokenizer_run, *more))
+    assert outcome.code == 0, outcome.output
+    return directory
+
+
+def analyze(kind: str, out: Path, *arguments: str) -> dict:
+    assert main(["analyze", kind, *arguments, "--out", str(out)]) == ExitCode.FINISHED
+    for picture in out.glob(f"{kind}*.png"):
+        assert Image.open(picture).width > 300
+    return json.loads((out / f"{kind}.json").read_text())
+
+
+def test_loads_and_maps(tiny_run: Path, by_scale: Path, tmp_path: Path) -> None:
+    loads = analyze("expert_load", tmp_path, str(tiny_run), "--beside", str(by_scale), *SMALL)
+    assert sum(loads["metrics"][f"expert_{number}"] for number in range(1, 9)) == pytest.approx(64)
+    counts = np.load(tmp_path / "expert_load.npz")
+    assert {name: counts[name].sum(1).tolist() for name in counts} == {
+        name: [24 * 21 * 3] * 2 for name in ("quickstart", "by-scale")
+    }
+    maps = analyze("routing_maps", tmp_path, str(by_scale), "--beside", str(tiny_run), *SMALL)["values"]
+    assert maps["by-scale"]["spatial_deviation"] == 0 < maps["quickstart"]["spatial_deviation"]
+    found = np.load(tmp_path / "routing_maps.npz")
+    assert found["quickstart/block_1/scale_3"].shape == (8, 4, 4)
+    assert found["quickstart/block_1/scale_3"].sum(0) == pytest.approx(np.full((4, 4), 3.0))  # top 3 everywhere
+    totals = sum(24 * found[f"quickstart/block_0/scale_{scale}"].sum((1, 2)) for scale in (1, 2, 3))
+    assert totals == pytest.approx(counts["quickstart"][0])
+    assert len(list(tmp_path.glob("routing_maps*.png"))) == 4
+
+
+def test_features_convergence_and_times(tiny_run: Path, by_scale: Path, tmp_path: Path) -> None:
+    features = analyze("scale_features", tmp_path, str(tiny_run), "analysis.points=24", *SMALL)
+    assert 0 < features["metrics"]["explained"] < 1
+    assert len(np.load(tmp_path / "scale_features.npz")["quickstart/places"]) == 3 * 24
+    curves = analyze("convergence", tmp_path, str(tiny_run), "--beside", str(by_scale), *SMALL)
+    held_out = curves["values"]["quickstart"]["loss on test images"]
+    assert len(held_out) >= 2 and held_out[-1] < held_out[0]
+    times = analyze("times", tmp_path, str(tiny_run), "analysis.repeats=1")
+    assert times["metrics"]["seconds_per_image"] > 0 and times["metrics"]["epoch_minutes"] > 0
+
+
+def test_slips_are_named(tiny_run: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["analyze", "expert_lode", str(tiny_run)]) == ExitCode.CONFIGURATION
+    assert "Did you mean 'expert_load'" in capsys.readouterr().err
+    assert main(["analyze", "expert_load", str(tiny_run), "analysis.imags=3"]) == ExitCode.CONFIGURATION
+    assert "Did you mean 'images'" in capsys.readouterr().err

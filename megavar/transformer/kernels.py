@@ -171,16 +171,18 @@ SMALLEST_FLEX_HEAD = 16
 
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Tensor:
     """[B, H, L, D] by FlexAttention; a part of the graph where a block is compiled."""
-    if (size := v.shape[-1]) < SMALLEST_FLEX_HEAD:  # channels of zeros change no score, and give zeros
-        q, k, v = (F.pad(part, (0, SMALLEST_FLEX_HEAD - size)) for part in (q, k, v))
     from torch.nn.attention import flex_attention
 
+    narrow = (size := v.shape[-1]) < SMALLEST_FLEX_HEAD
+    if narrow:  # channels of zeros change no score, and give zeros
+        q, k, v = (F.pad(part, (0, SMALLEST_FLEX_HEAD - size)) for part in (q, k, v))
     plain: Callable[..., Any] = flex_attention.flex_attention
     function = plain if torch.compiler.is_compiling() else _flex_function()
-    return function(
+    output: Tensor = function(
         q, k, v, block_mask=visibility.block_mask(q.device), scale=scale, enable_gqa=q.shape[1] != k.shape[1],
         kernel_options=flex_options(q.device),
-    )[..., :size]  # fmt: skip
+    )  # fmt: skip
+    return output[..., :size] if narrow else output
 
 
 @dataclass(frozen=True)

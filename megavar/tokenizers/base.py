@@ -77,9 +77,7 @@ class Pyramid(Codebook, Protocol):
         """
         ...
 
-    def grow(
-        self, state: Any, ids: Tensor, k: int, sides: Sequence[int] | None = None
-    ) -> tuple[Any, Tensor | None]:
+    def grow(self, state: Any, ids: Tensor, k: int, sides: Sequence[int] | None = None) -> tuple[Any, Tensor | None]:
         """One step of decoding: take in the ids [B, L_k] of scale k.
 
         Args:

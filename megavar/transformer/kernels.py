@@ -157,6 +157,10 @@ def _flex_function() -> Callable[..., Any]:
     return torch.compile(function) if torch.cuda.is_available() else function
 
 
+_SMALLEST_HEAD = 16
+"""Of FlexAttention's Triton kernels."""
+
+
 def flex_options(device: torch.device) -> dict[str, Any]:
     """FlexAttention's Triton backend on CUDA, whatever else is installed or becomes its default.
 
@@ -165,24 +169,20 @@ def flex_options(device: torch.device) -> dict[str, Any]:
     return {"BACKEND": "TRITON"} if device.type == "cuda" else {}
 
 
-SMALLEST_FLEX_HEAD = 16
-"""Triton multiplies no smaller matrices."""
-
-
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> Tensor:
     """[B, H, L, D] by FlexAttention; a part of the graph where a block is compiled."""
     from torch.nn.attention import flex_attention
 
-    narrow = (size := v.shape[-1]) < SMALLEST_FLEX_HEAD
-    if narrow:  # channels of zeros change no score, and give zeros
-        q, k, v = (F.pad(part, (0, SMALLEST_FLEX_HEAD - size)) for part in (q, k, v))
     plain: Callable[..., Any] = flex_attention.flex_attention
     function = plain if torch.compiler.is_compiling() else _flex_function()
-    output: Tensor = function(
+    size, missing = q.shape[-1], _SMALLEST_HEAD - q.shape[-1]
+    if missing > 0:  # channels of zeros change nothing
+        q, k, v = (F.pad(heads, (0, missing)) for heads in (q, k, v))
+    output = function(
         q, k, v, block_mask=visibility.block_mask(q.device), scale=scale, enable_gqa=q.shape[1] != k.shape[1],
         kernel_options=flex_options(q.device),
     )  # fmt: skip
-    return output[..., :size] if narrow else output
+    return output[..., :size] if missing > 0 else output
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,8 @@ def tokenizer_of(case: Case) -> LlamaGenVQ:
     assert given["decoder_ch_mult"] == given["encoder_ch_mult"]
     model = LlamaGenVQ(config)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    model.load_state_dict(LlamaGenVQLayout(config, config.space).load(case.under("weights."), expected))
+    loaded = LlamaGenVQLayout(config, config.space).load(case.under("weights."), expected)
+    model.load_state_dict(loaded | {"quantize.usage_average": model.quantize.usage_average})
     return model
 
 

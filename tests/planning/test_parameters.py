@@ -1,9 +1,12 @@
 """Measured parameter counts are the published ones."""
 
 import pytest
+import torch
 
+from megavar.config.experts.base import ExpertsChoice
 from megavar.config.generators.var import SCALES, VARConfig
 from megavar.config.parallel import ParallelConfig
+from megavar.generators.var import VAR
 from megavar.planning.measure import Request, measure
 from megavar.planning.workload import count_parameters
 from tests.planning.models import MEPA, space_of
@@ -18,6 +21,7 @@ PUBLISHED = [
     (VARConfig(depth=12, experts=MEPA), 256, 529.9e6, 246.60e6),
     (VARConfig(depth=16, experts=MEPA), 256, 1250.5e6, 579.01e6),
     (VARConfig(depth=20, experts=MEPA), 256, 2.44e9, 1.126e9),
+    (VARConfig(depth=16, experts=ExpertsChoice.make(router="zero_computation")), 256, 1_250_678_128, 418.02e6),
 ]
 SMALL = VARConfig(depth=4, width=64, heads=4, experts=MEPA)
 
@@ -34,6 +38,39 @@ def test_counts_are_the_published_ones(costs, number):
     counted = count_parameters(config, space_of(SCALES[resolution]), costs[number])
     assert counted.total == pytest.approx(total, rel=2e-3 if total == 2.44e9 else 1e-4)
     assert counted.activated == (counted.total if activated is None else pytest.approx(activated, rel=5e-4))
+
+
+def expert_size(width):
+    """A feed-forward network: two matrices of width x 4 width, and their biases."""
+    return 8 * width * width + 5 * width
+
+
+ROUTERS = {
+    "scale_token": (3.0, lambda width, depth: 0),
+    "scale": (3.0, lambda width, depth: 10 * width * depth),  # an embedding of each of 10 scales in every block
+    "expert_choice": (8 * 256 / 680, lambda width, depth: 0),  # 1 + 2 + 3 + 6 + 9 + 14 + 24 + 38 + 63 + 96
+    "zero_computation": (  # 4 more rows, 2 constants of 3 vectors; scores to scores in every block but the first
+        3 * 0.75 * 8 / (0.75 * 8 + 4), lambda width, depth: 10 * width * depth + 144 * (depth - 1),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("single_process")
+@pytest.mark.parametrize("depth", [12, 16, 20])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_every_router_has_the_counts_that_its_tensors_add_up_to(router, depth):
+    copies, own = ROUTERS[router]
+    width, space = 64 * depth, space_of()
+    with torch.device("meta"):
+        dense = VAR(VARConfig(depth=depth), space)
+        experts = ExpertsChoice.make(router=router)
+        mixture = VAR(VARConfig(depth=depth, experts=experts), space)
+    sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in (dense, mixture)]
+    assert sizes[1] - sizes[0] == depth * (7 * expert_size(width) + 8 * width) + own(width, depth)
+    assert experts.copies(space.sizes) == pytest.approx(copies)
+    activated = sizes[1] - depth * expert_size(width) * (8 - experts.copies(space.sizes))
+    listed = {("scale_token", 12): 246.60e6, ("scale_token", 16): 579.01e6, ("zero_computation", 16): 418.02e6}
+    assert activated == pytest.approx(listed.get((router, depth), activated), rel=1e-5)
 
 
 def test_pipeline_stages_hold_the_whole_model_together(costs):

@@ -58,9 +58,12 @@ def convert(*arguments):
 @pytest.fixture
 def dense(tmp_path):
     """A run directory with a dense VAR, whose recipe also trained a head."""
-    root = tmp_path / "dense"
+    return run_of(tmp_path / "dense", {})
+
+
+def run_of(root, generator):
     root.mkdir()
-    (root / "config.yaml").write_text(yaml.safe_dump(DENSE))
+    (root / "config.yaml").write_text(yaml.safe_dump(DENSE | {"generator": DENSE["generator"] | generator}))
     shapes = shapes_of(build(load_config(root / "config.yaml"), "meta"))
     write_weights(root / "checkpoints", "generator", random_tensors(shapes | {"heads.guidance.weight": (3, 5)}))
     return root
@@ -136,6 +139,19 @@ def test_experts_go_out_and_come_back(backend, old, tmp_path, capsys):
     assert convert(old / "generator", tmp_path / "public.pth") == 2
     assert "VAR with experts has no counterpart" in capsys.readouterr().err
     assert not (tmp_path / "public.pth").exists()
+
+
+def test_what_a_router_holds_goes_out_and_comes_back(tmp_path):
+    run = run_of(tmp_path / "run", {"experts": {"router": "zero_computation", "number": 4, "top_k": 2}})
+    file, expected = tmp_path / "ours.safetensors", without_heads(read_weights(run))
+    assert convert(run, file) == 0
+    assert_same(load_file(file), expected)
+    model = build(load_config(run / "config.yaml"), "cpu")
+    fill(model, read_weights_file(file, shapes_of(model), {}))
+    found = {name: value for name, value in model.named_parameters() if ".moe.router." in name}
+    assert {"residual", "constant", "constant_weight", "weight"} == {name.rpartition(".")[2] for name in found}
+    for name, parameter in found.items():
+        assert torch.equal(parameter, expected[name]), name
 
 
 def test_a_tokenizer_goes_out_and_comes_back_with_its_buffers(old, tmp_path):

@@ -145,7 +145,7 @@ def random_lists(experts, kernel, steps):
     return graphs_of(run)[1:]
 
 
-LISTS = [(None, "auto", 200), (GROUPED, "auto", 60), (None, "flex", 60)]
+LISTS = [(None, "auto", 200), (GROUPED, "auto", 30), (None, "flex", 30)]
 
 
 @pytest.mark.parametrize(("experts", "kernel", "steps"), LISTS)

@@ -49,9 +49,9 @@ def visibility(layout, padded):
     return Visibility(layout, valid)
 
 
-def heads(layout, groups, device="cpu", requires_grad=False):
+def heads(layout, groups, device="cpu", requires_grad=False, size=8):
     generator = torch.Generator().manual_seed(layout.length)
-    shapes = [(3, count, layout.length, 8) for count in (4, groups, groups)]
+    shapes = [(3, count, layout.length, size) for count in (4, groups, groups)]
     return [torch.randn(shape, generator=generator).to(device).requires_grad_(requires_grad) for shape in shapes]
 
 
@@ -123,12 +123,12 @@ def test_kernel_equals_a_loop_over_queries(case, outputs):
     assert changed == 0, "somebody saw padding"
 
 
-def gradients(kernel, layout, groups, padded, device="cpu"):
-    q, k, v = heads(layout, groups, device, requires_grad=True)
+def gradients(kernel, layout, groups, padded, device="cpu", size=8):
+    q, k, v = heads(layout, groups, device, True, size)
     seen = visibility(layout, padded)
     if seen.valid is not None:
         seen.valid = seen.valid.to(device)
-    out = KERNELS[kernel].function(q, k, v, seen, 1 / math.sqrt(8))[:, :, : layout.tokens]
+    out = KERNELS[kernel].function(q, k, v, seen, 1 / math.sqrt(size))[:, :, : layout.tokens]
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(device)
     return torch.autograd.grad((out * weights).sum(), (q, k, v))
 
@@ -146,7 +146,7 @@ def test_kernel_and_dense_have_the_same_gradients(case):
 def test_flex_and_dense_have_the_same_gradients(case):
     _, number, groups, padded = case
     layout = LAYOUTS[number]
-    given = (layout, groups, padded, "cuda")
+    given = (layout, groups, padded, "cuda", 64)  # where FlexAttention's FLASH backend is wrong
     for flex, dense in zip(gradients("flex", *given), gradients("dense", *given)):
         torch.testing.assert_close(flex, dense, rtol=1e-4, atol=1e-4)
 
@@ -198,7 +198,7 @@ def compilations_of_text(steps):
 
 
 def test_a_new_list_of_scales_in_every_step_compiles_a_bounded_number_of_times():
-    found = run_ranks(1, compilations, 200, timeout=300)[0]
+    found = run_ranks(1, compilations, 60, timeout=300)[0]
     assert 1 <= found["block_causal"] <= 4
     assert found["full"] == found["block_causal"], "another rule must not compile anew"
 

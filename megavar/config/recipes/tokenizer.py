@@ -87,7 +87,7 @@ class CodebookConfig(Section):
 
 
 class TokenizerTrainingConfig(RecipeChoice):
-    """Training of a multi-scale VQ tokenizer: VAR Eq. 5."""
+    """Training of a VQ tokenizer by reconstruction: VAR Eq. 5."""
 
     implementation: ClassVar[str] = "megavar.recipes.tokenizer.recipe:TokenizerTraining"
     trains: ClassVar[Literal["generator", "tokenizer"]] = "tokenizer"
@@ -103,6 +103,10 @@ class TokenizerTrainingConfig(RecipeChoice):
     quantizer_weight: float = Field(1.0, ge=0)
     """Weight of the codebook and commitment loss (VAR Eq. 5: 1; the share of the commitment is the tokenizer's
     ``commitment_weight``)."""
+    smaller_images: int = Field(0, ge=0)
+    """Coarser scales, drawn anew in every step, whose own smaller images are reconstructed beside the full ones, for
+    tokenizers whose scales do not depend on each other (FlexVAR's "multi-scale" training, of which nothing was
+    published; one trains all scales in turn at one more encoding per step). Losses are the mean over all images."""
     perceptual: PerceptualConfig | None = None
     """Perceptual loss; needs weights on disk, so none by default. Recommended for photographs."""
     adversarial: AdversarialConfig | None = None

@@ -14,7 +14,7 @@ from torch import Tensor
 from megavar.config.recipes.tokenizer import CodebookConfig
 from megavar.parallel.seeds import random_bits
 from megavar.recipes.ranks import gather_over_ranks, rank, sum_over_ranks
-from megavar.tokenizers.multiscale_vq import MultiScaleQuantizer, QuantizerOutput
+from megavar.tokenizers.trainable import Quantizer, QuantizerOutput
 
 _STREAM = "revived_codes"
 
@@ -31,11 +31,11 @@ class Replacement(NamedTuple):
 class CodebookUpkeep:
     """Watches the quantizer's micro-batches of a step and proposes replacements after it.
 
-    The usage averages live in the quantizer's buffer ``ema_vocab_hit_SV``: hits of each code per scale and step, over
-    the global batch, as in the reference.
+    The usage averages live in the quantizer's buffer ``usage_average``: hits of each code per scale and step, over the
+    global batch, as in VAR's code.
     """
 
-    def __init__(self, config: CodebookConfig, quantizer: MultiScaleQuantizer, seed: int, *, fresh: bool) -> None:
+    def __init__(self, config: CodebookConfig, quantizer: Quantizer, seed: int, *, fresh: bool) -> None:
         """``fresh``: the codebook is random, so it may be drawn from the first batch."""
         self.config = config
         self.quantizer = quantizer
@@ -73,7 +73,7 @@ class CodebookUpkeep:
         if step != self._step or not self._usage:
             return None
         usage = sum_over_ranks(torch.stack(self._usage).sum(dim=0))
-        average = self.quantizer.ema_vocab_hit_SV
+        average = self.quantizer.usage_average
         decay = self.config.usage_decay * average.any()  # the first step's usage is taken as it is
         average.copy_(decay * average + (1 - decay) * usage)
         replacement = self._replacement(step, average) if self.due(step) else None

@@ -1,25 +1,29 @@
-"""Training of VAR's tokenizer, which its authors never released (VAR Eq. 5).
+"""Training of VQ tokenizers: VAR's, which its authors never released (VAR Eq. 5), and others of its kind.
 
     f              = encoder(image)
-    f_hat, q       = residual multi-scale quantizer(f)      q: codebook + beta * commitment loss, mean over scales
+    f_hat, q       = quantizer(f)                           q: codebook + beta * commitment loss, mean over scales
     reconstruction = decoder(f_hat)
     loss           = pixels(reconstruction, image) + lambda_P * LPIPS(reconstruction, image) + q
                      + lambda_G * w * realism(discriminator(reconstruction))        from a start step on
     discriminator  : tells image from reconstruction; w balances it against the reconstruction (VQGAN Eq. 7)
     after the step : codes that are hardly used restart as vectors of the current batch
 
-At step 0 the whole codebook is drawn from the first batch.
+At step 0 the whole codebook is drawn from the first batch. Where a scale is an image by itself (FlexVAR), further
+passes of a step reconstruct smaller images from coarser maps; nothing judges those but pixels, perception and
+quantizer.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megavar.config.choice import resolve
 from megavar.config.recipes.tokenizer import TokenizerTrainingConfig
-from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
+from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.data.batch import Batch
 from megavar.errors import ConfigError
 from megavar.parallel.parameter_rule import ParameterRule
@@ -34,8 +38,8 @@ from megavar.recipes.tokenizer.adversarial import (
     with_gradient,
 )
 from megavar.recipes.tokenizer.codebook import CodebookUpkeep, usage_metrics
-from megavar.tokenizers.multiscale_vq import MultiScaleVQ, Reconstruction
 from megavar.tokenizers.perceptual import VGG16, PerceptualDistance
+from megavar.tokenizers.trainable import Reconstruction, Trainable
 
 _PEAK_TO_PEAK = 2.0  # images are in [-1, 1]
 
@@ -57,12 +61,12 @@ class Judgement(NamedTuple):
 
 
 class TokenizerTraining(BaseRecipe):
-    """Trains a :class:`MultiScaleVQ` (attribute ``tokenizer``)."""
+    """Trains a :class:`~megavar.tokenizers.trainable.Trainable` (attribute ``tokenizer``)."""
 
     def __init__(
         self,
         config: TokenizerTrainingConfig,
-        tokenizer: MultiScaleVQConfig,
+        tokenizer: TokenizerChoice,
         seed: int,
         device: torch.device,
         fresh: bool = True,
@@ -73,12 +77,12 @@ class TokenizerTraining(BaseRecipe):
             fresh: whether it is trained from these weights. If the trainer gives it others, their codebook is kept.
 
         Raises:
-            ConfigError: the discriminator does not fit the images.
+            ConfigError: the tokenizer is not one that can be trained so, or the discriminator does not fit the images.
             CheckpointError: weights of the perceptual loss are missing or wrong.
         """
         self.config = config
         self.seed = seed
-        self.tokenizer = MultiScaleVQ(tokenizer)
+        self.tokenizer = _trainable(tokenizer, config)
         self.tokenizer.initialize(generator(seed, "initial_autoencoder"))
         self.tokenizer.to(device)
         self.perceptual: PerceptualDistance | None = None
@@ -87,8 +91,9 @@ class TokenizerTraining(BaseRecipe):
             keys = "recipe.perceptual.vgg16_weights", "recipe.perceptual.lpips_weights"
             self.perceptual = PerceptualDistance(VGG16, *files, keys=keys).to(device)
         self.discriminator: PatchDiscriminator | None = None
+        space = tokenizer.space
         if config.adversarial is not None:
-            self.discriminator = PatchDiscriminator(config.adversarial, tokenizer.image_channels, tokenizer.image_side)
+            self.discriminator = PatchDiscriminator(config.adversarial, space.image_channels, space.image_side)
             self.discriminator.initialize(generator(seed, "initial_discriminator"))
             self.discriminator.to(device)
         self.codebook = CodebookUpkeep(config.codebook, self.tokenizer.quantizer, seed, fresh=fresh)
@@ -102,11 +107,6 @@ class TokenizerTraining(BaseRecipe):
         """See :meth:`Recipe.build`."""
         config = parts.config
         assert isinstance(config.recipe, TokenizerTrainingConfig)
-        if not isinstance(config.tokenizer, MultiScaleVQConfig):
-            raise ConfigError(
-                f"The recipe {config.recipe.name!r} trains multi-scale VQ tokenizers, not tokenizer.name="
-                f"{config.tokenizer.name}. Choose the recipe that trains it."
-            )
         fresh = config.initial_weights is None
         return cls(config.recipe, config.tokenizer, config.train.seed, parts.device, fresh)
 
@@ -123,12 +123,30 @@ class TokenizerTraining(BaseRecipe):
     def passes(self, module: str, step: int) -> Sequence[Pass]:
         """Reconstruct, or judge images and their reconstructions by the updated autoencoder."""
         if module == "autoencoder":
-            return [Pass(self.reconstruction, functools.partial(self.autoencoder_loss, step=step))]
+            sides = self.smaller_sides(step)
+            share = 1 / (1 + len(sides))
+            full = Pass(self.reconstruction, functools.partial(self.autoencoder_loss, step=step, share=share))
+            smaller = [
+                Pass(
+                    functools.partial(self.reconstruction, side=side),
+                    functools.partial(self.smaller_loss, side=side, share=share),
+                )
+                for side in sides
+            ]
+            return [full, *smaller]
         return [Pass(self.judgement, self.discriminator_loss)]
 
-    def reconstruction(self, model: Callable[..., Reconstruction], inputs: TokenizerInputs) -> Reconstruction:
+    def smaller_sides(self, step: int) -> list[int]:
+        """Scales whose own images are reconstructed in a step, beside the last one: drawn without repetition."""
+        sides = self.tokenizer.separate_scales
+        order = random_bits(self.seed, "smaller_sides", step, torch.arange(len(sides))).argsort()
+        return sorted(sides[number] for number in order[: self.config.smaller_images].tolist())
+
+    def reconstruction(
+        self, model: Callable[..., Reconstruction], inputs: TokenizerInputs, side: int | None = None
+    ) -> Reconstruction:
         """Images through the autoencoder."""
-        return model(inputs.images, inputs.keys)
+        return model(inputs.images, inputs.keys) if side is None else model(inputs.images, inputs.keys, side)
 
     def judgement(self, model: Callable[..., Tensor], inputs: TokenizerInputs) -> Judgement:
         """Images and their reconstructions through the discriminator."""
@@ -136,8 +154,19 @@ class TokenizerTraining(BaseRecipe):
             reconstruction = self.tokenizer(inputs.images, inputs.keys).images
         return Judgement(*model(torch.cat([inputs.images, reconstruction])).float().chunk(2))
 
-    def autoencoder_loss(self, output: Reconstruction, inputs: TokenizerInputs, step: int) -> Losses:
-        """All losses of the autoencoder on one micro-batch."""
+    def smaller_loss(self, output: Reconstruction, inputs: TokenizerInputs, side: int, share: float) -> Losses:
+        """Of the smaller images of one scale; what they should be is the area-resized original."""
+        originals = F.interpolate(inputs.images, size=output.images.shape[-2:], mode="area")
+        loss, terms = self._reconstruction_loss(output.images.float(), originals)
+        total = share * (loss + self.config.quantizer_weight * output.quantized.loss)
+        images = len(inputs.images)
+        error = terms["squared_error"].detach() * images, images
+        return Losses(total * images, means={f"squared_error/scale_{side:02d}": error})
+
+    def autoencoder_loss(
+        self, output: Reconstruction, inputs: TokenizerInputs, step: int, share: float = 1.0
+    ) -> Losses:
+        """All losses of the autoencoder on one micro-batch, ``share`` of which counts."""
         adversarial = self.active("discriminator", step)
         # To balance two losses their gradients at the reconstructions are needed one by one: see _add_realism.
         images = output.images.detach().requires_grad_() if adversarial else output.images
@@ -157,7 +186,7 @@ class TokenizerTraining(BaseRecipe):
             "squared_error": named["squared_error"].detach().double() * pixels,
             "pixels": torch.full((), pixels, dtype=torch.float64, device=total.device),
         }
-        return _sums(total, named, len(inputs.images), statistics)
+        return _sums(share * total, named, len(inputs.images), statistics)
 
     def _reconstruction_loss(self, images: Tensor, originals: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Pixel plus perceptual loss of reconstructions, scalar, and its unweighted terms."""
@@ -217,7 +246,7 @@ class TokenizerTraining(BaseRecipe):
 
     def summarize(self, statistics: dict[str, Tensor]) -> dict[str, float]:
         """Peak signal-to-noise ratio in dB, perplexity and share of used codes per scale."""
-        metrics = usage_metrics(statistics["codebook_usage"], self.tokenizer.scales)
+        metrics = usage_metrics(statistics["codebook_usage"], self.tokenizer.quantizer.scales)
         mean_square = statistics["squared_error"] / statistics["pixels"]
         return metrics | {"psnr": float(10 * torch.log10(_PEAK_TO_PEAK**2 / mean_square.clamp_min(1e-12)))}
 
@@ -226,6 +255,22 @@ class TokenizerTraining(BaseRecipe):
         replacement = self.codebook.after_step(step)
         if replacement is not None:
             write_rows(self.tokenizer.quantizer.embedding.weight, replacement.rows, replacement.vectors)
+
+
+def _trainable(choice: TokenizerChoice, recipe: TokenizerTrainingConfig) -> Any:
+    """The tokenizer, if this recipe can train it."""
+    tokenizer = resolve(choice)(choice)
+    if not isinstance(tokenizer, Trainable):
+        raise ConfigError(
+            f"The recipe {recipe.name!r} trains VQ tokenizers by reconstruction, and tokenizer.name={choice.name} is "
+            f"none of them. Choose the recipe that trains it."
+        )
+    if recipe.smaller_images > len(tokenizer.separate_scales):
+        raise ConfigError(
+            f"recipe.smaller_images={recipe.smaller_images}, but tokenizer.name={choice.name} has "
+            f"{len(tokenizer.separate_scales)} coarser scales that are images by themselves. Lower it."
+        )
+    return tokenizer
 
 
 def _sums(total: Tensor, named: dict[str, Tensor], images: int, statistics: dict[str, Tensor] | None = None) -> Losses:

@@ -26,8 +26,9 @@ from megavar.tokenizers.convolution import (
     activated,
     channels_last,
 )
-from megavar.tokenizers.dropout import name_dropouts
+from megavar.tokenizers.dropout import name_dropouts, sample_keys
 from megavar.tokenizers.llamagen_vq.quantizer import UnitQuantizer
+from megavar.tokenizers.trainable import Reconstruction
 
 
 class Level(nn.Module):
@@ -141,6 +142,16 @@ class LlamaGenVQ(nn.Module):
         return self.config.space
 
     @property
+    def quantizer(self) -> UnitQuantizer:
+        """The quantizer, the same at all scales."""
+        return self.quantize
+
+    @property
+    def separate_scales(self) -> tuple[int, ...]:
+        """All but the last one; a map of a single position is no image that a normalized decoder could make."""
+        return tuple(side for side in self.config.scales[:-1] if side > 1)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The type of the parameters, and of all computation outside the quantizer, which is float32."""
         return self.quant_conv.weight.dtype
@@ -165,6 +176,20 @@ class LlamaGenVQ(nn.Module):
         codes.uniform_(-1, 1, generator=generator)
         codes.copy_(F.normalize(codes, dim=-1))
         self.quantize.codebook_used.zero_()
+        self.quantize.usage_average.zero_()
+
+    def forward(self, images: Tensor, keys: Tensor | None = None, side: int | None = None) -> Reconstruction:
+        """Training forward pass: float [B, 3, H, W] in [-1, 1] -> reconstruction and the quantizer's losses.
+
+        ``side`` reconstructs the smaller image [B, 3, side * downsample, ...] that the map of this side stands for.
+        """
+        with sample_keys(self, keys):
+            features = self.quant_conv(self.encoder(images.to(self.dtype)))
+            if side is not None:
+                features = F.interpolate(features.float(), size=(side, side), mode="area")
+            quantized = self.quantize(features)
+            last_features = self.decoder.last_features(self.post_quant_conv(quantized.features.to(self.dtype)))
+        return Reconstruction(self.decoder.conv_out(last_features), quantized, last_features.detach())
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

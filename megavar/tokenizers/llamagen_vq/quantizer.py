@@ -10,29 +10,16 @@ Sources: FlexVAR (arXiv:2502.20313) section 3, jiaosiyu1999/FlexVAR ``trainer.py
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megavar.config.tokenizers.llamagen_vq import LlamaGenVQConfig
+from megavar.tokenizers.trainable import Codes, QuantizerOutput
 
 _DISTANCE_ELEMENTS = 1 << 26
 """Distances held at once during the search (256 MiB of float32)."""
-
-
-class Quantized(NamedTuple):
-    """A feature map after quantization for training."""
-
-    features: Tensor
-    """Codes, with the gradient passed straight through to the normalized features, [B, C, h, w]."""
-    loss: Tensor
-    """Codebook loss plus ``commitment_weight`` times commitment loss, scalar."""
-    ids: Tensor
-    """int64 [B, h * w]."""
-    vectors: Tensor
-    """The unit vectors that were quantized, [B, h * w, C], no gradient."""
 
 
 class UnitQuantizer(nn.Module):
@@ -42,20 +29,24 @@ class UnitQuantizer(nn.Module):
     """
 
     codebook_used: Tensor
+    usage_average: Tensor
 
     def __init__(self, config: LlamaGenVQConfig) -> None:
         super().__init__()
         self.commitment_weight = config.commitment_weight
-        self.embedding = nn.Embedding(config.vocabulary_size, config.code_dimension)
+        self.embedding = Codes(config.vocabulary_size, config.code_dimension)
+        self.scales = (config.scales[-1],)
         self.register_buffer("codebook_used", torch.zeros(config.usage_window))
+        # Of our training, and not in published files.
+        self.register_buffer("usage_average", torch.zeros(1, config.vocabulary_size))
 
     def codes(self) -> Tensor:
         """float32 [V, C], unit length."""
-        return F.normalize(self.embedding.weight.float(), dim=-1)
+        return F.normalize(self.embedding(), dim=-1)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Unit code vectors of tokens: int64 [...] -> float32 [..., C]."""
-        return F.normalize(F.embedding(ids, self.embedding.weight.float()), dim=-1)
+        return F.normalize(self.embedding(ids), dim=-1)
 
     @torch.no_grad()
     def nearest(self, vectors: Tensor) -> Tensor:
@@ -74,14 +65,16 @@ class UnitQuantizer(nn.Module):
         rows = F.normalize(features.float(), dim=1).flatten(2).mT
         return self.nearest(rows.flatten(0, 1)).view(len(features), -1)
 
-    def forward(self, features: Tensor) -> Quantized:
-        """Quantize for training: loss = mse(code, sg(z)) + beta mse(sg(code), z) of unit vectors z."""
+    def forward(self, features: Tensor) -> QuantizerOutput:
+        """Quantize one map for training: loss = mse(code, sg(z)) + beta mse(sg(code), z) of unit vectors z."""
         with torch.autocast(features.device.type, enabled=False):
             z = F.normalize(features.float(), dim=1)
             ids = self.search(features)
             code = self.embed(ids).mT.reshape(z.shape)
             loss = F.mse_loss(code, z.detach()) + self.commitment_weight * F.mse_loss(code.detach(), z)
-            return Quantized(z + (code - z).detach(), loss, ids, z.detach().flatten(2).mT)
+            usage = torch.bincount(ids.flatten(), minlength=self.embedding.num_embeddings).float()
+            targets = z.detach().flatten(2).mT
+            return QuantizerOutput(z + (code - z).detach(), loss, [ids], targets, usage[None])
 
     def maps(self, features: Tensor, sides: Sequence[int]) -> Iterator[Tensor]:
         """Tokens of every scale, coarse to fine: [B, C, h, w] -> int64 [B, s * s] each.

@@ -8,7 +8,6 @@ Attribute names are the published checkpoints' key names.
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,8 @@ from megavar.tokenizers.convolution import (
     channels_last,
 )
 from megavar.tokenizers.dropout import name_dropouts, sample_keys
-from megavar.tokenizers.multiscale_vq.quantizer import MultiScaleQuantizer, QuantizerOutput, Scale, height_width
+from megavar.tokenizers.multiscale_vq.quantizer import MultiScaleQuantizer, Scale, height_width
+from megavar.tokenizers.trainable import Reconstruction
 
 
 class Level(nn.Module):
@@ -138,18 +138,6 @@ class Decoder(nn.Module):
         return self.conv_out(self.last_features(features)).contiguous()
 
 
-class Reconstruction(NamedTuple):
-    """The result of a training forward pass of the tokenizer."""
-
-    images: Tensor
-    """Reconstructions, not clamped, [B, 3, H, W]."""
-    quantized: QuantizerOutput
-    """Quantizer loss, tokens, usage and the vectors that were quantized."""
-    last_features: Tensor
-    """Input of the decoder's last convolution without gradient, [B, C, H, W]: enough to compute the gradient of a loss
-    with respect to that convolution's weight (VQGAN's adaptive weight) outside the module."""
-
-
 class MultiScaleVQ(nn.Module):
     """VAR's tokenizer. Calling it runs the training forward pass."""
 
@@ -188,6 +176,11 @@ class MultiScaleVQ(nn.Module):
         return self.config.code_dimension
 
     @property
+    def separate_scales(self) -> tuple[int, ...]:
+        """None: a scale is what the coarser ones left over."""
+        return ()
+
+    @property
     def dtype(self) -> torch.dtype:
         """The type of the parameters, and of all computation outside the quantizer, which is float32."""
         return self.quant_conv.weight.dtype
@@ -211,11 +204,12 @@ class MultiScaleVQ(nn.Module):
         self.quantize.embedding.weight.normal_(std=self.config.code_initial_std, generator=generator)
         self.quantize.ema_vocab_hit_SV.zero_()
 
-    def forward(self, images: Tensor, keys: Tensor | None = None) -> Reconstruction:
+    def forward(self, images: Tensor, keys: Tensor | None = None, side: int | None = None) -> Reconstruction:
         """Training forward pass: float [B, 3, H, W] in [-1, 1] -> reconstruction and the quantizer's losses.
 
         ``keys``, int64 [B], decide what dropout drops (needed with ``dropout`` above 0 in training mode only).
         """
+        assert side is None, "scales are residuals of each other"
         with sample_keys(self, keys):
             quantized = self.quantize(self.quant_conv(self.encoder(images.to(self.dtype))))
             last_features = self.decoder.last_features(self.post_quant_conv(quantized.features.to(self.dtype)))

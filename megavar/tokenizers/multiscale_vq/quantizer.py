@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
+from megavar.tokenizers.trainable import Codes, QuantizerOutput
 
 Scale = int | tuple[int, int]
 """A token map's side length, or its (height, width)."""
@@ -99,17 +100,6 @@ def refinements(config: MultiScaleVQConfig) -> nn.Module:
     return PartiallySharedRefinement(phis) if config.refinement == "partially_shared" else nn.ModuleList(phis)
 
 
-class Codes(nn.Embedding):
-    """The code vectors, float32 whatever type holds them: of tokens int64 [...] -> [..., C], or all of them [V, C].
-
-    Nobody else reads ``weight``: under ZeRO-3 it is whole only while this module runs.
-    """
-
-    def forward(self, ids: Tensor | None = None) -> Tensor:
-        """Look up ``ids``; None: a copy of all code vectors, without gradient."""
-        return self.weight.detach().float().clone() if ids is None else F.embedding(ids, self.weight.float())
-
-
 class ScaleStep(NamedTuple):
     """What happens at one scale. H, W is the full map, h, w the scale."""
 
@@ -123,21 +113,6 @@ class ScaleStep(NamedTuple):
     """phi(upsampled), what the scale adds to f_hat, [B, C, H, W]."""
     accumulated: Tensor
     """f_hat after this scale, [B, C, H, W]."""
-
-
-class QuantizerOutput(NamedTuple):
-    """The result of a training forward pass."""
-
-    features: Tensor
-    """f_hat with the gradient passed straight through to f, [B, C, H, W]."""
-    loss: Tensor
-    """Codebook loss plus ``commitment_weight`` times commitment loss, averaged over scales, scalar."""
-    ids: list[Tensor]
-    """Tokens per scale, int64 [B, h*w]."""
-    targets: Tensor
-    """Every vector that was quantized, [B, L, C], scales in order, no gradient."""
-    usage: Tensor
-    """How often each code was chosen at each scale in this batch, float32 [K, V]."""
 
 
 class MultiScaleQuantizer(nn.Module):
@@ -159,6 +134,11 @@ class MultiScaleQuantizer(nn.Module):
         # training recipe keeps it up to date and finds dead codes with it.
         self.register_buffer("ema_vocab_hit_SV", torch.zeros(len(config.scales), config.vocabulary_size))
         self._phi_of_scale: dict[int, tuple[int, ...]] = {}
+
+    @property
+    def usage_average(self) -> Tensor:
+        """Running mean of the usage of each code per scale, float32 [K, V]."""
+        return self.ema_vocab_hit_SV
 
     def phi(self, k: int, scales: int | None = None) -> nn.Module:
         """The refinement of scale ``k`` of ``scales`` (default: the configured number)."""

@@ -1,0 +1,102 @@
+"""What a VQ tokenizer offers so that ``recipes/tokenizer`` can train it."""
+
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megavar.config.token_space import TokenSpace
+
+
+class Codes(nn.Embedding):
+    """The code vectors, float32 whatever type holds them: of tokens int64 [...] -> [..., C], or all of them [V, C].
+
+    Nobody else reads ``weight``: under ZeRO-3 it is whole only while this module runs.
+    """
+
+    def forward(self, ids: Tensor | None = None) -> Tensor:
+        """Look up ``ids``; None: a copy of all code vectors, without gradient."""
+        return self.weight.detach().float().clone() if ids is None else F.embedding(ids, self.weight.float())
+
+
+class QuantizerOutput(NamedTuple):
+    """The result of a training forward pass."""
+
+    features: Tensor
+    """f_hat with the gradient passed straight through to f, [B, C, H, W]."""
+    loss: Tensor
+    """Codebook loss plus ``commitment_weight`` times commitment loss, averaged over scales, scalar."""
+    ids: list[Tensor]
+    """Tokens per scale, int64 [B, h*w]."""
+    targets: Tensor
+    """Every vector that was quantized, [B, L, C], scales in order, no gradient."""
+    usage: Tensor
+    """How often each code was chosen at each scale in this batch, float32 [K, V]."""
+
+
+class Reconstruction(NamedTuple):
+    """The result of a training forward pass of the tokenizer."""
+
+    images: Tensor
+    """Reconstructions, not clamped, [B, 3, H, W]."""
+    quantized: QuantizerOutput
+    """Quantizer loss, tokens, usage and the vectors that were quantized."""
+    last_features: Tensor
+    """Input of the decoder's last convolution without gradient, [B, C, H, W]: enough to compute the gradient of a loss
+    with respect to that convolution's weight (VQGAN's adaptive weight) outside the module."""
+
+
+class Quantizer(Protocol):
+    """A quantizer whose codebook is watched."""
+
+    embedding: Codes
+
+    @property
+    def scales(self) -> tuple[int, ...]:
+        """Sides of the K maps whose usage is told apart."""
+        ...
+
+    @property
+    def usage_average(self) -> Tensor:
+        """A persistent buffer, float32 [K, V]: the recipe keeps each code's usage per scale in it."""
+        ...
+
+
+@runtime_checkable
+class Trainable(Protocol):
+    """A tokenizer (an ``nn.Module``) that is trained by reconstruction."""
+
+    @property
+    def space(self) -> TokenSpace:
+        """Its tokens."""
+        ...
+
+    @property
+    def quantizer(self) -> Quantizer:
+        """Its codebook."""
+        ...
+
+    @property
+    def separate_scales(self) -> tuple[int, ...]:
+        """Sides below the last one at which an image may be reconstructed by itself, where scales do not depend on each
+        other (FlexVAR); empty where they do (VAR)."""
+        ...
+
+    def initialize(self, generator: torch.Generator | None = None) -> None:
+        """Draw fresh parameters."""
+        ...
+
+    def __call__(self, images: Tensor, keys: Tensor | None = None, side: int | None = None) -> Reconstruction:
+        """Training forward pass.
+
+        Args:
+            images: float [B, 3, H, W] in [-1, 1].
+            keys: int64 [B], different for different samples and epochs: decide what dropout drops.
+            side: reconstruct from the map of this side alone, one of :attr:`separate_scales`.
+        """
+        ...
+
+    def parameters(self, recurse: bool = True) -> Any:
+        """As ``nn.Module``'s."""
+        ...

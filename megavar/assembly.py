@@ -1,6 +1,7 @@
 """From a configuration to the objects it describes. Knows no generator, tokenizer or recipe by name."""
 
 import functools
+import hashlib
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from megavar.config.root import Config
 from megavar.config.teachers.base import TeacherChoice
 from megavar.config.token_space import TokenSpace
 from megavar.config.tokenizers.base import TokenizerChoice
-from megavar.data.caches import CachedSamples
+from megavar.data.caches import CachedSamples, weights_sha256
 from megavar.data.source import Source
 from megavar.errors import CheckpointError, ConfigError
 from megavar.generators.base import Stage
@@ -70,6 +71,12 @@ def load_teacher(choice: TeacherChoice, device: torch.device) -> Any:
         )
     frozen.load(teacher, path, weight_layouts(choice), what=f"The file of the teacher {choice.name!r}")
     return teacher.eval().requires_grad_(False).to(device)
+
+
+def teacher_sha256(choice: TeacherChoice, teacher: nn.Module) -> str:
+    """What a teacher's features depend on: its weights and settings, wherever they lie and in whatever precision."""
+    settings = choice.model_dump_json(exclude={"weights", "precision"})
+    return hashlib.sha256(f"{weights_sha256(teacher)} {settings}".encode()).hexdigest()
 
 
 def require_generator(config: Config) -> GeneratorChoice:
@@ -243,8 +250,16 @@ class Assembly:
         return tokenizer
 
     def teacher(self, choice: TeacherChoice) -> Any:
-        """A frozen network of a term, on ``device``; see :func:`load_teacher`."""
-        return load_teacher(choice, self.device)
+        """A frozen network of a term; see :func:`load_teacher`. Not on ``device`` where its features are cached.
+
+        Raises:
+            ConfigError: the cached features are another network's.
+        """
+        if not isinstance(self.source, CachedSamples) or self.source.features is None:
+            return load_teacher(choice, self.device)
+        teacher = load_teacher(choice, torch.device("cpu"))
+        self.source.check_teacher(teacher_sha256(choice, teacher))
+        return teacher
 
     def fresh_tokenizer(self) -> Any:
         """The tokenizer that the run trains, not initialized and on the CPU."""

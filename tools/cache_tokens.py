@@ -1,9 +1,11 @@
-"""Run the frozen tokenizer once over the training images, and keep its tokens or latents.
+"""Run a frozen network once over the training images: keep the tokenizer's tokens or latents, or a teacher's features.
 
     python -m tools.cache_tokens CONFIG [key=value ...]             make the cache that data.source of CONFIG names
     torchrun --nproc-per-node 8 -m tools.cache_tokens CONFIG        the same on eight GPUs
     python -m tools.cache_tokens CONFIG --verify [--rows 1000]      hashes, and random rows encoded again
     python -m tools.cache_tokens CONFIG --repair                    make damaged parts again
+    python -m tools.cache_tokens CONFIG --teacher                   the features of its term's teacher, of the same
+                                                                    views, into data.source.features (float16)
 
 CONFIG is the run that will be trained, with for example::
 
@@ -17,14 +19,16 @@ Interrupt it whenever you like: the same command continues, on any number of ran
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 from tqdm import tqdm
 
-from megavar.assembly import load_tokenizer
+from megavar.assembly import load_teacher, load_tokenizer, require_generator_recipe, teacher_sha256
 from megavar.config.data import CacheSource
 from megavar.config.loading import load_config
+from megavar.config.root import Config
 from megavar.config.token_space import TokenSpace
 from megavar.data.build import build_source, build_transform, of_images
 from megavar.data.caches import CachePlan, Content, read_cache_file, weights_sha256
@@ -58,6 +62,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("config", type=as_path, metavar="CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--tokenizer-weights", metavar="PATH", help="default: recipe.tokenizer_weights of CONFIG")
+    parser.add_argument("--teacher", action="store_true", help="cache the features of the teacher of recipe.terms")
     parser.add_argument("--rows-per-part", type=int, default=4096, metavar="N", help="default: 4096")
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="images encoded together (default: 64)")
     parser.add_argument("--verify", action="store_true", help="verify a finished cache")
@@ -77,12 +82,8 @@ def _run(options: argparse.Namespace, place: Environment) -> int:
             f"data.source.name is {source.name!r}. Name the cache to be made, with the images under it, for example "
             f"data.source={{name: cache, path: caches/{config.run.name}, images: {{name: {source.name}}}}}."
         )
-    folder = Path(source.path)
-    weights = options.tokenizer_weights or config.recipe.frozen_weights().get(TOKENIZER)
-    if weights is None:
-        raise ConfigError(f"The recipe {config.recipe.name!r} names no tokenizer weights. Give --tokenizer-weights.")
-    tokenizer = load_tokenizer(config.tokenizer, weights, place.device)
-    encode = encoder(tokenizer, source.content, config.tokenizer.space)
+    network = _teacher(config, source, place) if options.teacher else _tokenizer(options, config, source, place)
+    folder, encode = network.folder, network.encode
     images = build_source(of_images(config.data))
     transform = build_transform(config.data)
     reader = ViewReader(images, transform, seed=config.train.seed, views=source.views,
@@ -94,7 +95,7 @@ def _run(options: argparse.Namespace, place: Environment) -> int:
         existing = read_cache_file(folder).plan
         sizes = existing.rows_per_part, existing.batch_rows
     plan = CachePlan(
-        content=source.content,
+        content=network.content,
         views=source.views,
         shape=_shape_of_view(reader, encode, place),
         rows=len(images),
@@ -104,9 +105,9 @@ def _run(options: argparse.Namespace, place: Environment) -> int:
         transform=repr(transform),
         seed=config.train.seed,
         source=images.fingerprint,
-        tokenizer_sha256=weights_sha256(tokenizer),
+        tokenizer_sha256=network.sha256,
         class_names=images.class_names,
-        wide=source.content == "tokens" and config.tokenizer.space.stored_type == "int32",
+        wide=network.content == "tokens" and config.tokenizer.space.stored_type == "int32",
     )
     if options.verify or options.repair:
         check_plan(folder, existing, plan)
@@ -119,6 +120,45 @@ def _run(options: argparse.Namespace, place: Environment) -> int:
             return ExitCode.FINISHED
         forget_parts(folder, damaged)
     return _write(folder, plan, reader, encode, config.data.workers, place)
+
+
+@dataclass(frozen=True)
+class Network:
+    """What makes the content of a cache, and where that goes."""
+
+    folder: Path
+    content: Content
+    encode: Callable[[Tensor], Tensor]
+    sha256: str
+
+
+def _tokenizer(options: argparse.Namespace, config: Config, source: CacheSource, place: Environment) -> Network:
+    weights = options.tokenizer_weights or config.recipe.frozen_weights().get(TOKENIZER)
+    if weights is None:
+        raise ConfigError(f"The recipe {config.recipe.name!r} names no tokenizer weights. Give --tokenizer-weights.")
+    tokenizer = load_tokenizer(config.tokenizer, weights, place.device)
+    encode = encoder(tokenizer, source.content, config.tokenizer.space)
+    return Network(Path(source.path), source.content, encode, weights_sha256(tokenizer))
+
+
+def _teacher(config: Config, source: CacheSource, place: Environment) -> Network:
+    """The one whose features the terms of the run compare with.
+
+    Raises:
+        ConfigError: there is none, or several, or no folder for its features.
+    """
+    choices = [teacher for term in require_generator_recipe(config).terms for teacher in term.teachers]
+    if len(choices) != 1:
+        raise ConfigError(
+            f"--teacher caches the features of one teacher, but the terms of run {config.run.name} (recipe.terms) have "
+            f"{len(choices)}. Give a configuration whose terms have one."
+        )
+    if source.features is None:
+        raise ConfigError(
+            f"Nothing says where the features go. Set data.source.features, for example to {source.path}-features."
+        )
+    teacher = load_teacher(choices[0], place.device)
+    return Network(Path(source.features), "features", teacher.features, teacher_sha256(choices[0], teacher))
 
 
 def encoder(tokenizer: Tokenizer, content: Content, space: TokenSpace) -> Callable[[Tensor], Tensor]:

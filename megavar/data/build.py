@@ -57,7 +57,8 @@ def of_images(config: DataConfig) -> DataConfig:
 
 
 def _cache(config: DataConfig, source: config_room.CacheSource) -> CachedSamples:
-    cached = CachedSamples("train", Path(source.path), lambda: build_source(of_images(config)))
+    features = None if source.features is None else Path(source.features)
+    cached = CachedSamples("train", Path(source.path), lambda: build_source(of_images(config)), features)
     plan, transform = cached.cache.plan, repr(build_transform(config))
     for key, wanted, found in (
         ("data.source.content", source.content, plan.content),

@@ -4,6 +4,7 @@ A cache folder holds ``cache.json`` and parts ``part-00000.bin``, ... of ``rows_
 be shorter). Row r of the cache is sample r of the source. A row is an int32 label followed by K views, little endian::
 
     tokens   uint16  [K, L]         the tokenizer's ids; int32 where 65536 do not suffice
+    features float16 [K, N, D]      a teacher's features of the same images, in a folder of their own beside the others
     latents  float16 [K, C, h, w]   what it encodes to, for recipes whose scales change in every step (FlexVAR, SAR) and
                                     for tokenizers without ids; [K, ...] of any shape
 
@@ -30,9 +31,11 @@ from megavar.errors import ConfigError, DataError
 
 FORMAT = "megavar cache 1"
 FILE_NAME = "cache.json"
-Content = Literal["tokens", "latents"]
-ELEMENTS: dict[str, str] = {"tokens": "<u2", "latents": "<f2"}
+Content = Literal["tokens", "latents", "features"]
+ELEMENTS: dict[str, str] = {"tokens": "<u2", "latents": "<f2", "features": "<f2"}
 WIDE_IDS = "<i4"
+OF_VIEWS = ("views", "rows", "image_size", "transform", "seed", "source", "class_names")
+"""What a plan says of the images, whatever is made of them."""
 MAPPED_PARTS = 512
 """Parts that a process keeps mapped; each keeps a file open, and systems commonly allow a process 1024."""
 
@@ -57,6 +60,7 @@ class CachePlan:
     source: str
     """Fingerprint of the images."""
     tokenizer_sha256: str
+    """Of the network that made it: the tokenizer, or for features the teacher."""
     class_names: tuple[str, ...]
     wide: bool = False
     """Whether ids need more than 16 bits."""
@@ -146,10 +150,17 @@ def weights_sha256(module: nn.Module) -> str:
 class CachedSamples:
     """The rows of a cache as a data source."""
 
-    def __init__(self, split: Split, folder: Path, open_images: Callable[[], Source] | None = None) -> None:
+    def __init__(
+        self,
+        split: Split,
+        folder: Path,
+        open_images: Callable[[], Source] | None = None,
+        features: Path | None = None,
+    ) -> None:
         """Open a finished cache.
 
         Args:
+            features: folder of a teacher's features of the same views.
             open_images: opens the source that was cached; called only if that has captions.
 
         Raises:
@@ -183,6 +194,22 @@ class CachedSamples:
                 found = f"has {path.stat().st_size} bytes instead of {size}" if path.is_file() else "is missing"
                 raise DataError(f"The cache part {path} {found}. Make it again: `python -m tools.cache_tokens CONFIG`.")
 
+        self.features = None if features is None else self._open_features(features)
+        if self.features is not None:
+            self.fingerprint += f"+{self.features.fingerprint}"
+
+    def _open_features(self, folder: Path) -> "CachedSamples":
+        features = CachedSamples(self.split, folder)
+        found, wanted = features.cache.plan, self.cache.plan
+        same_views = all(getattr(found, key) == getattr(wanted, key) for key in OF_VIEWS)
+        if found.content != "features" or not same_views:
+            raise DataError(
+                f"{folder} does not hold a teacher's features of the views in {self.folder}: it was made of other "
+                f"images, or with another transform, number of views or seed. Correct data.source.features, or make it "
+                f"with `python -m tools.cache_tokens CONFIG --teacher`."
+            )
+        return features
+
     @property
     def num_classes(self) -> int:
         """Number of classes of the images that were cached."""
@@ -203,6 +230,8 @@ class CachedSamples:
         stored = self._parts[part][row]
         caption = None if self._captioned is None else self._captioned.read(index).caption
         sample = Sample(key=f"{part_name(part)}[{row}]", label=int(stored["label"]), caption=caption)
+        if self.features is not None:
+            sample = replace(sample, features=self.features.read(index).features)
         return replace(sample, **{plan.content: stored["views"]})
 
     def _map(self, part: int) -> np.ndarray:
@@ -230,6 +259,20 @@ class CachedSamples:
             )
         self._verified.add(part)
         return rows
+
+    def check_teacher(self, sha256: str) -> None:
+        """Make sure that the features were made by the teacher with this hash (``assembly.teacher_sha256``).
+
+        Raises:
+            ConfigError: they were not.
+        """
+        assert self.features is not None
+        if sha256 != self.features.cache.plan.tokenizer_sha256:
+            raise ConfigError(
+                f"The features in {self.features.folder} were made by another teacher than the one that a term of this "
+                f"run names. Make them with this one (`python -m tools.cache_tokens CONFIG --teacher`), or correct the "
+                f"term or its weights."
+            )
 
     def check_tokenizer(self, tokenizer: Any) -> None:
         """Make sure that the cache was made with ``tokenizer``; from now on its ids must be those of its vocabulary.

@@ -206,8 +206,8 @@ def _to_rows(plan: CachePlan, views: np.ndarray, labels: list[int]) -> np.ndarra
     rows = np.zeros(len(labels), dtype=plan.row)
     rows["label"] = labels
     rows["views"] = views
-    if plan.content == "latents" and not np.isfinite(rows["views"]).all():
-        raise ConfigError("The tokenizer's latents do not fit into float16. Encode online instead.")
+    if plan.content != "tokens" and not np.isfinite(rows["views"]).all():
+        raise ConfigError(f"The {plan.content} do not fit into float16. Compute them online instead.")
     return rows
 
 

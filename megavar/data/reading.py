@@ -40,6 +40,8 @@ class Prepared:
     content: np.ndarray
     """The transformed image, uint8 [H, W, 3], or the chosen view of tokens [L] or latents [C, h, w]."""
     replaced: bool = False
+    features: np.ndarray | None = None
+    """float16 [N, D]: a teacher's features of the chosen view."""
 
 
 class Preparation:
@@ -68,7 +70,9 @@ class Preparation:
             draws = functools.partial(self._draws_of, epoch, index)
         for views in (sample.tokens, sample.latents):
             if views is not None:
-                return Prepared(sample, index, epoch, views[choose(draws()[0], len(views))])
+                chosen = choose(draws()[0], len(views))
+                features = None if sample.features is None else sample.features[chosen]
+                return Prepared(sample, index, epoch, views[chosen], features=features)
         assert sample.image is not None
         if isinstance(sample.image, np.ndarray) and self._passes(sample.image):
             return Prepared(sample, index, epoch, sample.image)
@@ -153,6 +157,7 @@ def stack(prepared: list[Prepared]) -> Batch:
     samples = [item.sample for item in prepared]
     content = torch.from_numpy(np.stack([item.content for item in prepared]))
     captions = [sample.caption for sample in samples]
+    features = [item.features for item in prepared if item.features is not None]
     return Batch(
         images=content.permute(0, 3, 1, 2).contiguous() if samples[0].image is not None else None,
         labels=torch.tensor([sample.label for sample in samples]),
@@ -160,6 +165,7 @@ def stack(prepared: list[Prepared]) -> Batch:
         epochs=torch.tensor([item.epoch for item in prepared]),
         tokens=content.to(torch.int64) if samples[0].tokens is not None else None,
         latents=content.to(torch.float32) if samples[0].latents is not None else None,
+        features=torch.from_numpy(np.stack(features)).to(torch.float32) if features else None,
         captions=tuple(c or "" for c in captions) if any(c is not None for c in captions) else None,
         replaced=torch.tensor([item.replaced for item in prepared]),
     )

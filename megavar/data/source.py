@@ -33,6 +33,8 @@ class Sample:
     """uint16 [V, L]: token ids of V views."""
     latents: np.ndarray | None = None
     """float16 [V, C, h, w]: encoder features of V views."""
+    features: np.ndarray | None = None
+    """float16 [V, N, D]: a teacher's features of the same views, beside tokens or latents."""
 
 
 class Source(Protocol):

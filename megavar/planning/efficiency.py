@@ -21,7 +21,7 @@ def flops_per_image(config: Config) -> float | None:
         if config.generator is None:
             tokenizer = tokenizer_cost(config.tokenizer)
             return 3 * (tokenizer.encode_flops + tokenizer.decode_flops)
-        (cost,) = measure([Request(config.generator, config.tokenizer.space)])
+        (cost,) = measure([Request(config.generator, config.tokenizer.space, terms=config.recipe.counted_terms)])
     except UnmeasurableError as error:
         print(f"Utilization will not be shown. {error}", flush=True)
         return None
@@ -38,5 +38,5 @@ def trained_parameters(config: Config) -> int:
     """
     if config.generator is None:
         return tokenizer_cost(config.tokenizer).parameters
-    (cost,) = measure([Request(config.generator, config.tokenizer.space)])
+    (cost,) = measure([Request(config.generator, config.tokenizer.space, terms=config.recipe.counted_terms)])
     return cost.parameters(ParallelConfig(), 0).total

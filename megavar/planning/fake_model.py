@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,10 +56,15 @@ def kinds_of_blocks(choice: GeneratorChoice, space: TokenSpace) -> tuple[list[in
 
 
 def build(request: Request, number: int, blocks: int, *, first: bool, last: bool) -> Any:
-    """A stage with ``blocks`` blocks from ``number`` on."""
+    """A stage with ``blocks`` blocks from ``number`` on. Heads read block ``number``, whichever they name."""
     parallel = ParallelConfig(tensor=request.tensor, sequence=request.sequence, recompute=request.recompute)
     stage, dtype = Stage(number, blocks, first, last), TYPES[request.precision]
-    return resolve(request.choice)(request.choice, request.space, parallel=parallel, stage=stage, dtype=dtype).train()
+    heads = {term.name: resolve(term).head_of(term, request.choice, request.space) for term in request.terms}
+    heads = {name: replace(head, taps=(f"block.{number}",) * len(head.taps)) for name, head in heads.items()}
+    model = resolve(request.choice)(
+        request.choice, request.space, parallel=parallel, stage=stage, dtype=dtype, heads=heads
+    )
+    return model.train()
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -108,10 +113,11 @@ def follow(model: Any, observation: Observation) -> None:
 def loss_of(output: Any, space: TokenSpace) -> Tensor:
     """Cross entropy where tokens are ids; a generator of vectors returns its loss itself."""
     prediction: Tensor = output.prediction
+    of_heads = sum(head.float().sum() for head in output.heads.values())
     if space.vocabulary is None:
-        return prediction.float().sum()
+        return prediction.float().sum() + of_heads
     targets = torch.zeros(prediction.shape[:-1], dtype=torch.long)
-    return vocabulary_cross_entropy(prediction, targets).sum()
+    return vocabulary_cross_entropy(prediction, targets).sum() + of_heads
 
 
 def packed_bytes(request: Request, images: int) -> int:

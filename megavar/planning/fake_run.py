@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses import FakeTensorMode
 
+from megavar.config.teachers.base import TeacherChoice
 from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.parallel import cpu_backend
 from megavar.planning.cost import Cost, Line, Part
@@ -37,7 +38,7 @@ from megavar.planning.fake_model import (
 )
 from megavar.planning.ledger import Ledger
 from megavar.planning.measure import DrawRequest, Request
-from megavar.planning.tokenizer_cost import measure_tokenizer
+from megavar.planning.tokenizer_cost import measure_teacher, measure_tokenizer
 
 IMAGES = (16, 32)
 """Micro-batches that are run; costs of others lie on the line through them."""
@@ -93,14 +94,14 @@ class Laboratory:
                 kernel, function=attention_kernel(name, lambda: self.ledger), prepare=nothing
             )
 
-    def answer(self, request: Request | DrawRequest | TokenizerChoice) -> Any:
+    def answer(self, request: Request | DrawRequest | TokenizerChoice | TeacherChoice) -> Any:
         """What :mod:`megavar.planning.measure` asks for."""
         if isinstance(request, Request):
             return self.measure(request)
         if isinstance(request, DrawRequest):
             _groups(1)
             return drawing_flops(request, self._keep)
-        return measure_tokenizer(request)
+        return measure_teacher(request) if isinstance(request, TeacherChoice) else measure_tokenizer(request)
 
     def _keep(self, ledger: Ledger) -> None:
         self.ledger = ledger

@@ -19,6 +19,8 @@ from typing import IO, Any, Literal
 
 from megavar.config.generators.base import GeneratorChoice
 from megavar.config.procedures.base import SamplingChoice
+from megavar.config.teachers.base import TeacherChoice
+from megavar.config.terms.base import TermChoice
 from megavar.config.token_space import TokenSpace
 from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.errors import ConfigError
@@ -46,12 +48,15 @@ class Request:
     sequence: bool = False
     recompute: Recompute = "none"
     precision: Precision = "bf16"
+    terms: tuple[TermChoice, ...] = ()
+    """Losses whose heads are measured with the generator's own."""
 
     @cached_property
     def key(self) -> str:
         """Equal for equal requests."""
         kind = type(self.choice)
-        layout = (self.tensor, self.sequence, self.recompute, self.precision)
+        terms = [f"{type(term).__module__} {term.model_dump_json()}" for term in self.terms]
+        layout = (self.tensor, self.sequence, self.recompute, self.precision, terms)
         return f"{kind.__module__}:{kind.__qualname__} {self.choice.model_dump_json()} {self.space} {layout}"
 
     def with_recompute(self, recompute: Recompute) -> "Request":
@@ -103,7 +108,7 @@ class _Laboratory:
             stderr=self._complaints, env=os.environ | settings,
         )  # fmt: skip
 
-    def answer(self, request: Request | DrawRequest | TokenizerChoice) -> Any:
+    def answer(self, request: Request | DrawRequest | TokenizerChoice | TeacherChoice) -> Any:
         """The :class:`Cost` of a rank, the operations of a drawn image, or the :class:`TokenizerCost`."""
         process = self._running()
         assert process.stdin is not None and process.stdout is not None
@@ -145,12 +150,12 @@ _LABORATORY = _Laboratory()
 atexit.register(_LABORATORY.close)
 
 
-def _name_of(request: Request | DrawRequest | TokenizerChoice) -> str:
+def _name_of(request: Request | DrawRequest | TokenizerChoice | TeacherChoice) -> str:
     if isinstance(request, Request):
         return f"generator.name={request.choice.name}"
     if isinstance(request, DrawRequest):
         return f"sampling.procedure={request.sampling.procedure}"
-    return f"tokenizer.name={request.name}"
+    return f"{'teacher' if isinstance(request, TeacherChoice) else 'tokenizer'}.name={request.name}"
 
 
 def measure(requests: Iterable[Request], progress: Callable[[int, int], None] | None = None) -> list[Cost]:
@@ -183,8 +188,8 @@ def drawing_flops(request: DrawRequest) -> float | None:
     return _DRAWN[request.key]
 
 
-def tokenizer_cost(choice: TokenizerChoice) -> TokenizerCost:
-    """Costs of a tokenizer.
+def tokenizer_cost(choice: TokenizerChoice | TeacherChoice) -> TokenizerCost:
+    """Costs of a tokenizer, or of a teacher, which only encodes.
 
     Raises:
         UnmeasurableError: its code needs values.

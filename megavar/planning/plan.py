@@ -12,6 +12,7 @@ from megavar.errors import ConfigError
 from megavar.parallel.rules import check_layout
 from megavar.parallel.topology import Topology, data_parallel_size
 from megavar.planning.calibration import Calibration
+from megavar.planning.cost import TokenizerCost
 from megavar.planning.hardware import EXPERTS_UTILIZATION, LINK_EFFICIENCY, TOKENIZER_UTILIZATION, accelerator
 from megavar.planning.layout import Layout, Zero
 from megavar.planning.measure import DrawRequest, drawing_flops, tokenizer_cost
@@ -214,6 +215,8 @@ def _workload(config: Config, machine: Machine, mfu: float | None) -> Workload:
         config.generator,
         space,
         tokenizer,
+        terms=config.recipe.counted_terms,
+        teachers=teacher_costs(config),
         passes=config.recipe.passes_of_step,
     )
 
@@ -259,6 +262,14 @@ def usable_seconds(limit: float) -> float:
 def reads_tokens(config: Config) -> bool:
     """Whether the data source yields cached tokens, so that no image is encoded while training."""
     return isinstance(config.data.source, CacheSource) and config.data.source.content == "tokens"
+
+
+def teacher_costs(config: Config) -> tuple[TokenizerCost, ...]:
+    """Of the teachers that look at images while the run trains."""
+    source = config.data.source
+    if isinstance(source, CacheSource) and source.features is not None:
+        return ()
+    return tuple(tokenizer_cost(teacher) for term in config.recipe.counted_terms for teacher in term.teachers)
 
 
 def _image_bytes(config: Config) -> float:

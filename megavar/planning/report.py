@@ -13,7 +13,7 @@ _MEMORY_NOTES = {
     "buckets": "gradient buckets; parameters that ZeRO-3 gathers",
     "logits": "head, logits, cross entropy (float32)",
     "working": "gradients and recomputed activations of one block, beyond the logits' room",
-    "tokenizer": "frozen tokenizer, images and features of a step",
+    "tokenizer": "frozen networks, images and features of a step",
     "encoding": "encoding a micro-batch, beyond the room that training leaves",
     "reserved": "CUDA context, NCCL, fragmentation (assumed)",
 }
@@ -54,6 +54,12 @@ def _model(plan: Plan) -> list[str]:
     ]
     if plan.sample_flops is not None:
         lines.append(f"  sampling            {plan.sample_flops / 1e12:10.3f} TFLOP per image, guidance included")
+    for teacher in workload.teachers:
+        share = teacher.encode_flops / workload.train_flops
+        lines.append(
+            f"  frozen teacher      {teacher.encode_flops / 1e12:10.3f} TFLOP per image ({share:.0%} more), "
+            f"{teacher.parameters / 1e6:.0f} M parameters"
+        )
     if workload.tokenizer is None:
         return [*lines, "  tokens are cached: nothing is encoded while training"]
     encode = workload.tokenizer.encode_flops

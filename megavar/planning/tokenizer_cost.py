@@ -9,6 +9,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megavar.config.choice import resolve
+from megavar.config.teachers.base import TeacherChoice
 from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.planning.cost import TokenizerCost
 from megavar.planning.ledger import Ledger, saved_bytes
@@ -31,6 +32,16 @@ def _count(work: Callable[[], Any], parameters: list[Tensor]) -> tuple[float, fl
     with torch.no_grad(), ledger:
         work()
     return sum(ledger.done.values()), ledger.peak
+
+
+def measure_teacher(choice: TeacherChoice) -> TokenizerCost:
+    """Costs of the teacher that ``choice`` describes: it encodes, and is not trained."""
+    with FakeTensorMode():
+        teacher: Any = resolve(choice)(choice)
+        images = torch.zeros(1, 3, choice.image_side, choice.image_side)
+        parameters: list[Tensor] = list(teacher.parameters())
+        encode_flops, encode_bytes = _count(lambda: teacher.features(images), parameters)
+    return TokenizerCost(sum(parameter.numel() for parameter in parameters), encode_flops, 0.0, encode_bytes, None)
 
 
 def measure_tokenizer(config: TokenizerChoice) -> TokenizerCost:

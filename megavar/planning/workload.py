@@ -7,6 +7,7 @@ from functools import cached_property
 
 from megavar.config.generators.base import GeneratorChoice, Limits
 from megavar.config.parallel import ParallelConfig
+from megavar.config.terms.base import TermChoice
 from megavar.config.token_space import TokenSpace
 from megavar.planning.cost import Cost, RankParameters, TokenizerCost
 from megavar.planning.hardware import FRAGMENTATION, RESERVED
@@ -103,6 +104,10 @@ class GeneratorWorkload(Workload):
     space: TokenSpace
     tokenizer: TokenizerCost | None
     """None where tokens are cached."""
+    terms: tuple[TermChoice, ...] = ()
+    """Losses whose heads are trained with the generator."""
+    teachers: tuple[TokenizerCost, ...] = ()
+    """Of the terms, where their features are not cached."""
     passes: tuple[int, int] = (1, 0)
     """Of a step over the generator: with a loss, and forward only."""
     _costs: dict[tuple[int, bool, str], Cost] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -125,7 +130,21 @@ class GeneratorWorkload(Workload):
     def _request(self, parallel: ParallelConfig) -> Request:
         precision: Precision = "bf16" if self.element == 2 else "fp32"
         is_sharded = parallel.sequence and parallel.tensor > 1
-        return Request(self.choice, self.space, parallel.tensor, is_sharded, parallel.recompute, precision)
+        return Request(self.choice, self.space, parallel.tensor, is_sharded, parallel.recompute, precision, self.terms)
+
+    @property
+    def frozen(self) -> TokenizerCost | None:
+        """Tokenizer and teachers together."""
+        networks = [network for network in (self.tokenizer, *self.teachers) if network is not None]
+        if not networks:
+            return None
+        return TokenizerCost(
+            sum(network.parameters for network in networks),
+            sum(network.encode_flops for network in networks),
+            sum(network.decode_flops for network in networks),
+            max(network.encode_bytes for network in networks),
+            None,
+        )
 
     def cost(self, parallel: ParallelConfig) -> Cost:
         """Of one rank."""
@@ -149,7 +168,7 @@ class GeneratorWorkload(Workload):
                 pipeline_rank=stage,
                 element=self.element,
                 ema=self.ema,
-                tokenizer=self.tokenizer,
+                tokenizer=self.frozen,
                 image_bytes=self.image_bytes,
             )
             for stage in {0, layout.parallel.pipeline - 1}
@@ -163,7 +182,7 @@ class GeneratorWorkload(Workload):
             passes=self.passes,
             utilization=self.utilization,
             element=self.element,
-            tokenizer=self.tokenizer,
+            tokenizer=self.frozen,
         )
         host = state_bytes(cost.parameters(layout.parallel, fullest), layout, self.element, ema=self.ema).host
         return Prediction(layout, memories[fullest], fullest, time, host)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megavar.config.deepspeed import load_deepspeed_json
+from megavar.config.recipes.base import TEACHER_MODULE
 from megavar.config.recipes.self_distillation import CropsConfig, SelfDistillationConfig
 from megavar.config.root import Config
 from megavar.data.batch import Batch
@@ -47,7 +48,7 @@ class Said(NamedTuple):
 
 
 class ProjectionHead(nn.Module):
-    """Class token to logits: three layers, unit length, unit-length prototypes (DINO's ``DINOHead``)."""
+    """An image's vector to logits: three layers, unit length, unit-length prototypes (DINO's ``DINOHead``)."""
 
     def __init__(self, width: int, config: SelfDistillationConfig) -> None:
         super().__init__()
@@ -67,12 +68,18 @@ class Student(nn.Module):
 
     def __init__(self, config: SelfDistillationConfig) -> None:
         super().__init__()
+        self.pooling = config.pooling
         self.network = VisionTransformer(config.network.shape)
         self.head = ProjectionHead(config.network.width, config)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalized images to logits of their class token."""
-        return self.head(self.network(images)[:, 0])
+        """Normalized images to logits."""
+        return self.head(pooled(self.network(images), self.pooling))
+
+
+def pooled(tokens: Tensor, pooling: str) -> Tensor:
+    """The class token, or the mean of the patches: [B, 1 + N, C] to [B, C]."""
+    return tokens[:, 0] if pooling == "class" else tokens[:, 1:].mean(1)
 
 
 class SelfDistilled(VisionTransformer):
@@ -80,6 +87,7 @@ class SelfDistilled(VisionTransformer):
 
     def __init__(self, config: SelfDistillationConfig, seed: int) -> None:
         super().__init__(config.network.shape)
+        self.pooling = config.pooling
         head = ProjectionHead(config.network.width, config)
         head.register_buffer("centre", torch.zeros(config.prototypes))
         self.heads = nn.ModuleDict({"student": Student(config), "average": head})
@@ -112,7 +120,8 @@ class SelfDistilled(VisionTransformer):
         student = self.heads["student"]
         said = [student(views.flatten(0, 1)).unflatten(0, views.shape[:2]) for views in (large, small) if len(views)]
         with torch.no_grad():
-            average = self.heads["average"](super().forward(large.flatten(0, 1))[:, 0]).unflatten(0, large.shape[:2])
+            tokens = super().forward(large.flatten(0, 1))
+            average = self.heads["average"](pooled(tokens, self.pooling)).unflatten(0, large.shape[:2])
         return Said(torch.cat(said), average)
 
 
@@ -137,7 +146,7 @@ class SelfDistillation(BaseRecipe):
 
     def modules(self) -> dict[str, nn.Module]:
         """The one trained module."""
-        return {"teacher": self.network}
+        return {TEACHER_MODULE: self.network}
 
     @torch.no_grad()
     def prepare(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
@@ -188,7 +197,9 @@ class SelfDistillation(BaseRecipe):
         sums = torch.stack([total for total, _ in self._said]).sum(0)
         count = sum(number for _, number in self._said)
         summed = sum_over_ranks(torch.cat([sums, sums.new_full((1,), count)]))
-        self.network.centre.lerp_(summed[:-1] / summed[-1], 1 - self.config.center_momentum)
+        # The first mean is taken as it is: before it is known, the average says the same of all images.
+        share = 1.0 if step == 0 else 1 - self.config.center_momentum
+        self.network.centre.lerp_(summed[:-1] / summed[-1], share)
         rise = (1 - math.cos(math.pi * step / self.steps)) / 2
         momentum = 1 - (1 - self.config.average_momentum) * (1 - rise)
         for average, student in self.network.pairs():

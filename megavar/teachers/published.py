@@ -105,8 +105,14 @@ class MoCoLayout(TimmLayout):
     """The authors' MoCo v3 checkpoints (``vit-b-300ep.pth.tar``): the base encoder, which they evaluate."""
 
     belongs_to = "a MoCo v3 checkpoint of its authors"
-    prefix = "module.base_encoder."
-    unused = ("module.momentum_encoder.", "module.predictor.", "module.base_encoder.head.")
+    prefix = "base_encoder."
+    unused = ("momentum_encoder.", "predictor.", "base_encoder.head.")
+
+    def load(
+        self, state: Mapping[str, Tensor], expected: Mapping[str, Shape], passed: Mapping[str, Shape] = {}
+    ) -> dict[str, Tensor]:
+        """See :meth:`NamedLayout.load`; all names begin with what DistributedDataParallel adds, or none."""
+        return super().load({n.removeprefix("module."): v for n, v in state.items()}, expected, passed)
 
 
 class TransformersDINOv2Layout(TimmLayout):

@@ -111,7 +111,7 @@ class Backbone(nn.Module, ABC):
         self.blocks = nn.ModuleDict({str(number): self.block(number) for number in range(first, after)})
         if self.stage.is_last:
             self.build_last()
-            built = {name: head.build(config.hidden_size).to(config.params_dtype) for name, head in heads.items()}
+            built = {name: head.build_in(config.params_dtype, config.hidden_size) for name, head in heads.items()}
             self.heads = nn.ModuleDict(built)
         initialize_parameters(self, self._initial_value, seed)
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from megavar.parallel.logical import InitializationRule
@@ -53,6 +54,15 @@ class Head:
     """Of its parameters, by their names in it."""
     rule: Rule = usual_rule
     """How they are trained, by their names in it."""
+
+    def build_in(self, dtype: torch.dtype, width: int) -> nn.Module:
+        """The network with parameters of the model's type. Not converted: tensors without values cannot be."""
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            return self.build(width)
+        finally:
+            torch.set_default_dtype(before)
 
 
 @dataclass

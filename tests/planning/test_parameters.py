@@ -6,8 +6,9 @@ import torch
 from megavar.config.experts.base import ExpertsChoice
 from megavar.config.generators.var import SCALES, VARConfig
 from megavar.config.parallel import ParallelConfig
+from megavar.config.terms.base import TermChoice
 from megavar.generators.var import VAR
-from megavar.planning.measure import Request, measure
+from megavar.planning.measure import Request, measure, tokenizer_cost
 from megavar.planning.workload import count_parameters
 from tests.planning.models import MEPA, space_of
 
@@ -38,6 +39,25 @@ def test_counts_are_the_published_ones(costs, number):
     counted = count_parameters(config, space_of(SCALES[resolution]), costs[number])
     assert counted.total == pytest.approx(total, rel=2e-3 if total == 2.44e9 else 1e-4)
     assert counted.activated == (counted.total if activated is None else pytest.approx(activated, rel=5e-4))
+
+
+@pytest.mark.parametrize(("depth", "activated", "total"), [(12, 252.11, 535.4), (16, 585.31, 1256.8)])
+def test_plans_count_heads_and_teachers_of_guidance(depth, activated, total):
+    """MEPA Table 2: 252 M and 585 M activated. The teacher is a DINOv3 ViT-L of 303 M at 256 patches and 5 tokens."""
+    term = TermChoice.make(name="semantic_guidance", teacher={"name": "dinov3", "size": "large", "weights": "none"})
+    config, space = VARConfig(depth=depth, experts=MEPA), space_of(SCALES[256])
+    with_head, without = measure([Request(config, space, terms=(term,)), Request(config, space)])
+    counted = count_parameters(config, space, with_head)
+    assert counted.activated == pytest.approx(activated * 1e6, abs=6e3)
+    assert counted.total == pytest.approx(total * 1e6, abs=6e4)
+    head = term.projection.parameters(64 * depth, 1024)
+    products = head - 3072 - 1024  # biases are added
+    assert with_head.forward_flops - without.forward_flops == pytest.approx(2 * products * 680, rel=1e-6)
+    assert with_head.model_flops - without.model_flops == pytest.approx(6 * products * 680, rel=1e-6)
+    assert with_head.packed.per_image == pytest.approx(without.packed.per_image * (2 * 680 + 1) / (680 + 1), rel=1e-6)
+    teacher = tokenizer_cost(term.teacher)
+    assert teacher.parameters == pytest.approx(303e6, rel=0.01)
+    assert teacher.encode_flops == pytest.approx(2 * 302e6 * 261, rel=0.05)
 
 
 def expert_size(width):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from megavar.config.loading import load_config
 from megavar.config.recipes.self_distillation import CropsConfig, SelfDistillationConfig
@@ -56,6 +57,16 @@ def test_centre_and_average_move_by_their_formulas() -> None:
     momentum = 1 - 0.1 * (math.cos(math.pi * 4 / 10) + 1) / 2
     for old, (average, _) in zip(before, network.pairs(), strict=True):
         torch.testing.assert_close(average, old + (1 - momentum))
+
+
+def test_only_the_student_is_trained_and_only_its_matrices_decay() -> None:
+    network = recipe().network
+    rules = {name: network.rule(name) for name, _ in network.named_parameters()}
+    trained = {name for name, rule in rules.items() if not rule.frozen}
+    assert trained == {name for name in rules if name.startswith("heads.student.")} and len(trained) < len(rules)
+    layers = network.heads["student"].named_modules()
+    matrices = {f"heads.student.{name}.weight" for name, layer in layers if isinstance(layer, (nn.Linear, nn.Conv2d))}
+    assert {name for name in trained if rules[name].decays} == matrices
 
 
 def test_views_are_functions_of_the_sample() -> None:

@@ -143,6 +143,17 @@ def test_scales_and_tokens_that_cannot_be_guided_are_refused() -> None:
         choice(scales=(3, 3))
 
 
+def test_projections_start_as_repas() -> None:
+    """Xavier's uniform weights, zero biases."""
+    head, generator = term().head(SPACE), torch.Generator().manual_seed(0)
+    weight, bias = torch.empty(200, 100), torch.ones(200)
+    head.initial_value("0.weight", weight, generator)
+    head.initial_value("0.bias", bias, generator)
+    bound = math.sqrt(6 / (200 + 100))
+    assert 0.98 * bound < float(weight.abs().max()) <= bound and not bias.any()
+    assert float(weight.std()) == pytest.approx(bound / math.sqrt(3), rel=0.02)
+
+
 def test_the_teacher_is_asked_once_and_only_for_the_loss() -> None:
     teacher = FakeTeacher(torch.randn(2, GRID * GRID, CHANNELS))
     guidance, images = term(teacher), torch.zeros(2, 3, 28, 28)

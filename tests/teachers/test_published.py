@@ -13,6 +13,7 @@ from megavar.errors import CheckpointError
 from megavar.teachers import published
 from megavar.teachers.vit import VisionTransformer, normalized
 from megavar.training.checkpoint.weights import fill, shapes_of
+from megavar.weight_file import read_state_dict
 from tests.teachers.make_golden import FOLDER, SHAPES
 
 LAYOUTS = {
@@ -56,12 +57,15 @@ def test_features_are_those_of_their_own_classes(name: str) -> None:
     torch.testing.assert_close(found, stored["output"], rtol=0, atol=1e-5)
 
 
-def test_the_authors_files() -> None:
+def test_the_authors_files(tmp_path: Path) -> None:
     """They name the same tensors otherwise; DINOv2's class token has its position although it has registers."""
     state = state_of("timm_mocov3")
     moco = {f"module.base_encoder.{key}": value for key, value in state.items()}
     moco |= {f"module.momentum_encoder.{key}": -value for key, value in state.items()}
     moco |= {"module.predictor.0.weight": torch.ones(3), "module.base_encoder.head.0.weight": torch.ones(3)}
+    file = tmp_path / "vit-b-300ep.pth.tar"
+    torch.save({"epoch": 300, "arch": "vit_base", "state_dict": moco, "optimizer": {"state": {}}}, file)
+    moco = read_state_dict(file, "it")
     stored = golden("timm_mocov3")
     found = features(network_of("timm_mocov3", moco, published.MoCoLayout), stored["input"])
     torch.testing.assert_close(found, stored["output"], rtol=0, atol=1e-5)

@@ -2,15 +2,27 @@
 
 import multiprocessing
 import os
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from megavar.assembly import Assembly
+from megavar.config.choice import resolve
 from megavar.config.loading import load_config
+from megavar.config.parallel import ParallelConfig
 from megavar.config.token_space import TokenSpace
-from megavar.data.build import build_source
-from megavar.errors import ConfigError, ExitCode
+from megavar.data.build import build_source, build_transform, of_images
+from megavar.data.pixels import to_float
+from megavar.data.reading import SampleReader
+from megavar.errors import ConfigError, DataError, ExitCode
+from megavar.parallel import topology
+from megavar.parallel.environment import Environment
+from megavar.parallel.logical import initialize_parameters
+from megavar.parallel.seeds import uniform
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
+from megavar.transformer.defaults import usual_initial_value
 from tests.sources.originals import content_of, flip_bit, write_class_folders
 from tests.tokenizers.public_files import save_public
 from tools import cache_tokens
@@ -62,6 +74,74 @@ def test_make_verify_and_repair(config, tmp_path, capsys):
     assert cache_tokens.main([*arguments, "--repair"]) == ExitCode.FINISHED
     assert content_of(tmp_path / "cache") == before
     assert cache_tokens.main([*arguments, "--repair"]) == ExitCode.FINISHED
+
+
+TERM = """[{name: semantic_guidance, projection: {hidden: [8]}, scales: last, teacher: {name: self_distilled, grid: 4,
+weights: TEACHER, network: {width: 16, depth: 1, heads: 2}}}]"""
+
+
+@pytest.fixture
+def guided(config, tmp_path):
+    """Overrides of the run with a term and a cache of its teacher's features."""
+    term = TERM.replace("\n", " ").replace("TEACHER", str(tmp_path / "teacher.safetensors"))
+    given = [f"recipe.terms={term}", f"data.source.features={tmp_path / 'features'}"]
+    (section,) = load_config(config, given).recipe.terms
+    teacher = resolve(section.teacher)(section.teacher)
+    initialize_parameters(teacher, usual_initial_value, seed=1)
+    save_file(dict(teacher.named_parameters()), tmp_path / "teacher.safetensors")
+    return given
+
+
+@pytest.mark.usefixtures("single_process")
+def test_a_teachers_features_are_those_of_the_views_beside_them(config, guided, tmp_path, capsys):
+    """Training on tokens and features gives what training on the images gives, which one augmentation shows to both."""
+    for more in ([], ["--teacher"]):
+        assert cache_tokens.main([str(config), *guided, *more, "--rows-per-part", "16"]) == ExitCode.FINISHED
+    assert "40 samples x 4 views of features [16, 16]" in capsys.readouterr().out
+    run = load_config(config, guided)
+    cached, images = build_source(run.data), build_source(of_images(run.data))
+    transform, seed = build_transform(run.data), run.train.seed
+    reader = {source: SampleReader(source, transform, seed=seed) for source in (cached, images)}
+    mesh = topology.initialize(ParallelConfig(), Environment(0, 1, 0, "single"))
+    term = {source: Assembly(run, source, torch.device("cpu"), mesh).terms()[0] for source in reader}
+    seen = 0
+    for epoch in range(8):
+        rows = torch.arange(40)
+        stored = reader[cached].read(torch.full((40,), epoch), rows)
+        assert stored.images is None and stored.features.dtype == torch.float32
+        view = choose_views(seed, epoch, rows)
+        for number in set(view.tolist()):  # view v is what the transform makes of epoch v
+            mine = view == number
+            fresh = reader[images].read(torch.full((int(mine.sum()),), number), rows[mine])
+            fresh = replace(fresh, images=to_float(fresh.images))
+            exact = term[images].prepare(fresh, None).features
+            found = term[cached].prepare(replace(stored, features=stored.features[mine]), None).features
+            torch.testing.assert_close(found, exact, rtol=2e-3, atol=2e-3)
+            seen += len(exact)
+    assert seen == 320
+
+    flip_bit(tmp_path / "features" / "part-00001.bin", 999)
+    assert cache_tokens.main([str(config), *guided, "--teacher", "--verify", "--rows", "0"]) == ExitCode.CONFIGURATION
+    assert cache_tokens.main([str(config), *guided, "--teacher", "--repair"]) == ExitCode.FINISHED
+    tensors = load_file(tmp_path / "teacher.safetensors")
+    save_file(tensors | {"norm.bias": tensors["norm.bias"] + 1}, tmp_path / "teacher.safetensors")
+    with pytest.raises(ConfigError, match="made by another teacher than the one that a term of this run names"):
+        Assembly(run, cached, torch.device("cpu"), mesh).terms()
+    other = load_config(config, [*guided, f"data.source.features={tmp_path / 'cache'}"])
+    with pytest.raises(DataError, match="does not hold a teacher's features of the views in"):
+        build_source(other.data)
+
+
+def choose_views(seed, epoch, rows):
+    drawn = uniform(seed, "augmentation", torch.full((len(rows), 1), epoch), rows[:, None], torch.arange(3))
+    return (drawn[:, 0] * 4).floor().to(torch.int64)
+
+
+def test_features_need_a_place_and_one_teacher(config, guided, capsys):
+    assert cache_tokens.main([str(config), "--teacher"]) == ExitCode.CONFIGURATION
+    assert "have 0. Give a configuration whose terms have one." in capsys.readouterr().err
+    assert cache_tokens.main([str(config), guided[0], "--teacher"]) == ExitCode.CONFIGURATION
+    assert "Set data.source.features, for example to" in capsys.readouterr().err
 
 
 def _as_rank(rank, arguments):

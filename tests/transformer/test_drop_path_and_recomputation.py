@@ -6,7 +6,8 @@ import torch
 from megavar.config.parallel import ParallelConfig
 from megavar.parallel import seeds
 from megavar.transformer.context import ForwardContext
-from megavar.transformer.dropout import keep_mask
+from megavar.transformer.dropout import DropPath, keep_mask
+from megavar.transformer.megatron_config import transformer_config
 from megavar.transformer.sequence import SequenceLayout
 from tests.transformer import tiny
 
@@ -40,6 +41,22 @@ def test_keep_mask_depends_on_seed_sample_block_and_branch_alone():
 def test_no_keys_or_no_rate_keeps_everything():
     assert keep_mask(context(None), "x", 1, 4, 0.5) is None
     assert torch.equal(keep_mask(context(torch.arange(3)), "x", 1, 4, 0.0), torch.ones(3))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_what_is_kept_of_a_gated_branch_is_added(gated):
+    """x + gate branch / (1 - rate) where it is kept, x where it is dropped; at the rate of the block."""
+    config = transformer_config(ParallelConfig(), torch.float32, depth=3, width=4, heads=1, feed_forward=4)
+    residual, keys = DropPath(config, 1, 3, rate=0.8), torch.arange(64)
+    hidden, branch, gate = torch.randn(3, 2, 64, 4, generator=torch.Generator().manual_seed(0))
+    gate = gate[0] if gated else None
+    given = context(keys)
+    residual.prepare(given, keys.device)
+    found = residual(hidden, branch, gate, "feed_forward", given)
+    kept = seeds.uniform(0, "drop_path/feed_forward", 1, keys) >= 0.4
+    assert 20 < kept.sum() < 60
+    change = branch / 0.6 if gate is None else gate * branch / 0.6
+    torch.testing.assert_close(found, torch.where(kept[:, None], hidden + change, hidden))
 
 
 def test_a_sample_drops_the_same_branches_in_any_batch():

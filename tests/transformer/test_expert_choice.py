@@ -1,12 +1,15 @@
 """Expert choice against loops over groups and experts; what is trained is what is decoded."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 
+from megavar.assembly import build_sampler
 from megavar.config.experts.base import ExpertsChoice
 from megavar.config.generators.var import SCALES
+from megavar.config.loading import load_config
 from megavar.config.parallel import ParallelConfig
 from megavar.errors import ConfigError
 from megavar.generators.inputs import ScaleInputs
@@ -21,6 +24,7 @@ from tests.transformer.test_layouts import decoded
 
 pytestmark = pytest.mark.usefixtures("one_process")
 BATCH, PADDING = 3, 2
+QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
 
 
 def layer(**keys):
@@ -137,6 +141,9 @@ def test_groups_that_do_not_exist_while_decoding_are_refused_or_replaced():
     refused = model(group="image")
     with pytest.raises(ConfigError, match=r"group=image: .* Train with group=image_scale, or set .*decoding_group"):
         decoded(refused, given)
+    config = load_config(QUICKSTART, ["generator.experts={router: expert_choice, group: batch}"])
+    with pytest.raises(ConfigError, match="later scales do not exist yet"):  # before a run's first step
+        build_sampler(config, refused, None, None, None)
     replaced, own = model(group="image", decoding_group="image_scale"), model()
     torch.testing.assert_close(decoded(replaced, given), decoded(own, given))
 

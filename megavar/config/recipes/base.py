@@ -10,6 +10,8 @@ GENERATOR_MODULE = "generator"
 """Name of the module that a run of a generator results in, in recipes, checkpoints and ``optimizer.modules``."""
 TOKENIZER_MODULE = "autoencoder"
 """Name of the module that a run of a tokenizer results in."""
+TEACHER_MODULE = "teacher"
+"""Name of the module that a run of a teacher results in."""
 
 
 class RecipeChoice(Choice):
@@ -26,7 +28,8 @@ class RecipeChoice(Choice):
     @property
     def modules(self) -> tuple[str, ...]:
         """Names of the modules that it trains, as ``Recipe.modules`` of its implementation returns them."""
-        return (GENERATOR_MODULE if self.trains == "generator" else TOKENIZER_MODULE,)
+        named = {"generator": GENERATOR_MODULE, "tokenizer": TOKENIZER_MODULE, "teacher": TEACHER_MODULE}
+        return (named[self.trains],)
 
     def initial_weights_path(self) -> str | None:
         """Weights to begin with, where the recipe has a key of its own for them beside ``train.initial_weights``."""
@@ -44,6 +47,11 @@ class RecipeChoice(Choice):
     def passes_of_step(self) -> tuple[int, int]:
         """Passes of a step over the trained network, for plans and utilization: with a loss, and forward only."""
         return 1, 0
+
+    @property
+    def counted_terms(self) -> tuple[TermChoice, ...]:
+        """Losses with heads and teachers that plans count."""
+        return ()
 
     @property
     def uncounted(self) -> tuple[str, ...]:
@@ -70,6 +78,11 @@ class GeneratorRecipeChoice(RecipeChoice):
         return weights
 
     @property
+    def counted_terms(self) -> tuple[TermChoice, ...]:
+        """Those that say what their heads are."""
+        return tuple(term for term in self.terms if term.counted)
+
+    @property
     def uncounted(self) -> tuple[str, ...]:
-        """Heads and teachers of the terms."""
-        return tuple(f"heads and teachers of the term {term.name}" for term in self.terms)
+        """Heads and teachers of the others."""
+        return tuple(f"heads and teachers of the term {term.name}" for term in self.terms if not term.counted)

@@ -40,6 +40,8 @@ class SelfDistillationConfig(RecipeChoice):
     """Sizes of the vision transformer."""
     crops: CropsConfig = CropsConfig()
     """Views of an image."""
+    pooling: Literal["patches", "class"] = "patches"
+    """What the projection head reads: the mean of the patches, whose features guide later, or DINO's class token."""
     prototypes: int = Field(256, ge=2)
     """Outputs of the projection head, K (DINO: 65536 for ImageNet)."""
     head_hidden: int = Field(128, ge=1)

@@ -23,6 +23,11 @@ class TermChoice(Choice):
         return {}
 
     @property
+    def counted(self) -> bool:
+        """Whether plans can count its head: its class has ``head_of`` (``recipes.terms.base``)."""
+        return False
+
+    @property
     def teachers(self) -> tuple[TeacherChoice, ...]:
         """Networks whose features it needs of every image."""
         return ()

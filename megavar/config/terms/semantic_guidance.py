@@ -68,6 +68,11 @@ class SemanticGuidanceConfig(TermChoice):
         return {"teacher": self.teacher.weights}
 
     @property
+    def counted(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
     def teachers(self) -> tuple[TeacherChoice, ...]:
         """The one."""
         return (self.teacher,)

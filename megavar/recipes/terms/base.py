@@ -9,7 +9,8 @@
             return Losses(distance.mean(1).sum())                                         # summed over images
 
 A head lives on the generator's engine, as ``heads.<term>``: one backward, one gradient norm, checkpoints and moving
-averages for nothing; exports leave it out.
+averages for nothing; exports leave it out. A term whose choice says ``counted`` has a class method ``head_of(choice,
+generator, space)``, too: its head from configurations alone, so that plans count it without loading a teacher.
 """
 
 from collections.abc import Sequence

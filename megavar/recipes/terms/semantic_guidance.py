@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megavar.config.generators.base import GeneratorChoice
 from megavar.config.terms.semantic_guidance import ProjectionConfig, SemanticGuidanceConfig
 from megavar.config.token_space import TokenSpace
 from megavar.data.batch import Batch
@@ -71,10 +72,14 @@ class SemanticGuidance:
         space = config.tokenizer.space
         return cls(choice, parts.teacher(choice.teacher), space, config.generator.limits(space).depth)
 
+    @classmethod
+    def head_of(cls, choice: SemanticGuidanceConfig, generator: GeneratorChoice, space: TokenSpace) -> Head:
+        """The head on a generator, for plans."""
+        return _head(choice, f"block.{choice.block_of(generator.limits(space).depth)}")
+
     def head(self, space: TokenSpace) -> Head:
         """m_phi on the middle block."""
-        choice = self.choice
-        return Head((self.tap,), lambda width: projection(choice.projection, width, choice.teacher.width), xavier)
+        return _head(self.choice, self.tap)
 
     def prepare(self, batch: Batch, inputs: object) -> Targets:
         """The teacher's features of the images that the tokenizer sees, or those of a cache.
@@ -127,6 +132,10 @@ class SemanticGuidance:
             return self.choice.group(number)
         except ValueError as error:
             raise ConfigError(f"recipe.terms, {self.name}: {error}. Name scales from 1 to {number}.") from error
+
+
+def _head(choice: SemanticGuidanceConfig, tap: str) -> Head:
+    return Head((tap,), lambda width: projection(choice.projection, width, choice.teacher.width), xavier)
 
 
 def resize(rows: Tensor, side: int, grid: int, mode: str) -> Tensor:

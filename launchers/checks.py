@@ -118,6 +118,16 @@ def weights(config: Config, run_directory: Path) -> str:
     return ", ".join(found) or "the run needs none"
 
 
+def evaluation(config: Config) -> str:
+    """What comes after training can be done: the suite fits, and its files are there."""
+    if not config.evaluation.after_training:
+        return "nothing is scored after training"
+    from megavar.scoring import check
+
+    check(config)
+    return "can be scored after training"
+
+
 # -- the run directory ------------------------------------------------------------------------------------------------
 
 

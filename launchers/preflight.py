@@ -218,8 +218,11 @@ class Preflight:
         directory = Path(config.run.path).absolute()
         self._check("data", lambda: checks.data(config, self.options.world_size), 4 * _CHECK_SECONDS)
         self._check("weights", lambda: checks.weights(config, directory))
+        if self.place.rank == 0:
+            self._check("evaluation", lambda: checks.evaluation(config), 4 * _CHECK_SECONDS)
         if newest_checkpoint_step(directory) >= 0:  # it had them when it began: now the file system lacks them
-            self.findings = [replace(item, of_the_run=item.of_the_run and item.check not in ("data", "weights"))
+            files = ("data", "weights", "evaluation")
+            self.findings = [replace(item, of_the_run=item.of_the_run and item.check not in files)
                              for item in self.findings]  # fmt: skip
         folder = directory / ".preflight"
         self._visibility(folder)

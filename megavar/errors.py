@@ -4,6 +4,7 @@ A ``MegavarError`` says in one paragraph what is wrong, where, and what to do. T
 traceback and leaves with its exit code; our own invariants use ``assert`` and keep their traceback.
 """
 
+from collections.abc import Callable
 from enum import IntEnum
 
 
@@ -14,7 +15,7 @@ class ExitCode(IntEnum):
     FAILED = 1  # an unexpected exception, or a file system that fails: start it again, and read the log if that fails
     CONFIGURATION = 2  # configuration, data or checkpoint is wrong: restarting cannot help
     PREEMPTED = 85  # asked to stop, saved, stopped: start it again and it continues
-    NON_FINITE = 86  # loss or gradient stayed non-finite after the allowed rollbacks
+    NON_FINITE = 86  # loss or gradient stayed non-finite after the allowed rollbacks, or the loss has diverged
     HANG = 87  # a step exceeded the watchdog's limit: stacks are in the logs, start it again
     PREFLIGHT = 90  # a node or the file system is not fit for the run
     NO_PROGRESS = 93  # several restarts without a new checkpoint: cancel the chain
@@ -61,6 +62,22 @@ class RunInUseError(ClusterError):
 
 
 class NonFiniteError(MegavarError):
-    """Loss or gradient norm is not finite and the configured recovery is used up."""
+    """Loss or gradient norm is not finite and the configured recovery is used up, or the loss has diverged."""
 
     exit_code = ExitCode.NON_FINITE
+
+
+def check_all(*checks: Callable[[], object]) -> None:
+    """Run all checks and raise what they find as one error, so that a person mends everything at once.
+
+    Raises:
+        MegavarError: of the first failure's kind, with all messages.
+    """
+    found: list[MegavarError] = []
+    for check in checks:
+        try:
+            check()
+        except MegavarError as error:
+            found.append(error)
+    if found:
+        raise type(found[0])(" ".join(dict.fromkeys(map(str, found)))) from found[0]

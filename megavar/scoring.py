@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megavar.assembly import load_tokenizer, resolve
 from megavar.config.root import Config
-from megavar.errors import ConfigError
+from megavar.errors import ConfigError, check_all
 from megavar.evaluation.base import Scores, Suite
 from megavar.evaluation.reconstruction import ROUNDING
 from megavar.evaluation.reconstruction_suite import check_reconstruction, score_tokenizer
@@ -28,11 +28,12 @@ def check(config: Config) -> None:
 
     Raises:
         ConfigError: the suite does not fit the data or the generator.
-        CheckpointError, DataError: its files are missing or of another kind.
+        CheckpointError, DataError: its files are missing or of another kind. All problems are in one error.
     """
     _refuse_teacher(config)
     if config.recipe.trains == "generator":
-        _checked_suite(config)
+        suite: Suite[Any] = resolve(config.evaluation.suite)(config.evaluation.suite, config.data)
+        check_all(suite.check, functools.partial(_check_asked, config, suite))
     else:
         check_reconstruction(config.evaluation.reconstruction, config.data)
 
@@ -56,10 +57,14 @@ def _refuse_teacher(config: Config) -> None:
 def _checked_suite(config: Config) -> Suite[Any]:
     suite: Suite[Any] = resolve(config.evaluation.suite)(config.evaluation.suite, config.data)
     suite.check()
-    asked = suite.conditions()
-    if asked is not None:
-        check_conditions(_with_sampling(config, suite), asked, f"evaluation.suite.name={config.evaluation.suite.name}")
+    _check_asked(config, suite)
     return suite
+
+
+def _check_asked(config: Config, suite: Suite[Any]) -> None:
+    """Whether the generator can be asked for what the suite wants, or at all."""
+    asked = suite.conditions() or default_conditions(config)
+    check_conditions(_with_sampling(config, suite), asked, f"evaluation.suite.name={config.evaluation.suite.name}")
 
 
 def _score_generator(config: Config, place: Environment, untrained: bool) -> dict[str, float]:

@@ -11,10 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
+from launchers import checks
 from megavar import scoring
+from megavar.__main__ import main as megavar_command
 from megavar.config.loading import load_config
 from megavar.config.parallel import ParallelConfig
-from megavar.errors import CheckpointError, ConfigError, DataError
+from megavar.errors import CheckpointError, ConfigError, DataError, ExitCode
 from megavar.evaluation import adm
 from megavar.evaluation.images import NpzImages, open_images
 from megavar.evaluation.reference import Reference, save_reference
@@ -273,3 +275,28 @@ def test_what_is_missing_is_found_before_training(inputs, tmp_path):
         scoring.check(load_config(tokenizer, ["evaluation.reconstruction.reference=r"]))
     scoring.check(load_config(CONFIG))
     scoring.check(load_config(tokenizer))
+
+
+def test_all_that_is_missing_is_said_at_once(inputs, tmp_path, capsys):
+    """By the check before training, and by a plan, which may be made where the files are not."""
+    missing = [*overrides(inputs, tmp_path / "run"), "evaluation.suite.reference=r.npz"]
+    with pytest.raises(CheckpointError) as caught:
+        scoring.check(load_config(CONFIG, missing))
+    assert "weights w do not exist" in str(caught.value) and "r.npz do not exist" in str(caught.value)
+    tokenizer = CONFIG.with_name("quickstart") / "tokenizer.yaml"
+    given = {"inception_weights": "w", "reference": "r.npz", "lpips_alex": {"backbone": "b.pth", "linear": "l.pth"}}
+    data = [f"data.source={{name: image_folder, path: {tmp_path}}}", "evaluation.after_training=true"]
+    config = load_config(tokenizer, [f"evaluation.reconstruction={json.dumps(given)}", *data])
+    with pytest.raises(ConfigError) as caught:
+        scoring.check(config)
+    for problem in ("at least 63 pixels", "r.npz do not exist", "weights w do not exist", "b.pth does not exist",
+                    "data.source.test_path"):  # fmt: skip
+        assert problem in str(caught.value), problem
+    with pytest.raises(ConfigError, match="at least 63 pixels"):
+        checks.evaluation(config)
+    assert checks.evaluation(load_config(tokenizer)) == "nothing is scored after training"
+    arguments = ["plan", str(CONFIG), "--gpus", "1", *missing]
+    assert megavar_command([*arguments, "evaluation.suite={name: shapes}"]) == ExitCode.CONFIGURATION
+    assert "evaluation.suite.name=shapes" in capsys.readouterr().err
+    assert megavar_command(arguments) == ExitCode.FINISHED
+    assert "(evaluation): on this machine The Inception weights w do not exist" in capsys.readouterr().err

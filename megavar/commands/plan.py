@@ -10,7 +10,7 @@ from pathlib import Path
 from megavar.config.loading import load_config
 from megavar.config.parallel import ParallelConfig
 from megavar.config.root import Config
-from megavar.errors import ExitCode
+from megavar.errors import CheckpointError, DataError, ExitCode
 from megavar.parallel.environment import Environment, environment
 from megavar.planning.calibration import Calibration
 from megavar.planning.hardware import ACCELERATORS
@@ -40,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> ExitCode:
     """Entry point of the command."""
     config, place = load_config(options.config, options.overrides), environment()
+    if config.evaluation.after_training and place.rank == 0:
+        _check_scoring(config)
     calibration = None
     if options.calibrate is not None:
         calibration = _calibrate(config, place, options.calibrate)
@@ -78,6 +80,20 @@ def _calibrate(config: Config, place: Environment, path: Path) -> Calibration:
         calibration.save(path)
         print(f"wrote {path}", file=sys.stderr, flush=True)
     return calibration
+
+
+def _check_scoring(config: Config) -> None:
+    """What could not be scored after training is said now. Files may lie on another machine than this one.
+
+    Raises:
+        ConfigError: the suite does not fit.
+    """
+    from megavar.scoring import check  # scikit-learn and more
+
+    try:
+        check(config)
+    except (CheckpointError, DataError) as error:
+        print(f"Scores after training (evaluation): on this machine {error}", file=sys.stderr, flush=True)
 
 
 def progress_line() -> Callable[[int, int], None]:

@@ -3,7 +3,7 @@
 import re
 
 _NAME = re.compile(
-    r"KEY|TOKEN(?!IZ)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|COOKIE|WEBHOOK|SIGNATURE|BEARER|NETRC|"
+    r"KEY(?!BOARD)|TOKEN(?!IZ)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|COOKIE|WEBHOOK|SIGNATURE|BEARER|NETRC|"
     r"(?:^|_)(?:AUTH|AUTHORIZATION|PASS|PWD|PW|PIN|DSN|SAS|JWT|LOGIN)(?:_|$)",
     re.IGNORECASE,
 )
@@ -16,6 +16,8 @@ _VALUE = re.compile(
 
 
 _PLAIN = re.compile(r"0|1|true|false|yes|no|on|off", re.IGNORECASE)
+_NUMBER = re.compile(r"\d{1,6}")
+_SHORT_ONES = re.compile(r"PIN|PASS|PWD|PW", re.IGNORECASE)
 _PLACE = re.compile(r"_(?:FILE|PATH|DIR|FOLDER)$", re.IGNORECASE)
 _ASSIGNMENT = re.compile(r"(?=\b([A-Za-z_][A-Za-z0-9_]*)=(\"[^\"]*\"|'[^']*'|[^\s;&|,]*))")
 
@@ -24,7 +26,8 @@ def looks_secret(name: str, value: str = "") -> bool:
     """Whether the environment variable ``name`` may hold a credential and must not be recorded."""
     if _VALUE.search(value):
         return True
-    harmless = name == "PWD" or (value and _PLAIN.fullmatch(value)) or _PLACE.search(name)
+    counts = _NUMBER.fullmatch(value) and not _SHORT_ONES.search(name)  # MAX_TOKENS=4096
+    harmless = name == "PWD" or counts or _PLAIN.fullmatch(value) or _PLACE.search(name)
     return _NAME.search(name) is not None and not harmless
 
 

@@ -50,6 +50,9 @@ class RecoveryConfig(Section):
     """Consecutive steps that may be skipped."""
     rollbacks: int = Field(2, ge=0)
     """Times the run may return to a checkpoint before it gives up."""
+    divergence_factor: float | None = Field(10.0, gt=1)
+    """A run whose logged losses stay above this multiple of the first one has diverged and ends, with exit code 86:
+    every loss of ours begins near that of guessing, so ten times more is no training. None: never."""
     spike_factor: float = Field(2.0, gt=1)
     """A loss above this multiple of the median of the recent past is recorded as a spike in ``metrics.jsonl``."""
     spike_window: int = Field(100, ge=10)

@@ -18,12 +18,12 @@ from megavar.data.build import build_source
 from megavar.data.pixels import quantize, to_float
 from megavar.data.shapes_grammar import evaluation_prompts
 from megavar.data.source import content_fingerprint
-from megavar.errors import ConfigError
+from megavar.errors import ConfigError, check_all
 from megavar.evaluation.base import Scores
 from megavar.evaluation.classes import class_extractor, class_reference
 from megavar.evaluation.classifier import load_network
 from megavar.evaluation.digits import digits_extractor
-from megavar.evaluation.inception import ADMInception
+from megavar.evaluation.inception import ADMInception, check_weights
 from megavar.evaluation.reconstruction import (
     METRICS,
     ROUNDING,
@@ -62,7 +62,7 @@ def score_tokenizer(
         ConfigError, CheckpointError, DataError: before anything is measured, if settings contradict each other or files
             are missing.
     """
-    check_reconstruction(config, data)
+    check_all(*_checks(config, data))
     instruments, network, extractor = _instruments(config, data, place.device)
     source = build_source(data, "test")
     count = min(config.images or len(source), len(source))
@@ -113,15 +113,32 @@ def check_reconstruction(config: ReconstructionConfig, data: DataConfig) -> None
 
     Raises:
         ConfigError: names the keys.
-        DataError: the reference is missing or of another kind.
+        CheckpointError, DataError: weights, the reference or test images are missing or of another kind. All problems
+            are in one error.
     """
-    if config.reference is not None:
-        if config.inception_weights is None:
-            raise ConfigError(
-                "evaluation.reconstruction.reference compares Inception features, but "
-                "evaluation.reconstruction.inception_weights is not set. Set it, or leave reference out."
-            )
-        check_reference(Path(config.reference))
+    check_all(
+        *_checks(config, data),
+        lambda: config.inception_weights is None
+        or check_weights(Path(config.inception_weights), unofficial=config.unofficial_weights),
+        lambda: _perceptual(config, torch.device("cpu")),
+        lambda: build_source(data, "test"),
+    )
+
+
+def _checks(config: ReconstructionConfig, data: DataConfig) -> tuple[Callable[[], object], ...]:
+    """What loading the instruments does not find out."""
+    return (
+        lambda: _check_settings(config, data),
+        lambda: check_reference(Path(config.reference)) if config.reference is not None else None,
+    )
+
+
+def _check_settings(config: ReconstructionConfig, data: DataConfig) -> None:
+    if config.reference is not None and config.inception_weights is None:
+        raise ConfigError(
+            "evaluation.reconstruction.reference compares Inception features, but "
+            "evaluation.reconstruction.inception_weights is not set. Set it, or leave reference out."
+        )
     for name, least in (("lpips_vgg", 16), ("lpips_alex", 63)):
         if getattr(config, name) is not None and data.image_size < least:
             raise ConfigError(
@@ -134,14 +151,8 @@ def _instruments(
     config: ReconstructionConfig, data: DataConfig, device: torch.device
 ) -> tuple[Instruments, nn.Module | None, dict[str, Any]]:
     """What measures, the network of rFID, and what identifies all of it."""
-    perceptual: dict[str, nn.Module] = {}
-    files: dict[str, Any] = {}
-    for name, network in (("lpips_vgg", VGG16), ("lpips_alex", ALEXNET)):
-        given: PerceptualWeights | None = getattr(config, name)
-        if given is not None:
-            keys = f"evaluation.reconstruction.{name}.backbone", f"evaluation.reconstruction.{name}.linear"
-            perceptual[name] = PerceptualDistance(network, given.backbone, given.linear, keys=keys).to(device)
-            files[name] = _hashes(given)
+    perceptual = _perceptual(config, device)
+    files: dict[str, Any] = {name: _hashes(getattr(config, name)) for name in perceptual}
     if config.inception_weights is not None:
         inception = ADMInception(Path(config.inception_weights), unofficial=config.unofficial_weights).to(device)
         identity = {"name": inception.name, "sha256": inception.weights_sha256, **files}
@@ -156,6 +167,21 @@ def _instruments(
     classifier = load_network(extractor.path).to(device)
     identity = {"name": extractor.name, "sha256": extractor.sha256, **files}
     return Instruments(lambda images: classifier(images)[0], extractor.name, perceptual), classifier, identity
+
+
+def _perceptual(config: ReconstructionConfig, device: torch.device) -> dict[str, nn.Module]:
+    """The LPIPS distances that are configured, by the names of their keys.
+
+    Raises:
+        CheckpointError: weights are missing or of another network.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, network in (("lpips_vgg", VGG16), ("lpips_alex", ALEXNET)):
+        given: PerceptualWeights | None = getattr(config, name)
+        if given is not None:
+            keys = f"evaluation.reconstruction.{name}.backbone", f"evaluation.reconstruction.{name}.linear"
+            found[name] = PerceptualDistance(network, given.backbone, given.linear, keys=keys).to(device)
+    return found
 
 
 def _hashes(weights: PerceptualWeights) -> dict[str, str]:

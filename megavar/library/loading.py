@@ -81,8 +81,9 @@ def _from_directory(
     def fill_whole(network: nn.Module) -> None:
         load_weights(network, checkpoint, ema=averaged, whole=True)
 
-    if config.recipe.trains != "generator":
+    if config.recipe.trains == "tokenizer":
         return _of_tokenizer(config, fill_whole, manifest.step, device)
+    require_generator_recipe(config)
     before = identities({name: record for name, record in manifest.frozen.items() if name == TOKENIZER})
     its_weights = find_tokenizer(config, run or place, _REMEDY, tokenizer)
     tokenizer_of = _tokenizer_of(config, its_weights, before, checkpoint, device)
@@ -108,8 +109,9 @@ def _from_file(
         _fill_whole(network, read_weights_file(place, shapes_of(network), layouts, fresh=(HEADS,)), place)
 
     step = int(metadata["step"]) if metadata.get("step", "").isdecimal() else 0
-    if config.recipe.trains != "generator":
+    if config.recipe.trains == "tokenizer":
         return _of_tokenizer(config, fill_whole, step, device)
+    require_generator_recipe(config)
     embedded = embedded_tokenizer(place) if tokenizer is None else {}
 
     def from_export(choice: TokenizerChoice) -> Tokenizer:

@@ -255,6 +255,7 @@ class Trainer:
             values["skipped_steps"] = self.recovery.skipped
         if (median := self.recovery.spike(values.get("loss"))) is not None:
             self.monitor.event(self.step, "loss_spike", loss=values["loss"], median=median)
+        self._check_divergence(values.get("loss"))
         speed = self.stopwatch.read(self.setup.train.global_batch_size)
         if self.setup.flops_per_image and self.setup.peak_flops and speed:
             per_device = speed["images_per_second"] * self.setup.flops_per_image / self.topology.world_size
@@ -285,6 +286,22 @@ class Trainer:
                 "memory_ratio": speed["memory_gib"] * 2**30 / expected.memory_bytes,
             }
         self.monitor.event(self.step, "expectation", **facts)
+
+    def _check_divergence(self, loss: float | None) -> None:
+        """All ranks have the same losses, so they end together.
+
+        Raises:
+            NonFiniteError: the run has diverged, though its losses are finite.
+        """
+        if (found := self.recovery.diverged(loss)) is not None:
+            self.monitor.event(self.step, "diverged", first_loss=found[0], median=found[1])
+            raise NonFiniteError(
+                f"{self.setup.name} has diverged: its last logged losses up to step {self.step} have the median "
+                f"{found[1]:.4g}, it began with {found[0]:.4g} (train.recovery.divergence_factor="
+                f"{self.setup.train.recovery.divergence_factor}). Lower optimizer.lr or optimizer.gradient_clipping, "
+                f"or lengthen the warm-up; then start anew (train.fresh=true), or remove the checkpoints of the steps "
+                f"after which the loss rose, and start again."
+            )
 
     def _preview(self) -> None:
         if self.setup.preview is None:

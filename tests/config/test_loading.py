@@ -60,6 +60,15 @@ def test_bases_in_a_circle_are_refused(tmp_path: Path) -> None:
         load_config(tmp_path / "a.yaml")
 
 
+@pytest.mark.parametrize("url", ["https://me:geheim42@host/{shard}", "pipe:TOKEN=geheim42 fetch {shard}"])
+def test_secrets_are_not_kept_in_config_yaml(url: str) -> None:
+    error = error_of(f"data.source={{name: webdataset, path: x, order: stream, url: '{url}'}}")
+    assert "data.source.url" in error and "looks like a secret" in error and "geheim42" not in error
+    by_variable = url.replace("me:geheim42", "$USER:$PASS").replace("geheim42", "$FETCH_TOKEN")
+    if url.startswith("pipe:"):
+        load_config(QUICKSTART, [f"data.source={{name: webdataset, path: x, order: stream, url: '{by_variable}'}}"])
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [

@@ -107,6 +107,13 @@ def test_missing_data_is_the_configurations_fault(tmp_path):
     assert "nowhere" in report_of(tmp_path)
 
 
+def test_scores_that_could_not_be_made_are_the_configurations_fault(tmp_path):
+    """Before hours of training, not after them."""
+    path = write_config(tmp_path, "evaluation.after_training=true", "evaluation.reconstruction.inception_weights=w.pth")
+    assert preflight_on(tmp_path, path, 1) == [ExitCode.CONFIGURATION]
+    assert "Inception weights w.pth do not exist" in report_of(tmp_path)
+
+
 def test_one_node_without_its_gpus_is_replaced(tmp_path):
     """This machine has none, so the node that expects eight is the bad one."""
     import torch

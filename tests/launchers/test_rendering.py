@@ -148,6 +148,7 @@ def test_directives_that_contradict_each_other_are_refused(cluster, message):
     "cluster",
     [
         {"environment": {"WANDB_API_KEY": "geheim42"}},
+        {"environment": {"DOOR_PIN": "424242"}},
         {"environment": {"HTTPS_PROXY": "http://me:geheim42@proxy:3128"}},
         {"setup": ["module load cuda", "export HF_TOKEN=geheim42"]},
         {"setup": ["curl -H 'Authorization: Bearer' https://me:geheim42@host/x"]},
@@ -160,11 +161,12 @@ def test_secrets_of_the_cluster_file_are_refused_unspoken(cluster):
     """They would stand in clear in submit.sbatch, which may lie in a folder that others read."""
     with pytest.raises(ConfigError, match=r"looks like a secret, .*Export it in the shell that submits") as caught:
         decode(cluster, ClusterConfig, "cluster.yaml")
-    assert "geheim42" not in str(caught.value)
+    assert "geheim42" not in str(caught.value) and "424242" not in str(caught.value)
 
 
 def test_what_only_resembles_a_secret_is_passed_on():
-    environment = {"TOKENIZERS_PARALLELISM": "false", "HF_TOKEN_PATH": "/home/me/.token", "GIT_TERMINAL_PROMPT": "0"}
+    environment = {"TOKENIZERS_PARALLELISM": "false", "HF_TOKEN_PATH": "/home/me/.token", "GIT_TERMINAL_PROMPT": "0",
+                   "MAX_TOKENS": "4096"}  # fmt: skip
     setup = ["export WANDB_API_KEY=$(cat ~/.wandb)", 'export HF_TOKEN="$TOKEN"', "set -a; source ~/.megavar-secrets"]
     script = render_training(job({"environment": environment, "setup": setup}))
     assert all(f"export {name}={value}" in script for name, value in environment.items())

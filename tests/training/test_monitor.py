@@ -172,6 +172,24 @@ def test_loss_spikes():
     assert recovery.spike(1.2) is None and recovery.spike(None) is None
 
 
+def test_divergence_is_seen_once_losses_stay_far_above_the_first():
+    def found(losses, state=None, **settings):
+        recovery = Recovery(RecoveryConfig(**settings))
+        if state is not None:
+            recovery.load_state(state)
+        return [recovery.diverged(loss) for loss in losses]
+
+    assert found([4.0, 1203.0, 3.9, 3.8, 900.0, 3.7, 3.6]) == [None] * 7, "spikes"
+    assert found([4.0] * 3 + [39.0] * 9) == [None] * 12, "less than ten times"
+    assert found([4.0, 50.0, 300.0, 900.0, 1203.0, 1300.0]) == [None] * 4 + [(4.0, 300.0), (4.0, 900.0)]
+    assert found([None, float("nan"), 4.0, 50.0, 50.0, 50.0, 50.0])[-1] == (4.0, 50.0)
+    assert found([4.0] + [1e9] * 9, divergence_factor=None) == [None] * 10
+    assert found([-1.0] + [1e9] * 9) == [None] * 10, "a loss without a scale"
+    resumed = found([50.0] * 5, {"skipped": 0, "first_loss": 4.0})
+    assert resumed == [None] * 4 + [(4.0, 50.0)], "the first loss of the run, not of the attempt"
+    assert found([50.0] * 5, {"skipped": 0}) == [None] * 5, "of a version that did not keep it"
+
+
 def test_a_trace_of_the_named_steps(tmp_path):
     import gzip
 

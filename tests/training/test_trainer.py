@@ -446,6 +446,28 @@ def test_without_a_checkpoint_a_bad_start_ends_the_run(tmp_path):
     assert "no checkpoint to go back to" in run_ranks(1, _rolls_back, tmp_path, range(0, 10), 20)[0][3]
 
 
+def _diverges(directory):
+    class Growing(tiny.TinyRecipe):
+        def loss(self, output, inputs, step):
+            losses = super().loss(output, inputs, step)
+            losses.named["loss"] = losses.named["loss"] * (1 if step < 4 else 300)
+            return losses
+
+    trainer = Trainer(tiny.build_run(directory, steps=50, recipe=Growing(), train={"checkpoint": {"interval": 2}}))
+    with pytest.raises(NonFiniteError) as caught:
+        trainer.run()
+    return str(caught.value), caught.value.exit_code, trainer.step
+
+
+def test_a_run_that_diverges_does_not_finish(tmp_path):
+    """Its losses are finite: it trained to the end, 300 times above guessing, and left with 0."""
+    for message, code, step in run_ranks(2, _diverges, tmp_path):
+        assert code == ExitCode.NON_FINITE and step == 7, "three of five logged losses are far above the first"
+        assert "tiny has diverged" in message and "train.recovery.divergence_factor=10.0" in message
+    assert not (tmp_path / "DONE").exists()
+    assert [line["event"] for line in tiny.read_metrics(tmp_path) if "event" in line] == ["diverged"]
+
+
 def _uneven(directory, train):
     with pytest.raises(ConfigError) as caught:
         Trainer(tiny.build_run(directory, train=train))

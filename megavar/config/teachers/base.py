@@ -4,6 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from megavar.config.base import PathText
 from megavar.config.choice import Choice
 
 
@@ -14,7 +15,7 @@ class TeacherChoice(Choice):
 
     name: str
     """Which network."""
-    weights: str
+    weights: PathText
     """A local file in one of its published layouts, an export of ours, or the directory of a run. Part of a run's
     identity, by hash; nothing is downloaded."""
     grid: int = Field(16, ge=1)

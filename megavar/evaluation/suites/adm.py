@@ -1,11 +1,13 @@
 """The suite that published numbers come from: ADM's metrics on Inception features."""
 
+import functools
 from pathlib import Path
 
 import torch
 
 from megavar.chunks import ChunkStore
 from megavar.config.suites.adm import ADMSuite
+from megavar.errors import check_all
 from megavar.evaluation import adm
 from megavar.evaluation.base import Scores, Suite
 from megavar.evaluation.images import ImageSet
@@ -30,8 +32,11 @@ class ADM(Suite[ADMSuite]):
 
     def check(self) -> None:
         """The files must be there; any data fit."""
-        check_weights(Path(self.choice.inception_weights), unofficial=self.choice.unofficial_weights)
-        check_reference(Path(self.choice.reference))
+        weights, reference = Path(self.choice.inception_weights), Path(self.choice.reference)
+        check_all(
+            functools.partial(check_weights, weights, unofficial=self.choice.unofficial_weights),
+            functools.partial(check_reference, reference),
+        )
 
     def take_features(self, images: ImageSet, place: Environment, work_directory: Path) -> None:
         """Inception features of all images."""

@@ -23,7 +23,7 @@ class Classifier(Suite[ClassifierSuite]):
         self.untrained_beside = choice.baselines
 
     def check(self) -> None:
-        """Any source with classes but digits."""
+        """Any source with classes but digits; test images are baselines."""
         source = self.data.source.name
         if source == "digits":
             raise ConfigError(
@@ -35,6 +35,8 @@ class Classifier(Suite[ClassifierSuite]):
                 f"evaluation.suite.name=classifier needs classes, but data.source.name={source} has none. Use "
                 f"evaluation.suite.name=shapes for captioned shapes, or adm with Inception weights."
             )
+        if self.choice.baselines:
+            build_source(self.data, "test")
 
     def conditions(self) -> ClassConditions:
         """The source's classes."""

@@ -39,16 +39,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> ExitCode:
     """Entry point of the command."""
-    config, place = load_config(options.config, options.overrides), environment()
-    if config.evaluation.after_training and place.rank == 0:
-        _check_scoring(config)
+    config = load_config(options.config, options.overrides)
     calibration = None
-    if options.calibrate is not None:
-        calibration = _calibrate(config, place, options.calibrate)
-    elif options.calibration is not None:
+    if options.calibration is not None:
         calibration = Calibration.load(options.calibration)
-    if place.rank > 0:
-        return ExitCode.FINISHED
+    if options.calibrate is not None:
+        place = environment()
+        calibration = _calibrate(config, place, options.calibrate)
+        if place.rank > 0:
+            return ExitCode.FINISHED
+    if config.evaluation.after_training:
+        _check_scoring(config)
     predicted = plan(
         config,
         options.gpus,

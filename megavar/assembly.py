@@ -232,6 +232,11 @@ class Assembly:
         assert tuple(recipe.modules()) == section.modules, f"{type(section).__name__}.modules lists {section.modules}"
         return recipe
 
+    @property
+    def steps(self) -> int:
+        """Length of the run."""
+        return self.config.train.total_steps(len(self.source))
+
     def tokenizer(self) -> Any:
         """The frozen tokenizer whose tokens the run's generator learns.
 

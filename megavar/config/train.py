@@ -124,6 +124,13 @@ class TrainConfig(Section):
     garbage_collection_interval: int = Field(200, ge=1)
     """Steps between runs of Python's cyclic garbage collector, at the same step on all ranks so that none waits."""
 
+    def total_steps(self, samples: int) -> int:
+        """Steps of the run over ``samples`` samples."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return max(1, round(self.epochs * samples / self.global_batch_size))
+
     @model_validator(mode="after")
     def _one_length(self) -> "TrainConfig":
         if (self.steps is None) == (self.epochs is None):

@@ -39,3 +39,22 @@ class ScaleInputs:
         sides = self.sides or usual
         numbers = (self.scale,) if self.scale is not None else self.only or tuple(range(len(sides)))
         return {number: sides[number] for number in numbers}
+
+
+@dataclass
+class RasterInputs:
+    """Tokens one after the other: each is predicted from the class and the ones before it.
+
+    The sequence is a start row, the class's row, then a row per token. Row 1 + i predicts token i.
+    """
+
+    labels: Tensor
+    """int64 [B]; the number of classes stands for "no class"."""
+    ids: Tensor
+    """int64 [B, n]: in training the first n tokens of the order; while decoding those whose rows follow ``start``."""
+    order: Tensor | None = None
+    """int64 [B, L]: place in the image of the i-th token; None: row by row."""
+    sample_keys: Tensor | None = None
+    """int64 [B]: identifies (epoch, sample) for dropout; None disables it."""
+    start: int = 0
+    """Number of the first row; 0 begins with the start row and the class's."""

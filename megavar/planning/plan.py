@@ -21,7 +21,6 @@ from megavar.planning.search import allowed_candidates, suggest
 from megavar.planning.timing import Machine
 from megavar.planning.workload import GeneratorWorkload, Prediction, Progress, TokenizerWorkload, Workload
 from megavar.training.run import micro_batch_size
-from megavar.training.schedules import total_steps
 
 DEFAULT_GPU = "h200"
 
@@ -136,7 +135,7 @@ def plan(
         else drawing_flops(DrawRequest(config.generator, config.tokenizer, config.sampling)),
         prediction=workload.predict(layout),
         better=tuple(suggest(workload, layout, suggestions)) if suggestions else (),
-        steps=total_steps(config.train.steps, config.train.epochs, count or 0, config.train.global_batch_size),
+        steps=config.train.total_steps(count or 0),
         images=count,
         limit_seconds=None if job_seconds is None else usable_seconds(job_seconds),
         notes=notes,

@@ -87,6 +87,11 @@ class Parts(Protocol):
         ...
 
     @property
+    def steps(self) -> int:
+        """Length of the run."""
+        ...
+
+    @property
     def device(self) -> torch.device:
         """Where modules live."""
         ...

@@ -25,6 +25,7 @@ from megavar.generators.inputs import ScaleInputs
 from megavar.parallel import seeds
 from megavar.parallel.vocabulary import vocabulary_cross_entropy, vocabulary_hits
 from megavar.recipes.base import BaseRecipe, Count, Losses, Parts, Pass
+from megavar.recipes.noise import noisy
 from megavar.recipes.scale_lists.base import ScaleLists
 from megavar.recipes.terms.base import Term, add_terms, heads_of, prepare_terms, taps_of
 from megavar.tokenizers.base import Pyramid
@@ -54,6 +55,7 @@ class NextScale(BaseRecipe):
         label_drop: float,
         seed: int,
         terms: Sequence[Term] = (),
+        steps: int = 1,
     ) -> None:
         """Train ``generator``, or a ``ModuleList`` of its chunks, on the tokens of a frozen ``tokenizer``.
 
@@ -61,6 +63,7 @@ class NextScale(BaseRecipe):
             classes: number of classes, which stands for "no class".
             label_drop: share of samples without class.
             terms: losses to add; the generator has their taps and heads.
+            steps: length of the run, for what changes on the way.
         """
         self.config = config
         self.generator = generator
@@ -69,6 +72,7 @@ class NextScale(BaseRecipe):
         self.classes, self.label_drop = classes, label_drop
         self.seed = seed
         self.terms = terms
+        self.steps = steps
 
     @classmethod
     def build(cls, parts: Parts) -> "NextScale":
@@ -83,6 +87,7 @@ class NextScale(BaseRecipe):
             label_drop=config.generator.condition_drop,
             seed=config.train.seed,
             terms=terms,
+            steps=parts.steps,
         )
 
     def modules(self) -> dict[str, nn.Module]:
@@ -94,6 +99,12 @@ class NextScale(BaseRecipe):
         """Images (or cached tokens or latents) to tokens, teacher-forcing features and labels."""
         sides = self.scale_lists.of_step(step)
         ids, features = self._tokens(batch, sides)
+        if self.config.noise is not None:
+            assert self.tokenizer.space.vocabulary is not None
+            wrong = noisy(
+                ids, self.config.noise, batch, step / self.steps, self.tokenizer.space.vocabulary, self.seed
+            )  # fmt: skip
+            features = self.tokenizer.inputs(wrong, sides)
         dropped = seeds.uniform(self.seed, "label_drop", batch.epochs, batch.sample_ids) < self.label_drop
         labels = torch.where(dropped, self.classes, batch.labels)
         keys = seeds.random_bits(self.seed, "drop_path", batch.epochs, batch.sample_ids)

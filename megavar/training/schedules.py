@@ -16,14 +16,6 @@ _VAR_BASE_LR = 1e-4  # VAR's tblr (utils/arg_util.py)
 _VAR_WARMUP = 1 / 50  # VAR's warm-up: ep / 50 epochs
 
 
-def total_steps(steps: int | None, epochs: float | None, samples: int, global_batch_size: int) -> int:
-    """Steps of a run given as ``steps`` or as ``epochs`` over ``samples`` samples."""
-    if steps is not None:
-        return steps
-    assert epochs is not None
-    return max(1, round(epochs * samples / global_batch_size))
-
-
 def peak_learning_rate(config: OptimizerConfig, global_batch_size: int, module: str = "") -> float:
     """The peak: ``lr`` as it is, else VAR's rule ``base_lr * global_batch_size / 256`` (arg_util.py:260)."""
     override = config.modules.get(module)

@@ -46,7 +46,7 @@ class Trainer:
         self.stop = StopRequest().install()
         self.setup, self.topology, self.recipe, self.directory = run, run.topology, run.recipe, run.directory
         train = run.train
-        self.total_steps = schedules.total_steps(train.steps, train.epochs, run.samples, train.global_batch_size)
+        self.total_steps = train.total_steps(run.samples)
         self.steps_per_epoch = run.samples / train.global_batch_size
         schedules.check_warmup(run.optimizer.schedule, self.total_steps, self.steps_per_epoch)
         self.micro_batch_size = micro_batch_size(train, run.topology)

@@ -170,6 +170,9 @@ def test_loss_spikes():
     assert [recovery.spike(float("nan")), recovery.spike(float("inf"))] == [None, None]
     assert recovery.spike(2.5) == pytest.approx(1.095)
     assert recovery.spike(1.2) is None and recovery.spike(None) is None
+    young = Recovery(RecoveryConfig(spike_factor=2.0))
+    assert [young.spike(loss) for loss in (*[1.0] * 9, 50.0)] == [None] * 10, "nine losses are too short a past"
+    assert young.spike(50.0) == 1.0
 
 
 def test_divergence_is_seen_once_losses_stay_far_above_the_first():

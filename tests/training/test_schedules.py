@@ -12,12 +12,12 @@ from megavar.config.optimizer import (
     OptimizerOverrides,
     VarCosineSchedule,
 )
+from megavar.config.train import TrainConfig
 from megavar.errors import ConfigError
 from megavar.training.schedules import (
     check_warmup,
     learning_rate,
     peak_learning_rate,
-    total_steps,
     warmup_steps,
     weight_decay,
 )
@@ -107,9 +107,10 @@ def test_weight_decay_follows_half_a_cosine():
 
 
 def test_lengths():
-    assert total_steps(10, None, 1000, 64) == 10
-    assert total_steps(None, 200.0, 1_281_167, 768) == round(200 * 1_281_167 / 768)
-    assert [total_steps(None, epochs, 1000, 100) for epochs in (0.5, 0.56, 1e-9)] == [5, 6, 1]
+    assert TrainConfig(steps=10, global_batch_size=64).total_steps(1000) == 10
+    assert TrainConfig(epochs=200.0, global_batch_size=768).total_steps(1_281_167) == round(200 * 1_281_167 / 768)
+    short = [TrainConfig(epochs=epochs, global_batch_size=100).total_steps(1000) for epochs in (0.5, 0.56, 1e-9)]
+    assert short == [5, 6, 1]
     assert warmup_steps(Lin0Schedule(), 333_637, 1668.2) == 6673  # ep / 50 of VAR-d16's 200 epochs
     with pytest.raises(ValueError, match="contradict"):
         Lin0Schedule(warmup_steps=1, warmup_epochs=1.0)

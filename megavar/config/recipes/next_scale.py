@@ -2,6 +2,7 @@
 
 from pydantic import Field
 
+from megavar.config.noise import NoiseConfig
 from megavar.config.recipes.base import GeneratorRecipeChoice
 from megavar.config.scale_lists.base import ScaleListsChoice
 
@@ -11,6 +12,8 @@ class NextScaleConfig(GeneratorRecipeChoice):
 
     scale_lists: ScaleListsChoice = Field(default_factory=ScaleListsChoice.make)
     """On which scales a step trains: the tokenizer's, or FlexVAR's random lists."""
+    noise: NoiseConfig | None = None
+    """Noisy contexts; none by default."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Label smoothing of the cross entropy (VAR: 0)."""
     cross_entropy_weight: float = Field(1.0, ge=0)

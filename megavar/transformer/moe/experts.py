@@ -62,10 +62,13 @@ class _AddBias(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, bias: Tensor, own: Tensor, gates: Tensor | None) -> Tensor:
-        """[R, N], [E, N], int64 [R], [R] -> [R, N]; no gates are ones."""
+        """[R, N], [E, N], int64 [R], [R] -> [R, N]; no gates are ones. ``rows``, which are nobody else's, change."""
         ctx.save_for_backward(bias, own, gates)
         added = bias[own]
-        return rows + added if gates is None else torch.addcmul(rows, added, gates[:, None])
+        if torch.compiler.is_compiling():  # which fuses better without
+            return rows + added if gates is None else torch.addcmul(rows, added, gates[:, None])
+        ctx.mark_dirty(rows)
+        return rows.add_(added) if gates is None else rows.addcmul_(added, gates[:, None])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, Tensor | None]:

@@ -36,11 +36,13 @@ class Subject:
 
     config: Config
     device: torch.device
+    label: str = ""
+    """What pictures call it, where that is not the run's name."""
 
     @property
     def name(self) -> str:
-        """The run's."""
-        return self.config.run.name
+        """In pictures and results."""
+        return self.label or self.config.run.name
 
     @property
     def directory(self) -> Path:
@@ -101,7 +103,7 @@ def write(report: Report, choice: AnalysisChoice, runs: Sequence[Subject], direc
         storage.write_bytes_atomic(paths[-1], buffer.getvalue())
     for ending, figure in report.figures.items():
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110)
+        figure.savefig(buffer, format="png", dpi=100, bbox_inches="tight")
         paths.append(directory / f"{kind}{ending}.png")
         storage.write_bytes_atomic(paths[-1], buffer.getvalue())
     return paths

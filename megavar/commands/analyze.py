@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megavar.analysis.base import Subject, write
 from megavar.config.analyses.base import AnalysisChoice
 from megavar.config.base import Section
@@ -17,7 +19,7 @@ from megavar.errors import ExitCode
 from megavar.parallel import topology
 from megavar.parallel.environment import environment, limit_threads
 
-SUBJECT = ("RUN", "run directory, or the YAML file of a run")
+SUBJECT = ("RUN", "run directory, or the YAML file of a run; LABEL=RUN gives it a name in pictures")
 PREFIX = "analysis."
 
 
@@ -43,7 +45,7 @@ def run(options: argparse.Namespace) -> ExitCode:
     shared = [word for word in options.overrides if not word.startswith(PREFIX)]
     choice = _choice(options.kind, own)
     place = environment()
-    runs = [Subject(_load(path, shared), place.device) for path in (options.config, *options.beside)]
+    runs = [_subject(text, shared, place.device) for text in (options.config, *options.beside)]
     topology.initialize(ParallelConfig(), place)
     limit_threads(runs[0].config.train.cpu_threads)
     report = resolve(choice)(choice).look(runs)
@@ -52,6 +54,12 @@ def run(options: argparse.Namespace) -> ExitCode:
     print(report.text)
     print("\n".join(map(str, paths)), flush=True)
     return ExitCode.FINISHED
+
+
+def _subject(text: str, overrides: Sequence[str], device: torch.device) -> Subject:
+    """``RUN`` or ``LABEL=RUN``."""
+    label, _, path = text.rpartition("=")
+    return Subject(_load(path, overrides), device, label)
 
 
 def _load(path: str, overrides: Sequence[str]) -> Config:

@@ -187,18 +187,26 @@ class TableConfig(Section):
             raise ConfigError(f"{self.name} has no demo: its file has no section `demo`.")
         return self.demo
 
-    def demo_config(self, row: str, seed: int, extra: Sequence[str] = ()) -> Config:
-        """The configuration of a row's demo with a seed, which decides initial weights, order of data and samples.
+    def demo_words(self, row: str, seed: int, extra: Sequence[str] = ()) -> list[str]:
+        """The command line's words for a row's demo with a seed, which decides initial weights, order of data, samples.
 
         Raises:
-            ConfigError: it is wrong, or there is no such demo.
+            ConfigError: there is no such demo.
         """
         demo = self.require_demo()
         if row not in demo.rows:
             raise ConfigError(f"{self.name} has no demo of the row {row!r}.")
         seeds = [f"train.seed={seed}", f"sampling.seed={seed}"]
-        overrides = [*demo.overrides, *demo.rows[row], *seeds, *extra]
-        return _load(f"{self.name}, demo of {row!r}", demo.config, overrides)
+        return [demo.config, *demo.overrides, *demo.rows[row], *seeds, *extra]
+
+    def demo_config(self, row: str, seed: int, extra: Sequence[str] = ()) -> Config:
+        """The resolved configuration of a row's demo.
+
+        Raises:
+            ConfigError: it is wrong, or there is no such demo.
+        """
+        path, *overrides = self.demo_words(row, seed, extra)
+        return _load(f"{self.name}, demo of {row!r}", path, overrides)
 
 
 def _load(where: str, path: str, overrides: Sequence[str]) -> Config:

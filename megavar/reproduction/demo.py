@@ -1,9 +1,10 @@
 """The rows of a table at a small size: which runs that are, what they gave, and whether the paper's ordering holds.
 
-Each row and seed is an ordinary run in a directory that is named after what it trains: interrupted, it continues; done,
-it is not run again; the same run of two tables is run once.
+Each row and seed is an ordinary run in a directory that is named after its configuration: interrupted, it continues;
+done, it is not run again; the same run of two tables is run once.
 """
 
+import hashlib
 import itertools
 import json
 import math
@@ -19,7 +20,7 @@ from megavar.config.root import Config
 from megavar.config.table import MetricConfig, TableConfig
 from megavar.errors import ExitCode
 from megavar.reproduction.values import values_of
-from megavar.training.run_directory import RunDirectory, identity_of
+from megavar.training.run_directory import CHANGEABLE, RunDirectory
 
 FOLDER = Path("runs/demo")
 COSTS = "processor_seconds.json"
@@ -58,14 +59,18 @@ def demo_runs(table: TableConfig, seeds: int, extra: Sequence[str], folder: Path
         ConfigError: the table has no demo.
     """
     return [
-        DemoRun(row, seed, _placed(table.demo_config(row, seed, extra), folder))
+        DemoRun(row, seed, _placed(table, row, seed, extra, folder))
         for seed in range(seeds)
         for row in table.require_demo().rows
     ]
 
 
-def _placed(config: Config, folder: Path) -> Config:
-    name = f"{config.run.name}-{identity_of(config)[:10]}"
+def _placed(table: TableConfig, row: str, seed: int, extra: Sequence[str], folder: Path) -> Config:
+    """The configuration in a directory that is named after its words: later versions, with more keys, find it again."""
+    config, words = table.demo_config(row, seed, extra), table.demo_words(row, seed, extra)
+    deciding = sorted({word for word in words if not word.startswith(CHANGEABLE)})
+    digest = hashlib.sha256(json.dumps(deciding).encode()).hexdigest()
+    name = f"{config.run.name}-seed{seed}-{digest[:8]}"
     run = config.run.model_copy(update={"name": name, "directory": str(folder / name)})
     return config.model_copy(update={"run": run})
 

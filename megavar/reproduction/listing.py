@@ -148,7 +148,8 @@ def format_demo(
         cells.append("-" if work is None else f"{work / 1e9:.3f}")
         if headline:
             row = rows_of.get(name)
-            cells.append("control" if row is None else number(row.paper.get(headline), table.metrics[headline].digits))
+            printed = None if row is None else row.paper.get(headline)
+            cells.append("control" if printed is None else number(printed, table.metrics[headline].digits))
         rows.append(cells)
     lines = [f"DEMO of {table.source} at a small size: mean ± standard error over seeds"]
     lines += [f"  {line}" for line in grid(head, rows)]

@@ -333,12 +333,14 @@ def provenance(config: Mapping[str, Any]) -> dict[str, str]:
 def identity_of(config: Config) -> str:
     """Hash of all that decides what a run trains, wherever its data and frozen weights lie: 64 hexadecimal digits.
 
-    Configurations with the same hash describe the same training; the bytes of frozen weights are in ``weights.json``.
+    Configurations with the same hash describe the same training, as far as files of weights with the same name are the
+    same; their bytes are in ``weights.json``.
     """
     places = set(config.recipe.frozen_weights().values())
     values = {
-        key: value for key, value in _flatten(json.loads(config.model_dump_json())).items()
-        if not f"{key}.".startswith(CHANGEABLE) and not (isinstance(value, str) and value in places)
+        key: Path(value).name if isinstance(value, str) and value in places else value
+        for key, value in _flatten(json.loads(config.model_dump_json())).items()
+        if not f"{key}.".startswith(CHANGEABLE)
     }  # fmt: skip
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 

@@ -196,12 +196,13 @@ def plus_plus_layers(case: Case, sizes: tuple[int, ...], router_layers: int, **k
 @MOE.each_case(is_plus_plus)
 def test_moe_plus_plus_equals_its_equations(case: Case, objective: str) -> None:
     given = case.config
-    assert (given["gate"], given["renormalize"], given["input_scale"]) == ("softmax", False, 1)
+    assert given["gate"] == "softmax" and given["input_scale"] in (1, given["top_k"])
     sizes = tuple(side * side for side in given["patch_nums"])
     assert sum(sizes) == given["length"]
     scope = "image" if objective == "balance_image" else "micro_batch"
     layers = plus_plus_layers(
         case, sizes, given["router_layers"], tau=given["tau"], balance_scope=scope, scale_balance=False,
+        gates="chosen" if given["renormalize"] else "raw", scale_input=given["input_scale"] != 1,
         balance_coefficient=0.0 if objective == "task" else 1.0, backend="grouped",
     )  # fmt: skip
     kinds = [name.partition("_")[0] for name in layers[0].router.experts.targets]

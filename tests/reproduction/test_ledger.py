@@ -79,9 +79,9 @@ def test_entries_are_found_by_row_and_by_what_was_trained(run, tmp_path):
     path = tmp_path / "ledger.jsonl"
     (entry,) = ledger.collect(TABLE.model_copy(update={"rows": TABLE.rows[:1]}), run, path)
     other = TABLE.model_copy(update={"name": "u"})
-    assert ledger.entry_of([entry], other, other.row("a"), other.config_of(other.row("a"))) == entry
-    assert ledger.entry_of([entry], other, other.row("b"), other.config_of(other.row("b"))) is None
-    moved = TABLE.config_of(TABLE.row("a"), ("optimizer.lr=1e-9",))
+    assert ledger.entry_of([entry], other, other.row("a"), other.config_of(other.row("a"), run)) == entry
+    assert ledger.entry_of([entry], other, other.row("b"), other.config_of(other.row("b"), run)) is None
+    moved = TABLE.config_of(TABLE.row("a"), (*run, "optimizer.lr=1e-9"))
     assert ledger.entry_of([entry], TABLE, TABLE.row("a"), moved) == entry
 
 
@@ -97,7 +97,9 @@ def test_other_samples_have_another_hash(run, tmp_path):
 def test_places_of_data_and_weights_are_no_part_of_what_is_trained(monkeypatch):
     monkeypatch.chdir(ROOT)
     row = TABLE.row("a")
-    same = ("recipe.tokenizer_weights=elsewhere", "run.directory=elsewhere", "sampling.guidance=2.0")
+    moved = "recipe.tokenizer_weights=elsewhere/quickstart-tokenizer"
+    same = (moved, "run.directory=elsewhere", "sampling.guidance=2.0")
     assert identity_of(TABLE.config_of(row, same)) == identity_of(TABLE.config_of(row))
     assert identity_of(TABLE.config_of(row, ("train.seed=1",))) == identity_of(TABLE.config_of(TABLE.row("b")))
-    assert identity_of(TABLE.config_of(row, ("train.seed=1",))) != identity_of(TABLE.config_of(row))
+    for other in ("train.seed=1", "recipe.tokenizer_weights=runs/another-tokenizer"):
+        assert identity_of(TABLE.config_of(row, (other,))) != identity_of(TABLE.config_of(row))

@@ -119,7 +119,7 @@ def _draw(curves: Mapping[str, Mapping[str, Curve]]) -> Figure:
     for axes, (title, found) in zip(grid, curves.items()):
         for number, (name, curve) in enumerate(found.items()):
             color = f"C{number}"
-            if len(curve.steps) > 50:  # a log: faint as it is, strong as a mean
+            if len(curve.steps) > 20:  # a log: faint as it is, strong as a mean
                 axes.plot(curve.epochs, curve.values, color=color, alpha=0.25, linewidth=1)
                 axes.plot(curve.epochs, smoothed(curve.values), color=color, label=name)
             else:

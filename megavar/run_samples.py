@@ -29,7 +29,7 @@ from megavar.data.build import build_source
 from megavar.data.pixels import image_grid
 from megavar.errors import ConfigError, DataError
 from megavar.frozen import TOKENIZER, check_same, identify, identities
-from megavar.parallel.environment import Environment, limit_threads
+from megavar.parallel.environment import Environment, choose_kernels, limit_threads
 from megavar.sampling.sampler import TokenDecoder
 from megavar.sampling.samples import Decoder, Samples
 from megavar.storage import atomic_file, write_json_atomic
@@ -63,6 +63,7 @@ def open_samples(
     conditions = conditions or default_conditions(config)
     check_conditions(config, conditions, "sampling")
     limit_threads(config.train.cpu_threads)
+    choose_kernels(config.train.precision, config.train.tf32, config.train.deterministic)
     sampling = config.sampling
     generator, tokenizer, model = _load(config, place.device, untrained)
     settings = sampling.model_dump(mode="json", exclude={"keep_images"})  # which changes no image

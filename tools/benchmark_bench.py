@@ -18,6 +18,7 @@ from megavar.config.parallel import ParallelConfig
 from megavar.config.root import Config
 from megavar.config.token_space import TokenSpace
 from megavar.data.batch import Batch
+from megavar.parallel.environment import choose_kernels
 from megavar.parallel.topology import Topology
 from megavar.planning.efficiency import flops_per_image
 from megavar.planning.measure import DrawRequest, UnmeasurableError, drawing_flops, tokenizer_cost
@@ -80,6 +81,8 @@ class Bench:
     def __post_init__(self) -> None:
         self.generator: GeneratorChoice = require_generator(self.config)
         require_generator_recipe(self.config)
+        train = self.config.train
+        choose_kernels(train.precision, train.tf32, train.deterministic)
 
     @property
     def space(self) -> TokenSpace:

@@ -2,9 +2,10 @@
 
 import dataclasses
 
+from megavar.planning.calibrate import calibrate
 from megavar.planning.layout import Layout
 from megavar.planning.plan import configured_layout, plan
-from tools.gpu_check_models import published
+from tools.gpu_check_models import free, published
 from tools.gpu_check_sections import MODELS
 from tools.gpu_check_worker import Check
 
@@ -31,3 +32,14 @@ def predictions(check: Check) -> None:
 
 def _of_one_micro_batch(layout: Layout, images: int) -> Layout:
     return dataclasses.replace(layout, global_batch=images, micro_batch=images)
+
+
+def calibration(check: Check) -> None:
+    """What ``plan --calibrate`` writes, with VAR-d16 and with STMoE-d16."""
+    check.mesh()
+    for model in ("d16", "stmoe-d16"):
+        found = calibrate(
+            published(model, check.dry), check.device, lambda text: print(f"measuring: {text}", flush=True)
+        )
+        check.figure(model, "calibration", **found.to_json())
+        free()

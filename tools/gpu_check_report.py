@@ -82,9 +82,6 @@ def _train(result: Record) -> str:
     rows = []
     for record in _of(result, "train step"):
         model, mode = record["subject"], record["mode"]
-        if "skipped" in record:
-            rows.append((model, mode, *[""] * 7, record["skipped"]))
-            continue
         prediction = expected.get(model, {})
         images, flops = record["images"], prediction.get("flops_per_image")
         mfu = None if flops is None or peak is None else flops * record["images_per_second"] / peak
@@ -146,11 +143,12 @@ def _calibration(result: Record) -> str:
     rows = [
         (
             record["subject"], ", ".join(map(str, entry["images"])),
-            ", ".join(f"{seconds * 1e3:.2f}" for seconds in entry["block_seconds"]), f"{entry['utilization']:.1%}",
+            ", ".join(f"{seconds * 1e3:.2f}" for seconds in entry["block_seconds"]),
+            f"{entry['flops_per_second'] / record['bf16']:.1%}",
         )
         for record in _of(result, "calibration") for entry in record["models"]
     ]  # fmt: skip
-    columns = ["model", "images", "ms per block, forward and backward", "share of the data sheet's peak"]
+    columns = ["model", "images", "ms per block, forward and backward", "share of the measured bf16 product"]
     return _table("Calibration", columns, rows)
 
 

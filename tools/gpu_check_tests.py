@@ -39,25 +39,27 @@ def _losses(check: Check, experts: bool, precision: str, overrides: list[str]) -
     return losses
 
 
-def steps(check: Check) -> None:
-    """Five steps, dense and with experts, in both precisions, eager and compiled, beside the same ones on the CPU."""
+def _mode(mode: str, dry: bool) -> list[str]:
+    """Overrides of ``eager`` or ``compiled``."""
+    return compilation(dry) if mode == "compiled" else []
+
+
+def steps(check: Check, mode: str) -> None:
+    """Five steps, dense and with experts, in both precisions (compiled: in bf16), beside the same ones on the CPU."""
     command = [sys.executable, "-m", "tools.gpu_check_tests"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as reference:
-        found: dict[str, list[float]] = {}
-        for name, experts, precision in _cases():
-            for mode, overrides in {"eager": [], "compiled": compilation()}.items():
-                if mode == "eager" or (overrides and not check.dry):
-                    found[f"{name}, {mode}"] = _losses(check, experts, precision, overrides)
+        found = {
+            (name, precision): _losses(check, experts, precision, _mode(mode, check.dry))
+            for name, experts, precision in _cases() if mode == "eager" or precision == "bf16"
+        }  # fmt: skip
         output, _ = reference.communicate()
     expected = json.loads(output.splitlines()[-1])
-    for name, losses in found.items():
-        case = name.partition(", ")[0]
-        differences = [abs(own - other) / other for own, other in zip(losses, expected[case], strict=True)]
-        tolerance = TOLERANCES[case.rpartition(" ")[2]]
-        fits = max(differences) <= tolerance and losses[-1] < losses[0]
-        check.passed(f"losses of {name}, as on the CPU", fits, losses=losses, cpu=expected[case],
-                     largest_difference=max(differences), tolerance=tolerance)  # fmt: skip
+    for (name, precision), losses in found.items():
+        differences = [abs(own - other) / other for own, other in zip(losses, expected[name], strict=True)]
+        fits = max(differences) <= TOLERANCES[precision] and losses[-1] < losses[0]
+        check.passed(f"losses of {name}, {mode}, as on the CPU", fits, losses=losses, cpu=expected[name],
+                     largest_difference=max(differences), tolerance=TOLERANCES[precision])  # fmt: skip
 
 
 def _cases() -> list[tuple[str, bool, str]]:
@@ -67,25 +69,22 @@ def _cases() -> list[tuple[str, bool, str]]:
     ]  # fmt: skip
 
 
-def repetition(check: Check) -> None:
+def repetition(check: Check, mode: str) -> None:
     """Ten steps twice from the same seed: the weights must be the same bits."""
     for model in ("d16", "stmoe-d16"):
         shallow = [] if check.dry else ["generator.depth=4", "generator.width=1024", "generator.heads=16"]
-        for mode, overrides in {"eager": [], "compiled": compilation()}.items():
-            if mode == "compiled" and (not overrides or check.dry):
-                continue
-            config = published(model, check.dry, *shallow, *overrides)
-            runs: list[tuple[float, dict[str, Tensor]]] = []
-            for _ in range(2):
-                training = Training(config, check.mesh(), check.device)
-                for number in range(3 if check.dry else 10):
-                    training.step(training.batch(2 if check.dry else 16, seed=number))
-                runs.append((training.loss(), training.weights()))
-                training.close()
-            (loss, weights), (again, others) = runs
-            differ = [name for name, value in weights.items() if not torch.equal(value, others[name])]
-            check.passed(f"{model}, {mode}: ten steps twice give the same bits", not differ and loss == again,
-                         losses=[loss, again], different_tensors=differ[:20], of=len(weights))  # fmt: skip
+        config = published(model, check.dry, *shallow, *_mode(mode, check.dry))
+        runs: list[tuple[float, dict[str, Tensor]]] = []
+        for _ in range(2):
+            training = Training(config, check.mesh(), check.device)
+            for number in range(3 if check.dry else 10):
+                training.step(training.batch(2 if check.dry else 16, seed=number))
+            runs.append((training.loss(), training.weights()))
+            training.close()
+        (loss, weights), (again, others) = runs
+        differ = [name for name, value in weights.items() if not torch.equal(value, others[name])]
+        check.passed(f"{model}, {mode}: ten steps twice give the same bits", not differ and loss == again,
+                     losses=[loss, again], different_tensors=differ[:20], of=len(weights))  # fmt: skip
 
 
 def _error(value: Tensor, exact: Tensor) -> float:

@@ -27,14 +27,17 @@ from megavar.data.reading import stored_images
 from megavar.data.source import Source
 from megavar.errors import ConfigError, DataError, ExitCode, RunInUseError
 from megavar.parallel import topology
-from megavar.parallel.environment import Environment, environment, limit_threads
+from megavar.parallel.environment import Environment, choose_kernels, device_name, environment, limit_threads
 from megavar.parallel.rules import check_compiled, check_layout
+from megavar.planning.calibration import Calibration
 from megavar.planning.efficiency import flops_per_image
-from megavar.planning.hardware import peak_of_device
+from megavar.planning.hardware import name_of_device, peak_of_device
+from megavar.planning.measure import UnmeasurableError, release
+from megavar.planning.plan import predict
 from megavar.recipes.base import Recipe
 from megavar.run_samples import default_conditions
 from megavar.storage import write_json_atomic
-from megavar.training.run import Run, micro_batch_size, on_first_rank
+from megavar.training.run import Expectation, Run, micro_batch_size, on_first_rank
 from megavar.training.run_directory import RunDirectory
 from megavar.training.trainer import Trainer
 
@@ -106,6 +109,7 @@ def _train_required(config: Config, place: Environment, required_by: tuple[str, 
 
 def _train_one(config: Config, place: Environment) -> ExitCode:
     limit_threads(config.train.cpu_threads)
+    choose_kernels(config.train.precision, config.train.tf32, config.train.deterministic)
     mesh = topology.initialize(config.parallel, place)
     directory = RunDirectory.of(config)
     resolved = json.loads(config.model_dump_json())
@@ -168,9 +172,29 @@ def _train_one(config: Config, place: Environment) -> ExitCode:
             preview=_preview(assembly, recipe),
             flops_per_image=flops_per_image(config) if place.rank == 0 and peak is not None else None,
             peak_flops=peak,
+            expected=_expected(config, place) if place.rank == 0 else None,
         )
     )
     return trainer.run()
+
+
+def _expected(config: Config, place: Environment) -> Expectation | None:
+    """What a plan says of this run on this device; None where it says nothing of it."""
+    file = config.logging.calibration
+    if config.recipe.trains == "teacher":
+        return None
+    calibration = None if file is None or config.generator is None else Calibration.load(Path(file))
+    gpu = name_of_device(device_name()) if calibration is None else None
+    if calibration is None and gpu is None:
+        return None
+    ranks = min(place.world_size, torch.cuda.device_count() or place.world_size)
+    try:
+        predicted, source = predict(config, place.world_size, gpu, calibration=calibration, ranks_per_node=ranks)
+    except UnmeasurableError:
+        return None  # flops_per_image says so
+    finally:
+        release()
+    return Expectation(predicted.time.total, predicted.memory.total - predicted.memory.reserved, source)
 
 
 def _check_data(directory: RunDirectory, source: Source, config: Config) -> None:

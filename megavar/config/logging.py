@@ -42,6 +42,9 @@ class LoggingConfig(Section):
     """A bar on a terminal, plain lines elsewhere (``auto``), or one of them always."""
     lines_seconds: float = Field(30.0, ge=0)
     """Least time between plain progress lines."""
+    calibration: str | None = None
+    """File of ``megavar plan --calibrate`` of this kind of device. The run's metrics compare the step time and the
+    memory that a plan expects with what is measured; without it, on known GPUs, with what a plan assumes."""
     profile: ProfileConfig | None = None
     """Record a trace of the trainer; none by default."""
     wandb: WandbConfig = WandbConfig()

@@ -85,6 +85,13 @@ class TrainConfig(Section):
     """Samples that one rank computes at a time; the rest of its share is accumulated. Default: all of its share."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Type of weights and activations. With ``bf16`` the optimizer keeps fp32 master weights."""
+    tf32: bool | None = None
+    """Whether CUDA may round the factors of float32 matrix products to TF32 (10 bits of mantissa). Default: with
+    ``bf16``, whose head computes in float32, as VAR's training and sampling do (``--tf32=1``); never with ``fp32``.
+    Convolutions in float32 (tokenizers) use TF32 in any case, PyTorch's default and VAR's."""
+    deterministic: bool = False
+    """Ask for repeatable CUDA kernels wherever PyTorch has them; it warns of those that it lacks (bicubic resizing in a
+    tokenizer's backward pass). Blocks with FlexAttention and experts of their own rank repeat without it."""
     compile: Literal["none", "blocks"] = "none"
     """``blocks``: each block of the generator is one graph of ``torch.compile``, forward and backward, which all blocks
     share. Compiled code rounds differently: it is part of what the run is. Experts that are spread over ranks, or whose

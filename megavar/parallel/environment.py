@@ -103,6 +103,23 @@ def limit_threads(count: int | None) -> None:
         torch.set_num_threads(count)
 
 
+def choose_kernels(precision: str, tf32: bool | None, deterministic: bool) -> None:
+    """Tell PyTorch which CUDA kernels this process may use; nothing on a machine without CUDA.
+
+    Args:
+        precision, tf32, deterministic: the keys of ``train`` (:class:`megavar.config.train.TrainConfig`).
+    """
+    if not torch.cuda.is_available():
+        return
+    # The older switch: it sets the newer one, too, and compilers ask for either.
+    torch.backends.cuda.matmul.allow_tf32 = precision == "bf16" if tf32 is None else tf32
+    torch.backends.cudnn.deterministic = deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's first product runs
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+
+
 def free_port() -> int:
     """A TCP port of the loopback interface that is free now."""
     with socket.socket() as probe:

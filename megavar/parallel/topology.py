@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megavar.config.parallel import ParallelConfig
-from megavar.errors import ConfigError
+from megavar.errors import ClusterError, ConfigError
 from megavar.parallel import cpu_backend
 from megavar.parallel.environment import Environment, free_port
 
@@ -67,6 +67,12 @@ def initialize(config: ParallelConfig, environment: Environment, timeout_minutes
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(environment.rank), str(environment.world_size)
     os.environ["LOCAL_RANK"] = str(environment.local_rank)
     if torch.cuda.is_available():
+        if environment.local_rank >= (seen := torch.cuda.device_count()):
+            raise ClusterError(
+                f"Process {environment.local_rank} of this node (counted from 0) sees {seen} GPUs. "
+                f"Start as many processes per node as it has GPUs, and let each see all of them (--gpus-per-task hides "
+                f"the others')."
+            )
         torch.cuda.set_device(environment.device)
     if not dist.is_initialized():
         timeout = datetime.timedelta(minutes=timeout_minutes)

@@ -83,6 +83,12 @@ def accelerator(name: str) -> Accelerator:
     return ACCELERATORS[name.lower()]
 
 
+def name_of_device(device_name: str) -> str | None:
+    """Which of :data:`ACCELERATORS` calls itself ``device_name``; None for others, such as CPUs."""
+    lowered = device_name.lower()
+    return next((name for part, name in _BY_DEVICE_NAME if part in lowered), None)
+
+
 def peak_of_device(device_name: str, precision: str) -> float | None:
     """Peak operations per second of the device that calls itself ``device_name`` (``torch.cuda.get_device_name``).
 
@@ -92,9 +98,7 @@ def peak_of_device(device_name: str, precision: str) -> float | None:
     Returns:
         None for devices that are not in the table, such as CPUs.
     """
-    lowered = device_name.lower()
-    for part, name in _BY_DEVICE_NAME:
-        if part in lowered:
-            gpu = ACCELERATORS[name]
-            return gpu.bf16 if precision == "bf16" else gpu.fp32
-    return None
+    name = name_of_device(device_name)
+    if name is None:
+        return None
+    return ACCELERATORS[name].bf16 if precision == "bf16" else ACCELERATORS[name].fp32

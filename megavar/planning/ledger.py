@@ -18,6 +18,12 @@ _FUSED_BACKWARD = (  # they compute the scores once more: five products, of whic
 )  # fmt: skip
 
 
+def flop_formula(packet: Any) -> Callable[..., int] | None:
+    """PyTorch's formula for the operations of a kernel; before 2.12 it had none for attention on CPUs."""
+    alike = getattr(torch.ops.aten, packet.__name__.replace("_for_cpu", ""), None)
+    return flop_registry.get(packet) or (flop_registry.get(alike) if "_for_cpu" in packet.__name__ else None)
+
+
 class LiveBytes(TorchDispatchMode):
     """Follows the memory of all tensors made within it, from creation to release."""
 
@@ -88,8 +94,9 @@ class Ledger(LiveBytes):
         result = super().__torch_dispatch__(function, types, arguments, options)
         self.peaks[self.account] = max(self.peaks[self.account], self.live)
         packet = function._overloadpacket
-        if packet in flop_registry:
-            flops = flop_registry[packet](*arguments, **(options or {}), out_val=result)
+        formula = flop_formula(packet)
+        if formula is not None:
+            flops = formula(*arguments, **(options or {}), out_val=result)
             self.count(flops * (0.8 if packet.__name__ in _FUSED_BACKWARD else 1.0), flops)
             if not self._is_backward and packet.__name__ in ("mm", "addmm"):
                 rows = arguments[1 if packet.__name__ == "addmm" else 0].shape[0]

@@ -11,8 +11,9 @@ from megavar.config.root import Config
 from megavar.errors import ConfigError
 from megavar.parallel.rules import check_layout
 from megavar.parallel.topology import Topology, data_parallel_size
+from megavar.planning.calibration import Calibration
 from megavar.planning.cost import TokenizerCost
-from megavar.planning.hardware import EXPERTS_UTILIZATION, TOKENIZER_UTILIZATION, accelerator
+from megavar.planning.hardware import EXPERTS_UTILIZATION, LINK_EFFICIENCY, TOKENIZER_UTILIZATION, accelerator
 from megavar.planning.layout import Layout, Zero
 from megavar.planning.measure import DrawRequest, drawing_flops, tokenizer_cost
 from megavar.planning.memory import FLOAT32
@@ -20,6 +21,8 @@ from megavar.planning.search import allowed_candidates, suggest
 from megavar.planning.timing import Machine
 from megavar.planning.workload import GeneratorWorkload, Prediction, Progress, TokenizerWorkload, Workload
 from megavar.training.run import micro_batch_size
+
+DEFAULT_GPU = "h200"
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Plan:
     gpus: int
     workload: Workload
     assumed_utilization: bool
-    """Whether the utilization is our assumption and not the user's."""
+    """Whether the utilization is our assumption and neither the user's nor measured."""
     sample_flops: float | None
     """FLOPs per drawn image without the tokenizer; None for a tokenizer, and where they cannot be measured."""
     prediction: Prediction
@@ -43,6 +46,8 @@ class Plan:
     limit_seconds: float | None
     """Usable time of one job."""
     notes: tuple[str, ...]
+    calibrated: str | None = None
+    """Where and when the utilization was measured; None where it was not."""
 
     @property
     def images_per_second(self) -> float:
@@ -73,9 +78,10 @@ class Plan:
 def plan(
     config: Config,
     gpus: int,
-    gpu: str,
+    gpu: str | None,
     mfu: float | None = None,
     *,
+    calibration: Calibration | None = None,
     gpus_per_node: int = 8,
     images: int | None = None,
     job_seconds: float | None = None,
@@ -86,8 +92,9 @@ def plan(
 
     Args:
         gpus: number of ranks.
-        gpu: a name in :data:`megavar.planning.hardware.ACCELERATORS`.
-        mfu: utilization while blocks compute; None takes the assumption of the table.
+        gpu: a name in :data:`megavar.planning.hardware.ACCELERATORS`; None where a calibration says what it is.
+        mfu: utilization while blocks compute; None takes the calibration's, or the assumption of the table.
+        calibration: measurements of the device, in the place of assumptions.
         images: length of the training data; None asks the data source.
         job_seconds: time limit of one job; None leaves out the number of jobs.
         suggestions: number of other layouts to suggest.
@@ -106,8 +113,9 @@ def plan(
             f"The recipe {config.recipe.name!r} trains a teacher, which takes minutes: plans know generators and "
             f"tokenizers."
         )
-    workload = _workload(config, Machine(accelerator(gpu), min(gpus_per_node, gpus)), mfu)
+    workload, measured = _measured_workload(config, gpu, min(gpus_per_node, gpus), calibration, mfu)
     layout, notes = configured_layout(config, gpus)
+    notes += () if measured is None else measured.notes
     notes += tuple(f"not counted: {what}" for what in config.recipe.uncounted)
     count = _length(config) if images is None else images
     if config.train.steps is None and count is None:
@@ -120,7 +128,8 @@ def plan(
         name=config.run.name,
         gpus=gpus,
         workload=workload,
-        assumed_utilization=mfu is None,
+        assumed_utilization=mfu is None and measured is None,
+        calibrated=None if measured is None or mfu is not None else measured.origin,
         sample_flops=None
         if config.generator is None
         else drawing_flops(DrawRequest(config.generator, config.tokenizer, config.sampling)),
@@ -131,6 +140,60 @@ def plan(
         limit_seconds=None if job_seconds is None else usable_seconds(job_seconds),
         notes=notes,
     )
+
+
+def predict(
+    config: Config, ranks: int, gpu: str | None, *, calibration: Calibration | None = None, ranks_per_node: int = 8
+) -> tuple[Prediction, str]:
+    """What a run costs as configured, and where its speed comes from; arguments as in :func:`plan`."""
+    workload, measured = _measured_workload(config, gpu, min(ranks_per_node, ranks), calibration)
+    layout, _ = configured_layout(config, ranks)
+    return workload.predict(layout), "assumed" if measured is None else measured.origin
+
+
+def _measured_workload(
+    config: Config, gpu: str | None, gpus_per_node: int, calibration: Calibration | None, mfu: float | None = None
+) -> "tuple[Workload, _Measured | None]":
+    machine, measured = _machine(config, gpu, gpus_per_node, calibration)
+    return _workload(config, machine, mfu or (None if measured is None else measured.utilization)), measured
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What a calibration says of a configuration."""
+
+    utilization: float
+    origin: str
+    notes: tuple[str, ...]
+
+
+def _machine(
+    config: Config, gpu: str | None, gpus_per_node: int, calibration: Calibration | None
+) -> tuple[Machine, _Measured | None]:
+    """The device by its table, or by its calibration.
+
+    Raises:
+        ConfigError: both are given and speak of different devices, or the calibration has nothing like this generator.
+    """
+    if calibration is None or config.generator is None:
+        return Machine(accelerator(gpu or DEFAULT_GPU), gpus_per_node), None
+    device = calibration.accelerator
+    if gpu is not None and gpu != device.name:
+        raise ConfigError(f"--gpu {gpu} contradicts the calibration, which is of {calibration.device}. Leave it out.")
+    precision = config.train.precision
+    pace, exact = calibration.pace(config.generator, precision)
+    peak = device.bf16 if precision == "bf16" else device.fp32
+    tokenizer = pace.tokenizer_flops_per_second
+    machine = Machine(
+        device,
+        gpus_per_node,
+        block_floor=pace.floor,
+        tokenizer_utilization=TOKENIZER_UTILIZATION if tokenizer is None else tokenizer / device.tf32,
+        link_efficiency=LINK_EFFICIENCY if calibration.link_rate is None else 1.0,
+    )
+    notes = () if exact else (f"the calibration is of another generator, that of {pace.run}: times are less certain",)
+    origin = f"measured on {calibration.device}, {calibration.date}"
+    return machine, _Measured(pace.flops_per_second / peak, origin, notes)
 
 
 def _workload(config: Config, machine: Machine, mfu: float | None) -> Workload:

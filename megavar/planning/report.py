@@ -27,7 +27,9 @@ def format_plan(plan: Plan) -> str:
 
 def _head(plan: Plan) -> list[str]:
     workload, gpu = plan.workload, plan.workload.machine.gpu
-    source = "an assumption, not a measurement; pass --mfu" if plan.assumed_utilization else "given"
+    source = "given" if plan.calibrated is None else plan.calibrated
+    if plan.assumed_utilization:
+        source = "an assumption, not a measurement; pass --mfu, or --calibration FILE"
     lines = [
         f"{plan.name} on {plan.gpus} x {gpu.name} ({gpu.memory / GIB:.0f} GiB, "
         f"{workload.peak / 1e12:.0f} TFLOP/s peak)",
@@ -178,6 +180,7 @@ def plan_values(plan: Plan) -> dict[str, Any]:
         "gpu": plan.workload.machine.gpu.name,
         "utilization_while_computing": plan.workload.utilization,
         "utilization_is_assumed": plan.assumed_utilization,
+        "calibrated": plan.calibrated,
         "parameters": dataclasses.asdict(plan.workload.parameters),
         "train_flops_per_image": plan.workload.train_flops,
         "sampling_flops_per_image": plan.sample_flops,

@@ -49,6 +49,12 @@ class Machine:
 
     gpu: Accelerator
     gpus_per_node: int
+    block_floor: float = KERNELS_PER_BLOCK * LAUNCH_SECONDS
+    """Seconds of a block forward and backward, however few images it has."""
+    tokenizer_utilization: float = TOKENIZER_UTILIZATION
+    """Share of the TF32 peak that the frozen tokenizer's convolutions reach."""
+    link_efficiency: float = LINK_EFFICIENCY
+    """Share of a link's rate that collectives reach; 1 where the rate is that of a collective."""
 
     def rate(self, ranks: int, stride: int) -> float:
         """Bytes per second of collectives over ``ranks`` ranks that lie ``stride`` apart.
@@ -56,9 +62,9 @@ class Machine:
         Between nodes the members of one node share the links that their GPUs have to the network.
         """
         if ranks * stride <= self.gpus_per_node:
-            return self.gpu.link * LINK_EFFICIENCY
+            return self.gpu.link * self.link_efficiency
         members = max(1, self.gpus_per_node // stride)
-        return min(self.gpu.link, self.gpu.network * members) * LINK_EFFICIENCY
+        return min(self.gpu.link * self.link_efficiency, self.gpu.network * members * LINK_EFFICIENCY)
 
 
 def step_flops(cost: Cost, passes: tuple[int, int], repetition: float = 1.0) -> float:
@@ -101,9 +107,10 @@ def step_time(
     flops = step_flops(whole, passes, cost.repetition) / (parallel.tensor * parallel.pipeline)
     one_image = flops / (peak * utilization)
     blocks = len(cost.kind_of_block) / parallel.pipeline
-    launches = blocks * KERNELS_PER_BLOCK * LAUNCH_SECONDS
+    launches = blocks * machine.block_floor
     compute = layout.micro_batches * max(layout.micro_batch * one_image, launches)
-    encode = 0.0 if tokenizer is None else share * tokenizer.encode_flops / (gpu.tf32 * TOKENIZER_UTILIZATION)
+    encoding = gpu.tf32 * machine.tokenizer_utilization
+    encode = 0.0 if tokenizer is None else share * tokenizer.encode_flops / encoding
     stages, chunks = parallel.pipeline, parallel.virtual_pipeline
     held = cost.parameters(parallel, 0)
     exchanges = _exchanges(cost, layout, passes)

@@ -21,6 +21,17 @@ from megavar.training.run_directory import RunDirectory
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Expectation:
+    """What a plan says of a run: of one step, on the fullest rank."""
+
+    step_seconds: float
+    memory_bytes: float
+    """Without the CUDA context and what fragmentation wastes."""
+    source: str
+    """``assumed``, or where and when the device's speed was measured."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """What is trained, on what, and where its results go."""
@@ -52,6 +63,8 @@ class Run:
     """Floating-point operations of forward and backward, for the model's FLOPs utilization."""
     peak_flops: float | None = None
     """Peak of one device in operations per second."""
+    expected: Expectation | None = None
+    """For the comparison with what is measured, which rank 0 writes down."""
 
 
 def micro_batch_size(train: TrainConfig, topology: Topology) -> int:

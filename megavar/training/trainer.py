@@ -73,6 +73,8 @@ class Trainer:
         """Steps taken, skipped ones included."""
         self.data_step = 0
         """Global batches gone through: ``step``, plus those that rollbacks have passed over."""
+        self._intervals = 0
+        """Log lines of this process."""
         self._kept_step = 0
         """The step that the newest checkpoint holds."""
         self._save_owed = False
@@ -263,6 +265,27 @@ class Trainer:
         if self.checkpointer.last_save_seconds is not None:
             speed["last_save_seconds"] = self.checkpointer.last_save_seconds
         self.monitor.log({"step": self.step, "epoch": self.data_step / self.steps_per_epoch} | values | speed)
+        self._compare(speed)
+
+    def _compare(self, speed: dict[str, float]) -> None:
+        """Once, at the first interval without the steps that compile: what was expected beside what is measured."""
+        self._intervals += 1
+        expected, lines = self.setup.expected, -(-self.total_steps // self.setup.logging.interval)
+        if expected is None or not speed or self._intervals != min(2, lines):
+            return
+        facts = {
+            "expected_step_seconds": expected.step_seconds,
+            "step_seconds": speed["step_seconds"],
+            "step_seconds_ratio": speed["step_seconds"] / expected.step_seconds,
+            "expected_memory_gib": expected.memory_bytes / 2**30,
+            "source": expected.source,
+        }
+        if "memory_gib" in speed:
+            facts |= {
+                "memory_gib": speed["memory_gib"],
+                "memory_ratio": speed["memory_gib"] * 2**30 / expected.memory_bytes,
+            }
+        self.monitor.event(self.step, "expectation", **facts)
 
     def _check_divergence(self, loss: float | None) -> None:
         """All ranks have the same losses, so they end together.

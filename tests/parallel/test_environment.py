@@ -1,9 +1,12 @@
 """torchrun, srun and single process map to the same description."""
 
 import pytest
+import torch
 
+from megavar.config.parallel import ParallelConfig
 from megavar.errors import ClusterError
-from megavar.parallel.environment import Environment, read_environment
+from megavar.parallel import topology
+from megavar.parallel.environment import Environment, choose_kernels, read_environment
 
 RENDEZVOUS = {"MASTER_ADDR": "n1", "MASTER_PORT": "20001"}
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", **RENDEZVOUS}
@@ -57,3 +60,41 @@ def test_empty_variables_are_absent_ones():
 def test_variables_that_are_no_numbers_are_named():
     with pytest.raises(ClusterError, match="RANK='one' is not a number"):
         read_environment({"RANK": "one", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **RENDEZVOUS})
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """What PyTorch would say of one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    yield
+    monkeypatch.undo()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.deterministic = False
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.mark.parametrize(("precision", "tf32", "expected"), [
+    ("bf16", None, True), ("fp32", None, False), ("bf16", False, False), ("fp32", True, True),
+])  # fmt: skip
+def test_float32_products_are_rounded_as_asked(a_gpu, precision, tf32, expected):
+    choose_kernels(precision, tf32, deterministic=False)
+    assert torch.backends.cuda.matmul.allow_tf32 == expected
+    assert torch.get_float32_matmul_precision() == ("high" if expected else "highest")
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_repeatable_kernels_are_asked_for(a_gpu, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    choose_kernels("bf16", None, deterministic=True)
+    assert torch.is_deterministic_algorithms_warn_only_enabled() and torch.backends.cudnn.deterministic
+    choose_kernels("bf16", None, deterministic=False)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_more_processes_than_gpus_are_refused(a_gpu, monkeypatch):
+    monkeypatch.setattr(topology.cpu_backend, "install", lambda: None)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    with pytest.raises(ClusterError, match=r"Process 1 of this node .* sees 1 GPUs"):
+        topology.initialize(ParallelConfig(), Environment(1, 2, 1, "torchrun"))

@@ -4,6 +4,7 @@ from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop, sdpa_flop
 
 from megavar.config.experts.base import ExpertsChoice
 from megavar.config.generators.var import SCALES
@@ -30,6 +31,16 @@ def build(config, scales, **options):
     """A VAR whose parameters stay as the allocator gave them: initialization takes minutes for a large one."""
     with mock.patch.object(backbone, "initialize_parameters", lambda *arguments: None):
         return VAR(config, space_of(scales), **options)
+
+
+def flop_counter():
+    """PyTorch's. Before 2.12 it counted no attention on CPUs: there it is told how, in its own words."""
+    known = {
+        aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+    }
+    missing = {packet: formula for packet, formula in known.items() if packet not in flop_registry}
+    return FlopCounterMode(display=False, custom_mapping=missing)
 
 
 class SkipProducts(TorchDispatchMode):

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from megavar.config.experts.base import ExpertsChoice
 from megavar.config.generators.var import SCALES, VARConfig
@@ -49,7 +48,7 @@ def costs():
 def counted(config, recompute):
     """FLOPs per image of forward and backward with fused attention."""
     model = models.build(config, SMALL, parallel=ParallelConfig(recompute=recompute)).train()
-    counter = FlopCounterMode(display=False)
+    counter = models.flop_counter()
     with models.SkipProducts(), counter, sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         models.forward_loss(model, IMAGES).backward()
     return counter.get_total_flops() / IMAGES
@@ -72,7 +71,7 @@ def test_sampling(single_process, options):
     config = config_of(options, "prefix")
     model = models.build(config, SMALL).eval()
     cache, images = KeyValueCache(model.space.length), 2
-    counter = FlopCounterMode(display=False)
+    counter = models.flop_counter()
     with models.SkipProducts(), counter, sdpa_kernel(SDPBackend.MATH):
         for scale, side in enumerate(SMALL):
             features = torch.zeros(images, side * side, CODE_DIMENSION) if scale else None

@@ -54,7 +54,7 @@ def test_when_time_is_up_the_rest_is_not_run(tmp_path):
 def test_every_section_has_its_function():
     import importlib
 
-    assert {section.arguments[0] for section in SECTIONS if section.arguments} == set(MODELS)
+    assert {section.arguments[0] for section in SECTIONS if section.arguments} == {*MODELS, "eager", "compiled"}
     for entry in SECTIONS:
         module, _, function = entry.work.partition(":")
         assert callable(getattr(importlib.import_module(module), function))
@@ -70,8 +70,9 @@ def records(check):
 
 
 def test_a_training_repeats_bit_by_bit_and_the_check_sees_where_it_does_not(check, monkeypatch):
-    gpu_check_tests.repetition(check)
-    assert [record["passed"] for record in records(check)] == [True, True]
+    for mode in ("eager", "compiled"):
+        gpu_check_tests.repetition(check, mode)
+    assert [record["passed"] for record in records(check)] == [True] * 4
     steps = iter(range(1000))
 
     class Drifting(gpu_check_models.Training):
@@ -80,8 +81,8 @@ def test_a_training_repeats_bit_by_bit_and_the_check_sees_where_it_does_not(chec
             next(self.module.parameters()).data.add_(1e-3 * (next(steps) == 3))  # in the second run
 
     monkeypatch.setattr(gpu_check_tests, "Training", Drifting)
-    gpu_check_tests.repetition(check)
-    again = records(check)[2]
+    gpu_check_tests.repetition(check, "eager")
+    again = records(check)[4]
     assert not again["passed"] and again["different_tensors"]
 
 

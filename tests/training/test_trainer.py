@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import logging
 import math
 import os
@@ -18,6 +19,7 @@ import yaml
 
 from megavar.config.optimizer import CosineSchedule
 from megavar.errors import ClusterError, ConfigError, ExitCode, NonFiniteError
+from megavar.training.run import Expectation
 from megavar.training.trainer import Trainer
 from tests.distributed.harness import run_ranks
 from tests.loops import run_pass
@@ -50,6 +52,20 @@ def test_the_loss_curve_is_that_of_plain_torch(tmp_path, ranks, stage):
 
 def _train_stage(directory, stage):
     return train(directory, stage=stage)
+
+
+def _expecting(directory):
+    return train(directory, expected=Expectation(0.5, 2**30, "assumed"))
+
+
+def test_what_was_expected_is_compared_once(tmp_path):
+    run_ranks(1, _expecting, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    (event,) = [line for line in lines if line.get("event") == "expectation"]
+    (measured,) = [line for line in lines if "loss" in line and line["step"] == 2]  # the first one warms up
+    assert event["step"] == 2 and event["step_seconds"] == measured["step_seconds"]
+    assert event["step_seconds_ratio"] == pytest.approx(measured["step_seconds"] / 0.5)
+    assert event["expected_memory_gib"] == 1.0 and event["source"] == "assumed"
 
 
 def _accumulated(directory):

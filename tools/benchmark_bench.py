@@ -51,6 +51,11 @@ class FreshAssembly(Assembly):
         recipe: Recipe = resolve(self.config.recipe).build(self)
         return recipe
 
+    @property
+    def steps(self) -> int:
+        """As configured; 1 where that depends on data."""
+        return self.config.train.steps or 1
+
     def tokenizer(self) -> Any:
         """Frozen."""
         return frozen.ready(self.fresh_tokenizer(), self.device)

@@ -165,7 +165,8 @@ def test_an_installed_package_needs_no_checkout(installed, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path / "work", env=environment)
     assert result.returncode == 0, result.stderr
     first, script = result.stdout.split("\n", 1)
-    assert json.loads(first) == [f"{installed}/megavar/__init__.py", {"zero_optimization": {"stage": 1}}]
+    shipped = json.loads((ROOT / "configs/deepspeed/zero1.json").read_text())
+    assert json.loads(first) == [f"{installed}/megavar/__init__.py", shipped]
     assert f"required=({tmp_path}/work/runs/quickstart-tokenizer)" in script and f"code_directory={installed}" in script
     assert sorted(path.name for path in installed.iterdir() if not path.name.endswith("dist-info")) == [
         "bin", "launchers", "megavar", "tools",

@@ -116,7 +116,8 @@ def test_a_guided_run(teachers: tuple[Path, Path], tmp_path: Path) -> None:
 
     exported = tmp_path / "export.safetensors"
     assert convert_checkpoint.main([str(whole), str(exported)]) == 0
-    assert read_state_dict(exported, "it").keys() == weights_of(whole).keys() - heads
+    own = {name for name in read_state_dict(exported, "it") if not name.startswith("tokenizer/")}
+    assert own == weights_of(whole).keys() - heads
 
     (killed / "DONE").unlink()
     other = tmp_path / "other"

@@ -102,7 +102,7 @@ def test_a_process_that_dies_is_an_error_and_another_one_starts(monkeypatch):
 def test_a_run_of_it_goes_on_without_utilization(capsys):
     vectors = TokenSpace("latent", (4,), 16, None, 8, 64)
     generator = VARConfig(depth=1, width=16, heads=2)
-    recipe, tokenizer = SimpleNamespace(trains="generator"), SimpleNamespace(space=vectors)
+    recipe, tokenizer = SimpleNamespace(trains="generator", counted_terms=()), SimpleNamespace(space=vectors)
     assert flops_per_image(SimpleNamespace(generator=generator, tokenizer=tokenizer, recipe=recipe)) is None
     told = capsys.readouterr().out
     assert told.count("Utilization will not be shown") == 1 and "generator.name=var" in told

@@ -43,7 +43,8 @@ def test_rows_are_handed_to_the_launcher(capfd, tmp_path):
     """Dry: the batch script of one row, with the user's overrides."""
     shutil.copy("slurm/cluster.example.yaml", tmp_path / "cluster.yaml")
     options = f"--dry-run --cluster {tmp_path / 'cluster.yaml'}"
-    code = main(["reproduce", TABLE, "--nodes", "2", "--slurm", options, "--submit", "+STMoE", "train.seed=7"])
+    shared = "run.directory=/shared/runs/stmoe-d16-100ep"  # a checkout in /tmp would be refused
+    code = main(["reproduce", TABLE, "--nodes", "2", "--slurm", options, "--submit", "+STMoE", "train.seed=7", shared])
     out, err = capfd.readouterr()
     assert code == ExitCode.FINISHED, err
     assert "submit configs/mepa/stmoe_d16.yaml run.name=stmoe-d16-100ep" in out and "train.seed=7" in out

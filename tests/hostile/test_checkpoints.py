@@ -7,7 +7,12 @@ import shutil
 import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    BytesStorageMetadata,
+    Metadata,
+    TensorStorageMetadata,
+)
 
 from megavar.assembly import load_tokenizer
 from megavar.config.checkpoint import CheckpointConfig
@@ -56,6 +61,22 @@ def test_our_index_is_read_as_torch_reads_it(tmp_path):
     templates = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
     shards.read(tmp_path, templates)
     assert all(torch.equal(templates[name], tensors[name]) for name in tensors)
+
+
+def test_an_index_of_an_older_python_is_read(tmp_path, monkeypatch):
+    """Python 3.11.2 (Debian 12) pickles members of enumerations by ``getattr``, later ones by their value."""
+    by_name = lambda member, protocol: (getattr, (type(member), member.name))  # noqa: E731
+    monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", by_name)
+    shards.write_alone(tmp_path, TENSORS)
+    assert b"getattr" in (tmp_path / FILE_NAME).read_bytes()
+    assert read_index(tmp_path).state_dict_metadata.keys() == TENSORS.keys()
+
+
+def test_getattr_of_an_index_looks_up_nothing(checkpoint, outside):
+    payload = pickle.dumps(Metadata({}))[:-1] + b"0cbuiltins\ngetattr\n(ctorch\nSize\nV__subclasses__\ntR)R."
+    replace_index(checkpoint, payload)
+    with pytest.raises(CheckpointError, match="is not an index that megavar writes"):
+        read_index(checkpoint)
 
 
 def whole(metadata, payload):

@@ -38,9 +38,10 @@ _RECORDS = {
 }  # fmt: skip
 _VALUES = {
     ("torch", "Size"), ("torch.serialization", "_get_layout"), (_METADATA, "_MEM_FORMAT_ENCODING"),
-    ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"),
+    ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"), ("builtins", "getattr"),
 }  # fmt: skip
-"""Called with plain values in the pickle: sizes, and what is of no use here."""
+"""Called with plain values in the pickle: sizes, and what is of no use here. Python 3.11.2 writes a member of an
+enumeration (a tensor's memory format) as ``getattr(class, name)``; like all of these, the stand-in looks up nothing."""
 
 
 class _Unpickler(pickle.Unpickler):

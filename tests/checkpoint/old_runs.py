@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[2]
 def unpack(place: Path) -> Path:
     """Put ``tokenizer`` and ``generator`` into ``place``."""
     with tarfile.open(DATA) as archive:
-        archive.extractall(place, filter="data")
+        # Python before 3.11.4 does not know filters; the archive is our own.
+        archive.extractall(place, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     return place
 
 

@@ -9,12 +9,13 @@ loss          = lambda * mean cross entropy            Eq. 5, 13
                 + terms                                semantic guidance: Eq. 11 to 13
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megavar.config.choice import resolve
 from megavar.config.recipes.next_scale import NextScaleConfig
@@ -24,10 +25,11 @@ from megavar.generators.base import GeneratorOutput
 from megavar.generators.inputs import ScaleInputs
 from megavar.parallel import seeds
 from megavar.parallel.vocabulary import scores
-from megavar.recipes.base import BaseRecipe, Count, Losses, Parts, Pass
+from megavar.recipes.base import Count, Losses, Pass
 from megavar.recipes.noise import noisy
+from megavar.recipes.one_generator import OneGenerator
 from megavar.recipes.scale_lists.base import ScaleLists
-from megavar.recipes.terms.base import Term, add_terms, heads_of, prepare_terms, taps_of
+from megavar.recipes.terms.base import add_terms, prepare_terms
 from megavar.tokenizers.base import Pyramid
 
 
@@ -42,57 +44,19 @@ class NextScaleInputs:
     """What each term compares with."""
 
 
-class NextScale(BaseRecipe):
+class NextScale(OneGenerator):
     """Next-scale cross entropy with balanced experts."""
 
-    def __init__(
-        self,
-        config: NextScaleConfig,
-        generator: nn.Module,
-        tokenizer: Pyramid,
-        *,
-        classes: int,
-        label_drop: float,
-        seed: int,
-        terms: Sequence[Term] = (),
-        steps: int = 1,
-    ) -> None:
-        """Train ``generator``, or a ``ModuleList`` of its chunks, on the tokens of a frozen ``tokenizer``.
+    config: NextScaleConfig
+    tokenizer: Pyramid
 
-        Args:
-            classes: number of classes, which stands for "no class".
-            label_drop: share of samples without class.
-            terms: losses to add; the generator has their taps and heads.
-            steps: length of the run, for what changes on the way.
-        """
-        self.config = config
-        self.generator = generator
-        self.tokenizer = tokenizer
-        self.scale_lists: ScaleLists = resolve(config.scale_lists)(config.scale_lists, tokenizer.space.sides, seed)
-        self.classes, self.label_drop = classes, label_drop
-        self.seed = seed
-        self.terms = terms
-        self.steps = steps
-
-    @classmethod
-    def build(cls, parts: Parts) -> "NextScale":
-        """See :meth:`Recipe.build`."""
-        config, terms, tokenizer = parts.config, parts.terms(), parts.tokenizer()
-        assert isinstance(config.recipe, NextScaleConfig) and config.generator is not None
-        return cls(
-            config.recipe,
-            parts.generator(taps=taps_of(terms), heads=heads_of(terms, tokenizer.space)),
-            tokenizer,
-            classes=config.generator.class_count or 0,
-            label_drop=config.generator.condition_drop,
-            seed=config.train.seed,
-            terms=terms,
-            steps=parts.steps,
+    @functools.cached_property
+    def scale_lists(self) -> ScaleLists:
+        """What decides on which scales a step trains."""
+        lists: ScaleLists = resolve(self.config.scale_lists)(
+            self.config.scale_lists, self.tokenizer.space.sides, self.seed
         )
-
-    def modules(self) -> dict[str, nn.Module]:
-        """The one trained module."""
-        return {"generator": self.generator}
+        return lists
 
     @torch.no_grad()
     def prepare(self, batch: Batch, step: int) -> NextScaleInputs:
@@ -105,8 +69,7 @@ class NextScale(BaseRecipe):
                 ids, self.config.noise, batch, step / self.steps, self.tokenizer.space.vocabulary, self.seed
             )  # fmt: skip
             features = self.tokenizer.inputs(wrong, sides)
-        dropped = seeds.uniform(self.seed, "label_drop", batch.epochs, batch.sample_ids) < self.label_drop
-        labels = torch.where(dropped, self.classes, batch.labels)
+        labels = self.labels(batch)
         keys = seeds.random_bits(self.seed, "drop_path", batch.epochs, batch.sample_ids)
         inputs = NextScaleInputs(ScaleInputs(labels, features, keys, sides), ids)
         inputs.terms = prepare_terms(self.terms, batch, inputs)

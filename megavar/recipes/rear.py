@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megavar.config.recipes.rear import ReARConfig
 from megavar.data.batch import Batch
@@ -21,9 +21,10 @@ from megavar.generators.base import GeneratorOutput
 from megavar.generators.inputs import RasterInputs
 from megavar.parallel import seeds
 from megavar.parallel.vocabulary import vocabulary_cross_entropy, vocabulary_hits
-from megavar.recipes.base import BaseRecipe, Losses, Parts, Pass
+from megavar.recipes.base import Losses, Pass
 from megavar.recipes.noise import noisy
-from megavar.recipes.terms.base import Term, add_terms, heads_of, prepare_terms, taps_of
+from megavar.recipes.one_generator import OneGenerator
+from megavar.recipes.terms.base import add_terms, prepare_terms
 from megavar.tokenizers.base import Tokenizer
 
 
@@ -38,52 +39,11 @@ class NextTokenInputs:
     """What each term compares with."""
 
 
-class NextToken(BaseRecipe):
+class NextToken(OneGenerator):
     """Cross entropy of each token given those before it."""
 
-    def __init__(
-        self,
-        config: ReARConfig,
-        generator: nn.Module,
-        tokenizer: Tokenizer,
-        *,
-        classes: int,
-        label_drop: float,
-        seed: int,
-        steps: int,
-        terms: Sequence[Term] = (),
-    ) -> None:
-        """Train ``generator``, or a ``ModuleList`` of its chunks, on the tokens of a frozen ``tokenizer``.
-
-        Args:
-            classes: number of classes, which stands for "no class".
-            label_drop: share of samples without class.
-            steps: length of the run, over which noise and random orders fade.
-            terms: losses to add; the generator has their taps and heads.
-        """
-        self.config, self.generator, self.tokenizer = config, generator, tokenizer
-        self.classes, self.label_drop, self.seed, self.steps = classes, label_drop, seed, steps
-        self.terms = terms
-
-    @classmethod
-    def build(cls, parts: Parts) -> "NextToken":
-        """See :meth:`Recipe.build`."""
-        config, terms, tokenizer = parts.config, parts.terms(), parts.tokenizer()
-        assert isinstance(config.recipe, ReARConfig) and config.generator is not None
-        return cls(
-            config.recipe,
-            parts.generator(taps=taps_of(terms), heads=heads_of(terms, tokenizer.space)),
-            tokenizer,
-            classes=config.generator.class_count or 0,
-            label_drop=config.generator.condition_drop,
-            seed=config.train.seed,
-            steps=parts.steps,
-            terms=terms,
-        )
-
-    def modules(self) -> dict[str, nn.Module]:
-        """The one trained module."""
-        return {"generator": self.generator}
+    config: ReARConfig
+    tokenizer: Tokenizer
 
     @torch.no_grad()
     def prepare(self, batch: Batch, step: int) -> NextTokenInputs:
@@ -95,8 +55,7 @@ class NextToken(BaseRecipe):
         order = self._order(batch, progress)
         if order is not None:
             ids, read = ids.gather(1, order), read.gather(1, order)
-        dropped = seeds.uniform(self.seed, "label_drop", batch.epochs, batch.sample_ids) < self.label_drop
-        labels = torch.where(dropped, self.classes, batch.labels)
+        labels = self.labels(batch)
         keys = seeds.random_bits(self.seed, "dropout", batch.epochs, batch.sample_ids)
         inputs = NextTokenInputs(RasterInputs(labels, read[:, :-1], order, keys), ids)
         inputs.terms = prepare_terms(self.terms, batch, inputs)

@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from megavar.config.rollout import RolloutConfig
+from megavar.data.batch import Batch
 from megavar.generators.base import GeneratorOutput
 from megavar.generators.inputs import ScaleInputs
+from megavar.parallel import seeds
 from megavar.parallel.vocabulary import all_logits, vocabulary_best
 from megavar.sampling.filters import truncate
 from megavar.sampling.guidance import guide
@@ -67,6 +69,12 @@ class Rollout:
             conditional, free = logits.chunk(2)
             logits = guide(conditional, free, 0.5 * config.guidance * (1 + scale / max(count - 1, 1)))
         return pick(truncate(logits, config.top_k, config.top_p), uniform)
+
+
+def uniform_of(batch: Batch, length: int, seed: int) -> Tensor:
+    """What decides the draws of a batch: float64 [B, length], a function of (seed, epoch, sample, position)."""
+    positions = torch.arange(length, device=batch.labels.device)
+    return seeds.uniform(seed, "rollout", batch.epochs[:, None], batch.sample_ids[:, None], positions)
 
 
 def bounds_of(sides: Sequence[int]) -> list[tuple[int, int]]:

@@ -27,7 +27,7 @@ from megavar.parallel import seeds
 from megavar.parallel.vocabulary import all_logits, vocabulary_best, vocabulary_cross_entropy
 from megavar.recipes.base import Losses, Pass
 from megavar.recipes.next_scale import NextScale, NextScaleInputs
-from megavar.recipes.rollouts import Rollout, bounds_of
+from megavar.recipes.rollouts import Rollout, bounds_of, uniform_of
 
 
 @dataclass
@@ -60,19 +60,16 @@ class SAR(NextScale):
     def prepare(self, batch: Batch, step: int) -> SARInputs:
         """Teacher-forcing inputs, and what the second pass draws from."""
         given = super().prepare(batch, step)
-        keys = batch.epochs, batch.sample_ids
         labels = given.model.labels
         if self.config.independent_label_drop:
-            dropped = seeds.uniform(self.seed, "label_drop_student", *keys) < self.label_drop
-            labels = torch.where(dropped, self.classes, batch.labels)
-        positions = torch.arange(given.targets.shape[1], device=given.targets.device)
+            labels = self.labels(batch, "label_drop_student")
         return SARInputs(
             given.model,
             given.targets,
             given.terms,
-            uniform=seeds.uniform(self.seed, "rollout", *(key[:, None] for key in keys), positions),
+            uniform=uniform_of(batch, given.targets.shape[1], self.seed),
             student_labels=labels,
-            student_keys=seeds.random_bits(self.seed, "drop_path_student", *keys),
+            student_keys=seeds.random_bits(self.seed, "drop_path_student", batch.epochs, batch.sample_ids),
         )
 
     def passes(self, module: str, step: int) -> Sequence[Pass]:

@@ -20,10 +20,9 @@ from megavar.config.recipes.student_forcing import StudentForcingConfig
 from megavar.data.batch import Batch
 from megavar.generators.base import GeneratorOutput
 from megavar.generators.inputs import ScaleInputs
-from megavar.parallel import seeds
 from megavar.recipes.base import Pass
 from megavar.recipes.next_scale import NextScale, NextScaleInputs
-from megavar.recipes.rollouts import Rollout, bounds_of
+from megavar.recipes.rollouts import Rollout, bounds_of, uniform_of
 
 
 @dataclass
@@ -49,8 +48,7 @@ class StudentForcing(NextScale):
     def prepare(self, batch: Batch, step: int) -> StudentInputs:
         """Teacher-forcing inputs, and what rollouts draw from."""
         given = super().prepare(batch, step)
-        positions = torch.arange(given.targets.shape[1], device=given.targets.device)
-        uniform = seeds.uniform(self.seed, "rollout", batch.epochs[:, None], batch.sample_ids[:, None], positions)
+        uniform = uniform_of(batch, given.targets.shape[1], self.seed)
         return StudentInputs(given.model, given.targets, given.terms, uniform)
 
     def student_scales(self, sides: Sequence[int], step: int) -> list[int]:

@@ -4,6 +4,8 @@ Feature maps are [B, C, H, W]. Attribute names are the published checkpoints' ke
 Sources: FoundationVision/VAR models/basic_vae.py; FoundationVision/LlamaGen tokenizer/tokenizer_image/vq_model.py.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -111,3 +113,17 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, 2H, 2W]."""
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+@torch.no_grad()
+def initialize_layers(model: nn.Module, generator: torch.Generator | None = None) -> None:
+    """Draw fresh convolutions, weights and biases uniform in +-1/sqrt(fan in); set norms to one and zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            bound = 1 / math.sqrt(module.weight[0].numel())
+            module.weight.uniform_(-bound, bound, generator=generator)
+            if module.bias is not None:
+                module.bias.uniform_(-bound, bound, generator=generator)
+        elif isinstance(module, nn.GroupNorm):
+            module.weight.fill_(1.0)
+            module.bias.zero_()

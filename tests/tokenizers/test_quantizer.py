@@ -68,7 +68,7 @@ def test_search_in_chunks_equals_search_at_once(monkeypatch):
     quantizer = make()
     vectors = torch.randn(101, 6)
     at_once = quantizer.nearest(vectors)
-    monkeypatch.setattr("megavar.tokenizers.multiscale_vq.quantizer._DISTANCE_ELEMENTS", 20 * 7)
+    monkeypatch.setattr("megavar.tokenizers.nearest._DISTANCE_ELEMENTS", 20 * 7)
     assert torch.equal(quantizer.nearest(vectors), at_once)
 
 

@@ -7,7 +7,6 @@ Sources: FlexVAR (arXiv:2502.20313) section 3; jiaosiyu1999/FlexVAR ``models/vq_
 ``tokenizer_image/vq_model.py``. Attribute names are the published checkpoints' key names.
 """
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -25,6 +24,7 @@ from megavar.tokenizers.convolution import (
     Upsample,
     activated,
     channels_last,
+    initialize_layers,
 )
 from megavar.tokenizers.dropout import name_dropouts, sample_keys
 from megavar.tokenizers.llamagen_vq.quantizer import UnitQuantizer
@@ -163,15 +163,7 @@ class LlamaGenVQ(nn.Module):
         Convolutions: uniform in +-1/sqrt(fan in) (torch's default); norms: one and zero; codes: unit vectors whose
         coordinates were uniform.
         """
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                bound = 1 / math.sqrt(module.weight[0].numel())
-                module.weight.uniform_(-bound, bound, generator=generator)
-                if module.bias is not None:
-                    module.bias.uniform_(-bound, bound, generator=generator)
-            elif isinstance(module, nn.GroupNorm):
-                module.weight.fill_(1.0)
-                module.bias.zero_()
+        initialize_layers(self, generator)
         codes = self.quantize.embedding.weight
         codes.uniform_(-1, 1, generator=generator)
         codes.copy_(F.normalize(codes, dim=-1))

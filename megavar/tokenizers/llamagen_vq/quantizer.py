@@ -16,10 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megavar.config.tokenizers.llamagen_vq import LlamaGenVQConfig
+from megavar.tokenizers.nearest import nearest
 from megavar.tokenizers.trainable import Codes, QuantizerOutput
-
-_DISTANCE_ELEMENTS = 1 << 26
-"""Distances held at once during the search (256 MiB of float32)."""
 
 
 class UnitQuantizer(nn.Module):
@@ -48,22 +46,10 @@ class UnitQuantizer(nn.Module):
         """Unit code vectors of tokens: int64 [...] -> float32 [..., C]."""
         return F.normalize(self.embedding(ids), dim=-1)
 
-    @torch.no_grad()
-    def nearest(self, vectors: Tensor) -> Tensor:
-        """The nearest code of unit vectors: float32 [N, C] -> int64 [N]. Ties go to the lower index."""
-        codes = self.codes()
-        squares = codes.square().sum(1)
-        rows = max(1, _DISTANCE_ELEMENTS // len(codes))
-        parts = [
-            torch.addmm(part.square().sum(1, keepdim=True) + squares, part, codes.T, alpha=-2).argmin(1)
-            for part in vectors.split(rows)
-        ]
-        return torch.cat(parts)
-
     def search(self, features: Tensor) -> Tensor:
         """Tokens of a feature map: float [B, C, h, w] -> int64 [B, h * w], row-major."""
         rows = F.normalize(features.float(), dim=1).flatten(2).mT
-        return self.nearest(rows.flatten(0, 1)).view(len(features), -1)
+        return nearest(rows.flatten(0, 1), self.codes()).view(len(features), -1)
 
     def forward(self, features: Tensor) -> QuantizerOutput:
         """Quantize one map for training: loss = mse(code, sg(z)) + beta mse(sg(code), z) of unit vectors z."""

@@ -5,7 +5,6 @@ Sources: VAR (arXiv:2404.02905) section 3.2; FoundationVision/VAR models/vqvae.p
 Attribute names are the published checkpoints' key names.
 """
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -21,6 +20,7 @@ from megavar.tokenizers.convolution import (
     Upsample,
     activated,
     channels_last,
+    initialize_layers,
 )
 from megavar.tokenizers.dropout import name_dropouts, sample_keys
 from megavar.tokenizers.multiscale_vq.quantizer import MultiScaleQuantizer, Scale, height_width
@@ -192,15 +192,7 @@ class MultiScaleVQ(nn.Module):
         Convolutions: weights and biases uniform in +-1/sqrt(fan in), what VQGAN and VAR use (torch's own default at
         the time, made explicit); norms: one and zero; codes: normal with ``code_initial_std``.
         """
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                bound = 1 / math.sqrt(module.weight[0].numel())
-                module.weight.uniform_(-bound, bound, generator=generator)
-                if module.bias is not None:
-                    module.bias.uniform_(-bound, bound, generator=generator)
-            elif isinstance(module, nn.GroupNorm):
-                module.weight.fill_(1.0)
-                module.bias.zero_()
+        initialize_layers(self, generator)
         self.quantize.embedding.weight.normal_(std=self.config.code_initial_std, generator=generator)
         self.quantize.ema_vocab_hit_SV.zero_()
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
+from megavar.tokenizers.nearest import nearest, nearest_by_angle
 from megavar.tokenizers.trainable import Codes, QuantizerOutput
 
 Scale = int | tuple[int, int]
@@ -32,9 +33,6 @@ PUBLISHED_PHI_INDICES = {
 }
 """Which of the 4 refinement convolutions each scale uses, by number of scales, in the published models. For 10 scales
 two choices are mathematical ties that the reference decides by float64 rounding, so the result is written down here."""
-
-_DISTANCE_ELEMENTS = 1 << 26
-"""Distances held at once during the search (256 MiB of float32)."""
 
 
 def phi_indices(convolutions: int, scales: int) -> tuple[int, ...]:
@@ -151,18 +149,9 @@ class MultiScaleQuantizer(nn.Module):
         """Code vectors of tokens: int64 [...] -> float32 [..., C]."""
         return self.embedding(ids)
 
-    @torch.no_grad()
     def nearest(self, vectors: Tensor) -> Tensor:
         """The nearest code of every vector: float32 [N, C] -> int64 [N]. Ties go to the lower index."""
-        codes = self.embedding()
-        rows = max(1, _DISTANCE_ELEMENTS // self.vocabulary_size)
-        return torch.cat([self._nearest(chunk, codes) for chunk in vectors.split(rows)])
-
-    def _nearest(self, vectors: Tensor, codes: Tensor) -> Tensor:
-        if self.normalized_search:
-            return (F.normalize(vectors, dim=-1) @ F.normalize(codes, dim=-1).T).argmax(dim=1)
-        squares = vectors.square().sum(dim=1, keepdim=True) + codes.square().sum(dim=1)
-        return torch.addmm(squares, vectors, codes.T, alpha=-2).argmin(dim=1)
+        return (nearest_by_angle if self.normalized_search else nearest)(vectors, self.embedding())
 
     def steps(self, features: Tensor, scales: Sequence[Scale] | None = None) -> Iterator[ScaleStep]:
         """Quantize scale by scale. Gradients reach the codes and phi, not ``features`` (float32 [B, C, H, W])."""

@@ -9,6 +9,5 @@ NOT_BUILT = {
     "alitok": "AliTok's tokenizers and transformer",
     "vgt": "VGT's autoencoder, flow head and generator",
     "mar": "MAR's transformer and diffusion loss",
-    "flowar": "FlowAR's transformer and flow heads",
     "scalear": "SAR's hybrid of masked and next-scale prediction",
 }

@@ -33,7 +33,10 @@ ALLOWED: dict[str, set[str]] = {
     "conditions": {"data"},
     "frozen": {"training", "weight_file", "weight_layout"},
     "training": {"config", "parallel", "data", "recipes", "frozen", "weight_file", "weight_layout"},
-    "sampling": {"config", "parallel", "data", "chunks", "conditions", "flow_matching", "generators", "tokenizers", "transformer"},
+    "sampling": {
+        "config", "parallel", "data", "chunks", "conditions", "flow_matching", "generators", "tokenizers",
+        "transformer",
+    },
     "evaluation": {"config", "parallel", "data", "chunks", "conditions", "tokenizers", "weight_file"},
     "planning": {
         "config", "parallel", "data", "conditions", "generators", "sampling", "tokenizers", "training", "transformer",

@@ -69,8 +69,8 @@ class RasterInputs:
 class FlowScaleInputs:
     """Maps of vectors of growing side, one after the other: the velocity of each is predicted from the ones before it.
 
-    In training all scales are there at once. While drawing, ``scale`` says which one is meant, and ``features`` holds its
-    rows only. Scales are counted from 0.
+    In training all scales are there at once. While drawing, ``scale`` says which one is meant, and ``features`` holds
+    its rows only. Scales are counted from 0.
     """
 
     labels: Tensor

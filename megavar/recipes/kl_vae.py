@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megavar.config.choice import resolve
 from megavar.config.recipes.kl_vae import KLVAETrainingConfig
+from megavar.config.token_space import TokenSpace
 from megavar.data.batch import Batch
 from megavar.errors import ConfigError
 from megavar.parallel import seeds
@@ -19,7 +20,6 @@ from megavar.parallel.logical import initialize_parameters
 from megavar.parallel.parameter_rule import ParameterRule
 from megavar.recipes.base import BaseRecipe, Losses, Parts, Pass
 from megavar.tokenizers.base import LatentMap
-from megavar.transformer.defaults import usual_initial_value, usual_rule
 
 
 class KLVAEInputs(NamedTuple):
@@ -31,11 +31,19 @@ class KLVAEInputs(NamedTuple):
     """float32 [B, L, C]."""
 
 
+def initial_value(name: str, value: Tensor, generator: torch.Generator) -> None:
+    """Scale of norms one, biases zero, weights normal with variance 1 / (3 fan-in), as PyTorch's convolutions."""
+    if value.ndim > 1:
+        value.normal_(std=(3 * value[0].numel()) ** -0.5, generator=generator)
+    else:
+        value.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
 class KLVAETraining(BaseRecipe):
     """Reconstruction of samples of the posterior."""
 
-    def __init__(self, config: KLVAETrainingConfig, tokenizer: nn.Module, seed: int) -> None:
-        self.config, self.tokenizer, self.seed = config, tokenizer, seed
+    def __init__(self, config: KLVAETrainingConfig, tokenizer: nn.Module, space: TokenSpace, seed: int) -> None:
+        self.config, self.tokenizer, self.space, self.seed = config, tokenizer, space, seed
 
     @classmethod
     def build(cls, parts: Parts) -> "KLVAETraining":
@@ -53,8 +61,8 @@ class KLVAETraining(BaseRecipe):
                 f"Choose tokenizer.name=kl_vae, or the recipe that trains this one."
             )
         assert isinstance(tokenizer, nn.Module)
-        initialize_parameters(tokenizer, usual_initial_value, config.train.seed)
-        return cls(config.recipe, tokenizer.to(parts.device), config.train.seed)
+        initialize_parameters(tokenizer, initial_value, config.train.seed)
+        return cls(config.recipe, tokenizer.to(parts.device), config.tokenizer.space, config.train.seed)
 
     def modules(self) -> dict[str, nn.Module]:
         """The one module."""
@@ -62,11 +70,11 @@ class KLVAETraining(BaseRecipe):
 
     def rule(self, module: str, parameter: str) -> ParameterRule:
         """Weight decay on all but biases and norms."""
-        return usual_rule(parameter)
+        return ParameterRule(decays=not (parameter.endswith("bias") or "norm" in parameter.split(".")[-2]))
 
     def prepare(self, batch: Batch, step: int) -> KLVAEInputs:
         """Images, and the noise of their posteriors."""
-        space = self.tokenizer.space
+        space = self.space
         keys = (batch.epochs[:, None, None], batch.sample_ids[:, None, None])
         places, channels = torch.arange(space.length)[:, None], torch.arange(space.channels)
         normal = seeds.normal(self.seed, "posterior", *keys, places, channels).float()

@@ -110,7 +110,7 @@ def test_training_equals_the_reference(case: Case) -> None:
     case.check_series("output.xt", noisy)
     inputs = FlowScaleInputs(labels, features, torch.cat(noisy, 1), torch.cat(times, 1)[..., 0])
     output = model(inputs)
-    case.check_series("output.block", [tap for tap in output.taps.values()])
+    case.check_series("output.block", list(output.taps.values()))
     joining = model.blocks[str(model.choice.encoder_depth)].junction
     case.check("output.encoder_out", joining.norm(output.taps[f"block.{model.choice.encoder_depth - 1}"]))
     told = model(FlowScaleInputs(labels, features)).prediction

@@ -37,8 +37,8 @@ class KLVAEConfig(TokenizerChoice):
     residual_blocks: PositiveInt = 2
     """Residual blocks per encoder level; the decoder has one more per level."""
     attention: Literal["none", "encoder", "both"] = "encoder"
-    """Where residual blocks of the lowest level are followed by attention, beside the one in the middle: MAR's KL-16 has
-    it in the encoder alone, latent diffusion's f16 in both, SD's f8 nowhere."""
+    """Where residual blocks of the lowest level are followed by attention, beside the one in the middle: MAR's KL-16
+    has it in the encoder alone, latent diffusion's f16 in both, SD's f8 nowhere."""
     norm_groups: PositiveInt = 32
     """Groups of every GroupNorm; it has to divide the width of every level."""
     patch: PositiveInt = 1

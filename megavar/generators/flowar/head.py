@@ -85,7 +85,8 @@ class CrossAttention(nn.Module):
         width = config.hidden_size
         options = {"config": config, "init_method": lambda weight: weight, "gather_output": False}
         self.query = ColumnLinearWithoutBias(width, width, **options)
-        self.key_value = ColumnLinearWithoutBias(source, 2 * width, **options)  # head x (key, value), so that heads shard
+        # head x (key, value), so that heads shard
+        self.key_value = ColumnLinearWithoutBias(source, 2 * width, **options)
         self.core = AttentionCore(config, number + 1, kernel="auto", pairs="interleaved")
         self.output = OutputLinear(
             width, width, config=config, init_method=lambda weight: weight, bias=True, input_is_parallel=True

@@ -101,8 +101,8 @@ class Conditioning(nn.Module):
 
 
 class FlowAR(Generator):
-    """A stage. The prediction is the velocity of the noisy tokens, float32 [B, L, channels]; where the inputs hold none,
-    the flow head's condition, [B, L, C], for :meth:`velocity`."""
+    """A stage. The prediction is the velocity of the noisy tokens, float32 [B, L, channels]; where the inputs hold
+    none, the flow head's condition, [B, L, C], for :meth:`velocity`."""
 
     choice: FlowARConfig
 

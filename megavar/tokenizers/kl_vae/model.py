@@ -1,14 +1,13 @@
 """The KL-VAE as a tokenizer of vectors, on diffusers' ``AutoencoderKL``.
 
-Latents are what the encoder says of the posterior: means and log variances, float32 [B, 2 c, h, w], unscaled. Tokens are
-scaled, and patches of p x p positions where the configuration says so (space to depth: channel-major, as
+Latents are what the encoder says of the posterior: means and log variances, float32 [B, 2 c, h, w], unscaled. Tokens
+are scaled, and patches of p x p positions where the configuration says so (space to depth: channel-major, as
 ``pixel_unshuffle``).
 """
 
 import math
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -62,8 +61,8 @@ class KLVAE(nn.Module):
         self.vae = _build(config)
 
     def forward(self, images: Tensor, normal: Tensor) -> tuple[Tensor, Tensor]:
-        """Training: images [B, 3, H, W] and standard normal numbers [B, L, C] to reconstructions of a posterior's sample,
-        not clamped, and the posteriors, float32 [B, 2 c, h, w]."""
+        """Training: images [B, 3, H, W] and standard normal numbers [B, L, C] to reconstructions of a posterior's
+        sample, not clamped, and the posteriors, float32 [B, 2 c, h, w]."""
         latents = self.encode(images)
         return self.decode_maps(self.unpack(self.sample(latents, normal))), latents
 

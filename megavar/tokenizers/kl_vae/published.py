@@ -10,8 +10,8 @@ from megavar.weight_layout import NamedLayout, Shape
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Names of diffusers before 0.18, which most files on the hub still have."""
 _REMEDY = (
-    "Check tokenizer.latent_channels, base_channels, channel_multipliers, residual_blocks and attention: the defaults are "
-    "KL-16's."
+    "Check tokenizer.latent_channels, base_channels, channel_multipliers, residual_blocks and attention: the defaults "
+    "are KL-16's."
 )
 
 
@@ -65,7 +65,8 @@ class LDMLayout(NamedLayout):
             return f"mid.block_{int(match[1]) + 1}.{_residual(match[2])}"
         if match := re.fullmatch(r"mid_block\.attentions\.0\.(.+)", part):
             return f"mid.attn_1.{_ATTENTION[match[1]]}"
-        match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", part)
+        layers = "resnets|attentions|downsamplers|upsamplers"
+        match = re.fullmatch(rf"(down|up)_blocks\.(\d+)\.({layers})\.(\d+)\.(.+)", part)
         assert match is not None, part
         way, level, what, number, inner = match.groups()
         if way == "up":

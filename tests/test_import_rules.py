@@ -15,6 +15,7 @@ ALLOWED: dict[str, set[str]] = {
     "logs": set(),
     "paths": set(),
     "storage": set(),
+    "flow_matching": set(),
     "config": {"parallel"},
     "parallel": {"config"},
     "state_dicts": set(),

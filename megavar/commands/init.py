@@ -53,7 +53,7 @@ def describe(found: Survey, start: Start, paths: list[Path]) -> str:
         ("images", f"{found.count:,} in {count}: {classes}"),
         ("sizes", f"{found.smallest[0]} x {found.smallest[1]} to {found.largest[0]} x {found.largest[1]} pixels"),
         ("held out", f"{found.held_out:,} images, never trained on: for validation and scores"),
-        ("learned as", f"{start.size} x {start.size} pixels, randomly cropped and mirrored; {start.tokens} tokens each"),
+        ("learned as", f"{start.size} x {start.size} pixels, cropped and mirrored by chance, {start.tokens} tokens"),
         ("scored by", start.scored_by),
     ]
     rows += [("note", note) for note in (*found.notes, *start.notes)]

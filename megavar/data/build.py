@@ -83,8 +83,8 @@ def _of_split(open_folder: Callable[[Split, Path], Source], path: str, test_path
         return open_folder(split, Path(path))
     if test_path is None:
         raise ConfigError(
-            "Test data are needed, but data.source.test_path is not set. Set it to their folder, or let a folder of images "
-            "hold a tenth out with data.source.test_share=0.1."
+            "Test data are needed, but data.source.test_path is not set. Set it to their folder, or let one folder "
+            "of images hold a tenth out with data.source.test_share=0.1."
         )
     source = open_folder(split, Path(test_path))
     expected = open_folder("train", Path(path)).class_names

@@ -15,6 +15,8 @@ from megavar.storage import sha256_of_file
 
 _log = logging.getLogger(__name__)
 
+_told: set[tuple[Path, str]] = set()
+"""What this process has said already: a folder is opened by training, validation and scores."""
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
@@ -165,7 +167,8 @@ class ImageFolder:
         self.class_names, self._images = listing_of(self.root, self.ignored)
         if test_share is not None:
             self._images = _of_split(self._images, split, test_share)
-        if said := describe_ignored(self.ignored):
+        if (said := describe_ignored(self.ignored)) and (self.root, said) not in _told:
+            _told.add((self.root, said))
             _log.info("Beside the %d images of %s there are, and are ignored: %s.", len(self._images), self.root, said)
         lines = "\n".join(f"{path}\t{label}" for path, label in self._images)
         listing = hashlib.sha256(lines.encode(errors="surrogateescape"))  # names need not be UTF-8

@@ -57,11 +57,12 @@ ALLOWED: dict[str, set[str]] = {
     "scoring": {
         "assembly", "config", "evaluation", "frozen", "parallel", "run_samples", "sampling", "tokenizers", "training",
     },
+    "starting": {"data"},
     "reproduction": {"chunks", "config", "planning", "training"},
     "analysis": {"assembly", "config", "data", "parallel", "run_samples", "training", "transformer"},
     "commands": {
         "analysis", "assembly", "beginning", "config", "data", "parallel", "planning", "recipes", "reproduction",
-        "run_samples", "scoring", "training",
+        "run_samples", "scoring", "starting", "training",
     },
     "__main__": set(),
 }  # fmt: skip

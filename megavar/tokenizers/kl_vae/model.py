@@ -60,11 +60,19 @@ class KLVAE(nn.Module):
         self.stride = config.downsample * config.patch
         self.vae = _build(config)
 
-    def forward(self, images: Tensor, normal: Tensor) -> tuple[Tensor, Tensor]:
-        """Training: images [B, 3, H, W] and standard normal numbers [B, L, C] to reconstructions of a posterior's
-        sample, not clamped, and the posteriors, float32 [B, 2 c, h, w]."""
+    def forward(self, images: Tensor, normal: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Training: reconstructions of a posterior's sample (its mean without ``normal``), not clamped, and posteriors.
+
+        Args:
+            images: float32 [B, 3, H, W] in [-1, 1].
+            normal: standard normal numbers, float32 [B, L, C].
+
+        Returns:
+            float32 [B, 3, H, W] and [B, 2 c, h, w].
+        """
         latents = self.encode(images)
-        return self.decode_maps(self.unpack(self.sample(latents, normal))), latents
+        tokens = self.tokens(latents) if normal is None else self.sample(latents, normal)
+        return self.decode_maps(self.unpack(tokens)), latents
 
     def encode(self, images: Tensor) -> Tensor:
         """Means and log variances, float32 [B, 2 c, h, w]; images of any multiple of the stride."""

@@ -142,7 +142,7 @@ def test_posteriors_are_cached(finished, weights, tmp_path):
         tmp_path / "images.yaml", weights, data={"source": source},
         recipe={"name": "flowar", "tokenizer_weights": str(weights), "supervision": "image"},
     )  # fmt: skip
-    with pytest.raises(RankFailure, match="needs images, but data.source is a cache"):
+    with pytest.raises(RankFailure, match=r"needs images, but data\.source is a cache"):
         run_ranks(1, go_loudly, images)
 
 

@@ -3,7 +3,7 @@
 z        = posterior of tokenizer(image)               frozen KL-VAE, drawn by (seed, epoch, sample)
 x_k      = z reduced to scale k                        latent supervision
          | z of the image reduced to scale k           image supervision
-input    = x_{k-1}, enlarged to the full side and reduced to scale k
+input    = x_{k-1}, enlarged to the full side and reduced to scale k        (or through images)
 t_k      ~ U(0, 1) per sample and scale,  e_k ~ N(0, 1)
 v        = generator(label, inputs, (1 - t) x + t e, t)
 loss     = sum over scales of s_k^2 / s_K^2 mean (v - (e - x))^2        every token weighs the same
@@ -28,7 +28,7 @@ from megavar.recipes.base import Losses, Pass, chunks_of
 from megavar.recipes.one_generator import OneGenerator
 from megavar.recipes.terms.base import add_terms, prepare_terms
 from megavar.tokenizers.base import LatentMap
-from megavar.tokenizers.latent_scales import next_input, shrunk
+from megavar.tokenizers.latent_scales import next_input, reduced
 
 
 @dataclass
@@ -53,51 +53,51 @@ class NextScaleFlow(OneGenerator):
     @property
     def scales(self) -> tuple[int, ...]:
         """Sides in tokens, coarse to fine: the generator's."""
-        scales: tuple[int, ...] = chunks_of(self.generator)[0].choice.scales  # type: ignore[union-attr, assignment]
+        scales: tuple[int, ...] = self._choice.scales
         return scales
+
+    @property
+    def _choice(self) -> Any:
+        return chunks_of(self.generator)[0].choice
 
     @torch.no_grad()
     def prepare(self, batch: Batch, step: int) -> FlowInputs:
         """Images (or cached latents) to the true tokens of all scales, inputs, noise, times and labels."""
-        maps = self.maps(batch)
-        features = self.features(maps)
-        data = torch.cat([self.tokenizer.pack(one) for one in maps], 1)
-        times = seeds.uniform(self.seed, "times", *self._keys(batch, 1), torch.arange(len(maps))).float()
+        truths = self.truths(batch)
+        features, data = self.features(truths), torch.cat(truths, 1)
+        times = seeds.uniform(self.seed, "times", *self._keys(batch, 1), torch.arange(len(truths))).float()
         noise = self._normal("noise", batch, data.shape[1])
-        sizes = torch.tensor([side * side for side in self.scales], device=data.device)
-        by_token = times.repeat_interleave(sizes, 1, output_size=data.shape[1])[..., None]
+        by_token = torch.cat([times[:, [k], None].expand(-1, truth.shape[1], 1) for k, truth in enumerate(truths)], 1)
         noisy = flow_matching.interpolate(data, noise, by_token)
         keys = seeds.random_bits(self.seed, "dropout", batch.epochs, batch.sample_ids)
         inputs = FlowInputs(FlowScaleInputs(self.labels(batch), features, noisy, times, keys), data, noise)
         inputs.terms = prepare_terms(self.terms, batch, inputs)
         return inputs
 
-    def maps(self, batch: Batch) -> list[Tensor]:
-        """The true map of each scale, [B, c, h, w], coarse to fine."""
+    def truths(self, batch: Batch) -> list[Tensor]:
+        """The true tokens of each scale, float32 [B, L_k, C], coarse to fine."""
         latents = batch.latents
         if latents is None:
             latents = self.tokenizer.encode(batch.require_images())
-        whole = self.tokenizer.unpack(self._tokens(latents, batch, "posterior"))
+        whole = self._tokens(latents, batch, "posterior")
         if self.config.supervision == "latent":
-            return [shrunk(whole, self._pixels(whole, side)) for side in self.scales]
-        images, maps = batch.require_images(), []
+            return [reduced(self.tokenizer, whole, side) for side in self.scales]
+        images, truths = batch.require_images(), []
         for number, side in enumerate(self.scales[:-1]):
             size = side * self.tokenizer.stride
-            reduced = self.tokenizer.encode(F.interpolate(images, (size, size), mode="area"))
-            maps.append(self.tokenizer.unpack(self._tokens(reduced, batch, f"posterior/{number}")))
-        return [*maps, whole]
+            smaller = self.tokenizer.encode(F.interpolate(images, (size, size), mode="area"))
+            truths.append(self._tokens(smaller, batch, f"posterior/{number}"))
+        return [*truths, whole]
 
-    def features(self, maps: Sequence[Tensor]) -> Tensor:
+    def features(self, truths: Sequence[Tensor]) -> Tensor:
         """What the scales after the first read, float32 [B, L - L_0, C]."""
-        full = maps[-1].shape[-1]
-        read = [next_input(coarse, full, self._pixels(maps[-1], side)) for coarse, side in zip(maps, self.scales[1:])]
-        if not read:
-            return maps[-1].new_zeros(len(maps[-1]), 0, self.tokenizer.space.channels)
-        return torch.cat([self.tokenizer.pack(one) for one in read], 1)
-
-    def _pixels(self, whole: Tensor, side: int) -> int:
-        """Side of a scale's map."""
-        return side * whole.shape[-1] // self.scales[-1]
+        through = self._choice.scale_inputs
+        nothing = truths[0][:, :0]
+        read = [
+            next_input(self.tokenizer, tokens, self.scales[-1], side, through)
+            for tokens, side in zip(truths, self.scales[1:])
+        ]
+        return torch.cat([nothing, *read], 1)
 
     def _tokens(self, latents: Tensor, batch: Batch, stream: str) -> Tensor:
         means = self.tokenizer.tokens(latents)

@@ -24,7 +24,7 @@ STEPS, CHANNELS, SCALES, PATCH = 3, 3, (1, 2, 3), 2
 SPACE = TokenSpace("latent", (SCALES[-1],), SCALES[-1] ** 2, None, CHANNELS * PATCH**2, image_side=SCALES[-1] * 4)
 KINDS: dict[str, dict[str, Any]] = {
     "spatial": {},
-    "cross": {"head_cross_attention": True, "supervision": "image"},
+    "cross": {"head_cross_attention": True, "scale_inputs": "image", "supervision": "image"},
 }
 
 
@@ -57,7 +57,8 @@ def choice(setup: Setup, kind: str) -> FlowARConfig:
     experts = ExpertsChoice.make(router=setup.router, number=4, top_k=2, balance_coefficient=0.05)
     return FlowARConfig(
         scales=SCALES, width=48, encoder_depth=2, decoder_depth=2, heads=4, head_depth=2, head_width=256, rope_side=4,
-        head_cross_attention=kind == "cross", classes=curves.CLASSES, dropout=0.1, label_drop=0.2,
+        head_cross_attention=kind == "cross", scale_inputs=KINDS[kind].get("scale_inputs", "latent"),
+        classes=curves.CLASSES, dropout=0.1, label_drop=0.2,
         experts=None if setup.dense else experts,
     )  # fmt: skip
 

@@ -67,8 +67,15 @@ def test_a_batch_is_prepared_by_its_definition(kind):
         else:
             maps.append(F.interpolate(latent, (side * 2, side * 2), mode="area"))
     torch.testing.assert_close(inputs.data, torch.cat([tokenizer.pack(one) for one in maps], 1))
-    enlarged = [F.interpolate(one, (6, 6), mode="bicubic") for one in maps[:-1]]
-    read = [F.interpolate(one, (2 * s, 2 * s), mode="area") for one, s in zip(enlarged, flowing.SCALES[1:])]
+    read = []
+    for one, side in zip(maps, flowing.SCALES[1:]):
+        if kind == "cross":  # decoded, enlarged, encoded again
+            image = F.interpolate(one, scale_factor=2).clamp(-1, 1)
+            image = F.interpolate(image, (side * 4, side * 4), mode="bicubic").clamp(-1, 1)
+            read.append(F.avg_pool2d(image, 2))
+        else:  # through the full side
+            enlarged = F.interpolate(one, (6, 6), mode="bicubic")
+            read.append(F.interpolate(enlarged, (2 * side, 2 * side), mode="area"))
     torch.testing.assert_close(inputs.model.features, torch.cat([tokenizer.pack(one) for one in read], 1))
     times = torch.cat([inputs.model.times[:, [k]].expand(-1, s * s) for k, s in enumerate(flowing.SCALES)], 1)
     mixed = (1 - times[..., None]) * inputs.data + times[..., None] * inputs.noise

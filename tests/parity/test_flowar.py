@@ -98,10 +98,9 @@ def test_training_equals_the_reference(case: Case) -> None:
     labels = torch.where(dropped, recipe.classes, case["input.labels"])
     case.check("output.labels_after_drop", labels)
     latent = case["input.latent"]
-    maps = recipe.maps(type("Given", (), {"latents": latent})())  # type: ignore[arg-type]
-    data = [recipe.tokenizer.pack(one) for one in maps]
+    data = recipe.truths(type("Given", (), {"latents": latent})())  # type: ignore[arg-type]
     case.check_series("output.gt", data)
-    features = recipe.features(maps)
+    features = recipe.features(data)
     case.check("output.inputs", features)
     draws = range(len(scales))
     times = [case[f"input.train.{1 + 2 * k:04d}.rand"] for k in draws]

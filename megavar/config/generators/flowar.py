@@ -46,6 +46,10 @@ class FlowARConfig(GeneratorChoice):
     (L, H). Off: both are modulated by time and output, token by token (S)."""
     rope_side: int = Field(16, ge=1)
     """Rotary positions of a map of side s are i x rope_side / s, so that maps of all sides cover the same square."""
+    scale_inputs: Literal["latent", "image"] = "latent"
+    """Of what a scale reads the one before it, in training and drawing alike: ``latent``: its map, resized (released);
+    ``image``: its decoded image, enlarged and encoded again, the other reading of SAR's "up-sample image supervision",
+    which needs the tokenizer between scales."""
     classes: int = Field(1000, ge=1)
     """Number of classes; one more embedding row stands for "no class"."""
     dropout: float = Field(0.1, ge=0, lt=1)

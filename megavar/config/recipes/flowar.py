@@ -14,8 +14,7 @@ class FlowARRecipeConfig(GeneratorRecipeChoice):
     supervision: Literal["latent", "image"] = "latent"
     """What a coarse scale is to be: ``latent``: the image's latent, reduced (FlowAR); ``image``: the latent of the
     reduced image (antialiased area resampling to tokens x stride pixels), as SAR's Table 1 reads; no code of that is
-    public. The inputs of the next scale are made of the coarse one in the same way in both, so that drawing needs no
-    tokenizer between scales."""
+    public. What the next scale reads of it is ``generator.scale_inputs``."""
     posterior: Literal["sample", "mean"] = "sample"
     """Of a KL-VAE's latent: drawn anew in every epoch, one draw for all scales with latent supervision and one for each
     with image supervision (released: ``sample``), or its mean."""

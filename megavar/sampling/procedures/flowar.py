@@ -10,9 +10,8 @@ never meets a result. Here it is not computed.
 Source: FlowAR ``models/sampler.py``, ``models/flowar.py`` (``sample``).
 """
 
-import math
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -45,6 +44,7 @@ class HasScales(Protocol):
     """Its section of the configuration."""
 
     scales: tuple[int, ...]
+    scale_inputs: Literal["latent", "image"]
 
 
 class DrawnMap(NamedTuple):
@@ -95,7 +95,8 @@ class NextScaleFlow:
             yield DrawnMap(tokens, told, features)
             start += side * side
             if number + 1 < len(scales):
-                features = self._next(tokenizer, tokens, scales[-1], scales[number + 1])
+                through = generator.choice.scale_inputs
+                features = next_input(tokenizer, tokens, scales[-1], scales[number + 1], through)
 
     def guidance_of(self, number: int, scales: int) -> float:
         """Of a scale: 1 at the first, ``guidance`` at the last."""
@@ -127,10 +128,3 @@ class NextScaleFlow:
             return free + guidance * (with_class - free)
 
         return flow_matching.euler(velocity_at, begin, self.times())
-
-    @staticmethod
-    def _next(tokenizer: LatentMap, tokens: Tensor, full: int, side: int) -> Tensor:
-        """What the next scale, ``side`` tokens wide, reads of this one."""
-        coarse = tokenizer.unpack(tokens)
-        patch = coarse.shape[-1] // math.isqrt(tokens.shape[1])
-        return tokenizer.pack(next_input(coarse, full * patch, side * patch))

@@ -4,7 +4,6 @@ A line is a family, or ``family/case`` where the rest of a family is built. It g
 """
 
 NOT_BUILT = {
-    "maskgit_vqgan": "MaskGIT's tokenizer",
     "titok": "TiTok's tokenizers",
     "alitok": "AliTok's tokenizers and transformer",
     "vgt": "VGT's autoencoder, flow head and generator",

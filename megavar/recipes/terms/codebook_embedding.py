@@ -6,8 +6,8 @@
     L     = sum over i = 1 .. N-1 of (1 - cos(early_i, z_i)) + (1 - cos(late_i, z_{i+1}))                       Eq. 6
 
 Rows that stand for the class or the start are left out: there is no current token. Where whole maps are predicted at
-once (VAR, FlexVAR) the current vector of a row is what it reads, made of the true coarser maps, and the next one its own
-token's; the paper stops at sequences (appendix D.3).
+once (VAR, FlexVAR) the current vector of a row is what it reads, made of the true coarser maps, and the next one its
+own token's; the paper stops at sequences (appendix D.3).
 """
 
 import functools
@@ -66,8 +66,8 @@ class CodebookEmbedding:
         if tokenizer.space.vocabulary is None:
             raise ConfigError(
                 f"The term {choice.name!r} compares hidden states with code vectors, but the tokens of this tokenizer "
-                f"({tokenizer.space.kind}) are vectors without a codebook. Remove the term from recipe.terms, or choose "
-                f"a tokenizer with a codebook."
+                f"({tokenizer.space.kind}) are vectors without a codebook. Remove the term from recipe.terms, or "
+                f"choose a tokenizer with a codebook."
             )
 
     @classmethod

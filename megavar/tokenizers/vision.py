@@ -61,8 +61,8 @@ def pixels(patches: Tensor, side: int) -> Tensor:
 
 @torch.no_grad()
 def initialize_layers(model: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Draw fresh layers as TiTok does: linear layers and convolutions normal with deviation 0.02, cut at twice of it, and
-    zero biases; norms one and zero."""
+    """Draw fresh layers as TiTok does: linear layers and convolutions normal with deviation 0.02, cut at twice of it,
+    and zero biases; norms one and zero."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.trunc_normal_(module.weight, std=_STD, a=-2 * _STD, b=2 * _STD, generator=generator)

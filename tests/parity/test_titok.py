@@ -1,4 +1,4 @@
-"""TiTok is numerically the public one: tokens, codes or pixels, both stages, posteriors, gradients, published layouts."""
+"""TiTok is numerically the public one: tokens, codes or pixels, both stages, posteriors, gradients, public layouts."""
 
 import pytest
 import torch
@@ -79,7 +79,7 @@ def check_hidden(case: Case, model: TiTok, images: Tensor, vectors: Tensor) -> N
     """Hidden states of both transformers, block by block."""
     for name, part in (("enc", model.encoder), ("dec", model.decoder)):
         seen: list[Tensor] = []
-        hooks = [block.register_forward_hook(lambda _, __, out: seen.append(out)) for block in part.transformer]
+        hooks = [b.register_forward_hook(lambda _, __, out, into=seen: into.append(out)) for b in part.transformer]
         model.vectors(images) if name == "enc" else model.decoder(vectors)
         case.check_series(f"output.{name}_hidden", seen)
         for hook in hooks:

@@ -65,7 +65,7 @@ class TiTokConfig(TokenizerChoice):
             self.pixel.side, self.pixel.space.image_side
         ):  # fmt: skip
             raise ValueError(
-                f"pixel makes {self.pixel.space.image_side} pixels of {self.pixel.side} positions per side, the decoder "
+                f"pixel makes {self.pixel.space.image_side} pixels of {self.pixel.side} positions a side, the decoder "
                 f"has {self.image_side // self.decoder_patch} for {self.image_side}: set pixel.side and decoder_patch"
             )
         return self

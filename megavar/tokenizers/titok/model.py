@@ -73,7 +73,8 @@ class Decoder(nn.Module):
     def __init__(self, config: TiTokConfig) -> None:
         super().__init__()
         width = config.decoder.width
-        self.side, self.patch, self.legacy = config.image_side // config.decoder_patch, config.decoder_patch, config.legacy
+        self.side = config.image_side // config.decoder_patch
+        self.patch, self.legacy = config.decoder_patch, config.legacy
         self.class_embedding = nn.Parameter(torch.empty(1, width))
         self.positional_embedding = nn.Parameter(torch.empty(self.side**2 + 1, width))
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))

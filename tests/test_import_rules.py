@@ -26,14 +26,17 @@ ALLOWED: dict[str, set[str]] = {
     "tokenizers": {"config", "parallel", "weight_file", "weight_layout"},
     "generators": {"config", "parallel", "transformer", "weight_layout"},
     "teachers": {"config", "weight_layout"},
-    "recipes": {"config", "parallel", "data", "generators", "sampling", "teachers", "tokenizers"},
+    "recipes": {"config", "parallel", "data", "flow_matching", "generators", "sampling", "teachers", "tokenizers"},
     # Scale: tensors, ranks and bytes.
     "data": {"config", "parallel"},
     "chunks": {"parallel"},
     "conditions": {"data"},
     "frozen": {"training", "weight_file", "weight_layout"},
     "training": {"config", "parallel", "data", "recipes", "frozen", "weight_file", "weight_layout"},
-    "sampling": {"config", "parallel", "data", "chunks", "conditions", "generators", "tokenizers", "transformer"},
+    "sampling": {
+        "config", "parallel", "data", "chunks", "conditions", "flow_matching", "generators", "tokenizers",
+        "transformer",
+    },
     "evaluation": {"config", "parallel", "data", "chunks", "conditions", "tokenizers", "weight_file"},
     "planning": {
         "config", "parallel", "data", "conditions", "generators", "sampling", "tokenizers", "training", "transformer",

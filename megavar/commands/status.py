@@ -17,7 +17,7 @@ HEAD = ("run", "state", "step", "loss", "images/s", "left", "starts", "events", 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which runs, and how to show them."""
-    parser.add_argument("runs", nargs="*", type=as_path, metavar="RUN", help=f"run directories (default: all in {RUNS})")
+    parser.add_argument("runs", nargs="*", type=as_path, metavar="RUN", help=f"directories (default: all in {RUNS})")
     parser.add_argument("--json", action="store_true", help="print values for programs")
     parser.add_argument("--watch", type=float, nargs="?", const=10.0, metavar="SECONDS", help="again and again")
 

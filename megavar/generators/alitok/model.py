@@ -156,6 +156,6 @@ class AliTok(Generator):
     def _require_raster(self, inputs: RasterInputs) -> None:
         if inputs.order is not None:
             raise ConfigError(
-                "recipe.random_order reads images in random order, but rows of the generator 'alitok' do not know which "
-                "token they predict. Remove recipe.random_order, or choose generator.name=rar."
+                "recipe.random_order reads images in random order, but rows of the generator 'alitok' do not know "
+                "which token they predict. Remove recipe.random_order, or choose generator.name=rar."
             )

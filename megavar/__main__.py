@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "train the run that CONFIG describes, or continue it",
     "sample": "draw images from a trained generator",
     "evaluate": "draw images if needed, and score them",
+    "status": "one line per run: state, step, loss, speed, time left",
     "plan": "predict memory, time and layouts before submitting",
     "analyze": "look at trained runs: expert loads, routing maps, features, convergence, times",
     "reproduce": "show a paper's table with costs and our values; submit, demonstrate or collect its rows",

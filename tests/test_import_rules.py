@@ -57,18 +57,20 @@ ALLOWED: dict[str, set[str]] = {
     "scoring": {
         "assembly", "config", "evaluation", "frozen", "parallel", "run_samples", "sampling", "tokenizers", "training",
     },
+    "records": set(),
     "starting": {"data"},
     "reproduction": {"chunks", "config", "planning", "training"},
     "analysis": {"assembly", "config", "data", "parallel", "run_samples", "training", "transformer"},
     "commands": {
-        "analysis", "assembly", "beginning", "config", "data", "parallel", "planning", "recipes", "reproduction",
-        "run_samples", "scoring", "starting", "training",
+        "analysis", "assembly", "beginning", "config", "data", "parallel", "planning", "recipes", "records",
+        "reproduction", "run_samples", "scoring", "starting", "training",
     },
     "__main__": set(),
 }  # fmt: skip
 KNOWN_CIRCLES = {frozenset({"config", "parallel"}), frozenset({"frozen", "training"})}
 """The second: checkpoints carry identities of frozen weights, and frozen weights may lie in a checkpoint."""
-TORCH_FREE = ("megavar", "megavar.config.loading", "megavar.config.cluster", "megavar.config.table", "megavar.frozen")
+TORCH_FREE = ("megavar", "megavar.config.loading", "megavar.config.cluster", "megavar.config.table", "megavar.frozen",
+              "megavar.records.run", "megavar.commands.status")  # fmt: skip
 """Login nodes read configurations and compare identities of weights."""
 
 

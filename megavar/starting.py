@@ -156,5 +156,5 @@ class Start:
         return {"interval": 10, "samples_interval": max(50, steps // 10), "wandb": {"mode": "disabled"}}
 
     def _text(self, comment: str, tree: dict[str, object]) -> str:
-        lines = f"# {comment} Written by `megavar init`; every key: docs/configuration.md.\n"
+        lines = f"# {comment} Written by `megavar init`; every key is documented in megavar/config.\n"
         return lines + yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=110)

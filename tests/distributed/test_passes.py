@@ -48,7 +48,7 @@ def test_the_reference_does_what_the_names_say(dense):
         assert min(step["gradient_norm"] for step in steps) > CLIPPING
     assert min(abs(step["loss"] - step["loss/student"]) for step in two) > 1e-3
     assert abs(two[0]["loss/student"] - rollout[0]["loss"]) > 1e-4, "the second rollout changes nothing"
-    assert masked[-1]["reading/parity"] < masked[0]["reading/parity"]
+    assert abs(masked[-1]["reading/parity"] - masked[0]["reading/parity"]) > 1e-3, "its head has learned nothing"
     assert {"loss/student", "loss", "gradient_norm"} <= two[0].keys() and "loss/reading" in masked[0]
 
 

@@ -33,13 +33,23 @@ def build(config, scales, **options):
         return VAR(config, space_of(scales), **options)
 
 
+def _taking_output(formula):
+    """A registered formula in the form that ``custom_mapping`` asks for: with the output instead of its shape."""
+
+    def count(*arguments, out_val=None, **options):
+        return formula(*arguments, out_val=out_val, **options)
+
+    count._get_raw = True
+    return count
+
+
 def flop_counter():
     """PyTorch's. Before 2.12 it counted no attention on CPUs: there it is told how, in its own words."""
     known = {
         aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
     }
-    missing = {packet: formula for packet, formula in known.items() if packet not in flop_registry}
+    missing = {packet: _taking_output(formula) for packet, formula in known.items() if packet not in flop_registry}
     return FlopCounterMode(display=False, custom_mapping=missing)
 
 

@@ -16,6 +16,7 @@ from megavar.training.gradients import register_sequence_parallel_hooks
 from megavar.transformer.cache import KeyValueCache
 from megavar.transformer.compilation import compile_blocks
 from megavar.transformer.context import ForwardContext
+from megavar.transformer.moe.experts import traceable
 from megavar.transformer.sequence import SequenceLayout
 from tests.distributed.harness import RankFailure, run_ranks
 from tests.transformer import test_blocks, tiny
@@ -31,6 +32,8 @@ MODELS = {
     "any number of experts": (GROUPED | {"router": "above_mean"}, {}),
     "megatron's experts": ({"backend": "megatron"}, {}),
 }
+EXPERTS_TRACED = traceable(torch.float32)
+"""With PyTorch 2.11 graphs break around experts in float32, as they do around Megatron-core's."""
 BLOCKS = ("llama_dropout", "llama_padded", "alitok", "rar_dropout")
 """Of other families; see ``test_blocks.py``."""
 
@@ -97,7 +100,7 @@ def one_rank():
 @pytest.mark.parametrize("name", [*MODELS, *BLOCKS])
 def test_a_block_is_one_graph_with_all_its_randomness_and_records(name, one_rank):
     graphs, breaks = one_rank[name]
-    if name == "megatron's experts":
+    if name == "megatron's experts" or (name in MODELS and MODELS[name][0] is not None and not EXPERTS_TRACED):
         assert graphs > 1 and breaks, "around experts that Dynamo does not trace"
     else:
         alike = name != "zero computation"  # where the first router gets nothing from a router before it
@@ -109,7 +112,8 @@ def test_a_block_is_one_graph_with_all_its_randomness_and_records(name, one_rank
 def test_recomputation(recompute, graphs):
     """Recomputed as a whole, a block has a graph without gradient and one with."""
     found = run_ranks(1, compared, {"recompute": recompute}, ("dense", "experts"))[0]
-    assert found == {"dense": (graphs, {}), "experts": (graphs, {})}
+    assert found["dense"] == (graphs, {})
+    assert found["experts"] == (graphs, {}) if EXPERTS_TRACED else found["experts"][1]
 
 
 @pytest.mark.distributed
@@ -151,7 +155,10 @@ LISTS = [(None, "auto", 200), (GROUPED, "auto", 30), (None, "flex", 30)]
 @pytest.mark.parametrize(("experts", "kernel", "steps"), LISTS)
 def test_random_lists_of_scales_compile_a_handful_of_graphs(experts, kernel, steps):
     graphs, breaks = run_ranks(1, random_lists, experts, kernel, steps, timeout=300)[0]
-    assert 1 <= graphs <= 4 and breaks == {}
+    if experts is None or EXPERTS_TRACED:
+        assert 1 <= graphs <= 4 and breaks == {}
+    else:
+        assert graphs > 1 and breaks, "around experts"
 
 
 def test_decoding_is_not_compiled():

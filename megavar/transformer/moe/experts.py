@@ -4,6 +4,7 @@ Each expert is the dense block's feed-forward network, C -> F -> C, plain or gat
 of tokens for this rank's experts, E experts of this rank, C width, F hidden size.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,17 @@ from torch import Tensor, nn
 from megavar.transformer.feed_forward import activate
 
 _grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm  # public since torch 2.10
+
+
+@functools.cache
+def traceable(dtype: torch.dtype) -> bool:
+    """Whether Dynamo can trace grouped products of this type: PyTorch 2.11 describes those of bfloat16 only."""
+    rows, weight = (torch.empty(*shape, dtype=dtype, device="meta") for shape in ((16, 16), (1, 16, 16)))
+    try:
+        _grouped_mm(rows, weight.transpose(1, 2), offs=torch.empty(1, dtype=torch.int32, device="meta"))
+    except RuntimeError:
+        return False
+    return True
 
 
 def first_layer_rows(config: TransformerConfig) -> int:

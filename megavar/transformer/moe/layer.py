@@ -21,7 +21,7 @@ from megavar.transformer.context import ForwardContext
 from megavar.transformer.linear import RowLinear
 from megavar.transformer.moe.backends import check_installed, choose_backend
 from megavar.transformer.moe.even import EvenMixture
-from megavar.transformer.moe.experts import GroupedExperts
+from megavar.transformer.moe.experts import GroupedExperts, traceable
 from megavar.transformer.moe.local import LocalMixture
 from megavar.transformer.moe.router import Router, Routing
 
@@ -108,12 +108,13 @@ class ExpertFeedForward(nn.Module):
         config.sequence_parallel = config.tensor_model_parallel_size > 1
         router = resolve(experts)(config, experts, block=number, kinds=kinds)
         self.moe: Any = _build_mixture(choose_backend(experts.backend, config), config, router)
+        self._traceable = traceable(config.params_dtype)
         self._even = functools.partial(EvenMixture, config=config, experts=experts)
 
     @property
     def one_graph(self) -> bool:
         """Whether Dynamo traces the layer: Megatron-core's dispatchers and other packages' layers stay outside."""
-        return isinstance(self.moe, LocalMixture)
+        return self._traceable and isinstance(self.moe, LocalMixture)
 
     def spread_evenly(self) -> None:
         """Give all experts equal loads whatever the router says, to measure what the layer costs (see ``even.py``)."""

@@ -10,9 +10,11 @@ from megavar import __version__, logs
 from megavar.errors import MegavarError
 
 COMMANDS = {
+    "init": "look at a folder of images and write the configuration of a run on them",
     "train": "train the run that CONFIG describes, or continue it",
     "sample": "draw images from a trained generator",
     "evaluate": "draw images if needed, and score them",
+    "status": "one line per run: state, step, loss, speed, time left",
     "plan": "predict memory, time and layouts before submitting",
     "analyze": "look at trained runs: expert loads, routing maps, features, convergence, times",
     "reproduce": "show a paper's table with costs and our values; submit, demonstrate or collect its rows",
@@ -26,14 +28,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, description in COMMANDS.items():
         command = commands.add_parser(name, help=description, description=description)
-        subject = ("CONFIG", "YAML file of the run")
+        subject: tuple[str, str] | None = ("CONFIG", "YAML file of the run, or the directory of one")
         if name in arguments[:1]:
             module = importlib.import_module(f"megavar.commands.{name}")
             module.add_arguments(command)
             subject = getattr(module, "SUBJECT", subject)
-        command.add_argument("config", metavar=subject[0], help=subject[1])
-        command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optimizer.lr=3e-4")
+        if subject is not None:
+            command.add_argument("config", metavar=subject[0], help=subject[1])
+            command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optimizer.lr=3e-4")
     options, rest = parser.parse_known_args(arguments)
+    if rest and not hasattr(options, "overrides"):
+        parser.error(f"{rest[0]!r} is no option of megavar {options.command}")
     for word in rest:  # argparse does not let overrides follow options
         if word.startswith("-") or "=" not in word:
             parser.error(f"{word!r} is neither an option nor an override such as train.steps=100")

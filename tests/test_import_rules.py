@@ -15,6 +15,7 @@ ALLOWED: dict[str, set[str]] = {
     "logs": set(),
     "paths": set(),
     "storage": set(),
+    "flow_matching": set(),
     "config": {"parallel"},
     "parallel": {"config"},
     "state_dicts": set(),
@@ -25,14 +26,17 @@ ALLOWED: dict[str, set[str]] = {
     "tokenizers": {"config", "parallel", "weight_file", "weight_layout"},
     "generators": {"config", "parallel", "transformer", "weight_layout"},
     "teachers": {"config", "weight_layout"},
-    "recipes": {"config", "parallel", "data", "generators", "sampling", "teachers", "tokenizers"},
+    "recipes": {"config", "parallel", "data", "flow_matching", "generators", "sampling", "teachers", "tokenizers"},
     # Scale: tensors, ranks and bytes.
     "data": {"config", "parallel"},
     "chunks": {"parallel"},
     "conditions": {"data"},
     "frozen": {"training", "weight_file", "weight_layout"},
     "training": {"config", "parallel", "data", "recipes", "frozen", "weight_file", "weight_layout"},
-    "sampling": {"config", "parallel", "data", "chunks", "conditions", "generators", "tokenizers", "transformer"},
+    "sampling": {
+        "config", "parallel", "data", "chunks", "conditions", "flow_matching", "generators", "tokenizers",
+        "transformer",
+    },
     "evaluation": {"config", "parallel", "data", "chunks", "conditions", "tokenizers", "weight_file"},
     "planning": {
         "config", "parallel", "data", "conditions", "generators", "sampling", "tokenizers", "training", "transformer",
@@ -53,17 +57,20 @@ ALLOWED: dict[str, set[str]] = {
     "scoring": {
         "assembly", "config", "evaluation", "frozen", "parallel", "run_samples", "sampling", "tokenizers", "training",
     },
+    "records": set(),
+    "starting": {"data"},
     "reproduction": {"chunks", "config", "planning", "training"},
     "analysis": {"assembly", "config", "data", "parallel", "run_samples", "training", "transformer"},
     "commands": {
-        "analysis", "assembly", "beginning", "config", "data", "parallel", "planning", "recipes", "reproduction",
-        "run_samples", "scoring", "training",
+        "analysis", "assembly", "beginning", "config", "data", "parallel", "planning", "recipes", "records",
+        "reproduction", "run_samples", "scoring", "starting", "training",
     },
     "__main__": set(),
 }  # fmt: skip
 KNOWN_CIRCLES = {frozenset({"config", "parallel"}), frozenset({"frozen", "training"})}
 """The second: checkpoints carry identities of frozen weights, and frozen weights may lie in a checkpoint."""
-TORCH_FREE = ("megavar", "megavar.config.loading", "megavar.config.cluster", "megavar.config.table", "megavar.frozen")
+TORCH_FREE = ("megavar", "megavar.config.loading", "megavar.config.cluster", "megavar.config.table", "megavar.frozen",
+              "megavar.records.run", "megavar.commands.status")  # fmt: skip
 """Login nodes read configurations and compare identities of weights."""
 
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from megavar.config.base import PathText, Section
 from megavar.config.secret import secret_in
@@ -37,6 +37,17 @@ class ImageFolderSource(Section):
     """Folder of the training images."""
     test_path: PathText | None = None
     """Folder of the test images, with the same class folders."""
+    test_share: float | None = Field(None, gt=0, lt=1)
+    """Share of every class that is held out of ``path`` as test images, in the place of ``test_path``. Which ones
+    follows from their paths alone; of two or more images of a class at least one is held out and one is trained on."""
+    one_class: bool = False
+    """The images lie in the folder itself and below it, and are one class named after it."""
+
+    @model_validator(mode="after")
+    def _one_place_of_test_images(self) -> "ImageFolderSource":
+        if self.test_path is not None and self.test_share is not None:
+            raise ValueError("test_path and test_share both say which images are held out: give one")
+        return self
 
 
 class WebDatasetSource(Section):

@@ -1,5 +1,6 @@
 """From the ``data`` section of the configuration to sources, transforms and loaders."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,10 @@ def build_source(config: DataConfig, split: Split = "train") -> Source:
             length = source.length if split == "train" else source.test_length
             return Shapes(split, config.image_size, length=length, conditioning=source.conditioning, seed=source.seed)
         case config_room.ImageFolderSource():
-            return _of_split(ImageFolder, source.path, source.test_path, split)
+            if source.test_share is not None:
+                return ImageFolder(split, Path(source.path), source.test_share, one_class=source.one_class)
+            of_folder = functools.partial(ImageFolder, one_class=source.one_class)
+            return _of_split(of_folder, source.path, source.test_path, split)
         case config_room.CacheSource():
             if split == "test":
                 return build_source(of_images(config), split)
@@ -78,7 +82,10 @@ def _of_split(open_folder: Callable[[Split, Path], Source], path: str, test_path
     if split == "train":
         return open_folder(split, Path(path))
     if test_path is None:
-        raise ConfigError("Test data are needed, but data.source.test_path is not set. Set it to their folder.")
+        raise ConfigError(
+            "Test data are needed, but data.source.test_path is not set. Set it to their folder, or let one folder "
+            "of images hold a tenth out with data.source.test_share=0.1."
+        )
     source = open_folder(split, Path(test_path))
     expected = open_folder("train", Path(path)).class_names
     if source.class_names != expected:

@@ -15,6 +15,8 @@ from megavar.storage import sha256_of_file
 
 _log = logging.getLogger(__name__)
 
+_told: set[tuple[Path, str]] = set()
+"""What this process has said already: a folder is opened by training, validation and scores."""
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
@@ -96,6 +98,40 @@ def list_class_folders(
     return names, images
 
 
+def list_one_class(root: Path, ignored: Counter[str]) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
+    """The same of a folder whose images are all of one class, named after the folder.
+
+    Raises:
+        DataError: ``root`` is absent or unreadable, or holds no images.
+    """
+    if not root.is_dir():
+        raise DataError(f"The image folder {root} does not exist or is not a folder. Give the path of a folder.")
+    paths = []
+    for folder, files in walk(root, ignored):
+        here = Path(folder).relative_to(root)
+        for file in files:
+            if file.lower().endswith(IMAGE_SUFFIXES):
+                paths.append((here / file).as_posix())
+            else:
+                ignored[Path(file).suffix.lower() or file] += 1
+    if not paths:
+        raise DataError(f"The folder {root} contains no images ({', '.join(IMAGE_SUFFIXES)}). Add images to it.")
+    return (root.resolve().name,), [(path, 0) for path in sorted(paths)]
+
+
+def _of_split(images: list[tuple[str, int]], split: Split, share: float) -> list[tuple[str, int]]:
+    """Of every class, the images whose paths have the smallest hashes are held out: a fixed choice without pattern."""
+    classes: dict[int, list[str]] = {}
+    for path, label in images:
+        classes.setdefault(label, []).append(path)
+    held: set[str] = set()
+    for paths in classes.values():
+        count = min(max(1, round(share * len(paths))), len(paths) - 1)
+        ordered = sorted(paths, key=lambda path: hashlib.sha256(path.encode(errors="surrogateescape")).digest())
+        held.update(ordered[:count])
+    return [(path, label) for path, label in images if (path in held) == (split == "test")]
+
+
 def _class_names(root: Path, ignored: Counter[str]) -> Iterator[str]:
     with os.scandir(root) as entries:
         for entry in entries:
@@ -114,13 +150,25 @@ class ImageFolder:
     results of the images are kept and used again, ``content_sha256`` goes with it.
     """
 
-    def __init__(self, split: Split, path: Path) -> None:
+    def __init__(
+        self, split: Split, path: Path, test_share: float | None = None, *, one_class: bool = False
+    ) -> None:
+        """List ``path``.
+
+        Args:
+            test_share: share of every class that is the test split; None: all images are ``split``.
+            one_class: the images in and below ``path`` are one class, named after it.
+        """
         self.split: Split = split
         self.root = Path(path)
         self.ignored: Counter[str] = Counter()
         """What is left out, in words."""
-        self.class_names, self._images = list_class_folders(self.root, self.ignored)
-        if said := describe_ignored(self.ignored):
+        listing_of = list_one_class if one_class else list_class_folders
+        self.class_names, self._images = listing_of(self.root, self.ignored)
+        if test_share is not None:
+            self._images = _of_split(self._images, split, test_share)
+        if (said := describe_ignored(self.ignored)) and (self.root, said) not in _told:
+            _told.add((self.root, said))
             _log.info("Beside the %d images of %s there are, and are ignored: %s.", len(self._images), self.root, said)
         lines = "\n".join(f"{path}\t{label}" for path, label in self._images)
         listing = hashlib.sha256(lines.encode(errors="surrogateescape"))  # names need not be UTF-8
@@ -130,6 +178,11 @@ class ImageFolder:
     def num_classes(self) -> int:
         """Number of class folders."""
         return len(self.class_names)
+
+    @property
+    def listing(self) -> list[tuple[str, int]]:
+        """Path relative to the folder, and class, of every image."""
+        return list(self._images)
 
     def __len__(self) -> int:
         return len(self._images)

@@ -63,3 +63,27 @@ class RasterInputs:
     """int64 [B]: identifies (epoch, sample) for dropout; None disables it."""
     start: int = 0
     """Number of the first row; 0 begins with the start row and the class's."""
+
+
+@dataclass
+class FlowScaleInputs:
+    """Maps of vectors of growing side, one after the other: the velocity of each is predicted from the ones before it.
+
+    In training all scales are there at once. While drawing, ``scale`` says which one is meant, and ``features`` holds
+    its rows only. Scales are counted from 0.
+    """
+
+    labels: Tensor
+    """int64 [B]; the number of classes stands for "no class"."""
+    features: Tensor | None
+    """float32 [B, L - L_0, C]: for each scale after the first, the one before it, resized to its side. None for the
+    first scale while drawing."""
+    noisy: Tensor | None = None
+    """float32 [B, L, C]: tokens on their way from noise to data; None asks for what their velocity depends on beside
+    them."""
+    times: Tensor | None = None
+    """float32 [B, K]: how far on the way each scale is, from 1 (noise) to 0."""
+    sample_keys: Tensor | None = None
+    """int64 [B]: identifies (epoch, sample) for dropout; None disables it."""
+    scale: int | None = None
+    """Drawing: number of the one scale whose tokens are asked for; None: all of them."""

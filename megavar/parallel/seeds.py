@@ -5,6 +5,7 @@ micro-batch size, or the point at which a run was resumed.
 """
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor
@@ -87,6 +88,14 @@ def _tensor(state: int | Tensor) -> Tensor:
 def uniform(seed: int, stream: str, *keys: int | Tensor) -> Tensor:
     """Uniform float64 numbers in [0, 1), one per key; see :func:`random_bits`."""
     return _shift_right(random_bits(seed, stream, *keys), 11).to(torch.float64) * 2.0**-53
+
+
+def normal(seed: int, stream: str, *keys: int | Tensor) -> Tensor:
+    """Standard normal float64 numbers, one per key (Box and Muller 1958); see :func:`random_bits`."""
+    bits = random_bits(seed, stream, *keys)
+    radius = (-2 * torch.log1p(-_shift_right(bits, 11).to(torch.float64) * 2.0**-53)).sqrt()
+    angle = 2 * math.pi * _shift_right(_mix(bits), 11).to(torch.float64) * 2.0**-53
+    return radius * angle.cos()
 
 
 def lanes(bits: Tensor, first: int, count: int) -> Tensor:

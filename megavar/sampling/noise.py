@@ -1,4 +1,4 @@
-"""Where chance enters a sample: one uniform number per token, and the token that it stands for.
+"""Where chance enters a sample: one uniform number per token, and the token that it stands for; or normal vectors.
 
 A token is drawn by inverting the cumulative distribution over the vocabulary. That needs one number where the
 Gumbel-max trick needs one per entry of the vocabulary, and the number depends on (seed, sample, position) alone: not
@@ -36,6 +36,21 @@ class Noise:
             float64 [B, n].
         """
         return seeds.uniform(self.seed, "sampling", repetition, self.indices[:, None], positions)
+
+    def normal(self, positions: Tensor, channels: int, repetition: int = 0) -> Tensor:
+        """Standard normal vectors of continuous tokens.
+
+        Args:
+            positions: int64 [n], places in the sample's sequence of tokens.
+            channels: size C of a vector.
+            repetition: which draw for the same token it is (samplers with noise in every step).
+
+        Returns:
+            float32 [B, n, C].
+        """
+        channel = torch.arange(channels, device=self.indices.device)
+        keys = self.indices[:, None, None], positions[:, None], channel
+        return seeds.normal(self.seed, "sampling/normal", repetition, *keys).float()
 
 
 def pick(logits: Tensor, uniform: Tensor | None) -> Tensor:

@@ -7,6 +7,8 @@ to change. Generators see its :class:`TokenSpace` only, recipes and decoding pro
 * :class:`Codebook`: tokens are ids of code vectors.
 * :class:`Pyramid`: tokens are square maps of growing side length. Whether a map holds what the coarser ones left over
   (VAR) or is independent of them (FlexVAR) is the tokenizer's affair.
+* :class:`Continuous`: tokens are vectors, perhaps drawn from what the encoder is sure of. :class:`LatentMap`: these
+  vectors are patches of one square map.
 
 Tokens of an image are always one row: ids int64 [B, L] (the maps of a pyramid one after the other), or vectors
 [B, L, C] of a continuous tokenizer. Images are float32 [B, 3, H, W] in [-1, 1].
@@ -86,4 +88,41 @@ class Pyramid(Codebook, Protocol):
         Returns:
             the new state, and the inputs of scale k + 1, float32 [B, L_{k+1}, C]; None after the last scale.
         """
+        ...
+
+
+@runtime_checkable
+class Continuous(Tokenizer, Protocol):
+    """A tokenizer of vectors: its space has no vocabulary, tokens are float32 [B, L, C], scaled to about unit variance.
+
+    Latents may be a distribution (a KL-VAE's means and log variances); :meth:`tokens` is then its mean.
+    """
+
+    def sample(self, latents: Tensor, normal: Tensor) -> Tensor:
+        """Tokens of a posterior's sample, float32 [B, L, C]; those of :meth:`tokens` where there is no posterior.
+
+        Args:
+            normal: standard normal numbers, float32 [B, L, C]: the caller's, for tokenizers draw nothing.
+        """
+        ...
+
+
+@runtime_checkable
+class LatentMap(Continuous, Protocol):
+    """Tokens that are the p x p patches of a square map [B, c, h, w], row by row: C = c p p, L = h w / p / p.
+
+    :meth:`encode` takes images of other sizes, too, and L is then the number of their patches.
+    """
+
+    @property
+    def stride(self) -> int:
+        """Pixels of the image per token, along a side."""
+        ...
+
+    def unpack(self, tokens: Tensor) -> Tensor:
+        """[B, L, C] -> [B, c, h, w], any square number L."""
+        ...
+
+    def pack(self, maps: Tensor) -> Tensor:
+        """[B, c, h, w] -> [B, L, C]."""
         ...

@@ -54,6 +54,14 @@ class AffineLayerNorm(_Norm):
         return F.layer_norm(hidden, hidden.shape[-1:], self.weight, self.bias, self.eps)
 
 
+class PlainRMSNorm(_Norm):
+    """Division by the root mean square, without parameters."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., C] -> [..., C]."""
+        return F.rms_norm(hidden, hidden.shape[-1:], eps=self.eps)
+
+
 class RMSNorm(_Norm):
     """Division by the root mean square, with a learned ``weight`` (Zhang and Sennrich 2019)."""
 

@@ -4,11 +4,9 @@ A line is a family, or ``family/case`` where the rest of a family is built. It g
 """
 
 NOT_BUILT = {
-    "maskgit_vqgan": "MaskGIT's tokenizer",
     "titok": "TiTok's tokenizers",
     "alitok": "AliTok's tokenizers and transformer",
     "vgt": "VGT's autoencoder, flow head and generator",
     "mar": "MAR's transformer and diffusion loss",
-    "flowar": "FlowAR's transformer and flow heads",
     "scalear": "SAR's hybrid of masked and next-scale prediction",
 }

@@ -1,0 +1,55 @@
+"""Flow matching on straight paths between data and noise (Lipman et al. 2023; rectified flow, Liu et al. 2023).
+
+    x_t = (1 - t) data + t noise          t = 0 is data, t = 1 is noise (FlowAR's and SD3's direction)
+    v   = dx_t / dt = noise - data        what a network predicts from x_t, t and its condition
+
+A method that counts time the other way (t = 1 is data) predicts -v at 1 - t.
+"""
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def interpolate(data: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+    """x_t, with ``times`` broadcast against the tensors."""
+    return (1 - times) * data + times * noise
+
+
+def velocity(data: Tensor, noise: Tensor) -> Tensor:
+    """v, the target of :func:`velocity_error`."""
+    return noise - data
+
+
+def velocity_error(predicted: Tensor, data: Tensor, noise: Tensor) -> Tensor:
+    """Squared error of a predicted velocity, mean over channels: float32 [..., C] -> [...]."""
+    return (predicted.float() - velocity(data, noise)).square().mean(-1)
+
+
+def logit_normal(normal: Tensor, mean: float = 0.0, deviation: float = 1.0) -> Tensor:
+    """Times in (0, 1) from standard normal numbers (Esser et al. 2024)."""
+    return torch.sigmoid(mean + deviation * normal)
+
+
+def shifted(times: Tensor, factor: float) -> Tensor:
+    """Times moved towards noise by ``factor`` > 1 (Esser et al. 2024, Eq. 23): factor t / (1 + (factor - 1) t)."""
+    return factor * times / (1 + (factor - 1) * times)
+
+
+def euler(velocity_at: Callable[[Tensor, float], Tensor], start: Tensor, times: Tensor) -> Tensor:
+    """Integrate dx/dt = v from ``times[0]`` to ``times[-1]`` by Euler's method; the state is float64.
+
+    Args:
+        velocity_at: (x float32 [...], t) -> v [...].
+        start: x at the first time, [...].
+        times: float64 [n + 1] on the CPU, falling from noise to data.
+
+    Returns:
+        float32 [...].
+    """
+    state, grid = start.double(), times.tolist()
+    for now, after in itertools.pairwise(grid):
+        state = state + (after - now) * velocity_at(state.float(), now).double()
+    return state.float()

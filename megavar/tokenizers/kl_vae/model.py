@@ -1,0 +1,105 @@
+"""The KL-VAE as a tokenizer of vectors, on diffusers' ``AutoencoderKL``.
+
+Latents are what the encoder says of the posterior: means and log variances, float32 [B, 2 c, h, w], unscaled. Tokens
+are scaled, and patches of p x p positions where the configuration says so (space to depth: channel-major, as
+``pixel_unshuffle``).
+"""
+
+import math
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megavar.config.tokenizers.kl_vae import KLVAEConfig
+from megavar.errors import ConfigError
+
+LOWEST, HIGHEST = -30.0, 20.0
+"""Bounds of log variances (latent diffusion)."""
+
+
+def _build(config: KLVAEConfig) -> Any:
+    """diffusers' module.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    except ImportError as error:
+        raise ConfigError(
+            "tokenizer.name=kl_vae needs the package diffusers, which is not installed: "
+            "pip install 'megavar[diffusers]'."
+        ) from error
+    levels = len(config.channel_multipliers)
+    down, up = ["DownEncoderBlock2D"] * levels, ["UpDecoderBlock2D"] * levels
+    if config.attention != "none":
+        down[-1] = "AttnDownEncoderBlock2D"
+    if config.attention == "both":
+        up[0] = "AttnUpDecoderBlock2D"
+    return AutoencoderKL(
+        in_channels=config.image_channels,
+        out_channels=config.image_channels,
+        down_block_types=tuple(down),
+        up_block_types=tuple(up),
+        block_out_channels=tuple(config.base_channels * multiplier for multiplier in config.channel_multipliers),
+        layers_per_block=config.residual_blocks,
+        latent_channels=config.latent_channels,
+        norm_num_groups=config.norm_groups,
+        sample_size=config.image_side,
+        scaling_factor=config.scaling,
+    )
+
+
+class KLVAE(nn.Module):
+    """See :class:`megavar.tokenizers.base.LatentMap`."""
+
+    def __init__(self, config: KLVAEConfig) -> None:
+        super().__init__()
+        self.config, self.space = config, config.space
+        self.stride = config.downsample * config.patch
+        self.vae = _build(config)
+
+    def forward(self, images: Tensor, normal: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Training: reconstructions of a posterior's sample (its mean without ``normal``), not clamped, and posteriors.
+
+        Args:
+            images: float32 [B, 3, H, W] in [-1, 1].
+            normal: standard normal numbers, float32 [B, L, C].
+
+        Returns:
+            float32 [B, 3, H, W] and [B, 2 c, h, w].
+        """
+        latents = self.encode(images)
+        tokens = self.tokens(latents) if normal is None else self.sample(latents, normal)
+        return self.decode_maps(self.unpack(tokens)), latents
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Means and log variances, float32 [B, 2 c, h, w]; images of any multiple of the stride."""
+        return self.vae.quant_conv(self.vae.encoder(images)).float()
+
+    def tokens(self, latents: Tensor) -> Tensor:
+        """Means, float32 [B, L, C]."""
+        return self.pack(latents.chunk(2, 1)[0] * self.config.scaling)
+
+    def sample(self, latents: Tensor, normal: Tensor) -> Tensor:
+        """A sample of the posterior, float32 [B, L, C]; see :class:`megavar.tokenizers.base.Continuous`."""
+        deviation = (0.5 * latents.chunk(2, 1)[1].clamp(LOWEST, HIGHEST)).exp()
+        return self.tokens(latents) + self.pack(deviation * self.config.scaling) * normal
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """float32 [B, L, C] -> [B, 3, H, W] in [-1, 1]."""
+        return self.decode_maps(self.unpack(tokens)).clamp(-1, 1)
+
+    def decode_maps(self, maps: Tensor) -> Tensor:
+        """Scaled maps [B, c, h, w] to images, not clamped."""
+        return self.vae.decoder(self.vae.post_quant_conv(maps / self.config.scaling)).float()
+
+    def unpack(self, tokens: Tensor) -> Tensor:
+        """[B, L, C] -> [B, c, h, w]."""
+        side = math.isqrt(tokens.shape[1])
+        return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (side, side)), self.config.patch)
+
+    def pack(self, maps: Tensor) -> Tensor:
+        """[B, c, h, w] -> [B, L, C]."""
+        return F.pixel_unshuffle(maps, self.config.patch).flatten(2).transpose(1, 2)

@@ -154,7 +154,7 @@ def _bare_step(recipe: SelfDistillation, batch: list[Batch], step: int) -> dict[
     norm = torch.nn.utils.clip_grad_norm_(trained, 0.1)
     _ADAM[0].step()
     recipe.after_step(step, lambda *rows: None)
-    return {"loss": float(losses.total / BATCH), "gradient_norm": float(norm)}
+    return {"loss": float(losses.named["loss"] / BATCH), "gradient_norm": float(norm)}
 
 
 @pytest.mark.parametrize(("world", "zero", "micro", "centering"), [(2, 2, 2, "sinkhorn_knopp"), (2, 0, 4, "mean")])
@@ -165,6 +165,9 @@ def test_self_distillation_is_that_of_one_process(world: int, zero: int, micro: 
         for name in ("loss", "gradient_norm"):
             assert [step[name] for step in found] == pytest.approx([step[name] for step in expected], rel=TOLERANCE)
         for name, value in weights.items():  # the student, its average and the centre
-            torch.testing.assert_close(state[name], value, rtol=0, atol=2e-5, msg=name)
+            found_value = state[name]
+            if name.endswith("qkv.bias"):  # keys' biases do not change attention: Adam divides rounding by rounding
+                value, found_value = (torch.cat([part.chunk(3)[0], part.chunk(3)[2]]) for part in (value, found_value))
+            torch.testing.assert_close(found_value, value, rtol=0, atol=2e-5, msg=name)
     assert (weights["heads.average.centre"].abs().max() > 1e-3) == (centering == "mean")
     assert not torch.equal(weights["patches.weight"], weights["heads.student.network.patches.weight"])

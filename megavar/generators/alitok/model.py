@@ -1,0 +1,161 @@
+"""AliTok: p(tokens | class), one token after the other (arXiv:2506.05289, ``modeling/ar.py``).
+
+    row 0 class, row 1 + i token i                     no start row, no absolute positions, no modulation
+    queries and keys turn: the class not at all (zeroed), the first P tokens by their place on a line,
+                           the others by row and column of a grid, both counted from P
+    row i predicts token i
+
+It reads :class:`~megavar.generators.inputs.RasterInputs`, whose rows are one more: start row, class, tokens.
+
+Shapes: B samples, C width, V codebook size, D head size.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megavar.config.generators.alitok import AliTokConfig
+from megavar.config.parallel import ParallelConfig
+from megavar.errors import ConfigError
+from megavar.generators.base import Embedded, Generator, TokenSequence
+from megavar.generators.inputs import RasterInputs
+from megavar.parallel.parameter_rule import ParameterRule
+from megavar.transformer.context import ForwardContext
+from megavar.transformer.dropout import dropout, prepare_dropout
+from megavar.transformer.megatron_config import transformer_config
+from megavar.transformer.norms import RMSNorm
+from megavar.transformer.rotary import Table, line_table, plane_table
+from megavar.transformer.sequence import SequenceLayout
+from megavar.transformer.spec import BlockSpec, llama_block
+
+EPSILON = 1e-5
+"""Of all norms."""
+
+
+def rotary_table(prefix: int, grid: int, channels: int, device: torch.device | None = None) -> Table:
+    """Cosines and sines of all rows, float32 [1 + prefix + grid * grid, channels / 2]; those of the class are zero."""
+    line = line_table(torch.arange(prefix, device=device), channels)
+    places = torch.arange(grid * grid, device=device)
+    plane = plane_table(prefix + places // grid, prefix + places % grid, channels)
+    nothing = torch.zeros(1, channels // 2, device=device)
+    return torch.cat([nothing, line[0], plane[0]]), torch.cat([nothing, line[1], plane[1]])
+
+
+class AliTok(Generator):
+    """A stage of AliTok's transformer. The prediction is its logits: float32 [B, rows, V / tensor-parallel size]."""
+
+    choice: AliTokConfig
+
+    @classmethod
+    def layers(cls, choice: AliTokConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+        """Gated SiLU network without biases; attention's layers have some."""
+        return transformer_config(
+            parallel,
+            dtype,
+            depth=choice.depth,
+            width=choice.width,
+            heads=choice.heads,
+            feed_forward=choice.feed_forward_size,
+            experts=choice.experts,
+            layernorm_epsilon=EPSILON,
+            gated_linear_unit=True,
+            activation_func=F.silu,
+            add_bias_linear=False,
+            add_qkv_bias=True,
+        )
+
+    def build_first(self) -> None:
+        """One table: codes, a mask that only MaskGIT would use, classes, no class.
+
+        Raises:
+            ConfigError: an image has more tokens than the rotary table rows.
+        """
+        choice, rows = self.choice, self.choice.prefix_tokens + self.choice.grid**2
+        if self.space.length > rows:
+            raise ConfigError(
+                f"The tokenizer's images have {self.space.length} tokens, but generator.prefix_tokens="
+                f"{choice.prefix_tokens} and generator.grid={choice.grid} have places for {rows}. For a grid of codes "
+                f"set prefix_tokens: 0 and grid to its side; for a line prefix_tokens to its length."
+            )
+        rows = (self.space.vocabulary or 0) + choice.classes + 2
+        self.embedding = nn.Embedding(rows, choice.width, dtype=self.config.params_dtype)
+
+    def spec(self, number: int) -> BlockSpec:
+        """RMSNorm of hidden states and heads, rotary positions, dropout."""
+        choice = self.choice
+        return llama_block(
+            kernel=choice.attention_kernel,
+            head_norm=True,
+            projection_bias=True,
+            pairs="interleaved",
+            dropout=choice.dropout,
+            experts=choice.experts,
+        )
+
+    def build_last(self) -> None:
+        """Norm and head."""
+        assert self.space.vocabulary is not None
+        self.norm = RMSNorm(self.choice.width, self.unsharded, EPSILON)
+        self.head = ColumnParallelLinear(
+            self.choice.width,
+            self.space.vocabulary,
+            config=self.unsharded,
+            init_method=lambda weight: weight,
+            bias=True,
+        )
+
+    def sequence(self, inputs: RasterInputs) -> TokenSequence:
+        """One causal segment."""
+        self._require_raster(inputs)
+        rows = inputs.ids.shape[1] + (1 if inputs.start == 0 else 0)
+        first, choice = max(inputs.start - 1, 0), self.choice
+        cos, sin = rotary_table(choice.prefix_tokens, choice.grid, choice.width // choice.heads, inputs.labels.device)
+        rotary = cos[first : first + rows], sin[first : first + rows]
+        return TokenSequence(SequenceLayout((rows,), rule="causal"), rotary, sample_keys=inputs.sample_keys)
+
+    def embed(self, inputs: RasterInputs) -> Embedded:
+        """The class's row, then the tokens'."""
+        hidden = self.embedding(inputs.ids)
+        if inputs.start == 0:
+            assert self.space.vocabulary is not None
+            hidden = torch.cat([self.embedding(self.space.vocabulary + 1 + inputs.labels)[:, None], hidden], 1)
+        rate = self.choice.token_dropout
+        if self.training and inputs.sample_keys is not None and rate:
+            layout = SequenceLayout((hidden.shape[1],), rule="causal")
+            context = ForwardContext(layout, seed=self.seed, sample_keys=inputs.sample_keys)
+            prepare_dropout(context, "dropout/tokens", 0, 1, rate)
+            hidden = dropout(hidden.transpose(0, 1), context, stream="dropout/tokens", rate=rate).transpose(0, 1)
+        return Embedded(hidden)
+
+    def predict(self, hidden: Tensor, conditions: Mapping[str, Tensor], inputs: RasterInputs) -> Tensor:
+        """[rows, B, C] -> float32 logits [B, rows, V / tensor-parallel size]."""
+        return self.head(self.norm(hidden))[0].float().transpose(0, 1)
+
+    def initial_value(self, name: str, value: Tensor, generator: torch.Generator) -> None:
+        """Head and biases zero, as the reference's head; everything else as RAR's: normal with 0.02, cut off at two."""
+        if name.endswith("bias") or name == "head.weight":
+            value.zero_()
+        elif "norm" in name:
+            value.fill_(1.0)
+        else:
+            nn.init.trunc_normal_(value, std=0.02, generator=generator)
+
+    def own_rule(self, name: str) -> ParameterRule:
+        """Weight decay on matrices but the table, RAR's rule."""
+        return ParameterRule(decays=not ("norm" in name or name.endswith("bias") or name.startswith("embedding.")))
+
+    def example(self, images: int) -> RasterInputs:
+        """Class 0, 1, ... and zeros for all tokens but the last."""
+        ids = torch.zeros(images, self.space.length - 1, dtype=torch.int64)
+        return RasterInputs(torch.arange(images) % self.choice.classes, ids, sample_keys=torch.arange(images))
+
+    def _require_raster(self, inputs: RasterInputs) -> None:
+        if inputs.order is not None:
+            raise ConfigError(
+                "recipe.random_order reads images in random order, but rows of the generator 'alitok' do not know "
+                "which token they predict. Remove recipe.random_order, or choose generator.name=rar."
+            )

@@ -1,0 +1,202 @@
+"""TiTok's encoder and decoder.
+
+    [patches of the image, K latent tokens]  -> transformer -> K vectors -> ids (or a Gaussian posterior)
+    [mask tokens of all positions, K vectors] -> transformer -> codes of a VQGAN (legacy), or pixels
+
+Images are float32 [B, 3, H, W] in [-1, 1] as everywhere; inside they are in [0, 1]. Vectors are [B, K, C].
+Sources: TiTok (arXiv:2406.07550); bytedance/1d-tokenizer ``modeling/titok.py``, ``modeling/modules/blocks.py``.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from megavar.config.token_space import TokenSpace
+from megavar.config.tokenizers.titok import TiTokConfig
+from megavar.tokenizers import convolution, maskgit_vqgan
+from megavar.tokenizers.line import LineQuantizer
+from megavar.tokenizers.trainable import Codes
+from megavar.tokenizers.vision import blocks, initialize_layers, pixels
+
+
+class Posterior(NamedTuple):
+    """Diagonal Gaussians of the tokens, [B, K, C]."""
+
+    mean: Tensor
+    log_variance: Tensor
+    """In [-30, 20]."""
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """``mean + deviation * noise`` of standard normal noise [B, K, C]."""
+        return self.mean + (self.log_variance / 2).exp() * noise
+
+    def divergence(self) -> Tensor:
+        """Kullback-Leibler divergence from the standard normal, in nats: summed over channels, [B, K]."""
+        return 0.5 * (self.mean.square() + self.log_variance.exp() - 1 - self.log_variance).sum(-1)
+
+
+class Encoder(nn.Module):
+    """Images [B, 3, H, W] in [0, 1] and latent tokens [K, W] -> [B, K, C]."""
+
+    def __init__(self, config: TiTokConfig, channels: int) -> None:
+        super().__init__()
+        sizes = config.encoder
+        self.legacy = config.legacy
+        self.class_embedding = nn.Parameter(torch.empty(1, sizes.width))
+        positions = (config.image_side // config.patch) ** 2 + 1
+        self.positional_embedding = nn.Parameter(torch.empty(positions, sizes.width))
+        self.latent_token_positional_embedding = nn.Parameter(torch.empty(config.tokens, sizes.width))
+        self.patch_embed = nn.Conv2d(3, sizes.width, config.patch, stride=config.patch)
+        self.ln_pre = nn.LayerNorm(sizes.width)
+        self.transformer = blocks(sizes)
+        self.ln_post = nn.LayerNorm(sizes.width)
+        self.conv_out = nn.Conv2d(sizes.width, channels, 1)
+
+    def forward(self, images: Tensor, latent_tokens: Tensor) -> Tensor:
+        """Encode."""
+        patches = self.patch_embed(images).flatten(2).mT
+        first = self.class_embedding.expand(len(images), 1, -1)
+        latent = (latent_tokens + self.latent_token_positional_embedding).expand(len(images), -1, -1)
+        x = self.ln_pre(torch.cat([torch.cat([first, patches], 1) + self.positional_embedding, latent], 1))
+        for block in self.transformer:
+            x = block(x)
+        h = self.ln_post(x[:, -latent.shape[1] :])
+        # [B, K, W] read as [B, W, K], without a transpose: a slip of the first public code, and part of its weights.
+        h = h.reshape(len(h), h.shape[2], h.shape[1], 1) if self.legacy else h.mT[..., None]
+        return self.conv_out(h).squeeze(-1).mT
+
+
+class Decoder(nn.Module):
+    """Vectors [B, K, C] -> logits of codes [B, V, h, w] (legacy), or images [B, 3, H, W] in [0, 1], not clamped."""
+
+    def __init__(self, config: TiTokConfig) -> None:
+        super().__init__()
+        width = config.decoder.width
+        self.side = config.image_side // config.decoder_patch
+        self.patch, self.legacy = config.decoder_patch, config.legacy
+        self.class_embedding = nn.Parameter(torch.empty(1, width))
+        self.positional_embedding = nn.Parameter(torch.empty(self.side**2 + 1, width))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        self.latent_token_positional_embedding = nn.Parameter(torch.empty(config.tokens, width))
+        self.decoder_embed = nn.Linear(config.code_dimension, width)
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = blocks(config.decoder)
+        self.ln_post = nn.LayerNorm(width)
+        if self.legacy:
+            last = nn.Conv2d(2 * width, config.pixel.vocabulary_size, 1)
+            self.ffn = nn.Sequential(nn.Conv2d(width, 2 * width, 1), nn.Tanh(), last)
+        else:
+            self.ffn = nn.Sequential(nn.Conv2d(width, 3 * self.patch**2, 1))
+            self.conv_out = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Decode."""
+        latent = self.decoder_embed(vectors) + self.latent_token_positional_embedding
+        masks = self.mask_token.expand(len(vectors), self.side**2, -1)
+        first = self.class_embedding.expand(len(vectors), 1, -1)
+        x = self.ln_pre(torch.cat([torch.cat([first, masks], 1) + self.positional_embedding, latent], 1))
+        for block in self.transformer:
+            x = block(x)
+        h = self.ffn(self.ln_post(x[:, 1 : 1 + self.side**2]).mT.unflatten(-1, (self.side, self.side)))
+        return h if self.legacy else self.conv_out(pixels(h, self.patch))
+
+
+class PixelCodes(nn.Module):
+    """The codebook of the VQGAN whose codes a legacy model predicts."""
+
+    def __init__(self, config: TiTokConfig) -> None:
+        super().__init__()
+        self.embedding = Codes(config.pixel.vocabulary_size, config.pixel.code_dimension)
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Expected code: logits [B, V, h, w] -> float32 [B, C, h, w]."""
+        return torch.einsum("bvhw,vc->bchw", logits.float().softmax(1), self.embedding.weight.float())
+
+
+class TiTok(nn.Module):
+    """TiTok, a :class:`megavar.tokenizers.base.Codebook` of 1-D tokens; with ``quantization=vae`` of vectors.
+
+    A legacy model always holds the decoder of the VQGAN whose codes it predicts; in the first stage that is frozen.
+    """
+
+    def __init__(self, config: TiTokConfig) -> None:
+        super().__init__()
+        self.config = config
+        discrete = config.quantization == "vq"
+        self.latent_tokens = nn.Parameter(torch.empty(config.tokens, config.encoder.width))
+        self.encoder = Encoder(config, config.code_dimension * (1 if discrete else 2))
+        self.decoder = Decoder(config)
+        if discrete:
+            self.quantize = LineQuantizer(
+                config.vocabulary_size, config.code_dimension, normalized=config.normalized_codes,
+                commitment_weight=config.commitment_weight,
+            )  # fmt: skip
+        if config.legacy:
+            self.pixel_quantize = PixelCodes(config)
+            self.pixel_decoder = maskgit_vqgan.Decoder(config.pixel)
+        self.initialize()
+
+    @property
+    def space(self) -> TokenSpace:
+        """Its tokens, as all others see them."""
+        return self.config.space
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the parameters, and of all computation outside the quantizer, which is float32."""
+        return self.latent_tokens.dtype
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator | None = None) -> None:
+        """Draw fresh parameters as TiTok does: tokens and positions normal with deviation 1 / sqrt(width)."""
+        initialize_layers(self, generator)
+        for part, width in ((self.encoder, self.config.encoder.width), (self.decoder, self.config.decoder.width)):
+            for parameter in part.parameters(recurse=False):
+                parameter.normal_(std=width**-0.5, generator=generator)
+        self.latent_tokens.normal_(std=self.config.encoder.width**-0.5, generator=generator)
+        if self.config.quantization == "vq":
+            bound = 1 / self.config.vocabulary_size
+            self.quantize.embedding.weight.uniform_(-bound, bound, generator=generator)
+        if self.config.legacy:
+            convolution.initialize_layers(self.pixel_decoder, generator)
+            bound = 1 / self.config.pixel.vocabulary_size
+            self.pixel_quantize.embedding.weight.uniform_(-bound, bound, generator=generator)
+
+    def vectors(self, images: Tensor) -> Tensor:
+        """Encoder alone, with gradient: float [B, 3, H, W] in [-1, 1] -> [B, K, C], or [B, K, 2 C] of a posterior."""
+        return self.encoder((images.to(self.dtype) + 1) / 2, self.latent_tokens)
+
+    def posterior(self, vectors: Tensor) -> Posterior:
+        """Of ``quantization=vae``: [B, K, 2 C] -> mean and logarithm of the variance."""
+        mean, log_variance = vectors.float().chunk(2, -1)
+        return Posterior(mean, log_variance.clamp(-30, 20))
+
+    def picture(self, decoded: Tensor) -> Tensor:
+        """What the decoder made as images in [0, 1], not clamped, with gradient."""
+        return self.pixel_decoder(self.pixel_quantize(decoded).to(self.dtype)) if self.config.legacy else decoded
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Vectors before quantization, or the posterior's means: float [B, 3, H, W] in [-1, 1] -> float32 [B, K, C].
+
+        Not under autocast, whatever the caller does: a rounded feature picks another token.
+        """
+        with torch.autocast(images.device.type, enabled=False):
+            vectors = self.vectors(images).float()
+        return vectors if self.config.quantization == "vq" else self.posterior(vectors).mean
+
+    @torch.no_grad()
+    def tokens(self, latents: Tensor) -> Tensor:
+        """int64 [B, K]; of ``quantization=vae`` the vectors themselves."""
+        return self.quantize.search(latents) if self.config.quantization == "vq" else latents
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Code vectors: int64 [...] -> float32 [..., C]."""
+        return self.quantize.embed(ids)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """int64 [B, K] (or vectors [B, K, C]) -> float32 [B, 3, H, W] clamped to [-1, 1]."""
+        vectors = self.embed(tokens) if self.config.quantization == "vq" else tokens
+        return (2 * self.picture(self.decoder(vectors.to(self.dtype))).float() - 1).clamp(-1, 1)

@@ -1,4 +1,4 @@
-"""reAR under every layout is that of one process: RAR, RAR with experts and AliTok, with noise, dropout and its term."""
+"""reAR under every layout is that of one process: RAR, with experts, and AliTok, with noise, dropout and its term."""
 
 import functools
 from collections.abc import Iterator

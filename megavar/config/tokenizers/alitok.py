@@ -41,7 +41,7 @@ class AliTokConfig(TokenizerChoice):
     registers: PositiveInt = 32
     """Learned tokens before the bidirectional decoder's."""
     causal: bool = False
-    """The decoder of the first stage: causal, one learned token, and an auxiliary head that makes a strip of the prefix."""
+    """The decoder of the first stage: causal, one learned token, and a head that makes a strip of the prefix."""
 
     @model_validator(mode="after")
     def _patches_fit(self) -> "AliTokConfig":

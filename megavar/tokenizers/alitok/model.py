@@ -2,7 +2,7 @@
 
     [patches of the image, P + h w latent tokens] -> transformer -> P + h w vectors -> ids
     [learned tokens, vectors] -> transformer -> the last h w outputs -> image
-                                 causal in the first stage, whose auxiliary head makes a strip of P patches of the prefix
+                                 causal in the first stage, whose second head makes P patches of the prefix
 
 Images are float32 [B, 3, H, W] in [-1, 1] as everywhere; inside they are in [0, 1]. Vectors are [B, L, C].
 Sources: AliTok (arXiv:2506.05289); ali-vilab/alitok ``modeling/alitok.py``, ``train_tokenizer/model/vae_stage1.py``.

@@ -4,8 +4,6 @@ A line is a family, or ``family/case`` where the rest of a family is built. It g
 """
 
 NOT_BUILT = {
-    "alitok/tokenizer": "AliTok's tokenizers",
-    "alitok/tokenizer_stage1_causal": "AliTok's tokenizers",
     "vgt": "VGT's autoencoder, flow head and generator",
     "mar": "MAR's transformer and diffusion loss",
     "scalear": "SAR's hybrid of masked and next-scale prediction",

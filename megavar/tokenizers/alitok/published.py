@@ -1,0 +1,13 @@
+"""The published ``AliTok.pth``: the authors' state dict, whose key names our modules carry."""
+
+from megavar.tokenizers.published import SameNamesLayout
+
+
+class AliTokLayout(SameNamesLayout):
+    """Our names and shapes are the authors'."""
+
+    belongs_to = "an AliTok checkpoint"
+    remedy = (
+        "Set image_side, patch, prefix, encoder, decoder, registers, causal, code_dimension and vocabulary_size of the "
+        "section tokenizer to those of the file."
+    )

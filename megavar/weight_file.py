@@ -3,7 +3,7 @@
 An export (``tools/convert_checkpoint.py`` to ``.safetensors``) holds logical tensors and persistent buffers under our
 names (``parallel/logical.py``): what a model built from the same section of the configuration consists of, under any
 parallel layout and expert backend. Its metadata says what it is; see :class:`About`. :func:`read_weights_file` reads
-such a file, or one in a public weight layout of the model, into the same names and shapes.
+such a file, or a file or folder in a public weight layout of the model, into the same names and shapes.
 """
 
 import json
@@ -25,6 +25,7 @@ import megavar
 from megavar import storage, weight_layout
 from megavar.errors import CheckpointError
 from megavar.state_dicts import state_dicts, without_wrappers
+from megavar.weight_folder import is_weight_folder, read_folder
 from megavar.weight_layout import Shape, WeightLayout
 
 _log = logging.getLogger(__name__)
@@ -258,6 +259,8 @@ def read_state_dicts(path: str | Path, what: str) -> dict[str, dict[str, Tensor]
     A plain state dict is the only one, at "". Arguments and errors as in :func:`read_state_dict`.
     """
     path = Path(path)
+    if is_weight_folder(path):
+        return {"": read_folder(path)}
     if not path.is_file():
         raise CheckpointError(
             f"{what} {path} does not exist. Give the path of a downloaded or exported state dict (.pth, .safetensors)."

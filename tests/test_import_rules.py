@@ -20,7 +20,8 @@ ALLOWED: dict[str, set[str]] = {
     "parallel": {"config"},
     "state_dicts": set(),
     "weight_layout": set(),
-    "weight_file": {"state_dicts", "weight_layout"},
+    "weight_file": {"state_dicts", "weight_folder", "weight_layout"},
+    "weight_folder": set(),
     # Model mathematics.
     "transformer": {"config", "parallel"},
     "tokenizers": {"config", "parallel", "weight_file", "weight_layout"},
@@ -31,8 +32,10 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"config", "parallel"},
     "chunks": {"parallel"},
     "conditions": {"data"},
-    "frozen": {"training", "weight_file", "weight_layout"},
-    "training": {"config", "parallel", "data", "recipes", "frozen", "weight_file", "weight_layout"},
+    "frozen": {"training", "weight_file", "weight_folder", "weight_layout"},
+    "training": {
+        "config", "parallel", "data", "recipes", "frozen", "weight_file", "weight_folder", "weight_layout",
+    },
     "sampling": {
         "config", "parallel", "data", "chunks", "conditions", "flow_matching", "generators", "tokenizers",
         "transformer",

@@ -27,7 +27,8 @@ class InitialWeightsConfig(Section):
     """Weights with which a new run begins. Its optimizer state is fresh. Not read once there is a checkpoint."""
 
     path: PathText
-    """A megavar run or checkpoint, an export (``.safetensors``), or a file in a public layout of the model."""
+    """A megavar run or checkpoint, an export (``.safetensors``), or a file in a public layout of the model. A language
+    model's may be the local folder of Hugging Face's with its ``model.safetensors``, whole or in numbered files."""
     layout: str = "auto"
     """Of a file: the name of one of the model's public weight layouts (VAR: ``var``), or ``megavar`` for an export;
     ``auto`` takes the one that fits."""

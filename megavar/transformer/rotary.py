@@ -44,6 +44,20 @@ def plane_table(rows: Tensor, columns: Tensor, channels: int, base: float = 1000
     return torch.cat([row_cos, column_cos], -1), torch.cat([row_sin, column_sin], -1)
 
 
+def sectioned_table(positions: Tensor, sections: tuple[int, ...], base: float = 10000.0) -> Table:
+    """Table for several positions per token: the first pairs turn with the first position, and so on (Qwen2.5-VL).
+
+    Pairs have the frequencies that they have in :func:`line_table`, so that equal positions make the same table.
+
+    Args:
+        positions: [N, B, L].
+        sections: pairs that turn with each of the N positions.
+    """
+    tables = [line_table(position, 2 * sum(sections), base) for position in positions]
+    parts = [[part.split(sections, -1)[number] for part in table] for number, table in enumerate(tables)]
+    return torch.cat([cos for cos, _ in parts], -1), torch.cat([sin for _, sin in parts], -1)
+
+
 def rotate(heads: Tensor, table: Table, pairs: Pairs) -> Tensor:
     """Turn the pairs of every head, in float32.
 

@@ -59,8 +59,8 @@ class Call:
     raw: bool = False
     """Student forcing: whether maps before the last one stand there themselves (public code's ``full``) instead of what
     predicts them."""
-    ratios: tuple[float, ...] = ()
-    """For guidance: how far each learned map is along, from 0 to 1."""
+    drawn: tuple[tuple[int, float], ...] = ()
+    """Maps whose tokens are drawn for later calls, and how far along each is for guidance, from 0 to 1."""
 
 
 class MaskedScales(NextScale):
@@ -84,17 +84,17 @@ class MaskedScales(NextScale):
         if schedule == "alternate":
             schedule = "full" if step % 2 else "teacher"
         if schedule == "full":
-            first = Call((0,), (0,), False, ratios=(1.0,))
-            return [first, *(Call(every[: k + 1], (k,), True, True, (along[k],)) for k in every[1:])]
+            first = Call((0,), (0,), False, drawn=((0, 1.0),))
+            return [first, *(Call(every[: k + 1], (k,), True, True, ((k, along[k]),)) for k in every[1:])]
         if schedule == "interleave":
             true, own = every[::2], every[1::2]
-            ratios = tuple(place / max(len(true) - 1, 1) for place in range(len(true)))
-            first = Call(true, true, False, ratios=ratios)
+            drawn = tuple((k, place / max(len(true) - 1, 1)) for place, k in enumerate(true))
+            first = Call(true, true, False, drawn=drawn)
             return [first, Call(own, own, True)] if own else [first]
         if schedule == "hybrid":
             true = tuple(k for k in every if k == 0 or sides[k] <= self.config.true_until)
-            first = Call(true, true, False, ratios=along[: len(true)])
-            return [first, *(Call((k,), (k,), True, ratios=(along[k],)) for k in every[len(true) :])]
+            first = Call(true, true, False, drawn=((true[-1], along[true[-1]]),))
+            return [first, *(Call((k,), (k,), True, drawn=((k, along[k]),)) for k in every[len(true) :])]
         return [Call(every, every, False)]
 
     def passes(self, module: str, step: int) -> Sequence[Pass]:
@@ -204,18 +204,20 @@ class MaskedScales(NextScale):
 
     @torch.no_grad()
     def roll_out(self, output: GeneratorOutput, inputs: MaskedScalesInputs, call: Call) -> Tensor:
-        """Tokens of the call's learned maps, int64 [B, rows]."""
+        """Tokens of the maps that the call draws, int64 [B, rows]."""
+        rows = self.rows_of(inputs, call)
         parts = []
-        for (there, here), ratio in zip(self.rows_of(inputs, call).values(), call.ratios, strict=True):
-            uniform = inputs.uniform[:, here]
-            parts.append(self.rollout.draw_along(output.prediction[:, there], uniform, ratio))
+        for k, along in call.drawn:
+            there, here = rows[k]
+            parts.append(self.rollout.draw_along(output.prediction[:, there], inputs.uniform[:, here], along))
         return torch.cat(parts, 1)
 
     def with_drawn(self, inputs: MaskedScalesInputs, carried: Tensor, call: Call) -> MaskedScalesInputs:
         """The inputs, knowing what the call drew."""
         drawn = (inputs.targets if inputs.drawn is None else inputs.drawn).clone()
         start = 0
-        for _, here in self.rows_of(inputs, call).values():
+        for k, _ in call.drawn:
+            here = slice(*self.bounds(inputs)[k])
             stop = start + here.stop - here.start
             drawn[:, here], start = carried[:, start:stop], stop
         return replace(inputs, drawn=drawn)

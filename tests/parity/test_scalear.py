@@ -148,6 +148,146 @@ def mask_of(inputs: MaskedScalesInputs) -> Tensor:
     return counted
 
 
+@HYBRID.each_case(is_schedule)
+def test_schedules_of_student_forcing_equal_the_reference(case: Case) -> None:
+    variants = case.config["variants"]
+    for variant in variants:
+        keys: dict[str, Any] = {"schedule": SCHEDULES[case.config["training_mode"]]}
+        if keys["schedule"] == "hybrid":
+            keys["true_until"] = variant.get("hybrid_tf_scales", case.config.get("hybrid_tf_scales"))
+        model = build(case)
+        compare_step(case, recipe_of(case, model, **keys), variant)
+        model_gradients = f"grad_norm.{variant['name']}." if len(variants) > 1 else "grad_norm."
+        case.check_gradients(published(model), model_gradients)
+
+
+def compare_step(case: Case, recipe: MaskedScales, variant: dict[str, Any]) -> None:
+    """All calls of one step, with the reference's masks and draws."""
+    phase, step = variant["name"], variant.get("g_it", 0)
+    inputs = prepared(case, recipe, phase, step)
+    case.check(f"output.{phase}.gt_idx", inputs.targets)
+    calls, passes = recipe.calls(step), recipe.passes("generator", step)
+    sides = inputs.model.sides
+    described = [([sides[k] for k in call.maps], call.student) for call in calls]
+    assert described == [(call["scales"], call["student_forcing"]) for call in variant["calls"]]
+    total, parts = torch.zeros(()), {False: [], True: []}
+    logits, samples = {}, 0
+    for number, (call, one) in enumerate(zip(calls, passes, strict=True)):
+        guided = variant["calls"][number]["rows"] > len(inputs.targets)
+        assert not guided or recipe.rollout.config.guided
+        seen: list[ScaleARInputs] = []
+        recipe.call(lambda given: seen.append(given), inputs, call, doubled=guided)
+        where = f"output.{phase}.call.{number}"
+        case.check(f"{where}.input", seen[0].features)
+        output = recipe.generator(seen[0])
+        case.check(f"{where}.logits", output.prediction)
+        counted = torch.ones(output.prediction.shape[:2], dtype=torch.bool)
+        if seen[0].masked is not None:
+            counted[:, : seen[0].masked.shape[1]] = seen[0].masked
+        case.check(f"{where}.loss_mask", counted)
+        own = output if number + 1 < len(calls) else recipe.rollout.conditional(output) if guided else output
+        losses = one.loss(own, inputs)
+        total = total + losses.total
+        conditional = recipe.rollout.conditional(output) if guided else output
+        rows = recipe.rows_of(inputs, call)
+        logits |= {k: conditional.prediction[:, there] for k, (there, _) in rows.items()}
+        share = sum(int(counted[: len(inputs.targets), there].sum()) for there, _ in rows.values())
+        parts[call.student].append((losses.total.detach(), share))
+        if recipe.rollout.config.guided:
+            samples = replay(case, phase, recipe, inputs, output, call, samples)
+        if one.following is not None:
+            inputs = one.following(inputs, one.carry(output, inputs))
+    case.check(f"output.{phase}.logits", torch.cat([logits[k] for k in sorted(logits)], 1))
+    case.check(f"output.{phase}.loss_mask", mask_of(inputs))
+    loss = total / mask_of(inputs).sum()
+    case.check(f"output.{phase}.loss", loss)
+    for student, name in ((False, "teacher_loss"), (True, "student_loss")):
+        if f"output.{phase}.{name}" in case:
+            count = sum(share for _, share in parts[student])
+            value = sum((part for part, _ in parts[student]), torch.zeros(())) / max(count, 1)
+            case.check(f"output.{phase}.{name}", value)
+    loss.backward()
+
+
+def replay(
+    case: Case, phase: str, recipe: MaskedScales, inputs: MaskedScalesInputs, output: GeneratorOutput, call: Call, of: int
+) -> int:
+    """Compare what the sampler gets and keeps, and set the numbers that draw the reference's tokens."""
+    rows = recipe.rows_of(inputs, call)
+    for k, along in call.drawn:
+        name = f"output.{phase}.sample_{{}}.{of}".format
+        if name("idx") not in case:
+            continue
+        there, here = rows[k]
+        conditional, free = output.prediction[:, there].chunk(2)
+        t = 0.5 * case.config["sf_cfg_scale"] * (1 + along)
+        logits = (1 + t) * conditional - t * free
+        case.check(name("logits"), logits)
+        case.check(name("keep"), truncate(logits, case.config["sf_top_k"], case.config["sf_top_p"]).isfinite())
+        found = draws(case, phase, "multinomial")[of].view(len(logits), -1)
+        case.check(name("idx"), found)
+        inputs.uniform[:, here] = middle(logits, case[name("keep")], found)
+        drawn = recipe.rollout.draw_along(output.prediction[:, there], inputs.uniform[:, here], along)
+        assert torch.equal(drawn, found)
+        of += 1
+    return of
+
+
+def middle(logits: Tensor, keep: Tensor, ids: Tensor) -> Tensor:
+    """The middle of the interval that our draw gives to the reference's token: float64 [B, rows]."""
+    share = logits.detach().masked_fill(~keep, -torch.inf).double().softmax(-1)
+    return (share.cumsum(-1) - share / 2).gather(-1, ids[..., None])[..., 0]
+
+
+class Replayed(Decoding):
+    """Decoding with the reference's order and draws, which remembers what the blocks get."""
+
+    given: Sequence[Tensor]
+    orders: Tensor
+    keeps: list[Tensor]
+    calls = 0
+
+    def order(self, condition: Any, size: int, noise: Any) -> Tensor:
+        return self.orders
+
+    def pick(self, logits: Tensor, noise: Any, start: int, repetition: int) -> Tensor:
+        settings = self.settings
+        self.keeps.append(truncate(logits / settings.temperature, settings.top_k, settings.top_p).isfinite())
+        self.calls += 1
+        return self.given[self.calls - 1].view(len(logits), -1)
+
+
+@HYBRID.each_case(is_decoding)
+def test_decoding_equals_the_reference(case: Case) -> None:
+    model = build(case).eval()
+    tokenizer = quantizer_of(case, tuple(case.config["patch_nums"]))
+    embedded: list[Tensor] = []
+    embed = model.embed
+    model.embed = lambda inputs: embedded.append((made := embed(inputs)).hidden.chunk(2)[0]) or made
+    for run in case.config["runs"]:
+        name = run["name"]
+        procedure = Replayed(
+            MaskedScalesSampling(
+                guidance=run["cfg"],
+                guidance_form="llamagen" if run["llamagen"] else "var",
+                first_steps=run["cosine_steps"],
+                top_k=run["top_k"],
+                top_p=run["top_p"],
+            )
+        )
+        procedure.given, procedure.keeps = draws(case, name, "multinomial"), []
+        procedure.orders = torch.stack(draws(case, name, "randperm"))
+        embedded.clear()
+        condition = Condition(case["input.label_B"], classes=model.choice.classes)
+        steps = list(procedure.steps(model, tokenizer, condition, None))
+        case.check(f"output.{name}.schedule", torch.tensor(schedule(procedure.orders.shape[1], run["cosine_steps"])))
+        case.check_series(f"output.{name}.sequence_cond", embedded)
+        case.check_series(f"output.{name}.logits", [step.logits for step in steps])
+        case.check_series(f"output.{name}.keep", procedure.keeps)
+        case.check_series(f"output.{name}.sampled", [step.sampled for step in steps])
+        case.check_series(f"output.{name}.ids", [step.ids for step in steps if step.finished])
+
+
 @HYBRID.each_case(lambda case: True)
 def test_published_layout_round_trips(case: Case) -> None:
     model = build(case)

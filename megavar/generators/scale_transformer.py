@@ -28,7 +28,7 @@ from megavar.transformer.norms import normalize
 from megavar.transformer.sequence import SequenceLayout
 from megavar.transformer.spec import BlockSpec, var_block
 
-_NOT_DECAYED = ("start_position", "position", "scale", "offset", "log_temperature")
+_NOT_DECAYED = ("start_position", "first_position", "position", "mask", "scale", "offset", "log_temperature")
 
 
 class Head(nn.Module):

@@ -37,6 +37,8 @@ def attention_pairs(layout: SequenceLayout, kernel: str) -> int:
     """
     if kernel == "dense":
         return layout.length**2
+    if layout.rule == "table":
+        return sum(layout.sizes[q] * layout.sizes[k] for q, keys in enumerate(layout.sees) for k in keys)
     seen = seen_rows(layout)
     if kernel != "flex":
         return sum(end - start for start, end in seen)

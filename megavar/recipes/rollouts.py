@@ -52,7 +52,12 @@ class Rollout:
 
     @torch.no_grad()
     def draw(self, logits: Tensor, uniform: Tensor, scale: int, count: int) -> Tensor:
-        """Tokens of scale ``scale`` of ``count``.
+        """Tokens of scale ``scale`` of ``count``; see :meth:`draw_along`."""
+        return self.draw_along(logits, uniform, scale / max(count - 1, 1))
+
+    @torch.no_grad()
+    def draw_along(self, logits: Tensor, uniform: Tensor, along: float) -> Tensor:
+        """Tokens of a scale that is ``along`` the way from 0, the first one, to 1, the last: guidance grows with it.
 
         Args:
             logits: float32 [copies B, rows, V / tensor-parallel size].
@@ -67,7 +72,7 @@ class Rollout:
         logits = all_logits(logits)
         if config.guided:
             conditional, free = logits.chunk(2)
-            logits = guide(conditional, free, 0.5 * config.guidance * (1 + scale / max(count - 1, 1)))
+            logits = guide(conditional, free, 0.5 * config.guidance * (1 + along))
         return pick(truncate(logits, config.top_k, config.top_p), uniform)
 
 

@@ -26,6 +26,8 @@ from megavar.transformer.sequence import Rule, SequenceLayout, cached_by_layout,
 
 @cached_by_layout
 def _rule_mask(layout: SequenceLayout, device: torch.device) -> Tensor:
+    if layout.rule == "table":
+        return layout.table(device)
     row = torch.arange(layout.length, device=device)
     return visible(layout.levels(device), row[:, None], row[None, :])
 
@@ -203,7 +205,7 @@ class Kernel:
 
 _ALL: tuple[Rule, ...] = ("block_causal", "block_diagonal", "causal", "full")
 KERNELS: dict[str, Kernel] = {
-    "dense": Kernel(dense_attention, _ALL, prepare=Visibility.mask),
+    "dense": Kernel(dense_attention, (*_ALL, "table"), prepare=Visibility.mask),
     "prefix": Kernel(prefix_attention, ("block_causal", "block_diagonal", "full"), prepare=_mask_of_samples),
     "causal": Kernel(causal_attention, ("causal",), padded_samples=False),
     "flex": Kernel(flex_attention, _ALL, prepare=Visibility.block_mask),
@@ -221,7 +223,7 @@ def choose_kernel(name: str, visibility: Visibility, device: torch.device, *, co
     """
     if name == "auto":
         rule = visibility.layout.rule
-        plain = {"causal": "causal", "full": "prefix"}.get(rule)
+        plain = {"causal": "causal", "full": "prefix", "table": "dense"}.get(rule)
         if plain is not None and KERNELS[plain].serves(visibility):
             return plain  # torch's fused kernels do these without a mask
         if device.type == "cuda":

@@ -8,6 +8,7 @@ rows of padding. The *rule* says which tokens a token sees:
 ``block_diagonal``  all tokens of its own segment
 ``causal``          itself and all earlier tokens, whatever their segment
 ``full``            every token
+``table``           all tokens of the segments that ``sees`` lists for its own (SAR's hybrid)
 ==================  ==================================================================================
 
 No token sees a row of padding; a row of padding sees every token, and nobody reads what it computes.
@@ -22,7 +23,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-Rule = Literal["block_causal", "block_diagonal", "causal", "full"]
+Rule = Literal["block_causal", "block_diagonal", "causal", "full", "table"]
 PADDING = -1
 """Kind of a row of padding."""
 
@@ -59,6 +60,8 @@ class SequenceLayout:
     rule: Rule = "block_causal"
     padding: int = 0
     """Rows that make the length divisible by the number of tensor-parallel ranks."""
+    sees: tuple[tuple[int, ...], ...] = ()
+    """Rule ``table``: numbers of the segments that the tokens of each segment see."""
 
     tokens: int = field(init=False, compare=False)
     """Tokens without padding, L."""
@@ -74,6 +77,7 @@ class SequenceLayout:
             object.__setattr__(self, "kinds", tuple(range(len(self.sizes))))
         ends = (0, *itertools.accumulate(self.sizes))
         one = len(self.sizes) == 1 and self.rule != "causal"
+        assert (self.rule == "table") == bool(self.sees) and len(self.sees) in (0, len(self.sizes)), self.sees
         derived = {  # computed here and not when first used: a compiled block could not trace that
             "tokens": ends[-1],
             "length": ends[-1] + self.padding,
@@ -111,11 +115,17 @@ class SequenceLayout:
         """Kind of each row's segment, int64 [length]; :data:`PADDING` for rows of padding."""
         return _kind_index(self, device)
 
+    def table(self, device: torch.device | None = None) -> Tensor:
+        """Rule ``table``: bool [length, length], True where a row (the first dimension) sees another."""
+        return _table(self, device)
+
     def levels(self, device: torch.device | None = None) -> Tensor:
         """Who sees whom: int64 [3, length], row q sees row k if ``levels[1, q] <= levels[0, k] <= levels[2, q]``.
 
-        One form for all rules and one tensor, so that a compiled kernel depends on neither rule nor layout.
+        One form for all rules but ``table``, and one tensor, so that a compiled kernel depends on neither rule nor
+        layout.
         """
+        assert self.rule != "table", "segments of a table are no intervals"
         return _levels(self, device)
 
 
@@ -140,6 +150,15 @@ def _segment_index(layout: SequenceLayout, device: torch.device) -> Tensor:
 def _kind_index(layout: SequenceLayout, device: torch.device) -> Tensor:
     assert layout.kinds is not None
     return _rows(layout, layout.kinds, PADDING, device)
+
+
+@cached_by_layout
+def _table(layout: SequenceLayout, device: torch.device) -> Tensor:
+    segments = len(layout.sizes)
+    seen = [[key in row for key in range(segments)] + [False] for row in layout.sees]
+    of_segments = torch.tensor([*seen, [True] * segments + [False]], device=device)
+    segment = layout.segment_index(device)
+    return of_segments[segment[:, None], segment[None, :]]
 
 
 @cached_by_layout

@@ -1,0 +1,43 @@
+"""Training of SAR's hybrid of masked and next-scale prediction."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from megavar.config.recipes.next_scale import NextScaleConfig
+from megavar.config.rollout import RolloutConfig
+
+
+class MaskedScalesConfig(NextScaleConfig):
+    """Masked tokens of the first map, all tokens of later maps; teacher forcing or student forcing (SAR Tables 2, 3).
+
+    The rules are the public code's (``scalear_trainer.py``), which has the schedules of Table 3 for this model only.
+    """
+
+    implementation: ClassVar[str] = "megavar.recipes.masked_scales:MaskedScales"
+
+    name: Literal["masked_scales"] = "masked_scales"
+    schedule: Literal["teacher", "full", "alternate", "interleave", "hybrid"] = "teacher"
+    """What maps after the first are made of. ``teacher``: true tokens. ``full``: the model's own tokens of the map
+    before. ``alternate``: ``teacher`` in even steps, ``full`` in odd ones. ``interleave``: the second map, the fourth,
+    ... follow own tokens. ``hybrid``: those finer than ``true_until``."""
+    true_until: int = Field(8, ge=1)
+    """``hybrid``: side of the last map that follows true tokens (k of the paper's "Hybrid @ k")."""
+    mask_ratio: float | None = Field(None, gt=0, le=1)
+    """Share of the first map's tokens that are masked. None draws it in every step from the left half of a normal
+    distribution (``mask_ratio_mean``, ``mask_ratio_deviation``, ``smallest_mask_ratio``), as MAR does."""
+    mask_ratio_mean: float = 1.0
+    """Mean, and largest ratio (public code)."""
+    mask_ratio_deviation: float = Field(0.25, gt=0)
+    """Standard deviation (public code)."""
+    smallest_mask_ratio: float = Field(0.7, gt=0, le=1)
+    """Where the distribution is cut off (public code)."""
+    rollout: RolloutConfig = RolloutConfig(guidance=1.2, top_p=0.96)
+    """How tokens are drawn; the defaults are the public code's."""
+
+    @property
+    def passes_of_step(self) -> tuple[int, int]:
+        """Passes with a loss: one for each map where all follow own tokens (7 published ones), each counted whole."""
+        passes = {"teacher": 1, "full": 7, "alternate": 4, "interleave": 2, "hybrid": 4}[self.schedule]
+        doubled = self.rollout.guided and self.schedule != "teacher"
+        return passes * (2 if doubled else 1), 0

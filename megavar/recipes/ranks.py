@@ -45,6 +45,7 @@ def gather_over_ranks(tensor: Tensor) -> Tensor:
     """Tensors of equal shape [n, ...] of all ranks, concatenated in rank order. Collective."""
     if world_size() == 1:
         return tensor
+    tensor = tensor.contiguous()  # before empty_like, which would keep the strides of a transposed one
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
-    dist.all_gather(parts, tensor.contiguous())
+    dist.all_gather(parts, tensor)
     return torch.cat(parts)

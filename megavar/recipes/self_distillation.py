@@ -2,8 +2,11 @@
 
     views          = two large and some small random crops of an image                       section 3.1
     student        : p_s = softmax(head(vit(view)) / tau_s)                                  all views
-    average        : p_t = softmax((head(vit(view)) - centre) / tau_t)                       large views, no gradient
+    average        : p_t = softmax(head(vit(view)) / tau_t + shift)                          large views, no gradient
     loss           = - mean over pairs of different views of  p_t . log p_s                  Eq. 3
+    shift          : sinkhorn_knopp: spreads the images of the step evenly over the prototypes (SwAV; DINOv2), for which
+                     a forward-only pass asks the average first; mean: - centre / tau_t      Eq. 4
+    KoLeo          : - log distance of an image's vector to its nearest neighbour's          DINOv2
     after the step : average <- m average + (1 - m) student, m rising to 1 with a cosine
                      centre  <- mean of what the average said                                Eq. 4
 
@@ -12,8 +15,9 @@ The average is the result: semantic guidance where no published weights are at h
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +33,7 @@ from megavar.parallel import seeds
 from megavar.parallel.logical import initialize_parameters
 from megavar.parallel.parameter_rule import ParameterRule
 from megavar.recipes.base import BaseRecipe, Losses, Parts, Pass, WriteRows
-from megavar.recipes.ranks import sum_over_ranks
+from megavar.recipes.ranks import gather_over_ranks, sum_over_ranks
 from megavar.teachers.vit import VisionTransformer, normalized
 
 STUDENT = "heads.student."
@@ -39,12 +43,26 @@ LARGE = 2
 
 
 class Said(NamedTuple):
-    """Logits of views."""
+    """Logits of views, and vectors of the large ones."""
 
     student: Tensor
     """[views, B, K], large views first."""
     average: Tensor
     """[2, B, K], without gradient."""
+    vectors: Tensor
+    """[2, B, C], the student's, pooled."""
+
+
+@dataclass(frozen=True)
+class Views:
+    """A prepared micro-batch, normalized."""
+
+    large: Tensor
+    """[2, B, 3, H, W]."""
+    small: Tensor
+    """[n, B, 3, h, w]."""
+    known: Tensor | None = None
+    """Of the large views, from a pass before: the average's logits and the student's vectors, [2, B, K + C]."""
 
 
 class ProjectionHead(nn.Module):
@@ -72,9 +90,10 @@ class Student(nn.Module):
         self.network = VisionTransformer(config.network.shape)
         self.head = ProjectionHead(config.network.width, config)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Normalized images to logits."""
-        return self.head(pooled(self.network(images), self.pooling))
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalized images to logits [B, K] and vectors [B, C]."""
+        vectors = pooled(self.network(images), self.pooling)
+        return self.head(vectors), vectors
 
 
 def pooled(tokens: Tensor, pooling: str) -> Tensor:
@@ -115,14 +134,21 @@ class SelfDistilled(VisionTransformer):
         decays = name.endswith("weight") and "norm" not in name
         return ParameterRule(decays=decays, frozen=not name.startswith(STUDENT))
 
-    def forward(self, large: Tensor, small: Tensor) -> Said:  # type: ignore[override]
-        """Views [2, B, 3, H, W] and [n, B, 3, h, w], normalized."""
-        student = self.heads["student"]
-        said = [student(views.flatten(0, 1)).unflatten(0, views.shape[:2]) for views in (large, small) if len(views)]
-        with torch.no_grad():
-            tokens = super().forward(large.flatten(0, 1))
-            average = self.heads["average"](pooled(tokens, self.pooling)).unflatten(0, large.shape[:2])
-        return Said(torch.cat(said), average)
+    def forward(self, large: Tensor, small: Tensor | None, known: Tensor | None) -> Said:  # type: ignore[override]
+        """Views of :class:`Views`; with ``known`` only the student is asked."""
+        student, shape = self.heads["student"], large.shape[:2]
+        if known is None:
+            with torch.no_grad():
+                vectors = pooled(super().forward(large.flatten(0, 1)), self.pooling)
+                average = self.heads["average"](vectors).unflatten(0, shape)
+        else:
+            average = known[..., : len(self.centre)]
+        logits, vectors = (part.unflatten(0, shape) for part in student(large.flatten(0, 1)))
+        if small is None:
+            return Said(logits, average, vectors)
+        if len(small):
+            logits = torch.cat([logits, student(small.flatten(0, 1))[0].unflatten(0, small.shape[:2])])
+        return Said(logits, average, vectors)
 
 
 class SelfDistillation(BaseRecipe):
@@ -134,6 +160,8 @@ class SelfDistillation(BaseRecipe):
         self.network = SelfDistilled(config, seed).to(device)
         self._said: list[tuple[Tensor, int]] = []
         """Sum of what the average said in each micro-batch of this step, and of how many views."""
+        self._known: list[Tensor] = []
+        """What both said in the pass before, [2, B, K + C] per micro-batch; all ranks' in one once it is asked for."""
 
     @classmethod
     def build(cls, parts: Parts) -> "SelfDistillation":
@@ -149,7 +177,7 @@ class SelfDistillation(BaseRecipe):
         return {TEACHER_MODULE: self.network}
 
     @torch.no_grad()
-    def prepare(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
+    def prepare(self, batch: Batch, step: int) -> Views:
         """Large and small views: functions of (seed, epoch, sample)."""
         crops, images = self.config.crops, batch.require_images()
 
@@ -158,7 +186,7 @@ class SelfDistillation(BaseRecipe):
             return torch.stack(made) if made else images.new_zeros(0, len(images), 3, side, side)
 
         side = self.config.network.grid * self.config.network.patch
-        return (
+        return Views(
             views(LARGE, 0, side, crops.global_scale),
             views(crops.local_number, LARGE, crops.local_side, crops.local_scale),
         )
@@ -169,41 +197,114 @@ class SelfDistillation(BaseRecipe):
         return normalized(crop(images, drawn.to(images.dtype), side, scale, self.config.crops), self.network.shape)
 
     def passes(self, module: str, step: int) -> Sequence[Pass]:
-        """One."""
+        """First without gradient, where what is said of all images must be known together; then with the loss."""
         self._said.clear()  # a step that was not applied leaves nothing
-        return [Pass(self.forward, self.loss)]
+        self._known.clear()
+        learning = Pass(self.forward, self.loss)
+        if self.config.centering == "mean":
+            return [learning]
+        return [Pass(self.ask, None, carry=self.keep, following=self.with_known), learning]
 
-    def forward(self, model: Callable[..., Said], inputs: tuple[Tensor, Tensor]) -> Said:
-        """All views through the student, the large ones through the average."""
-        return model(*inputs)
+    def ask(self, model: Callable[..., Said], inputs: Views) -> Said:
+        """The large views through both."""
+        return model(inputs.large, None, None)
 
-    def loss(self, output: Said, inputs: tuple[Tensor, Tensor]) -> Losses:
-        """Eq. 3, in nats; the entropy of the average beside it (0 or log K: it has collapsed)."""
+    def keep(self, output: Said, inputs: Views) -> Tensor:
+        """Logits of the average, vectors of the student."""
+        self._known.append(torch.cat([output.average, output.vectors], -1).float())
+        return self._known[-1]
+
+    def with_known(self, inputs: Views, known: Tensor) -> Views:
+        """Inputs of the second pass."""
+        return replace(inputs, known=known)
+
+    def forward(self, model: Callable[..., Said], inputs: Views) -> Said:
+        """All views through the student; the large ones through the average, unless it was asked before."""
+        return model(inputs.large, inputs.small, inputs.known)
+
+    def loss(self, output: Said, inputs: Views) -> Losses:
+        """Eq. 3 in nats, plus KoLeo; the entropy of the average beside it (0 or log K: it has collapsed)."""
         config = self.config
-        target = ((output.average.float() - self.network.centre) / config.teacher_temperature).softmax(-1)
+        target = (output.average.float() / config.teacher_temperature + self._shift()).softmax(-1)
         said = (output.student.float() / config.student_temperature).log_softmax(-1)
         cross = -torch.einsum("tbk,sbk->tsb", target, said)
         different = 1 - torch.eye(LARGE, len(said), device=cross.device)
-        per_image = (cross * different[:, :, None]).sum((0, 1)) / different.sum()
-        if torch.is_grad_enabled():
-            self._said.append((output.average.float().sum((0, 1)), output.average[..., 0].numel()))
-        total = per_image.sum()
+        total = ((cross * different[:, :, None]).sum((0, 1)) / different.sum()).sum()
         entropy = -(target * target.clamp_min(1e-12).log()).sum(-1).mean(0).sum()
-        return Losses(total, {"loss": total.detach(), "entropy": entropy.detach()})
+        named = {"loss": total.detach(), "entropy": entropy.detach()}
+        if config.centering == "mean" and torch.is_grad_enabled():
+            self._said.append((output.average.float().sum((0, 1)), output.average[..., 0].numel()))
+        if config.koleo_weight:
+            own, others = (cast(Tensor, known)[..., config.prototypes :] for known in (inputs.known, self._together()))
+            by_view = [koleo(*views) for views in zip(output.vectors, own, others, strict=True)]
+            apart = torch.stack(by_view).mean(0).sum()
+            total = total + config.koleo_weight * apart
+            named["koleo"] = apart.detach()
+        return Losses(total, named)
+
+    def _together(self) -> Tensor:
+        """What both said of the images of this step on all ranks, [2, images, K + C]. Collective when new."""
+        if len(self._known) > 1 or self._known[0].dim() == 3:
+            mine = torch.cat(self._known, 1).transpose(0, 1)
+            self._known = [gather_over_ranks(mine).transpose(0, 1)[None]]
+        return self._known[0][0]
+
+    @torch.no_grad()
+    def _shift(self) -> Tensor:
+        """Of the average's logits over its temperature: [K], or [2, 1, K] by view."""
+        temperature = self.config.teacher_temperature
+        if self.config.centering == "mean":
+            return -self.network.centre / temperature
+        return sinkhorn_shift(self._together()[..., : self.config.prototypes] / temperature)
 
     @torch.no_grad()
     def after_step(self, step: int, write_rows: WriteRows) -> None:
-        """Move the centre (Eq. 4) and the average; on all ranks alike."""
+        """Move the centre (Eq. 4, where it is used) and the average; on all ranks alike."""
+        if self.config.centering == "mean":
+            self._move_centre(step)
+        rise = (1 - math.cos(math.pi * step / self.steps)) / 2
+        momentum = 1 - (1 - self.config.average_momentum) * (1 - rise)
+        for average, student in self.network.pairs():
+            average.lerp_(student, 1 - momentum)
+
+    def _move_centre(self, step: int) -> None:
         sums = torch.stack([total for total, _ in self._said]).sum(0)
         count = sum(number for _, number in self._said)
         summed = sum_over_ranks(torch.cat([sums, sums.new_full((1,), count)]))
         # The first mean is taken as it is: before it is known, the average says the same of all images.
         share = 1.0 if step == 0 else 1 - self.config.center_momentum
         self.network.centre.lerp_(summed[:-1] / summed[-1], share)
-        rise = (1 - math.cos(math.pi * step / self.steps)) / 2
-        momentum = 1 - (1 - self.config.average_momentum) * (1 - rise)
-        for average, student in self.network.pairs():
-            average.lerp_(student, 1 - momentum)
+
+
+SINKHORN_ITERATIONS = 3
+"""DINOv2's."""
+
+
+def sinkhorn_shift(logits: Tensor) -> Tensor:
+    """What to add to logits [..., N, K] so that their softmax spreads N images evenly over K: [..., 1, K].
+
+    Sinkhorn-Knopp ends with making every image's shares sum to 1, which is a softmax: only the factors of the
+    prototypes remain to be known (Caron et al. 2020, arXiv:2006.09882, section 3.1).
+    """
+    rows = torch.zeros_like(logits[..., :1])
+    shift = torch.zeros_like(logits[..., :1, :])
+    for _ in range(SINKHORN_ITERATIONS):
+        shift = -(logits + rows).logsumexp(-2, keepdim=True)
+        rows = -(logits + shift).logsumexp(-1, keepdim=True)
+    return shift
+
+
+def koleo(vectors: Tensor, own: Tensor, others: Tensor) -> Tensor:
+    """- log distance of unit vectors to the nearest of the others, [B] (Sablayrolles et al. 2019, arXiv:1806.03198).
+
+    Args:
+        vectors: [B, C], of the student.
+        own: [B, C], the same without gradient, by which an image is not its own neighbour.
+        others: [N, C], of all images of the step, without gradient: the loss does not depend on how the step is split.
+    """
+    student, bank = F.normalize(vectors.float(), dim=-1), F.normalize(others, dim=-1)
+    likeness = (F.normalize(own, dim=-1) @ bank.T).masked_fill((own[:, None] == others[None]).all(-1), -2.0)
+    return -((student - bank[likeness.argmax(1)]).square().sum(-1) + 1e-8).sqrt().log()
 
 
 def crop(images: Tensor, drawn: Tensor, side: int, scale: tuple[float, float], config: CropsConfig) -> Tensor:
@@ -231,13 +332,18 @@ def crop(images: Tensor, drawn: Tensor, side: int, scale: tuple[float, float], c
 
 
 def _initial_value(name: str, value: Tensor, generator: torch.Generator) -> None:
-    """DINO's: normal weights of deviation 0.02, zero biases, unit norms."""
+    """Zero biases, unit norms, normal weights of Xavier's deviation: DINO's 0.02 suits a width of 384 and more, and
+    leaves a narrow network saying nearly the same of all images. Tokens, positions: 0.02."""
     if name.endswith("bias"):
         value.zero_()
     elif "norm" in name:
         value.fill_(1.0)
+    elif name.endswith("prototypes"):
+        value.normal_(generator=generator)
     else:
-        nn.init.trunc_normal_(value, std=0.02, generator=generator)
+        fans = value.shape[0] + value[0].numel()
+        std = math.sqrt(2 / fans) if name.endswith("weight") else 0.02
+        nn.init.trunc_normal_(value, std=std, generator=generator)
 
 
 def _check(config: Config) -> None:
@@ -255,6 +361,8 @@ def _check(config: Config) -> None:
             config.train.precision != "fp32",
         f"{config.deepspeed} asks for ZeRO stage 3, which cuts the student's weights, but every rank averages them. "
         f"Use stage 0 to 2": stage == 3,
+        f"recipe.koleo_weight={recipe.koleo_weight} needs the vectors that recipe.centering=sinkhorn_knopp collects. "
+        f"Set it to 0": recipe.centering == "mean" and recipe.koleo_weight > 0,
         "the average's momentum rises over the whole run. Give its length as train.steps": config.train.steps is None,
         f"data.image_size={config.data.image_size}, but recipe.network has {recipe.network.grid} patches of {patch} "
         f"pixels along a side, {side} pixels. Change one of them": config.data.image_size != side,

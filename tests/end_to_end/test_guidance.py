@@ -74,7 +74,6 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_a_teacher_resumes_bitwise_and_is_its_average(teachers: tuple[Path, Path]) -> None:
     assert_equal(*teachers)
     stored = weights_of(teachers[0])
-    assert stored["heads.average.centre"].abs().max() > 0  # a buffer that only checkpoints keep
     teacher = load_teacher(
         TeacherChoice.make(name="self_distilled", weights=str(teachers[0])), torch.device("cpu")
     )

@@ -52,6 +52,13 @@ class SelfDistillationConfig(RecipeChoice):
     """DINO's."""
     teacher_temperature: float = Field(0.04, gt=0)
     """DINO's before warm-up."""
+    centering: Literal["sinkhorn_knopp", "mean"] = "sinkhorn_knopp"
+    """How the average is kept from saying the same of all images: ``sinkhorn_knopp`` shifts its logits so that the
+    images of a step are spread evenly over the prototypes (SwAV, DINOv2; a forward-only pass asks it first); ``mean``
+    subtracts a moving mean (DINO's Eq. 4, which collapses to the uniform answer in networks as small as these)."""
+    koleo_weight: float = Field(1.0, ge=0)
+    """Weight of KoLeo (DINOv2: 0.1): images' vectors move away from their nearest neighbours. Small networks begin with
+    nearly the same vector for all images, so it is larger here. Needs ``sinkhorn_knopp``; 0 with ``mean``."""
     center_momentum: float = Field(0.9, ge=0, lt=1)
     """Share of the old centre that a step keeps (DINO's)."""
     average_momentum: float = Field(0.99, ge=0, lt=1)

@@ -1,0 +1,116 @@
+"""reAR under every layout is that of one process: RAR, with experts, and AliTok, with noise, dropout and its term."""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megavar.config.experts.base import ExpertsChoice
+from megavar.config.generators.alitok import AliTokConfig
+from megavar.config.generators.rar import RARConfig
+from megavar.config.noise import NoiseConfig
+from megavar.config.parallel import ParallelConfig
+from megavar.config.recipes.rear import RandomOrderConfig, ReARConfig
+from megavar.config.terms.codebook_embedding import CodebookEmbeddingConfig
+from megavar.config.token_space import TokenSpace
+from megavar.data.batch import Batch
+from megavar.generators.alitok import AliTok
+from megavar.generators.base import Stage
+from megavar.generators.rar import RAR
+from megavar.parallel import seeds, topology
+from megavar.parallel.environment import environment
+from megavar.recipes.rear import NextToken
+from megavar.recipes.terms.base import heads_of
+from megavar.recipes.terms.codebook_embedding import CodebookEmbedding
+from tests.distributed import curves
+from tests.distributed.curves import BATCH, Setup
+from tests.distributed.harness import run_ranks
+from tests.loops import bare_loop
+
+pytestmark = pytest.mark.distributed
+STEPS, TOLERANCE, CLASSES, VOCABULARY = 4, 1e-5, 5, 24
+SPACE = TokenSpace("grid", (3,), 9, VOCABULARY, 4, image_side=12)
+METRICS = ("loss", "accuracy", "loss/codebook_embedding", "codebook_embedding/cosine/encoding",
+           "codebook_embedding/cosine/decoding", "gradient_norm")  # fmt: skip
+SIZES = {"depth": 4, "width": 32, "heads": 4, "feed_forward": 48, "classes": CLASSES, "dropout": 0.2}
+KINDS = ("rar", "experts", "alitok")
+
+
+class Codes:
+    """A codebook; batches hold tokens."""
+
+    space = SPACE
+    vectors = torch.randn(VOCABULARY, SPACE.channels, generator=torch.Generator().manual_seed(7))
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.vectors[ids]
+
+
+def build(kind: str, mesh: topology.Topology) -> NextToken:
+    term = CodebookEmbedding(CodebookEmbeddingConfig(hidden=16, shared=False), Codes(), depth=4)
+    experts = ExpertsChoice.make(router="scale_token", number=4, top_k=2) if kind == "experts" else None
+    alitok = kind == "alitok"
+    choice: Any = AliTokConfig(prefix_tokens=0, grid=3, **SIZES) if alitok else RARConfig(experts=experts, **SIZES)
+    chunks = [
+        (AliTok if alitok else RAR)(
+            choice, SPACE, parallel=mesh.config, stage=Stage.split(4, mesh.config, mesh.pipeline_rank, chunk), seed=3,
+            heads=heads_of([term], SPACE),
+        )
+        for chunk in range(mesh.config.virtual_pipeline)
+    ]  # fmt: skip
+    order = None if alitok else RandomOrderConfig(from_progress=0.25, until_progress=1.0)
+    config = ReARConfig(tokenizer_weights="unused", noise=NoiseConfig(), random_order=order)
+    generator = chunks[0] if len(chunks) == 1 else torch.nn.ModuleList(chunks)
+    return NextToken(config, generator, Codes(), classes=CLASSES, label_drop=0.2, seed=5, steps=8, terms=[term])
+
+
+def batches(step: int, rank: int, size: int, micro: int) -> Iterator[Batch]:
+    for batch in curves.batches(step, rank, size, micro):
+        places = torch.arange(SPACE.length)
+        tokens = seeds.random_bits(1, "raster", batch.sample_ids[:, None], places) % VOCABULARY
+        yield replace(batch, tokens=tokens, labels=batch.labels % CLASSES)
+
+
+def trained(setup: Setup, kind: str) -> list[dict[str, Any]]:
+    """Runs on every rank."""
+    mesh = topology.initialize(ParallelConfig(**setup.parallel), environment())
+    size = setup.micro_batch_size or BATCH // mesh.data
+    loop = curves.engine_loop(
+        setup, build(kind, mesh), mesh, lambda step: list(batches(step, mesh.data_rank, mesh.data, size))
+    )
+    return [loop.step(step) for step in range(STEPS)]
+
+
+def trained_bare(setup: Setup, kind: str) -> list[dict[str, Any]]:
+    recipe = build(kind, topology.initialize(ParallelConfig(), environment()))
+    return bare_loop(recipe, "generator", lambda step: list(batches(step, 0, 1, BATCH)), STEPS,
+                     optimizer=curves.optimizer())  # fmt: skip
+
+
+@functools.cache
+def reference(kind: str) -> list[dict[str, Any]]:
+    return run_ranks(1, trained_bare, Setup(), kind)[0]
+
+
+LAYOUTS = [
+    Setup(2, 2, micro_batch_size=2),
+    Setup(2, 3, parallel={"recompute": "full"}),
+    Setup(2, 0, parallel={"tensor": 2}),
+    Setup(2, 1, parallel={"tensor": 2, "sequence": True}),
+    Setup(2, 1, micro_batch_size=2, parallel={"pipeline": 2}),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("setup", LAYOUTS, ids=str)
+def test_training_is_that_of_one_process(setup: Setup, kind: str) -> None:
+    expected = reference(kind)
+    assert all(metric in expected[0] for metric in METRICS)
+    for rank in run_ranks(setup.world_size, trained, setup, kind):
+        for found, step in zip(rank, expected, strict=True):
+            for name in METRICS:
+                assert found[name] == pytest.approx(step[name], abs=TOLERANCE), name

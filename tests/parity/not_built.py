@@ -8,5 +8,4 @@ NOT_BUILT = {
     "alitok/tokenizer_stage1_causal": "AliTok's tokenizers",
     "vgt": "VGT's autoencoder, flow head and generator",
     "mar": "MAR's transformer and diffusion loss",
-    "scalear": "SAR's hybrid of masked and next-scale prediction",
 }

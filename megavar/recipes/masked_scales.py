@@ -137,6 +137,7 @@ class MaskedScales(NextScale):
         draws = torch.cat([seeds.uniform(self.seed, stream, *who) for stream in ("masked", "masked_free")])
         masked = draws.argsort(1).argsort(1) < self.hidden_tokens(step, size)
         model = given.model
+        assert model.features is not None
         features = torch.cat([self.tokenizer.embed(ids[:, :size]), model.features], 1)
         inputs = ScaleARInputs(model.labels, features, model.sample_keys, sides, masked=masked[: len(ids)])
         return MaskedScalesInputs(

@@ -6,5 +6,4 @@ A line is a family, or ``family/case`` where the rest of a family is built. It g
 NOT_BUILT = {
     "vgt": "VGT's autoencoder, flow head and generator",
     "mar": "MAR's transformer and diffusion loss",
-    "scalear": "SAR's hybrid of masked and next-scale prediction",
 }

@@ -33,10 +33,8 @@ HYBRID = Family(
         "batch": "the inputs' shapes say it",
         "cond_drop_rate": "comparisons are given the labels that were dropped",
         "input.*.rand": "label-drop uniforms, without effect at rate 0",
-        "config.variants*": "read in each case",
         "mask_ratio": "of training; cases of decoding have none",
         "sf_*": "of student forcing; other cases have none",
-        "*routine": "a name of the public code",
     },
 )
 SCHEDULES = {
@@ -176,7 +174,7 @@ def compare_step(case: Case, recipe: MaskedScales, variant: dict[str, Any]) -> N
         guided = variant["calls"][number]["rows"] > len(inputs.targets)
         assert not guided or recipe.rollout.config.guided
         seen: list[ScaleARInputs] = []
-        recipe.call(lambda given: seen.append(given), inputs, call, doubled=guided)
+        recipe.call(seen.append, inputs, call, doubled=guided)
         where = f"output.{phase}.call.{number}"
         case.check(f"{where}.input", seen[0].features)
         output = recipe.generator(seen[0])
@@ -210,7 +208,13 @@ def compare_step(case: Case, recipe: MaskedScales, variant: dict[str, Any]) -> N
 
 
 def replay(
-    case: Case, phase: str, recipe: MaskedScales, inputs: MaskedScalesInputs, output: GeneratorOutput, call: Call, of: int
+    case: Case,
+    phase: str,
+    recipe: MaskedScales,
+    inputs: MaskedScalesInputs,
+    output: GeneratorOutput,
+    call: Call,
+    of: int,
 ) -> int:
     """Compare what the sampler gets and keeps, and set the numbers that draw the reference's tokens."""
     rows = recipe.rows_of(inputs, call)
@@ -288,7 +292,7 @@ def test_decoding_equals_the_reference(case: Case) -> None:
         case.check_series(f"output.{name}.ids", [step.ids for step in steps if step.finished])
 
 
-@HYBRID.each_case(lambda case: True)
+@HYBRID.each_case()
 def test_published_layout_round_trips(case: Case) -> None:
     model = build(case)
     ours = {name: parameter.detach() for name, parameter in model.named_parameters()}

@@ -4,7 +4,7 @@
     later maps    predict all tokens of a map from the map before it, resized
     loss          mean cross entropy over the tokens that are predicted
 
-A step is a sequence of calls, each with a loss at some maps. Tokens that one call draws are what later ones are made of;
+A step is a sequence of calls, each with a loss at some maps. Later ones are made of tokens that one call draws;
 nothing is differentiated through them.
 
     teacher       all maps, after true tokens

@@ -38,7 +38,8 @@ def trained(model: ScaleAR, pyramid: LlamaGenVQ, ids: Tensor, labels: Tensor) ->
     """Teacher-forced logits of the maps after the first, with the first one hidden."""
     features = torch.cat([pyramid.embed(ids[:, :4]), pyramid.inputs(ids)], 1)
     with torch.no_grad():
-        return model(ScaleARInputs(labels, features, masked=torch.ones(len(ids), 4, dtype=torch.bool))).prediction[:, 4:]
+        masked = torch.ones(len(ids), 4, dtype=torch.bool)
+        return model(ScaleARInputs(labels, features, masked=masked)).prediction[:, 4:]
 
 
 @pytest.mark.parametrize(("history", "equal"), [("causal", True), ("released", False), ("none", False)])

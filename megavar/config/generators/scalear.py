@@ -27,6 +27,6 @@ class ScaleARConfig(ScaleTransformerConfig):
     history: Literal["none", "released", "causal"] = "none"
     """What a map after the first sees beside itself. ``none``: the class's row (public code). ``released``: also all
     maps between the first and itself, while the class's row still sees the first map (``enable_var_kv``, which the
-    public code has and does not use). ``causal``: the same maps, and the class's row sees itself alone, so that decoding
-    with a cache is what was trained: the corrected variant. No map sees the first one directly, whose tokens are masked
+    public code has and does not use). ``causal``: the same maps, and the class's row sees itself alone: decoding with
+    a cache is what was trained: the corrected variant. No map sees the first one directly, whose tokens are masked
     in training and known in decoding; the second map's input brings them."""

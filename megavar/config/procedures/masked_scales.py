@@ -19,7 +19,7 @@ class MaskedScalesSampling(SamplingChoice):
     guidance: float = Field(2.5, ge=0)
     """Classifier-free guidance, see ``guidance_form``."""
     guidance_form: Literal["var", "llamagen"] = "var"
-    """``var``: (1 + t) c - t u with t = guidance (1 + r) / 2, r growing over steps of the first map and again over maps;
+    """``var``: (1 + t) c - t u with t = guidance (1 + r) / 2, r growing over steps of the first map, again over maps;
     ``llamagen``: u + (c - u) guidance / 2 in the first map, u + (c - u) guidance later."""
     first_steps: int = Field(8, ge=1)
     """Steps of the first map, with a cosine schedule."""

@@ -1,8 +1,8 @@
 """Training of SAR's hybrid of masked and next-scale prediction."""
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megavar.config.recipes.next_scale import NextScaleConfig
 from megavar.config.rollout import RolloutConfig
@@ -34,6 +34,12 @@ class MaskedScalesConfig(NextScaleConfig):
     """Where the distribution is cut off (public code)."""
     rollout: RolloutConfig = RolloutConfig(guidance=1.2, top_p=0.96)
     """How tokens are drawn; the defaults are the public code's."""
+
+    @model_validator(mode="after")
+    def _no_additions(self) -> Self:
+        if self.terms or self.noise is not None:
+            raise ValueError("masked_scales adds no terms and no noise to its calls: leave out recipe.terms and noise.")
+        return self
 
     @property
     def passes_of_step(self) -> tuple[int, int]:

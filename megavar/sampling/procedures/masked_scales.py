@@ -6,6 +6,7 @@
     map k: from the map before, resized; all tokens at once
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -45,7 +46,7 @@ def schedule(tokens: int, steps: int) -> list[tuple[int, int]]:
     bounds = [int(tokens * (1 - 0.5 * (1 + math.cos(math.pi * step / steps)))) for step in range(steps)] + [tokens]
     for step in range(1, steps):
         bounds[step] = min(max(bounds[step], bounds[step - 1] + 1), tokens)
-    return list(zip(bounds, bounds[1:]))
+    return list(itertools.pairwise(bounds))
 
 
 class MaskedScales:

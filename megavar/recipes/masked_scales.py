@@ -200,8 +200,14 @@ class MaskedScales(NextScale):
             assert isinstance(inputs.model, ScaleARInputs) and inputs.model.masked is not None
             counted[:, : inputs.model.masked.shape[1]] = inputs.model.masked
         per_token, hits = per_token * counted, hit * counted
-        named = {"loss": per_token.detach().sum(), "accuracy": hits.sum()}
-        return Losses(self.config.cross_entropy_weight * per_token.sum(), named)
+        means = {"loss": (per_token.detach().sum(), counted.sum()), "accuracy": (hits.sum(), counted.sum())}
+        sizes = [there.stop - there.start for there, _ in rows.values()]
+        parts = zip(rows, *(values.detach().split(sizes, 1) for values in (per_token, hits, counted)))
+        for k, of_map, hits_of_map, counted_of_map in parts:
+            scale = f"scale_{self.sides(inputs)[k]:02d}"
+            means[f"loss/{scale}"] = of_map.sum(), counted_of_map.sum()
+            means[f"accuracy/{scale}"] = hits_of_map.sum(), counted_of_map.sum()
+        return Losses(self.config.cross_entropy_weight * per_token.sum(), means=dict(means))
 
     @torch.no_grad()
     def roll_out(self, output: GeneratorOutput, inputs: MaskedScalesInputs, call: Call) -> Tensor:

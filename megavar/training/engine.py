@@ -214,9 +214,19 @@ class Engine:
         """
         set_rates(self.deepspeed.optimizer, learning_rate, weight_decay)
         self.deepspeed.step()
+        self._forget_gradients()
         if self._clipped is not None:
             return StepResult(self._clipped.applied, self._clipped.norm)
         return StepResult(not self.deepspeed.optimizer.overflow, self.deepspeed.get_global_grad_norm())
+
+    def _forget_gradients(self) -> None:
+        """ZeRO-3 overwrites a parameter's part of its gradient buffer in the first backward of a step and adds to it in
+        later ones (zero/stage3.py ``partition_grads``): without this, a parameter that only later passes use would add
+        to the gradient of the step before, and one that no pass uses would be updated by that again.
+        """
+        buffer = getattr(self.deepspeed.optimizer, "grad_partitions_flat_buffer", None)
+        if buffer is not None:
+            buffer.zero_()
 
     def destroy(self) -> None:
         """Release DeepSpeed's hooks and buffers; the module keeps its weights (not under ZeRO-3)."""

@@ -18,6 +18,7 @@ def losses(setup, compiled):
     """Loss and gradient norm of three steps, and how many graphs were compiled for them."""
     from torch._dynamo.utils import counters
 
+    counters.clear()  # ranks are forked from a process in which other tests may have compiled something
     mesh = topology.initialize(ParallelConfig(**setup.parallel), environment())
     recipe = curves.build(setup, mesh)
     if compiled:

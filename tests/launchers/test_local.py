@@ -45,7 +45,11 @@ def test_files_of_the_launcher_end_no_run(tmp_path, capsys):
     (tmp_path / "logs").mkdir()
     for name in ("rank-0000.log", "rank-0001.log", "tasks.txt"):
         (tmp_path / "logs" / name).mkdir()
-    with ranks(tmp_path, f"time.sleep(0.2); open(r'{tmp_path}/done-' + str(rank), 'w'); sys.exit(3 * rank)") as two:
+    body = f"""while rank and not os.path.exists(r'{tmp_path}/done-0'):
+    time.sleep(0.01)
+open(r'{tmp_path}/done-' + str(rank), 'w')
+sys.exit(3 * rank)"""
+    with ranks(tmp_path, body) as two:
         assert two.wait() == 3
     assert sorted(path.name for path in tmp_path.glob("done-*")) == ["done-0", "done-1"]
     assert "task 1: Exited with exit code 3" in two.messages
@@ -89,10 +93,14 @@ sys.exit(85)"""
             time.sleep(0.01)
         os.kill(os.getpid(), number)
 
-    with ranks(tmp_path, body) as two:
-        threading.Thread(target=stop_when_ready).start()
-        assert two.wait() == ExitCode.PREEMPTED
-        assert two.stop_requested
+    before = signal.signal(number, signal.SIG_DFL)  # under nohup, hang-ups are ignored here and by the launcher
+    try:
+        with ranks(tmp_path, body) as two:
+            threading.Thread(target=stop_when_ready).start()
+            assert two.wait() == ExitCode.PREEMPTED
+            assert two.stop_requested
+    finally:
+        signal.signal(number, before)
     assert (tmp_path / "logs/tasks.txt").read_text().count("exit code 85") == 2
 
 

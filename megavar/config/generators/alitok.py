@@ -5,12 +5,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from megavar.config.experts.base import ExpertsChoice
-from megavar.config.generators.base import GeneratorChoice, Limits
-from megavar.config.token_space import TokenSpace
+from megavar.config.generators.raster_transformer import RasterTransformerConfig
 
 
-class AliTokConfig(GeneratorChoice):
+class AliTokConfig(RasterTransformerConfig):
     """AliTok's autoregressive transformer (Wu et al. 2025, arXiv:2506.05289): Llama's blocks, token by token.
 
     The defaults are AliTok-B (177,048,064 parameters with 4096 codes); L has width 1024 (317,851,648), XL 1280 and
@@ -21,16 +19,8 @@ class AliTokConfig(GeneratorChoice):
     weight_layouts: ClassVar[Mapping[str, str]] = {"alitok": "megavar.generators.alitok.published:AliTokLayout"}
 
     name: Literal["alitok"] = "alitok"
-    depth: int = Field(24, ge=1)
-    """Number of blocks."""
-    width: int = Field(768, ge=1)
-    """Hidden size C."""
-    heads: int = Field(16, ge=1)
-    """Attention heads."""
     feed_forward: int | None = Field(None, ge=1)
     """Hidden size of the gated network. Default: 8 C / 3, rounded up to a multiple of 256."""
-    classes: int = Field(1000, ge=1)
-    """Number of classes; one more embedding row stands for "no class"."""
     prefix_tokens: int = Field(17, ge=0)
     """Tokens before those of the grid: they turn by their place on a line (AliTok's tokenizer: 17)."""
     grid: int = Field(16, ge=1)
@@ -40,12 +30,6 @@ class AliTokConfig(GeneratorChoice):
     same rate, which fused kernels cannot do for masks that belong to samples: left out, as in ``rar``."""
     token_dropout: float = Field(0.1, ge=0, lt=1)
     """Dropout of embedded tokens."""
-    label_drop: float = Field(0.1, ge=0, le=1)
-    """Share of samples whose label is replaced by "no class" (classifier-free guidance)."""
-    experts: ExpertsChoice | None = None
-    """Mixture of experts; none means dense."""
-    attention_kernel: Literal["auto", "dense", "causal", "flex"] = "auto"
-    """Kernel of causal attention."""
 
     @model_validator(mode="after")
     def _check(self) -> "AliTokConfig":
@@ -60,22 +44,3 @@ class AliTokConfig(GeneratorChoice):
     def feed_forward_size(self) -> int:
         """Rows of each half of the feed-forward network's first layer."""
         return self.feed_forward or -(-(8 * self.width // 3) // 256) * 256
-
-    @property
-    def class_count(self) -> int | None:
-        """Number of classes."""
-        return self.classes
-
-    @property
-    def condition_drop(self) -> float:
-        """Share of samples without class."""
-        return self.label_drop
-
-    def limits(self, space: TokenSpace | None) -> Limits:
-        """Heads, rows of dense feed-forward networks and the head's codes are shared by tensor-parallel ranks."""
-        shared = {"attention heads (generator.heads)": self.heads}
-        if self.experts is None:
-            shared["rows of the feed-forward network (generator.feed_forward)"] = self.feed_forward_size
-        if space is not None and space.vocabulary is not None:
-            shared["codes (tokenizer.vocabulary_size)"] = space.vocabulary
-        return Limits(self.depth, shared, self.experts)

@@ -5,12 +5,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from megavar.config.experts.base import ExpertsChoice
-from megavar.config.generators.base import GeneratorChoice, Limits
-from megavar.config.token_space import TokenSpace
+from megavar.config.generators.raster_transformer import RasterTransformerConfig
 
 
-class RARConfig(GeneratorChoice):
+class RARConfig(RasterTransformerConfig):
     """RAR (Yu et al. 2024, arXiv:2411.00776) and reAR: token by token, in raster or any other order.
 
     The defaults are RAR-B (260,923,648 parameters with MaskGIT-VQGAN's 1024 codes); RAR-L has width 1024, RAR-XL 1280
@@ -21,29 +19,15 @@ class RARConfig(GeneratorChoice):
     weight_layouts: ClassVar[Mapping[str, str]] = {"rar": "megavar.generators.rar.published:RARLayout"}
 
     name: Literal["rar"] = "rar"
-    depth: int = Field(24, ge=1)
-    """Number of blocks."""
-    width: int = Field(768, ge=1)
-    """Hidden size C."""
-    heads: int = Field(16, ge=1)
-    """Attention heads."""
     feed_forward: int | None = Field(None, ge=1)
     """Hidden size of the feed-forward network. Default: 4 C."""
-    classes: int = Field(1000, ge=1)
-    """Number of classes; one more embedding row stands for "no class"."""
     dropout: float = Field(0.1, ge=0, lt=1)
     """Dropout after attention and in and after the feed-forward network. RAR also drops attention's probabilities, at
     the same rate, which fused kernels cannot do for masks that belong to samples: left out."""
-    label_drop: float = Field(0.1, ge=0, le=1)
-    """Share of samples whose label is replaced by "no class" (classifier-free guidance)."""
     spare_positions: int = Field(1024, ge=2)
     """Rows of the tables of positions beyond the image's tokens: the prefix's two, the others unused (published)."""
     spare_steps: int = Field(100, ge=2)
     """Rows of the table of steps beyond the image's tokens (published)."""
-    experts: ExpertsChoice | None = None
-    """Mixture of experts; none means dense."""
-    attention_kernel: Literal["auto", "dense", "causal", "flex"] = "auto"
-    """Kernel of causal attention."""
 
     @model_validator(mode="after")
     def _check(self) -> "RARConfig":
@@ -55,22 +39,3 @@ class RARConfig(GeneratorChoice):
     def feed_forward_size(self) -> int:
         """Rows of the feed-forward network's first layer."""
         return self.feed_forward or 4 * self.width
-
-    @property
-    def class_count(self) -> int | None:
-        """Number of classes."""
-        return self.classes
-
-    @property
-    def condition_drop(self) -> float:
-        """Share of samples without class."""
-        return self.label_drop
-
-    def limits(self, space: TokenSpace | None) -> Limits:
-        """Heads, rows of dense feed-forward networks and the head's codes are shared by tensor-parallel ranks."""
-        shared = {"attention heads (generator.heads)": self.heads}
-        if self.experts is None:
-            shared["rows of the feed-forward network (generator.feed_forward)"] = self.feed_forward_size
-        if space is not None and space.vocabulary is not None:
-            shared["codes (tokenizer.vocabulary_size)"] = space.vocabulary
-        return Limits(self.depth, shared, self.experts)

@@ -1,13 +1,18 @@
-"""Quantizer of tokens without places in the image. Everything is float32: a rounded distance picks another code."""
+"""Tokenizers whose tokens have no places in the image: their quantizer, and what their models share.
 
-from typing import NamedTuple
+Quantizing is float32: a rounded distance picks another code.
+"""
+
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megavar.config.token_space import TokenSpace
 from megavar.tokenizers.nearest import nearest
 from megavar.tokenizers.trainable import Codes
+from megavar.tokenizers.vision import initialize_layers
 
 
 class QuantizedLine(NamedTuple):
@@ -50,3 +55,71 @@ class LineQuantizer(nn.Module):
             code = self.embed(ids)
             commitment = self.commitment_weight * F.mse_loss(code.detach(), z)
             return QuantizedLine(z + (code - z).detach(), ids, commitment, F.mse_loss(code, z.detach()))
+
+
+class LineTokenizer(nn.Module):
+    """[patches of the image, L latent tokens] -> encoder -> L vectors -> ids -> decoder, as TiTok introduced it.
+
+    Images are float32 [B, 3, H, W] in [-1, 1]; the encoder reads them in [0, 1].
+    """
+
+    config: Any
+    """With ``space``, ``encoder``, ``decoder`` and the codebook's sizes."""
+    encoder: nn.Module
+    decoder: nn.Module
+    latent_tokens: nn.Parameter
+    quantize: LineQuantizer
+
+    @property
+    def space(self) -> TokenSpace:
+        """Its tokens, as all others see them."""
+        space: TokenSpace = self.config.space
+        return space
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the parameters, and of all computation outside the quantizer, which is float32."""
+        return self.latent_tokens.dtype
+
+    def new_quantizer(self) -> LineQuantizer:
+        """Of the configured codebook."""
+        config = self.config
+        return LineQuantizer(
+            config.vocabulary_size, config.code_dimension, normalized=config.normalized_codes,
+            commitment_weight=config.commitment_weight,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator | None = None) -> None:
+        """Draw fresh parameters as TiTok does: tokens and positions normal with deviation 1 / sqrt(width)."""
+        initialize_layers(self, generator)
+        for part, width in ((self.encoder, self.config.encoder.width), (self.decoder, self.config.decoder.width)):
+            for parameter in part.parameters(recurse=False):
+                parameter.normal_(std=width**-0.5, generator=generator)
+        self.latent_tokens.normal_(std=self.config.encoder.width**-0.5, generator=generator)
+        if hasattr(self, "quantize"):  # else its tokens are vectors
+            bound = 1 / self.config.vocabulary_size
+            self.quantize.embedding.weight.uniform_(-bound, bound, generator=generator)
+
+    def vectors(self, images: Tensor) -> Tensor:
+        """Encoder alone, with gradient: float [B, 3, H, W] in [-1, 1] -> what it makes, [B, L, ...]."""
+        vectors: Tensor = self.encoder((images.to(self.dtype) + 1) / 2, self.latent_tokens)
+        return vectors
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Vectors before quantization: float [B, 3, H, W] in [-1, 1] -> float32 [B, L, C].
+
+        Not under autocast, whatever the caller does: a rounded feature picks another token.
+        """
+        with torch.autocast(images.device.type, enabled=False):
+            return self.vectors(images).float()
+
+    @torch.no_grad()
+    def tokens(self, latents: Tensor) -> Tensor:
+        """int64 [B, L]."""
+        return self.quantize.search(latents)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Code vectors: int64 [...] -> float32 [..., C]."""
+        return self.quantize.embed(ids)

@@ -14,10 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megavar.config.token_space import TokenSpace
 from megavar.config.tokenizers.alitok import AliTokConfig
-from megavar.tokenizers.line import LineQuantizer
-from megavar.tokenizers.vision import blocks, initialize_layers, pixels
+from megavar.tokenizers.line import LineTokenizer
+from megavar.tokenizers.vision import blocks, pixels
 
 
 class Picture(NamedTuple):
@@ -88,8 +87,10 @@ class Decoder(nn.Module):
         return Picture(images, self.conv_out_aux(strip).sigmoid())
 
 
-class AliTok(nn.Module):
-    """AliTok, a :class:`megavar.tokenizers.base.Codebook` of a line of tokens."""
+class AliTok(LineTokenizer):
+    """AliTok, a :class:`megavar.tokenizers.base.Codebook` of a line of tokens: the prefix, then the grid row by row."""
+
+    decoder: Decoder
 
     def __init__(self, config: AliTokConfig) -> None:
         super().__init__()
@@ -97,54 +98,8 @@ class AliTok(nn.Module):
         self.latent_tokens = nn.Parameter(torch.empty(config.space.length, config.encoder.width))
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quantize = LineQuantizer(
-            config.vocabulary_size, config.code_dimension, normalized=config.normalized_codes,
-            commitment_weight=config.commitment_weight,
-        )  # fmt: skip
+        self.quantize = self.new_quantizer()
         self.initialize()
-
-    @property
-    def space(self) -> TokenSpace:
-        """Its tokens, as all others see them."""
-        return self.config.space
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of the parameters, and of all computation outside the quantizer, which is float32."""
-        return self.latent_tokens.dtype
-
-    @torch.no_grad()
-    def initialize(self, generator: torch.Generator | None = None) -> None:
-        """Draw fresh parameters as TiTok does: tokens and positions normal with deviation 1 / sqrt(width)."""
-        initialize_layers(self, generator)
-        for part, width in ((self.encoder, self.config.encoder.width), (self.decoder, self.config.decoder.width)):
-            for parameter in part.parameters(recurse=False):
-                parameter.normal_(std=width**-0.5, generator=generator)
-        self.latent_tokens.normal_(std=self.config.encoder.width**-0.5, generator=generator)
-        bound = 1 / self.config.vocabulary_size
-        self.quantize.embedding.weight.uniform_(-bound, bound, generator=generator)
-
-    def vectors(self, images: Tensor) -> Tensor:
-        """Encoder alone, with gradient: float [B, 3, H, W] in [-1, 1] -> [B, L, C]."""
-        return self.encoder((images.to(self.dtype) + 1) / 2, self.latent_tokens)
-
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Vectors before quantization: float [B, 3, H, W] in [-1, 1] -> float32 [B, L, C].
-
-        Not under autocast, whatever the caller does: a rounded feature picks another token.
-        """
-        with torch.autocast(images.device.type, enabled=False):
-            return self.vectors(images).float()
-
-    @torch.no_grad()
-    def tokens(self, latents: Tensor) -> Tensor:
-        """int64 [B, L]: the prefix, then the grid row by row."""
-        return self.quantize.search(latents)
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """Code vectors: int64 [...] -> float32 [..., C]."""
-        return self.quantize.embed(ids)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:

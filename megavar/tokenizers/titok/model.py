@@ -12,12 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megavar.config.token_space import TokenSpace
 from megavar.config.tokenizers.titok import TiTokConfig
 from megavar.tokenizers import convolution, maskgit_vqgan
-from megavar.tokenizers.line import LineQuantizer
+from megavar.tokenizers.line import LineTokenizer
 from megavar.tokenizers.trainable import Codes
-from megavar.tokenizers.vision import blocks, initialize_layers, pixels
+from megavar.tokenizers.vision import blocks, pixels
 
 
 class Posterior(NamedTuple):
@@ -114,7 +113,7 @@ class PixelCodes(nn.Module):
         return torch.einsum("bvhw,vc->bchw", logits.float().softmax(1), self.embedding.weight.float())
 
 
-class TiTok(nn.Module):
+class TiTok(LineTokenizer):
     """TiTok, a :class:`megavar.tokenizers.base.Codebook` of 1-D tokens; with ``quantization=vae`` of vectors.
 
     A legacy model always holds the decoder of the VQGAN whose codes it predicts; in the first stage that is frozen.
@@ -128,44 +127,20 @@ class TiTok(nn.Module):
         self.encoder = Encoder(config, config.code_dimension * (1 if discrete else 2))
         self.decoder = Decoder(config)
         if discrete:
-            self.quantize = LineQuantizer(
-                config.vocabulary_size, config.code_dimension, normalized=config.normalized_codes,
-                commitment_weight=config.commitment_weight,
-            )  # fmt: skip
+            self.quantize = self.new_quantizer()
         if config.legacy:
             self.pixel_quantize = PixelCodes(config)
             self.pixel_decoder = maskgit_vqgan.Decoder(config.pixel)
         self.initialize()
 
-    @property
-    def space(self) -> TokenSpace:
-        """Its tokens, as all others see them."""
-        return self.config.space
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of the parameters, and of all computation outside the quantizer, which is float32."""
-        return self.latent_tokens.dtype
-
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:
-        """Draw fresh parameters as TiTok does: tokens and positions normal with deviation 1 / sqrt(width)."""
-        initialize_layers(self, generator)
-        for part, width in ((self.encoder, self.config.encoder.width), (self.decoder, self.config.decoder.width)):
-            for parameter in part.parameters(recurse=False):
-                parameter.normal_(std=width**-0.5, generator=generator)
-        self.latent_tokens.normal_(std=self.config.encoder.width**-0.5, generator=generator)
-        if self.config.quantization == "vq":
-            bound = 1 / self.config.vocabulary_size
-            self.quantize.embedding.weight.uniform_(-bound, bound, generator=generator)
+        """Also the decoder of the VQGAN and its codes."""
+        super().initialize(generator)
         if self.config.legacy:
             convolution.initialize_layers(self.pixel_decoder, generator)
             bound = 1 / self.config.pixel.vocabulary_size
             self.pixel_quantize.embedding.weight.uniform_(-bound, bound, generator=generator)
-
-    def vectors(self, images: Tensor) -> Tensor:
-        """Encoder alone, with gradient: float [B, 3, H, W] in [-1, 1] -> [B, K, C], or [B, K, 2 C] of a posterior."""
-        return self.encoder((images.to(self.dtype) + 1) / 2, self.latent_tokens)
 
     def posterior(self, vectors: Tensor) -> Posterior:
         """Of ``quantization=vae``: [B, K, 2 C] -> mean and logarithm of the variance."""
@@ -178,22 +153,14 @@ class TiTok(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Vectors before quantization, or the posterior's means: float [B, 3, H, W] in [-1, 1] -> float32 [B, K, C].
-
-        Not under autocast, whatever the caller does: a rounded feature picks another token.
-        """
-        with torch.autocast(images.device.type, enabled=False):
-            vectors = self.vectors(images).float()
+        """Vectors before quantization, or the posterior's means: float [B, 3, H, W] in [-1, 1] -> float32 [B, K, C]."""
+        vectors = super().encode(images)
         return vectors if self.config.quantization == "vq" else self.posterior(vectors).mean
 
     @torch.no_grad()
     def tokens(self, latents: Tensor) -> Tensor:
         """int64 [B, K]; of ``quantization=vae`` the vectors themselves."""
-        return self.quantize.search(latents) if self.config.quantization == "vq" else latents
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """Code vectors: int64 [...] -> float32 [..., C]."""
-        return self.quantize.embed(ids)
+        return super().tokens(latents) if self.config.quantization == "vq" else latents
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:

@@ -130,9 +130,9 @@ def load(
     """
     from megavar.training.checkpoint.weights import fill, load_weights, shapes_of
     from megavar.weight_file import read_weights_file
-    from megavar.weight_folder import is_weight_folder
+    from megavar.weight_folder import is_own_directory
 
-    if Path(path).is_dir() and not is_weight_folder(Path(path)):
+    if is_own_directory(Path(path)):
         load_weights(target, path, whole=True, together=together)
     else:
         fill(target, read_weights_file(Path(path), shapes_of(target), layouts, layout, what=what))

@@ -26,6 +26,11 @@ def is_weight_folder(path: Path) -> bool:
     return (path / SINGLE).is_file() or (path / INDEX).is_file()
 
 
+def is_own_directory(path: Path) -> bool:
+    """Whether ``path`` is a directory that is none of these: a run or a checkpoint of ours."""
+    return path.is_dir() and not is_weight_folder(path)
+
+
 def files_of(folder: Path) -> dict[str, str]:
     """The file of each tensor by its name.
 

@@ -232,7 +232,3 @@ class MaskedScales(NextScale):
     def bounds(self, inputs: MaskedScalesInputs) -> list[tuple[int, int]]:
         """(first row, row after the last) of each map."""
         return bounds_of(self.sides(inputs))
-
-    def sides(self, inputs: MaskedScalesInputs) -> tuple[int, ...]:
-        """Of the step's maps."""
-        return inputs.model.sides or self.tokenizer.space.sides

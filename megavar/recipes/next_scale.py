@@ -106,10 +106,15 @@ class NextScale(OneGenerator):
         total = per_token.sum()
         with torch.no_grad():
             hits = hit.float()
-            means = self._by_scale(inputs.model.sides or self.tokenizer.space.sides, per_token.detach(), hits)
+            means = self._by_scale(self.sides(inputs), per_token.detach(), hits)
         weighted = self.config.cross_entropy_weight * total
         losses = Losses(weighted, {"loss": total.detach(), "accuracy": hits.sum()}, means=means)
         return add_terms(losses, self.terms, output, inputs.terms, len(inputs.targets))
+
+    def sides(self, inputs: NextScaleInputs) -> tuple[int, ...]:
+        """Of the step's scales."""
+        sides: tuple[int, ...] = inputs.model.sides or self.tokenizer.space.sides
+        return sides
 
     def _by_scale(self, sides: tuple[int, ...], losses: Tensor, hits: Tensor) -> dict[str, tuple[Tensor, Count]]:
         """Loss and accuracy of each scale; ranks may have other scales, so those that are absent here are empty."""

@@ -207,4 +207,4 @@ class SAR(NextScale):
 
     def bounds(self, inputs: SARInputs) -> list[tuple[int, int]]:
         """(first row, row after the last) of each scale."""
-        return bounds_of(inputs.model.sides or self.tokenizer.space.sides)
+        return bounds_of(self.sides(inputs))

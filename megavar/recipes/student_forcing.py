@@ -98,7 +98,3 @@ class StudentForcing(NextScale):
         mixed[:, rows] = drawn
         model = replace(inputs.model, features=self.tokenizer.inputs(mixed, sides))
         return replace(inputs, model=model, mixed=mixed)
-
-    def sides(self, inputs: StudentInputs) -> tuple[int, ...]:
-        """Of the step's scales."""
-        return inputs.model.sides or self.tokenizer.space.sides

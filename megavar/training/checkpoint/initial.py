@@ -30,7 +30,7 @@ from megavar.training.checkpoint.state import (
 )
 from megavar.training.checkpoint.weights import find_checkpoint, module_of, read_weights, stored_key
 from megavar.weight_file import names_in_export
-from megavar.weight_folder import is_weight_folder
+from megavar.weight_folder import is_own_directory
 from megavar.weight_layout import Shape, differences
 
 ReadFile = Callable[[Path, Mapping[str, Shape], tuple[str, ...]], dict[str, Tensor]]
@@ -72,7 +72,7 @@ def begin(name: str, state: ModuleState, initial: InitialWeights, ranks: Ranks) 
     model = _whole_shapes(described, state, ranks)
     source, error = None, None
     try:
-        of_ours = initial.path.is_dir() and not is_weight_folder(initial.path)
+        of_ours = is_own_directory(initial.path)
         source = _open_checkpoint(initial, model, ranks) if of_ours else _open_file(initial, model)
     except CheckpointError as failure:
         error = failure
@@ -96,7 +96,7 @@ def read_whole(initial: InitialWeights, model: Mapping[str, Shape]) -> dict[str,
     Raises:
         CheckpointError: as :func:`begin`.
     """
-    if not initial.path.is_dir() or is_weight_folder(initial.path):
+    if not is_own_directory(initial.path):
         return _read_file(initial, model)
     path, _ = find_checkpoint(initial.path)
     tensors = read_weights(path, None, initial.ema, verify=False)

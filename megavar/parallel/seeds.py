@@ -98,6 +98,18 @@ def normal(seed: int, stream: str, *keys: int | Tensor) -> Tensor:
     return radius * angle.cos()
 
 
+def normal_tokens(seed: int, stream: str, epochs: Tensor, samples: Tensor, tokens: int, channels: int) -> Tensor:
+    """Standard normal vectors of samples' tokens, float32 [B, tokens, channels].
+
+    Args:
+        epochs: int64 [B].
+        samples: int64 [B], their numbers.
+    """
+    places, channel = torch.arange(tokens, device=samples.device), torch.arange(channels, device=samples.device)
+    keys = epochs[:, None, None], samples[:, None, None], places[:, None], channel
+    return normal(seed, stream, *keys).float()
+
+
 def lanes(bits: Tensor, first: int, count: int) -> Tensor:
     """Many 16-bit numbers from each 64 random bits: the splitmix64 sequence that starts there, four numbers a step.
 

@@ -65,7 +65,8 @@ class NextScaleFlow(OneGenerator):
         """Images (or cached latents) to the true tokens of all scales, inputs, noise, times and labels."""
         truths = self.truths(batch)
         features, data = self.features(truths), torch.cat(truths, 1)
-        times = seeds.uniform(self.seed, "times", *self._keys(batch, 1), torch.arange(len(truths))).float()
+        who = batch.epochs[:, None], batch.sample_ids[:, None]
+        times = seeds.uniform(self.seed, "times", *who, torch.arange(len(truths), device=data.device)).float()
         noise = self._normal("noise", batch, data.shape[1])
         by_token = torch.cat([times[:, [k], None].expand(-1, truth.shape[1], 1) for k, truth in enumerate(truths)], 1)
         noisy = flow_matching.interpolate(data, noise, by_token)
@@ -107,12 +108,8 @@ class NextScaleFlow(OneGenerator):
 
     def _normal(self, stream: str, batch: Batch, tokens: int) -> Tensor:
         """Standard normal [B, tokens, C]."""
-        places, channels = torch.arange(tokens)[:, None], torch.arange(self.tokenizer.space.channels)
-        return seeds.normal(self.seed, stream, *self._keys(batch, 2), places, channels).float()
-
-    def _keys(self, batch: Batch, dimensions: int) -> tuple[Tensor, Tensor]:
-        """What tells a sample's draws from those of others, with so many dimensions after B."""
-        return tuple(key[(..., *[None] * dimensions)] for key in (batch.epochs, batch.sample_ids))  # type: ignore
+        channels = self.tokenizer.space.channels
+        return seeds.normal_tokens(self.seed, stream, batch.epochs, batch.sample_ids, tokens, channels)
 
     def valid(self, batch: Batch, step: int) -> int:
         """Tokens of the last scale: the weights of all scales add up to more than one, as released."""

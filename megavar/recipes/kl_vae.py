@@ -75,9 +75,8 @@ class KLVAETraining(BaseRecipe):
     def prepare(self, batch: Batch, step: int) -> KLVAEInputs:
         """Images, and the noise of their posteriors."""
         space = self.space
-        keys = (batch.epochs[:, None, None], batch.sample_ids[:, None, None])
-        places, channels = torch.arange(space.length)[:, None], torch.arange(space.channels)
-        normal = seeds.normal(self.seed, "posterior", *keys, places, channels).float()
+        who = batch.epochs, batch.sample_ids
+        normal = seeds.normal_tokens(self.seed, "posterior", *who, space.length, space.channels)
         return KLVAEInputs(batch.require_images(), normal)
 
     def passes(self, module: str, step: int) -> Sequence[Pass]:

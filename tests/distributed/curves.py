@@ -1,6 +1,6 @@
 """Trains a small STMoE-VAR for some steps under a layout and returns its curve; used by the layout tests."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,10 @@ CLIPPING = 0.5
 LEARNING_RATE, WEIGHT_DECAY = 3e-3, 0.05
 CLASSES, VOCABULARY, CODE = 10, 64, 8
 SCALES = (1, 2, 3)
+
+
+RankBatches = Callable[[int, int, int, int], Sequence[Batch]]
+"""(step, data rank, data ranks, micro-batch size) -> this rank's micro-batches."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +185,37 @@ def bare_values(
     """Metrics of every step, from one process without an engine."""
     given = batches_of or (lambda step: list(batches(step, 0, 1, BATCH)))
     return bare_loop(recipe, "generator", given, steps, optimizer=optimizer())
+
+
+BuildKind = Callable[[Setup, topology.Topology, str], Recipe]
+"""(layout, mesh, kind) -> a recipe."""
+
+
+def engine_runs(
+    setup: Setup, kinds: Iterable[str], build_kind: BuildKind, batches_of: RankBatches, steps: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Runs on every rank: metrics of every step, for each kind of recipe."""
+    mesh = topology.initialize(ParallelConfig(**setup.parallel), environment())
+    size, result = setup.micro_batch_size or BATCH // mesh.data, {}
+    for kind in kinds:
+        loop = engine_loop(
+            setup, build_kind(setup, mesh, kind), mesh,
+            lambda step: batches_of(step, mesh.data_rank, mesh.data, size),
+        )  # fmt: skip
+        result[kind] = [loop.step(step) for step in range(steps)]
+        loop.engines["generator"].destroy()
+    return result
+
+
+def bare_runs(
+    setup: Setup, kinds: Iterable[str], build_kind: BuildKind, batches_of: RankBatches, steps: int
+) -> dict[str, list[dict[str, Any]]]:
+    """The reference for :func:`engine_runs`: one process, no engine."""
+    mesh = topology.initialize(ParallelConfig(), environment())
+    return {
+        kind: bare_values(build_kind(setup, mesh, kind), steps, lambda step: batches_of(step, 0, 1, BATCH))
+        for kind in kinds
+    }
 
 
 def engine_curve(setup: Setup) -> Curve:

@@ -9,13 +9,11 @@ from torch import Tensor
 
 from megavar.config.experts.base import ExpertsChoice
 from megavar.config.generators.flowar import FlowARConfig
-from megavar.config.parallel import ParallelConfig
 from megavar.config.recipes.flowar import FlowARRecipeConfig
 from megavar.config.token_space import TokenSpace
 from megavar.generators.base import Stage
 from megavar.generators.flowar import FlowAR
 from megavar.parallel import seeds, topology
-from megavar.parallel.environment import environment
 from megavar.recipes.flowar import NextScaleFlow
 from tests.distributed import curves
 from tests.distributed.curves import Setup
@@ -90,22 +88,9 @@ def batches(step: int, data_rank: int, data_size: int, micro_batch_size: int) ->
 
 def engine_values(setup: Setup) -> dict[str, list[dict[str, Any]]]:
     """Runs on every rank: metrics of every step, for each kind."""
-    mesh = topology.initialize(ParallelConfig(**setup.parallel), environment())
-    size = setup.micro_batch_size or curves.BATCH // mesh.data
-    result = {}
-    for kind in KINDS:
-        loop = curves.engine_loop(
-            setup, build(setup, mesh, kind), mesh, lambda step: batches(step, mesh.data_rank, mesh.data, size)
-        )
-        result[kind] = [loop.step(step) for step in range(STEPS)]
-        loop.engines["generator"].destroy()
-    return result
+    return curves.engine_runs(setup, KINDS, build, batches, STEPS)
 
 
 def bare_values(setup: Setup) -> dict[str, list[dict[str, Any]]]:
     """The reference: one process, no engine."""
-    mesh = topology.initialize(ParallelConfig(), environment())
-    return {
-        kind: curves.bare_values(build(setup, mesh, kind), STEPS, lambda step: batches(step, 0, 1, curves.BATCH))
-        for kind in KINDS
-    }
+    return curves.bare_runs(setup, KINDS, build, batches, STEPS)

@@ -39,9 +39,9 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 """What each run changes in the defaults of naive student forcing."""
 
 
-def tokenizer() -> LlamaGenVQ:
+def tokenizer(scales: tuple[int, ...] = (1, 2, 3, LAST)) -> LlamaGenVQ:
     config = LlamaGenVQConfig(
-        scales=(1, 2, 3, LAST), vocabulary_size=curves.VOCABULARY, code_dimension=curves.CODE, latent_channels=8,
+        scales=scales, vocabulary_size=curves.VOCABULARY, code_dimension=curves.CODE, latent_channels=8,
         base_channels=8, channel_multipliers=(1,), norm_groups=4,
     )  # fmt: skip
     model = LlamaGenVQ(config)
@@ -86,25 +86,12 @@ def batches(step: int, data_rank: int, data_size: int, micro_batch_size: int) ->
 
 def engine_values(setup: Setup) -> dict[str, list[dict[str, Any]]]:
     """Runs on every rank: metrics of every step, for each kind."""
-    mesh = topology.initialize(ParallelConfig(**setup.parallel), environment())
-    size = setup.micro_batch_size or curves.BATCH // mesh.data
-    result = {}
-    for kind in [*KINDS, *SCHEDULES]:
-        loop = curves.engine_loop(
-            setup, build(setup, mesh, kind), mesh, lambda step: batches(step, mesh.data_rank, mesh.data, size)
-        )
-        result[kind] = [loop.step(step) for step in range(STEPS)]
-        loop.engines["generator"].destroy()
-    return result
+    return curves.engine_runs(setup, [*KINDS, *SCHEDULES], build, batches, STEPS)
 
 
 def bare_values(setup: Setup) -> dict[str, list[dict[str, Any]]]:
     """The reference: one process, no engine."""
-    mesh = topology.initialize(ParallelConfig(), environment())
-    return {
-        kind: curves.bare_values(build(setup, mesh, kind), STEPS, lambda step: batches(step, 0, 1, curves.BATCH))
-        for kind in [*KINDS, *SCHEDULES]
-    }
+    return curves.bare_runs(setup, [*KINDS, *SCHEDULES], build, batches, STEPS)
 
 
 def drawn_ids(setup: Setup) -> torch.Tensor:

@@ -11,16 +11,10 @@ import torch
 
 from megavar.config.experts.base import ExpertsChoice
 from megavar.config.generators.scalear import ScaleARConfig
-from megavar.config.parallel import ParallelConfig
 from megavar.config.recipes.masked_scales import MaskedScalesConfig
-from megavar.config.tokenizers.llamagen_vq import LlamaGenVQConfig
 from megavar.generators.base import Stage
 from megavar.generators.scalear import ScaleAR
-from megavar.parallel import topology
-from megavar.parallel.environment import environment
-from megavar.parallel.logical import initialize_parameters
 from megavar.recipes.masked_scales import MaskedScales
-from megavar.tokenizers.llamagen_vq import LlamaGenVQ
 from tests.distributed import curves, refined
 from tests.distributed.curves import Setup
 from tests.distributed.harness import run_ranks
@@ -42,18 +36,8 @@ LAYOUTS = [
 ]
 
 
-def tokenizer():
-    config = LlamaGenVQConfig(
-        scales=(2, 3, 4, refined.LAST), vocabulary_size=curves.VOCABULARY, code_dimension=curves.CODE,
-        latent_channels=8, base_channels=8, channel_multipliers=(1,), norm_groups=4,
-    )  # fmt: skip
-    model = LlamaGenVQ(config)
-    initialize_parameters(model, lambda name, value, generator: value.normal_(generator=generator), seed=3)
-    return model.requires_grad_(False)
-
-
 def build(setup, mesh, schedule):
-    frozen = tokenizer()
+    frozen = refined.tokenizer((2, 3, 4, refined.LAST))
     config = ScaleARConfig(
         depth=4, width=32, heads=4, classes=curves.CLASSES, drop_path=0.2, label_drop=0.2, initial_gamma=0.3,
         initial_head=1.0, position_side=8, history="causal" if schedule == "interleave" else "none",
@@ -67,26 +51,11 @@ def build(setup, mesh, schedule):
 
 def engine_values(setup):
     """Runs on every rank."""
-    mesh = topology.initialize(ParallelConfig(**setup.parallel), environment())
-    size, result = setup.micro_batch_size or curves.BATCH // mesh.data, {}
-    for schedule in SCHEDULES:
-        loop = curves.engine_loop(
-            setup, build(setup, mesh, schedule), mesh,
-            lambda step: refined.batches(step, mesh.data_rank, mesh.data, size),
-        )  # fmt: skip
-        result[schedule] = [loop.step(step) for step in range(STEPS)]
-        loop.engines["generator"].destroy()
-    return result
+    return curves.engine_runs(setup, SCHEDULES, build, refined.batches, STEPS)
 
 
 def bare_values(setup):
-    mesh = topology.initialize(ParallelConfig(), environment())
-    return {
-        schedule: curves.bare_values(
-            build(setup, mesh, schedule), STEPS, lambda step: refined.batches(step, 0, 1, curves.BATCH)
-        )
-        for schedule in SCHEDULES
-    }
+    return curves.bare_runs(setup, SCHEDULES, build, refined.batches, STEPS)
 
 
 @functools.cache

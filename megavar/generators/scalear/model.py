@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from megavar.config.generators.scalear import ScaleARConfig
 from megavar.config.token_space import TokenSpace
-from megavar.generators.base import Embedded, TokenSequence
+from megavar.generators.base import TokenSequence
 from megavar.generators.flexvar.model import Embedding as FlexVAREmbedding
 from megavar.generators.flexvar.model import sines
 from megavar.generators.inputs import ScaleInputs
@@ -49,12 +49,12 @@ class Embedding(FlexVAREmbedding):
         else:
             self.first_position = nn.Parameter(torch.empty(space.sides[0] ** 2, width, dtype=dtype))
 
-    def forward(self, inputs: ScaleARInputs, sides: tuple[int, ...]) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, inputs: ScaleARInputs, maps: dict[int, int]) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Hidden states [B, rows, C] and condition [B, C]."""
         condition = self.classes(inputs.labels)
         assert inputs.features is not None
         hidden = self.features(inputs.features.to(condition.dtype))
-        positions = [self.places(side) for side in sides]
+        positions = [self.places(side) for side in maps.values()]
         if inputs.masked is not None:
             first = inputs.masked.shape[1]
             shown = torch.where(inputs.masked[..., None], self.mask, hidden[:, :first])
@@ -109,14 +109,6 @@ class ScaleAR(ScaleTransformer):
         for number in later:
             seen.append((*own_class, *(later[: later.index(number) + 1] if history else (number,))))
         return tuple(seen)
-
-    def embed(self, inputs: ScaleARInputs) -> Embedded:  # type: ignore[override]
-        """Class, mask tokens and projected features, with positions; the class conditions everything."""
-        hidden, condition = self.embedding(inputs, inputs.sides or self.space.sides)
-        conditions = {"image": condition[:, None]}
-        if self.shared_modulation is not None:
-            conditions["shared"] = self.shared_modulation(condition)
-        return Embedded(hidden, conditions)
 
     def predict(  # type: ignore[override]
         self, hidden: Tensor, conditions: Mapping[str, Tensor], inputs: ScaleARInputs

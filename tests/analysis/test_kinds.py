@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 
-from megavar.analysis.kinds.convergence import Curve, smoothed, speed_up
+from megavar.analysis.kinds.convergence import Curve, smoothed, speed_up, together
 from megavar.analysis.kinds.expert_load import load_metrics, normalized
 from megavar.analysis.kinds.routing_maps import as_map, map_metrics
 from megavar.analysis.kinds.scale_features import linear_cka, separation
+from megavar.analysis.kinds.teacher_probe import accuracies
 
 SMOE = (11.35, 5.61, 9.13, 5.18, 5.71, 9.23, 11.32, 6.46)
 STMOE = (7.92, 7.64, 11.56, 6.91, 6.44, 7.54, 8.31, 7.67)
@@ -71,3 +72,26 @@ def test_speed_up():
     assert smoothed(slow.values)[-1] == pytest.approx(2)  # the mean of the last five
     assert speed_up(fast, slow) == pytest.approx(2, abs=0.05)
     assert math.isinf(speed_up(slow, fast))
+
+
+def test_runs_of_a_name_are_their_mean_with_its_standard_error():
+    one, two = (Curve(np.array(steps), np.array(steps) / 10, np.array(values)) for steps, values in
+                (([10, 20, 30], [9.0, 5, 4]), ([20, 30, 40], [7.0, 8, 1])))  # fmt: skip
+    mean = together([one, two])
+    assert mean.steps.tolist() == [20, 30] and mean.epochs.tolist() == [2, 3] and mean.values.tolist() == [6, 6]
+    assert mean.errors == pytest.approx([1, 2])  # half the difference of two values
+    assert together([one]) is one
+
+
+def test_probes_find_classes_where_there_are_any():
+    """Nearest neighbours by direction, whatever the length; a linear probe also where directions say nothing."""
+    random = np.random.default_rng(0)
+    labels = np.arange(300) % 3
+    directions = random.uniform(0.1, 10, (300, 1)) * (np.eye(3)[labels] + 0.1 * random.normal(size=(300, 3)))
+    features = np.concatenate([directions, directions], 1)
+    assert accuracies(features[:200], labels[:200], features[200:], labels[200:], 20)["knn"] == 1
+    along = 5 * labels[:, None] + random.normal(size=(300, 1)) + 100 + 40 * np.eye(2)[random.integers(2, size=300)]
+    found = accuracies(along[:200], labels[:200] == 2, along[200:], labels[200:] == 2, 20)
+    assert found["probe"] > 0.95 > 0.8 > found["knn"]
+    nothing = accuracies(features[:200], random.permutation(labels[:200]), features[200:], labels[200:], 20)
+    assert max(nothing.values()) < 0.6

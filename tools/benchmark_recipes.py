@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="benchmark_recipes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("words", nargs="+", metavar="CONFIG|key=value", help="configurations, and overrides of them all")
+    parser.add_argument("words", nargs="+", metavar="CONFIG|key=value", help="files, and overrides of them all")
     parser.add_argument("--batch", type=int, default=4, help="images of the micro-batch (default: 4)")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each (default: 5)")
     options = parser.parse_intermixed_args(arguments)

@@ -104,7 +104,7 @@ def test_the_second_pass_is_its_definition(kind):
 @pytest.mark.usefixtures("single_process")
 @pytest.mark.parametrize("kind", ["released", "Eq. 10"])
 def test_on_residual_scales_it_is_its_definition(kind):
-    """VAR: what a scale is predicted from is the true map up to two scales before it and the residual drawn before it."""
+    """VAR: a scale is predicted from the true map up to two scales before it, and the residual drawn before it."""
     mesh = topology.initialize(ParallelConfig(), environment())
     base = curves.build(Setup(dense=True), mesh)
     config = SARConfig(tokenizer_weights="unused", student_weight=0.5, **refined.KINDS[kind])
@@ -131,12 +131,13 @@ def test_on_residual_scales_it_is_its_definition(kind):
 
     known, accumulated = [], torch.zeros(())
     for k in range(1, len(sides)):
-        known.append(F.interpolate(accumulated + added(drawn[k - 1], k - 1), (sides[k],) * 2, mode="area").flatten(2).mT)
+        seen = F.interpolate(accumulated + added(drawn[k - 1], k - 1), (sides[k],) * 2, mode="area")
+        known.append(seen.flatten(2).mT)
         accumulated = accumulated + added(true[k - 1], k - 1)
     labels, keys = inputs.student_labels, inputs.student_keys
     if kind == "released":
-        seen = ScaleInputs(labels, known[-1], keys, only=(0, len(sides) - 1), start_position=False)
-        student, target = recipe.generator(seen).prediction[:, 1:], drawn[-1]
+        alone = ScaleInputs(labels, known[-1], keys, only=(0, len(sides) - 1), start_position=False)
+        student, target = recipe.generator(alone).prediction[:, 1:], drawn[-1]
     else:
         student = recipe.generator(ScaleInputs(labels, torch.cat(known, 1), keys)).prediction[:, sizes[0] :]
         target = torch.cat(logits[1:], 1).softmax(-1).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Recipes of several passes as whole runs: experts, FlexVAR, SAR and guidance from one file; death between two passes."""
+"""Recipes of several passes as whole runs: experts, FlexVAR, SAR, guidance from one file; death between two passes."""
 
 import json
 import os
@@ -67,7 +67,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 def combined(tmp_path_factory: pytest.TempPathFactory, tokenizer: str) -> tuple[Path, tuple[str, ...]]:
     """A finished run of the file, and what it was given."""
     folder = tmp_path_factory.mktemp("combined")
-    run("configs/demo/teacher.yaml", "train.steps=1", "train.checkpoint.interval=1", f"run.directory={folder / 'teacher'}")
+    short = ("train.steps=1", "train.checkpoint.interval=1", f"run.directory={folder / 'teacher'}")
+    run("configs/demo/teacher.yaml", *short)
     (term,) = load_config(COMBINED).recipe.model_dump(mode="json")["terms"]
     term["teacher"]["weights"] = str(folder / "teacher")
     given = (*SMALL, tokenizer, f"recipe.terms={json.dumps([term])}")

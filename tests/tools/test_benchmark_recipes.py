@@ -12,7 +12,7 @@ def test_storages_are_counted_once_and_while_they_are_kept():
     memory = KeptMemory(iter([weight]))
     for rows in (16, 4):
         with memory.watch():
-            hidden = (torch.randn(rows, 8) @ weight).exp()  # keeps the input of the product, and the result of exp twice
+            hidden = (torch.randn(rows, 8) @ weight).exp()  # keeps the product's input, and the result of exp twice
             loss = (hidden * hidden).sum()
         assert memory.now == 2 * rows * 8 * 4
         loss.backward()

@@ -75,6 +75,9 @@ class DemoConfig(Section):
     which takes no part in the verdict."""
     metrics: dict[str, MetricConfig] = Field({})
     """What is compared at this size, each with a verdict."""
+    analyses: tuple[str, ...] = ()
+    """Made of every run when it is trained, as words of ``megavar analyze`` without the run: ``KIND
+    analysis.KEY=VALUE``. Metrics name what they find as ``KIND/NAME``."""
     expected: tuple[str, ...] = ()
     """The ordering to test, its best first. Default: the paper's, by the table's headline metric. Given where the rows
     here stand for others (teachers that cannot be loaded)."""

@@ -48,6 +48,11 @@ class GeneratorChoice(Choice):
         return 0.0
 
     @property
+    def reads_codebook(self) -> bool:
+        """Whether the generator holds the tokenizer's code vectors; assembly hands them to it where it is trained."""
+        return False
+
+    @property
     def condition(self) -> Literal["class", "text", "none"]:
         """What images are asked for by; suites that ask for something else are refused."""
         return "none" if self.class_count is None else "class"

@@ -147,8 +147,8 @@ def build_generator(
     return chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
 
 
-def code_vectors(tokenizer: Any) -> Tensor:
-    """The vectors of all tokens, float32 [V, D].
+def code_vectors(tokenizer: Tokenizer, device: torch.device) -> Tensor:
+    """The vectors of all tokens of a tokenizer on ``device``, float32 [V, D].
 
     Raises:
         ConfigError: its tokens are vectors without a codebook.
@@ -160,8 +160,7 @@ def code_vectors(tokenizer: Any) -> Tensor:
             f"tokenizer ({tokenizer.space.kind}) are vectors without one. Remove the key, or choose a tokenizer with a "
             f"codebook."
         )
-    vectors: Tensor = tokenizer.embed(torch.arange(vocabulary, device=next(tokenizer.parameters()).device))
-    return vectors.detach().float()
+    return tokenizer.embed(torch.arange(vocabulary, device=device)).detach().float()
 
 
 def build_sampler(
@@ -298,7 +297,7 @@ class Assembly:
         zero, dtype = load_deepspeed_json(Path(self.config.deepspeed)), PARAMETER_TYPES[self.config.train.precision]
         shard = sharding(zero, dtype, self.topology, experts)
         options |= {} if shard is None else {"shard": shard}
-        options |= {"codebook": code_vectors(self._tokenizer)} if section.reads_codebook else {}
+        options |= {"codebook": code_vectors(self._tokenizer, self.device)} if section.reads_codebook else {}
         model = build_generator(self.config, self.topology, device=self.device, **options)
         if self.config.train.compile == "blocks":
             compile_blocks(model, self.config.train.compile_backend, self.device)

@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> ExitCode:
 
 
 def look(config: Config, words: Sequence[str], place: Environment) -> None:
-    """An analysis of one run, as ``megavar analyze KIND RUN analysis.KEY=VALUE ...`` makes it; ``words`` but the run."""
+    """An analysis of one run; ``words`` are those of ``megavar analyze`` without it: KIND analysis.KEY=VALUE ..."""
     kind, *own = words
     choice = _choice(kind, [word.removeprefix(PREFIX) for word in own])
     topology.initialize(ParallelConfig(), place)

@@ -21,8 +21,10 @@ class Generalization(Analysis[GeneralizationAnalysis]):
     def look(self, runs: Sequence[Subject]) -> Report:
         """Predict all tokens four times."""
         values = {run.name: self._measure(run) for run in runs}
-        lines = [f"{name}: correct tokens " + ", ".join(f"{key.replace('_', ' and ')} {found[key]:.4f}" for key in SHOWN)
-                 for name, found in values.items()]  # fmt: skip
+        lines = []
+        for name, found in values.items():
+            words = ", ".join(f"{key.replace('_', ' and ')} {found[key]:.4f}" for key in SHOWN)
+            lines.append(f"{name}: correct tokens {words}")
         return Report(values[runs[0].name], values, {}, {"": _draw(values)}, "\n".join(lines))
 
     def _measure(self, run: Subject) -> dict[str, float]:

@@ -18,6 +18,8 @@ class RARConfig(RasterTransformerConfig):
     implementation: ClassVar[str] = "megavar.generators.rar:RAR"
     weight_layouts: ClassVar[Mapping[str, str]] = {"rar": "megavar.generators.rar.published:RARLayout"}
 
+    any_order: ClassVar[bool] = True
+
     name: Literal["rar"] = "rar"
     feed_forward: int | None = Field(None, ge=1)
     """Hidden size of the feed-forward network. Default: 4 C."""

@@ -100,8 +100,8 @@ class Head(nn.Module):
         self.modulation = ModulationNetwork(config, 2)
         self.to_codes = None if channels is None else nn.Linear(width, channels, bias=False, dtype=dtype)
         self.projection = ColumnParallelLinear(
-            channels or width, vocabulary, config=config, init_method=lambda weight: weight, bias=True
-        )
+            channels or width, vocabulary, config=config, init_method=lambda weight: weight, bias=channels is None
+        )  # with a frozen weight, Megatron-core's bias would get no gradient
 
     def forward(self, hidden: Tensor, condition: Tensor) -> Tensor:
         """[rows, B, C] twice -> float32 [rows, B, V / tensor-parallel size]."""

@@ -49,6 +49,8 @@ class RowConfig(Section):
     """Whether our count agrees with them to the printed digit; where not, a note says why."""
     paper_says: dict[str, str] = Field({})
     """What else the paper states of the row (epochs, steps, hours), in its words."""
+    paper_cost: str | None = None
+    """What the paper states of the cost of training, in its words; shown beside our prediction."""
     notes: tuple[str, ...] = ()
     """What a reader must know of this row."""
 
@@ -77,6 +79,9 @@ class DemoConfig(Section):
     """Name of the first row, if all others begin with its weights, of the same seed, and a fresh optimizer."""
     metrics: dict[str, MetricConfig] = Field({})
     """What is compared at this size, each with a verdict."""
+    analyses: tuple[str, ...] = ()
+    """Made of every run when it is trained, as words of ``megavar analyze`` without the run: ``KIND
+    analysis.KEY=VALUE``. Metrics name what they find as ``KIND/NAME``."""
     expected: tuple[str, ...] = ()
     """The ordering to test, its best first. Default: the paper's, by the table's headline metric. Given where the rows
     here stand for others (teachers that cannot be loaded)."""

@@ -90,8 +90,8 @@ def test_probes_find_classes_where_there_are_any():
     directions = random.uniform(0.1, 10, (300, 1)) * (np.eye(3)[labels] + 0.1 * random.normal(size=(300, 3)))
     features = np.concatenate([directions, directions], 1)
     assert accuracies(features[:200], labels[:200], features[200:], labels[200:], 20)["knn"] == 1
-    along = 5 * labels[:, None] + random.normal(size=(300, 1)) + 100 + 40 * np.eye(2)[random.integers(2, size=300)]
-    found = accuracies(along[:200], labels[:200] == 2, along[200:], labels[200:] == 2, 20)
+    lengths = (10 + 5 * (labels == 2) + random.normal(size=300))[:, None] * (1 + 1e-3 * random.normal(size=(300, 3)))
+    found = accuracies(lengths[:200], labels[:200] == 2, lengths[200:], labels[200:] == 2, 20)
     assert found["probe"] > 0.95 > 0.8 > found["knn"]
     nothing = accuracies(features[:200], random.permutation(labels[:200]), features[200:], labels[200:], 20)
     assert max(nothing.values()) < 0.6

@@ -105,7 +105,7 @@ def test_what_a_teacher_knows_is_measured(
     values = json.loads((tmp_path / "teacher_probe.json").read_text())["values"]
     assert (values["train_images"], values["test_images"], values["classes"]) == (300, 200, 10)
     assert values["pixels"]["knn"] > 0.8 and values["own"] != values["random weights"]
-    assert 0.15 < min(values["own"].values()) and max(values["own"].values()) < 0.9
+    assert min(values["own"].values()) > 0.15
     assert (tmp_path / "teacher_probe.png").exists()
     assert main(["analyze", "teacher_probe", "configs/quickstart.yaml", *few]) == ExitCode.CONFIGURATION
     assert "neither distils a teacher" in capsys.readouterr().err

@@ -56,8 +56,8 @@ class TeacherProbe(Analysis[TeacherProbeAnalysis]):
             values[name] = accuracies(known, labels, asked, wanted, self.choice.neighbours)
         lines = [f"{name}: {found['knn']:.3f} by {self.choice.neighbours} neighbours, {found['probe']:.3f} by a linear "
                  f"probe" for name, found in values.items()]  # fmt: skip
-        counts = {"train_images": len(images["train"][1]), "test_images": len(images["test"][1]), "classes": classes}
-        lines.append(f"{counts['test_images']} test images, {counts['train_images']} training images, {classes} classes")
+        counts = {f"{split}_images": len(labels) for split, (_, labels) in images.items()} | {"classes": classes}
+        lines.append("; ".join(f"{name.replace('_', ' ')}: {number}" for name, number in counts.items()))
         report = Report(next(iter(values.values())), values | counts, {}, {"": _draw(values, classes)})
         return replace(report, text="\n".join(lines))
 

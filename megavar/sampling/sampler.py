@@ -1,16 +1,19 @@
 """From sample indices to tokens and images, for any generator, tokenizer and procedure."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from megavar.conditions import Conditions
+from megavar.conditions import Condition, Conditions
 from megavar.config.procedures.base import SamplingChoice
 from megavar.data.pixels import Rounding, quantize
 from megavar.errors import CheckpointError
 from megavar.sampling.base import Procedure
+from megavar.sampling.graph import RepeatedDrawing, record_on_cuda
 from megavar.sampling.noise import Noise
 from megavar.tokenizers.base import Tokenizer
 
@@ -73,7 +76,11 @@ class Sampler:
         settings: SamplingChoice,
         device: torch.device,
     ) -> None:
-        """Draw with ``procedure``; of ``settings``, only seed and rounding matter here."""
+        """Draw with ``procedure``; of ``settings``, only seed, rounding and ``cuda_graph`` matter here.
+
+        Raises:
+            ConfigError: ``cuda_graph`` with experts of which no graph can be recorded.
+        """
         self.generator = generator
         self.tokenizer = tokenizer
         self.procedure = procedure
@@ -81,6 +88,9 @@ class Sampler:
         self.seed = settings.seed
         self.device = device
         self.decoder = TokenDecoder(tokenizer, device, settings.rounding)
+        self._tokens: Callable[[Condition, Noise], Tensor] = functools.partial(procedure.draw, generator, tokenizer)
+        if settings.cuda_graph and device.type == "cuda":
+            self._tokens = RepeatedDrawing(generator, self._tokens, record_on_cuda)
 
     @torch.no_grad()
     def draw(self, indices: Tensor) -> Drawn:
@@ -89,7 +99,7 @@ class Sampler:
         self.generator.eval()
         indices = indices.to(self.device)
         condition = self.conditions.at(indices)
-        drawn = self.procedure.draw(self.generator, self.tokenizer, condition, Noise(self.seed, indices))
+        drawn = self._tokens(condition, Noise(self.seed, indices))
         self.generator.train(training)
         tokens = drawn.cpu().numpy().astype(self.tokenizer.space.stored_type)
         # From what is stored, not from what decoding accumulated: chunks give the same bits later.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from megavar.conditions import Condition, Conditions
 from megavar.config.procedures.base import SamplingChoice
 from megavar.data.pixels import Rounding, quantize
+from megavar.data.text import TextEncoder
 from megavar.errors import CheckpointError
 from megavar.sampling.base import Procedure
 from megavar.sampling.graph import RepeatedDrawing, record_on_cuda
@@ -75,8 +76,12 @@ class Sampler:
         conditions: Conditions,
         settings: SamplingChoice,
         device: torch.device,
+        text: TextEncoder | None = None,
     ) -> None:
         """Draw with ``procedure``; of ``settings``, only seed, rounding and ``cuda_graph`` matter here.
+
+        Args:
+            text: encodes captions.
 
         Raises:
             ConfigError: ``cuda_graph`` with experts of which no graph can be recorded.
@@ -85,6 +90,7 @@ class Sampler:
         self.tokenizer = tokenizer
         self.procedure = procedure
         self.conditions = conditions
+        self.text = text
         self.seed = settings.seed
         self.device = device
         self.decoder = TokenDecoder(tokenizer, device, settings.rounding)
@@ -99,6 +105,7 @@ class Sampler:
         self.generator.eval()
         indices = indices.to(self.device)
         condition = self.conditions.at(indices)
+        condition = condition if self.text is None else condition.encoded(self.text)
         drawn = self._tokens(condition, Noise(self.seed, indices))
         self.generator.train(training)
         tokens = drawn.cpu().numpy().astype(self.tokenizer.space.stored_type)

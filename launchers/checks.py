@@ -104,7 +104,7 @@ def data(config: Config, world_size: int) -> str:
 
 def weights(config: Config, run_directory: Path) -> str:
     """Frozen weights exist, or a run that is required will make them; so do those that a new run begins with."""
-    wanted = config.recipe.frozen_weights()
+    wanted = config.frozen_weights
     if config.initial_weights is not None and not manifests_in(run_directory):
         wanted["initial weights"] = config.initial_weights.path
     coming = [Path(load_config(required).run.path).absolute() for required in config.run.requires]

@@ -21,8 +21,10 @@ from megavar.config.root import Config
 from megavar.config.teachers.base import TeacherChoice
 from megavar.config.token_space import TokenSpace
 from megavar.config.tokenizers.base import TokenizerChoice
+from megavar.data.build import build_text
 from megavar.data.caches import CachedSamples, weights_sha256
 from megavar.data.source import Source
+from megavar.data.text import TextEncoder
 from megavar.errors import CheckpointError, ConfigError
 from megavar.generators.base import Stage
 from megavar.parallel.sharded import sharding
@@ -155,7 +157,7 @@ def build_sampler(
     if experts is not None:
         experts.check_decoding()
     procedure = resolve(config.sampling)(config.sampling)
-    return Sampler(generator, tokenizer, procedure, conditions, config.sampling, device)
+    return Sampler(generator, tokenizer, procedure, conditions, config.sampling, device, build_text(config.data))
 
 
 def check_consistency(config: Config, source: Source) -> None:
@@ -285,6 +287,20 @@ class Assembly:
         if self.config.train.compile == "blocks":
             compile_blocks(model, self.config.train.compile_backend, self.device)
         return model
+
+    def text(self) -> TextEncoder:
+        """What makes token ids of captions.
+
+        Raises:
+            ConfigError: ``data.text`` is not set.
+        """
+        encoder = build_text(self.config.data)
+        if encoder is None:
+            raise ConfigError(
+                f"The recipe {self.config.recipe.name!r} reads captions, but data.text is not set. Add a section "
+                f"`text:` to data, with the tokenizer of the language model."
+            )
+        return encoder
 
     def terms(self) -> list[Any]:
         """The losses that the recipe section adds to the recipe's own: :class:`megavar.recipes.terms.base.Term`."""

@@ -17,6 +17,9 @@ from megavar.config.recipes.base import RecipeChoice
 from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.config.train import InitialWeightsConfig, TrainConfig
 
+TEXT_TOKENIZER = "text_tokenizer"
+"""Name of the text tokenizer among what a run uses and does not train."""
+
 
 class RunConfig(Section):
     """The run's name and place."""
@@ -76,6 +79,12 @@ class Config(Section):
         """Weights with which the run begins, whichever key says so; None: random ones."""
         path = self.recipe.initial_weights_path()
         return self.train.initial_weights if path is None else InitialWeightsConfig(path=path)
+
+    @property
+    def frozen_weights(self) -> dict[str, str]:
+        """Paths of what is used and not trained, by what it is: the recipe's networks, and the text tokenizer."""
+        text = None if self.data.text is None else self.data.text.tokenizer
+        return self.recipe.frozen_weights() | ({} if text is None else {TEXT_TOKENIZER: text})
 
     @model_validator(mode="after")
     def _warm_up_ends(self) -> "Config":

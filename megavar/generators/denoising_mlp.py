@@ -123,8 +123,9 @@ class DenoisingMLP(nn.Module):
 
 
 def _layers(width: int, trunk: TransformerConfig) -> TransformerConfig:
-    parallel = ParallelConfig(tensor=trunk.tensor_model_parallel_size)
-    return transformer_config(parallel, trunk.params_dtype, depth=1, width=width, heads=1, feed_forward=width)
+    ranks = trunk.tensor_model_parallel_size  # no heads here, but Megatron-core shares them
+    parallel = ParallelConfig(tensor=ranks)
+    return transformer_config(parallel, trunk.params_dtype, depth=1, width=width, heads=ranks, feed_forward=width)
 
 
 def initial_value(name: str, value: Tensor, generator: torch.Generator) -> None:
@@ -163,5 +164,5 @@ def published_name(name: str, sizes: DenoisingMLPConfig) -> str | None:
     stack, number, part = (*layer.split(".", 2), "", "")[:3]
     if part not in _PARTS:
         return None
-    stacks = {"blocks": "res_blocks"} if sizes.decoder_width is None else {"blocks": "enc_blocks", "decoder": "dec_blocks"}
+    stacks = {"blocks": "res_blocks" if sizes.decoder_width is None else "enc_blocks", "decoder": "dec_blocks"}
     return f"{stacks[stack]}.{number}.{_PARTS[part]}.{kind}"

@@ -11,7 +11,7 @@ loss  = mean over latents of mean (v - (e - z))^2         Eq. 8;  + balance loss
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -19,10 +19,12 @@ from torch import Tensor
 from megavar import flow_matching
 from megavar.config.recipes.vgt import VGTConfig
 from megavar.data.batch import Batch
+from megavar.data.text import Text, TextEncoder
+from megavar.errors import ConfigError
 from megavar.generators.base import GeneratorOutput
 from megavar.generators.inputs import QueryInputs
 from megavar.parallel import seeds
-from megavar.recipes.base import Losses, Pass
+from megavar.recipes.base import Losses, Parts, Pass, chunks_of
 from megavar.recipes.one_generator import OneGenerator
 from megavar.recipes.terms.base import add_terms, prepare_terms
 from megavar.tokenizers.base import Continuous
@@ -77,10 +79,28 @@ class QueryFlow(OneGenerator):
 
     config: VGTConfig
     tokenizer: Continuous
-    empty: tuple[Tensor, Tensor]
-    """Ids int64 [1, T] and mask bool [1, T] of the request without caption."""
-    start: tuple[int, ...]
-    """Ids of what begins an image."""
+    empty: Text
+    """The request without caption, [1, T]."""
+
+    @classmethod
+    def build(cls, parts: Parts) -> Self:
+        """See :meth:`Recipe.build`.
+
+        Raises:
+            ConfigError: text and generator do not fit.
+        """
+        encoder, choice = parts.text(), parts.config.generator
+        assert choice is not None
+        _check_text(encoder, choice)
+        recipe = super().build(parts)
+        recipe.empty = encoder.empty
+        return recipe
+
+    @property
+    def start(self) -> tuple[int, ...]:
+        """Ids of what begins an image."""
+        start: tuple[int, ...] = chunks_of(self.generator)[0].choice.image_start  # type: ignore[union-attr]
+        return start
 
     @torch.no_grad()
     def prepare(self, batch: Batch, step: int) -> QueryFlowInputs:
@@ -101,7 +121,7 @@ class QueryFlow(OneGenerator):
         """Ids int64 [B, T] and mask bool [B, T], without caption for a share of the samples."""
         assert batch.text_ids is not None and batch.text_mask is not None
         drop = seeds.uniform(self.seed, "label_drop", batch.epochs, batch.sample_ids) < self.label_drop
-        ids, mask = (part.to(drop.device) for part in self.empty)
+        ids, mask = self.empty.ids.to(drop.device), self.empty.mask.to(drop.device)
         return torch.where(drop[:, None], ids, batch.text_ids), torch.where(drop[:, None], mask, batch.text_mask)
 
     def tokens(self, batch: Batch) -> Tensor:
@@ -158,3 +178,17 @@ class QueryFlow(OneGenerator):
 def _picked(values: Tensor, order: Tensor) -> Tensor:
     """Rows of [B, N, C] in the order of [B, N]."""
     return values.gather(1, order[..., None].expand(-1, -1, values.shape[-1]))
+
+
+def _check_text(encoder: TextEncoder, choice: Any) -> None:
+    """Compare the text's section with the generator's."""
+    length, vocabulary = encoder.config.length, choice.language_model.vocabulary
+    if length != choice.text_length:
+        raise ConfigError(
+            f"data.text.length={length}, but generator.text_length={choice.text_length}: give both the same number."
+        )
+    if encoder.size > vocabulary:
+        raise ConfigError(
+            f"The text tokenizer has {encoder.size} tokens, but generator.language_model.vocabulary={vocabulary}. Name "
+            f"the language model's own tokenizer in data.text.tokenizer, or set the vocabulary to its size."
+        )

@@ -1,6 +1,6 @@
 """QueryAR is numerically the public one: flow heads, training sequence, cached drawing in groups, orders."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megavar import flow_matching
+from megavar.conditions import Condition
 from megavar.config.denoising_mlp import DenoisingMLPConfig
 from megavar.config.generators.query_ar import QueryARConfig
 from megavar.config.language_model import LanguageModelConfig
@@ -15,6 +16,7 @@ from megavar.config.parallel import ParallelConfig
 from megavar.config.procedures.query_ar import QuerySampling
 from megavar.config.recipes.vgt import VGTConfig
 from megavar.config.token_space import TokenSpace
+from megavar.data.text import Text
 from megavar.generators.denoising_mlp import DenoisingMLP, TimeEmbedding, published_name
 from megavar.generators.language_model import positions_of
 from megavar.generators.query_ar import QueryAR
@@ -180,26 +182,13 @@ def test_published_layout_round_trips(case: Case) -> None:
     assert any(name.startswith(PREFIX) for name in exported)
 
 
-@dataclass(frozen=True)
-class Texts:
-    """Conditional texts and those without captions, as a case stores them."""
-
-    text_ids: Tensor
-    text_mask: Tensor
-
-    def __len__(self) -> int:
-        return len(self.text_ids) // 2
-
-    def with_dropped(self) -> Any:
-        whole = self.text_ids, self.text_mask
-
-        class Both:
-            text_ids, text_mask = whole
-
-            def __len__(self) -> int:
-                return len(self.text_ids)
-
-        return Both()
+def condition_of(case: Case) -> Condition:
+    """Conditional texts, of which a case stores those without captions behind them."""
+    ids, mask = case["input.input_ids"], case["input.attention_mask"].bool()
+    (with_caption, free), (valid, free_valid) = ids.chunk(2), mask.chunk(2)
+    assert torch.equal(free, free[:1].expand_as(free))
+    labels = torch.full((len(with_caption),), -1)
+    return Condition(labels, text=Text(with_caption, valid), empty_text=Text(free[:1], free_valid[:1]))
 
 
 class Replayed:
@@ -241,8 +230,8 @@ def test_drawing_equals_the_reference(case: Case) -> None:
         return step(inputs, *rest)
 
     model.step = noted  # type: ignore[method-assign]
-    texts = Texts(case["input.input_ids"], case["input.attention_mask"].bool())
-    groups = list(decoding.steps(model, tokenizer, texts, Replayed(draws, len(texts))))  # type: ignore[arg-type]
+    condition = condition_of(case)
+    groups = list(decoding.steps(model, tokenizer, condition, Replayed(draws, len(condition))))  # type: ignore[arg-type]
     assert not draws
     for number, (inputs, group) in enumerate(zip(seen, groups)):
         case.check(f"output.group{number}.inputs_embeds", model.embed(inputs).hidden)

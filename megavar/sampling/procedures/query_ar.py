@@ -19,6 +19,7 @@ from megavar import flow_matching
 from megavar.conditions import Condition
 from megavar.config.generators.query_ar import QueryARConfig
 from megavar.config.procedures.query_ar import QuerySampling
+from megavar.data.text import Text
 from megavar.generators.inputs import QueryInputs
 from megavar.parallel import seeds
 from megavar.sampling.noise import FiniteLogits, Noise
@@ -99,11 +100,12 @@ class QueryDecoding:
         """The groups one by one. Without ``noise`` every flow starts at zero, the mean of noise, and has none."""
         given = condition.with_dropped() if self.settings.guided else condition
         samples, copies = len(condition), len(given) // len(condition)
-        space, device = tokenizer.space, given.text_ids.device
+        assert given.text is not None, "build_sampler encodes captions"
+        space, device = tokenizer.space, given.text.ids.device
         indices = noise.indices if noise is not None else torch.arange(samples, device=device)
         groups = self.order(space.length, indices).split(self.sizes(space.length), 1)
         counted = torch.arange(len(given), device=device) < samples
-        rows = Rows(generator.choice, given, space.length, space.channels, self.settings.context == "training")
+        rows = Rows(generator.choice, given.text, space.length, space.channels, self.settings.context == "training")
         places, tokens = groups[0][:, :0], torch.zeros(samples, 0, space.channels, device=device)
         for number, asked in enumerate(groups):
             inputs = rows.following(places.repeat(copies, 1), tokens.repeat(copies, 1, 1), asked.repeat(copies, 1))
@@ -151,11 +153,11 @@ class QueryDecoding:
 class Rows:
     """What is fed to a generator step by step, and the cache of what it has read."""
 
-    def __init__(self, choice: QueryARConfig, condition: Condition, length: int, channels: int, crop: bool) -> None:
-        """Begin with the text of ``condition``; ``crop``: bare queries are forgotten, padding stays hidden."""
-        start = torch.tensor(choice.image_start, device=condition.text_ids.device).expand(len(condition), -1)
-        self.text = torch.cat([condition.text_ids, start], 1)
-        self.valid = torch.cat([condition.text_mask, torch.ones_like(start, dtype=torch.bool)], 1)
+    def __init__(self, choice: QueryARConfig, text: Text, length: int, channels: int, crop: bool) -> None:
+        """Begin with ``text``; ``crop``: bare queries are forgotten, padding stays hidden."""
+        start = torch.tensor(choice.image_start, device=text.ids.device).expand(len(text.ids), -1)
+        self.text = torch.cat([text.ids, start], 1)
+        self.valid = torch.cat([text.mask, torch.ones_like(start, dtype=torch.bool)], 1)
         self.crop, self.channels = crop, channels
         self.cache = KeyValueCache(self.text.shape[1] + 3 * length)
         self.complete = 0

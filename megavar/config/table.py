@@ -49,6 +49,8 @@ class RowConfig(Section):
     """Whether our count agrees with them to the printed digit; where not, a note says why."""
     paper_says: dict[str, str] = Field({})
     """What else the paper states of the row (epochs, steps, hours), in its words."""
+    paper_cost: str | None = None
+    """What the paper states of the cost of training, in its words; shown beside our prediction."""
     notes: tuple[str, ...] = ()
     """What a reader must know of this row."""
 

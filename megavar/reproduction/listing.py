@@ -73,6 +73,8 @@ def format_costs(table: TableConfig, costs: Mapping[str, Mapping[Machine, Plan]]
         *([f"x {table.baseline}"] if (table.baseline or "") in costs else []),
     ]
     head += [column for machine in machines for column in (f"| {machine}: GPU h", "epoch", "GiB", "micro", "jobs")]
+    said = {row.name: row.paper_cost for row in table.rows if row.paper_cost and row.name in costs}
+    head += ["| the paper"] if said else []
     baseline = costs.get(table.baseline or "")
     base = None if baseline is None else next(iter(baseline.values())).workload.train_flops
     rows = []
@@ -83,7 +85,7 @@ def format_costs(table: TableConfig, costs: Mapping[str, Mapping[Machine, Plan]]
         cells += [f"{flops / base:.2f}"] if base is not None else []
         for machine in machines:
             cells += _machine_cells(plans[machine])
-        rows.append(cells)
+        rows.append([*cells, *([said.get(name, "-")] if said else [])])
     lines = grid(head, rows)
     notes = sorted({note for plans in costs.values() for plan in plans.values() for note in plan.notes})
     title = (

@@ -65,8 +65,8 @@ def euler_maruyama(
 ) -> Tensor:
     """Follow the stochastic equation with the marginals of the path, diffusing by sqrt(2 t) (VGT, NextStep-1).
 
-    With time s = 1 - t towards data and u = -v the velocity towards it, the score is (s u - x) / t, and a step of size d
-    adds (u + t score) d + sqrt(2 t d) w = ((1 + s) u - x) d + sqrt(2 t d) w. The state is float64.
+    With time s = 1 - t towards data and u = -v the velocity towards it, the score is (s u - x) / t, and a step of size
+    d adds (u + t score) d + sqrt(2 t d) w = ((1 + s) u - x) d + sqrt(2 t d) w. The state is float64.
 
     Args:
         velocity_at: (x float32 [...], t) -> v [...].

@@ -1,12 +1,13 @@
-"""The network that denoises one token given a vector that describes it (``diffloss.py`` of MAR, ``flow_head.py`` of VGT).
+"""The network that denoises one token given a vector (``diffloss.py`` of MAR, ``flow_head.py`` of VGT).
 
     y      = time(t) + W_c condition
     x      = W_i noisy
     block    x + gate * MLP(LN(x) * (1 + scale) + shift)          shift, scale, gate = linear(SiLU(y))
     output = linear(LN(x) * (1 + scale) + shift)                  shift, scale       = linear(SiLU(y))
 
-With a second stack (DDT) ``s = linear(SiLU(time(t) + x))`` takes both the place of x and that of y from there on. Blocks
-are shared by tensor-parallel ranks. Shapes: any leading dimensions, C channels of a token, W width, Z of the condition.
+With a second stack (DDT) ``s = linear(SiLU(time(t) + x))`` takes both the place of x and that of y from there on.
+Blocks are shared by tensor-parallel ranks. Shapes: any leading dimensions, C channels of a token, W width, Z of the
+condition.
 """
 
 import torch

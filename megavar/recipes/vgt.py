@@ -99,8 +99,8 @@ class QueryFlow(OneGenerator):
     @property
     def start(self) -> tuple[int, ...]:
         """Ids of what begins an image."""
-        start: tuple[int, ...] = chunks_of(self.generator)[0].choice.image_start  # type: ignore[union-attr]
-        return start
+        choice: Any = chunks_of(self.generator)[0].choice
+        return tuple(choice.image_start)
 
     @torch.no_grad()
     def prepare(self, batch: Batch, step: int) -> QueryFlowInputs:

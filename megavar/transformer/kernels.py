@@ -74,8 +74,7 @@ class Visibility:
 
     layout: SequenceLayout
     valid: Tensor | None = None
-    """bool [B, L]: tokens that rows of their sample may see; a row that sees none sees itself, as in transformers. None:
-    all."""
+    """bool [B, L]: tokens that rows of their sample may see; a row that sees none sees itself. None: all."""
     _made: dict[str, Any] = field(default_factory=dict)
 
     def _once(self, name: str, make: Callable[[], Any]) -> Any:

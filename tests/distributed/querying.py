@@ -56,7 +56,8 @@ def choice(setup: Setup, groups: int = 2) -> QueryARConfig:
 
 def random_values(name: str, value: Tensor, generator: torch.Generator) -> None:
     """Nothing begins at zero or as the identity, so that errors anywhere show."""
-    value.normal_(std=0.3 if value.ndim > 1 else 0.1, generator=generator).add_(1.0 if "norm" in name else 0.0)
+    deviation = value.shape[-1] ** -0.5 if value.ndim > 1 else 0.1
+    value.normal_(std=deviation, generator=generator).add_(1.0 if "norm" in name else 0.0)
 
 
 def build(setup: Setup, mesh: topology.Topology, kind: str) -> QueryFlow:

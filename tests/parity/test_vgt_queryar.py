@@ -176,7 +176,7 @@ def test_published_layout_round_trips(case: Case) -> None:
     ours = {tensor.name: tensor.local(parameters[tensor.parameter]) for tensor in logical_tensors(model)}
     exported = VGTLayout(model.choice, model.space).export(ours)
     stored = case.under("weights.")
-    left = {name for name in stored.keys() - exported.keys()}
+    left = stored.keys() - exported.keys()
     assert left == {"lmm.language_model.lm_head.weight"} and not exported.keys() - stored.keys()
     assert all(torch.equal(value, stored[name]) for name, value in exported.items())
     assert any(name.startswith(PREFIX) for name in exported)

@@ -6,7 +6,6 @@ needs one call; drawing hands in a single scale. Blocks are shared by tensor-par
 Shapes: L tokens of K scales, B samples, W width of the head, Z of the transformer, C channels of a token.
 """
 
-import torch
 import torch.nn.functional as F
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -27,6 +26,7 @@ from megavar.transformer.modulation import VAR_ORDER, ModulationNetwork, Positio
 from megavar.transformer.norms import PlainRMSNorm, RMSNorm
 from megavar.transformer.sequence import SequenceLayout
 from megavar.transformer.spec import BlockSpec, attention, feed_forward
+
 
 def integer_times(times: Tensor) -> Tensor:
     """1000 t without its fraction, computed in float32 as released: in float64 some times fall to the next integer."""

@@ -3,10 +3,10 @@
     cache: text, <img>, Q z Q z ... of all groups before the last      then, in one pass, group k:
     [Q z] of group k-1, Q of group k  ->  hidden states of the Q of group k  ->  flow from noise to their latents
 
-For any generator that takes :class:`~megavar.generators.inputs.QueryInputs` and has a ``velocity``. In groups of one, the
-query of the group before is in the cache already, and only its latent is fed. In larger ones the bare queries of a group
-would lie between its queries that are fed again with their latents: they are cropped first (``context: training``), or
-stay (``release``). Every step costs one pass over at most three groups, whatever was drawn before.
+For any generator that takes :class:`~megavar.generators.inputs.QueryInputs` and has a ``velocity``. In groups of one,
+the query of the group before is in the cache already, and only its latent is fed. In larger ones the bare queries of a
+group would lie before the same queries that are fed again with their latents: they are cropped first (``context:
+training``), or stay (``release``). Every step costs one pass over three groups at most, whatever was drawn before.
 """
 
 from collections.abc import Iterator
@@ -61,7 +61,9 @@ class QueryDecoding:
     def __init__(self, settings: QuerySampling) -> None:
         self.settings = settings
 
-    def draw(self, generator: QueryGenerator, tokenizer: Continuous, condition: Condition, noise: Noise | None) -> Tensor:
+    def draw(
+        self, generator: QueryGenerator, tokenizer: Continuous, condition: Condition, noise: Noise | None
+    ) -> Tensor:
         """Latents float32 [B, N, C], row by row; see :class:`megavar.sampling.base.Procedure`."""
         finite, steps = FiniteLogits(), []
         for step in self.steps(generator, tokenizer, condition, noise):

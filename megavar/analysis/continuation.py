@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megavar.analysis.base import Subject
-from megavar.assembly import build_sampler, load_tokenizer
+from megavar.assembly import build_sampler, load_tokenizer, require_generator_recipe
 from megavar.conditions import Condition
 from megavar.data.batch import Batch
 from megavar.errors import ConfigError
@@ -32,7 +32,7 @@ class Continuation:
         """
         self.observer = run.observer()
         config, device = self.observer.config, run.device
-        weights = config.recipe.tokenizer_weights  # type: ignore[union-attr]  # an observer is of a generator
+        weights = require_generator_recipe(config).tokenizer_weights
         self.tokenizer = load_tokenizer(config.sampling.tokenizer_of(config.tokenizer), weights, device)
         self.conditions = default_conditions(config)
         procedure = build_sampler(

@@ -102,7 +102,8 @@ def _score_generator(
         order=f"image i has condition i: {conditions.describe()}",
         extractor=scores.extractor,
         reference=scores.reference,
-        sampler=config.sampling.model_dump(mode="json", exclude={"keep_images"}) | {"conditions": conditions.identity},
+        sampler=config.sampling.model_dump(mode="json", exclude=set(config.sampling.changes_no_sample))
+        | {"conditions": conditions.identity},
         checkpoint=samples.identity["model"],
         notes=scores.notes,
     )

@@ -24,9 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> ExitCode:
     """Entry point of the command."""
     config = load_config(options.config, options.overrides)
+    wanted = _wanted(Path(config.run.path), options.checkpoint)
     place = environment()
     topology.initialize(ParallelConfig(), place)
-    for checkpoint in _wanted(Path(config.run.path), options.checkpoint):
+    for checkpoint in wanted:
         score(config, place, untrained=options.untrained, checkpoint=checkpoint)
     topology.shutdown()
     return ExitCode.FINISHED

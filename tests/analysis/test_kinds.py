@@ -93,5 +93,5 @@ def test_probes_find_classes_where_there_are_any():
     lengths = (10 + 5 * (labels == 2) + random.normal(size=300))[:, None] * (1 + 1e-3 * random.normal(size=(300, 3)))
     found = accuracies(lengths[:200], labels[:200] == 2, lengths[200:], labels[200:] == 2, 20)
     assert found["probe"] > 0.95 > 0.8 > found["knn"]
-    nothing = accuracies(features[:200], random.permutation(labels[:200]), features[200:], labels[200:], 20)
+    nothing = accuracies(features[:200], labels[:200], features[200:], random.permutation(labels[200:]), 20)
     assert max(nothing.values()) < 0.6

@@ -63,7 +63,7 @@ def build_decoder(config: VGTAEConfig) -> Any:
         in_channels=3,
         latent_channels=config.channels,
         attention_head_dim=sizes.head_size,
-        block_type=sizes.blocks,
+        block_type=sizes.blocks,  # type: ignore[arg-type]  # annotated as a tuple of one
         block_out_channels=sizes.channels,
         layers_per_block=sizes.layers,
         qkv_multiscales=sizes.attention_kernels,

@@ -48,7 +48,7 @@ class Head:
     taps: tuple[str, ...]
     """What it reads."""
     build: Callable[[int], nn.Module]
-    """From the model's width C to the network. It is called with its taps, each [B, L, C], in the order of :attr:`taps`, inside
+    """From the width C to the network. It is called with its taps, each [B, L, C], in the order of :attr:`taps`, inside
     the model's forward, so that ZeRO-3 gathers its parameters."""
     initial_value: InitializationRule = usual_initial_value
     """Of its parameters, by their names in it."""

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from launchers.history import read_metrics
 from megavar.config.loading import load_config
 from megavar.config.root import Config
 from megavar.errors import CheckpointError, DataError, ExitCode, MegavarError
+from megavar.records.reading import read_metrics
 from megavar.storage import fsync_directory
 
 Status = Literal["pass", "warn", "fail"]

@@ -1,6 +1,5 @@
 """From a cluster file and a run directory to the text of a batch script."""
 
-import hashlib
 import re
 import shlex
 import sys
@@ -16,6 +15,7 @@ from megavar.config.cluster import (
     PyxisContainer,
 )
 from megavar.errors import ConfigError, ExitCode
+from megavar.records.jobs import job_name
 
 ContinueBy = Literal["requeue", "chain", "hand"]
 """How a run goes on after a stop: the job requeues itself, the next queued job starts, or a person submits again."""
@@ -38,22 +38,18 @@ class Job:
     required_runs: Sequence[Path] = ()
     """Directories of the runs that are trained first where they are not finished yet."""
     python: str = sys.executable
+    run_name: str = ""
+    """Of the run; the folder's where there is none."""
 
     @property
     def name(self) -> str:
         """Job name, unique to the run directory: singleton dependencies and the cancelling of a chain go by it."""
-        return job_name(self.run_directory)
+        return job_name(self.run_name or self.run_directory.name, self.run_directory)
 
     @property
     def world_size(self) -> int:
         """Number of ranks."""
         return self.nodes * self.cluster.ranks_per_node
-
-
-def job_name(run_directory: Path) -> str:
-    """``megavar-<folder name>-<hash of the absolute path>``, of characters that Slurm does not interpret."""
-    readable = re.sub(r"[^A-Za-z0-9._-]", "_", run_directory.name)[:60]
-    return f"megavar-{readable}-{hashlib.sha256(str(run_directory).encode()).hexdigest()[:8]}"
 
 
 def render_training(job: Job) -> str:

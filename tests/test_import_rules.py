@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EVERYWHERE = {"errors", "logs", "paths", "storage"}
+EVERYWHERE = {"errors", "logs", "notify", "paths", "storage", "wording"}
 """Words for people, paths as they write them, and files that are written whole or not at all."""
 ALLOWED: dict[str, set[str]] = {
     # Foundations. `config` reads DeepSpeed's own schema through `parallel`, and layouts are sections of `config`.
@@ -15,6 +15,8 @@ ALLOWED: dict[str, set[str]] = {
     "logs": set(),
     "paths": set(),
     "storage": set(),
+    "notify": set(),
+    "wording": set(),
     "flow_matching": set(),
     "config": {"parallel"},
     "parallel": {"config"},
@@ -62,11 +64,12 @@ ALLOWED: dict[str, set[str]] = {
     },
     "records": set(),
     "starting": {"data"},
+    "watchers": {"config", "data", "parallel", "planning", "recipes", "training"},
     "reproduction": {"chunks", "config", "planning", "training"},
     "analysis": {"assembly", "config", "data", "parallel", "run_samples", "training", "transformer"},
     "commands": {
         "analysis", "assembly", "beginning", "config", "data", "parallel", "planning", "recipes", "records",
-        "reproduction", "run_samples", "scoring", "starting", "training",
+        "reproduction", "run_samples", "scoring", "starting", "training", "watchers",
     },
     "__main__": set(),
 }  # fmt: skip

@@ -1,6 +1,6 @@
 """What the trainer is given: a run, and the arithmetic of its batches."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,20 +16,10 @@ from megavar.errors import ConfigError, MegavarError
 from megavar.parallel.topology import Topology
 from megavar.recipes.base import Recipe
 from megavar.training.checkpoint.initial import InitialWeights
+from megavar.training.observers import Observer
 from megavar.training.run_directory import RunDirectory
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Expectation:
-    """What a plan says of a run: of one step, on the fullest rank."""
-
-    step_seconds: float
-    memory_bytes: float
-    """Without the CUDA context and what fragmentation wastes."""
-    source: str
-    """``assumed``, or where and when the device's speed was measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +53,8 @@ class Run:
     """Floating-point operations of forward and backward, for the model's FLOPs utilization."""
     peak_flops: float | None = None
     """Peak of one device in operations per second."""
-    expected: Expectation | None = None
-    """For the comparison with what is measured, which rank 0 writes down."""
+    observers: Sequence[Observer] = ()
+    """What watches, on every rank alike."""
 
 
 def micro_batch_size(train: TrainConfig, topology: Topology) -> int:

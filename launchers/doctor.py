@@ -17,8 +17,7 @@ from launchers.diagnosis import Attempt, Diagnosis, diagnose
 from launchers.progress import Ledger, LedgerError, is_done, newest_checkpoint_step
 from megavar.errors import ExitCode
 from megavar.paths import as_path
-from megavar.records.history import STATES, AttemptSummary, summarize
-from megavar.records.reading import read_metrics
+from megavar.records.history import STATES, AttemptSummary, read_metrics, summarize
 
 _GOOD = ("FINISHED", "PREEMPTED")
 

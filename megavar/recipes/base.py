@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from megavar.config.root import Config
 from megavar.config.teachers.base import TeacherChoice
 from megavar.data.batch import Batch
+from megavar.data.text import TextEncoder
 from megavar.parallel.parameter_rule import ParameterRule
 
 Count = int | Tensor
@@ -110,6 +111,10 @@ class Parts(Protocol):
 
     def teacher(self, choice: TeacherChoice) -> Any:
         """A frozen network that a term compares with (``megavar.teachers.base``)."""
+        ...
+
+    def text(self) -> TextEncoder:
+        """What makes token ids of captions, which batches hold already: for the row of no caption."""
         ...
 
     def terms(self) -> list[Any]:

@@ -43,6 +43,18 @@ class AttemptSummary:
         return self.devices * sum(spent for state, spent in self.seconds.items() if state != "waiting") / 3600
 
 
+def read_metrics(run_directory: Path) -> list[dict[str, Any]]:
+    """All lines of ``metrics.jsonl`` and of those set aside when a run continued earlier, in order of time."""
+    records = []
+    for name in ("metrics.jsonl", "metrics.discarded.jsonl"):
+        for record in json_lines(run_directory / name):
+            try:
+                records.append({**record, "time": float(record["time"]), "step": int(record["step"])})
+            except (ValueError, KeyError, TypeError):
+                continue
+    return sorted(records, key=lambda record: record["time"])
+
+
 def attempts_of(run_directory: Path) -> list[dict[str, Any]]:
     """Entries for :func:`summarize`: of the launcher's ledger, or of the starts where none kept one."""
     attempts = list(json_object(run_directory / "restarts.json").get("attempts", []))
@@ -82,7 +94,7 @@ def summarize(attempts: Iterable[dict[str, Any]], metrics: list[dict[str, Any]],
 
     Args:
         attempts: as :func:`attempts_of` or the ledger ``restarts.json`` has them.
-        metrics: as :func:`megavar.records.reading.read_metrics` returns them.
+        metrics: as :func:`read_metrics` returns them.
         now: unix time until which an attempt without an end is counted.
     """
     entries, rows = list(attempts), []

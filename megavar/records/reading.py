@@ -32,15 +32,3 @@ def _objects(text: str) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(record, dict):
             yield record
-
-
-def read_metrics(run_directory: Path) -> list[dict[str, Any]]:
-    """All lines of ``metrics.jsonl`` and of those set aside when a run continued earlier, in order of time."""
-    records = []
-    for name in ("metrics.jsonl", "metrics.discarded.jsonl"):
-        for record in json_lines(run_directory / name):
-            try:
-                records.append({**record, "time": float(record["time"]), "step": int(record["step"])})
-            except (ValueError, KeyError, TypeError):
-                continue
-    return sorted(records, key=lambda record: record["time"])

@@ -12,9 +12,9 @@ import yaml
 from megavar.errors import DataError
 from megavar.paths import shipped
 from megavar.records.curves import Curve
-from megavar.records.history import AttemptSummary, attempts_of, summarize
+from megavar.records.history import AttemptSummary, attempts_of, read_metrics, summarize
 from megavar.records.jobs import QueuedJob, job_name
-from megavar.records.reading import json_lines, json_object, read_metrics
+from megavar.records.reading import json_lines, json_object
 
 ALIVE_SECONDS = 60.0
 """Age of the lock's last sign of life up to which a run counts as living (``megavar.training.checkpoint.lock``)."""

@@ -14,8 +14,8 @@ import torch
 from megavar import notify
 from megavar.config.alerts import AlertsConfig
 from megavar.errors import ExitCode
-from megavar.records.history import attempts_of, summarize
-from megavar.records.reading import json_lines, read_metrics
+from megavar.records.history import attempts_of, read_metrics, summarize
+from megavar.records.reading import json_lines
 from megavar.training.alerts import AlertsObserver
 from megavar.training.banner import BannerObserver
 from megavar.training.ledger import LedgerObserver

@@ -18,8 +18,8 @@ class AlertsConfig(Section):
     """``expert_collapse``: some expert of a block gets less than this part of its fair share of the tokens. None:
     never."""
     throughput: float | None = Field(0.5, gt=0, lt=1)
-    """``throughput_drop``: in two lines in a row fewer images per second than this part of the median of the recent past.
-    None: never."""
+    """``throughput_drop``: in two lines in a row fewer images per second than this part of the recent median. None:
+    never."""
     data_wait_share: float | None = Field(0.5, gt=0, lt=1)
     """``stalled_data``: more than this part of the time goes into waiting for samples. None: never."""
     stall_seconds: float | None = Field(60.0, gt=0)

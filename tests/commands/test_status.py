@@ -56,7 +56,8 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_run(runs / "e-new", steps=0)
     write_run(runs / "f-queued", steps=0)
     queue = [f"71|RUNNING|n[1-2]|None|{job_name('b-lives', runs / 'b-lives')}",
-             f"72|PENDING||Priority|{job_name('f-queued', runs / 'f-queued')}", "73|RUNNING|n3|None|another"]  # fmt: skip
+             f"72|PENDING||Priority|{job_name('f-queued', runs / 'f-queued')}",
+             "73|RUNNING|n3|None|another"]  # fmt: skip
     stubs = Stubs(tmp_path / "stubs", squeue="\n".join(queue))
     monkeypatch.setenv("PATH", stubs.environment({})["PATH"])
     monkeypatch.chdir(tmp_path)
@@ -83,8 +84,8 @@ def test_runs_in_all_states(runs: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_the_table_is_aligned_and_without_empty_columns(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "runs/b-lives", "runs/f-queued"]) == ExitCode.FINISHED
     head, first, second = capsys.readouterr().out.splitlines()
-    assert head.split() == ["run", "state", "job", "step", "loss", "held", "out", "images/s", "left", "restarts", "disk",
-                            "device", "h", "alerts"]  # fmt: skip
+    words = "run state job step loss held out images/s left restarts disk device h alerts"
+    assert head.split() == words.split()
     assert "71 n[1-2]" in first and "10/20" in first and first.endswith("disk") and "72 (Priority)" in second
     ends = {line.index(word) + len(word) for line, word in ((head, "step"), (first, "10/20"), (second, "0/20"))}
     assert len(ends) == 1

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from launchers import provenance, slurm
-from megavar.records.jobs import job_name
 from megavar.config.loading import load_config
 from megavar.errors import ExitCode
+from megavar.records.jobs import job_name
 from tests.launchers.stubs import Stubs
 
 CONFIG = Path(__file__).parents[2] / "configs/quickstart/tokenizer.yaml"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from launchers.templates import Shell, Value, directives, render
+from megavar import notify
 from megavar.config.cluster import (
     ApptainerContainer,
     ClusterConfig,
@@ -114,7 +115,7 @@ def _render(template: str, job: Job, header: Shell, **values: Value) -> str:
             "container": _container_options(cluster),
             "node_local_directory": cluster.node_local_directory,
             "continue_by": job.continue_by,
-            "environment": _exports({**job.recorded_environment, **cluster.environment}),
+            "environment": _exports({**job.recorded_environment, **cluster.environment, **_notification(cluster)}),
             "setup": Shell("\n".join(cluster.setup)),
             "cpus_per_task": cluster.cpus_per_task,
             **values,
@@ -163,6 +164,10 @@ def _output_pattern(run_directory: Path) -> str:
 
 def _exports(variables: Mapping[str, str]) -> Shell:
     return Shell("\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items()))
+
+
+def _notification(cluster: ClusterConfig) -> dict[str, str]:
+    return {} if cluster.notify is None else {notify.VARIABLE: cluster.notify.model_dump_json()}
 
 
 def _host_python(job: Job) -> str:

@@ -178,7 +178,8 @@ class AlertsObserver(Observer):
         assert self.config.stall_seconds is not None
         while not self._ended.wait(min(5.0, self.config.stall_seconds / 4)):
             inside, silent = self.watched.stopwatch.inside, time.monotonic() - self._last
-            if inside not in (None, "data"):  # a save, a preview, a validation takes its time
+            last = self.watched.step == self.watched.total_steps
+            if last or inside not in (None, "data"):  # a save, a preview, a validation takes its time
                 self._last = time.monotonic()
                 continue
             steps = list(self._durations)

@@ -58,24 +58,21 @@ class Run:
 
 
 def micro_batch_size(train: TrainConfig, topology: Topology) -> int:
-    """Samples of one micro-batch, checked against the world before anything runs.
+    """Samples of one micro-batch: the most that split a rank's share evenly, up to ``train.micro_batch_size``.
 
     Raises:
         ConfigError: the global batch cannot be split evenly.
     """
     share, rest = divmod(train.global_batch_size, topology.data)
-    size = train.micro_batch_size or max(share, 1)
-    if rest or share % size:
-        product = topology.data * (train.micro_batch_size or 1)
-        nearest = max(1, round(train.global_batch_size / product)) * product
-        parts = f" in micro-batches of {size}" if train.micro_batch_size else ""
+    if rest or not share:
+        nearest = max(1, round(train.global_batch_size / topology.data)) * topology.data
         raise ConfigError(
             f"train.global_batch_size={train.global_batch_size} cannot be split evenly over {topology.data} "
-            f"data-parallel ranks{parts}. Set it to a multiple of {product}, for example {nearest}, or change "
-            f"train.micro_batch_size or the number of processes. It is never rounded silently, because the learning "
-            f"rate follows it."
+            f"data-parallel ranks. Set it to a multiple of {topology.data}, for example {nearest}, or change the "
+            f"number of processes. It is never rounded silently, because the learning rate follows it."
         )
-    return size
+    limit = min(train.micro_batch_size or share, share)
+    return next(size for size in range(limit, 0, -1) if share % size == 0)
 
 
 def first_error(error: MegavarError | None) -> MegavarError | None:

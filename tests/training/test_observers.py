@@ -106,7 +106,7 @@ class Watched:
         self.events: list[tuple[int, str, dict]] = []
         self.directory = SimpleNamespace(path=path, checkpoints=path / "checkpoints")
         self.monitor = SimpleNamespace(is_writer=True, name="run", seconds_left=lambda: 1e6)
-        self.stopwatch, self.step = SimpleNamespace(inside=None), 0
+        self.stopwatch, self.step, self.total_steps = SimpleNamespace(inside=None), 0, 100
 
     def tell(self, step, event, **facts):
         self.events.append((step, event, facts))

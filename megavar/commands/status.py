@@ -61,7 +61,7 @@ def _look(options: argparse.Namespace) -> None:
 
 def values(record: RunRecord, job: QueuedJob | None = None) -> dict[str, Any]:
     """Of one run, for programs: seconds, bytes, steps."""
-    state, held_out = record.state(job), record.validation_points
+    state, held_out = record.state_with(job), record.validation_points
     lives = state in ("running", "starting", "queued", "held")
     last = record.attempts[-1] if record.attempts else {}
     return {

@@ -63,20 +63,34 @@ def attempts_of(run_directory: Path) -> list[dict[str, Any]]:
     lines: dict[int, dict[str, Any]] = {}
     for line in json_lines(run_directory / "ledger.jsonl"):
         lines[line.get("attempt", 0)] = line  # the last one of an attempt counts
-    found = []
-    for number, start in enumerate(json_lines(run_directory / "attempts.jsonl"), 1):
+    found: list[dict[str, Any]] = []
+    starts = json_lines(run_directory / "attempts.jsonl")
+    for number, start in enumerate(starts, 1):
         line = lines.get(number, {})
-        entry = {
+        before = found[-1].get("steps_after", [0]) if found else [0]
+        entry: dict[str, Any] = {
             "attempt": number,
             "nodes": list(dict.fromkeys(device["host"] for device in start.get("devices", ()))),
             "devices": sum(device["count"] for device in start.get("devices", ())) or 1,
             "started": line.get("started") or _time_of(start),
-            "steps_before": [line.get("first_step", 0)],
+            "steps_before": [line["first_step"]] if line else before,
         }
         if line.get("outcome", "RUNNING") != "RUNNING":
             entry |= {"ended": line["ended"], "outcome": line["outcome"], "steps_after": [line["kept_step"]]}
+        elif number == len(starts):
+            entry["steps_after"] = [_newest_checkpoint(run_directory)]
+        elif not line:  # of an earlier version, which kept no books of it: nothing is called lost
+            until = _time_of(starts[number])
+            logged = [one["step"] for one in read_metrics(run_directory) if entry["started"] <= one["time"] < until]
+            entry["steps_after"] = [max(logged, default=before[0])]
         found.append(entry)
     return found
+
+
+def _newest_checkpoint(run_directory: Path) -> int:
+    """Step of the newest whole checkpoint; 0 where there is none."""
+    names = [path.parent.name[5:] for path in (run_directory / "checkpoints").glob("step-*/manifest.json")]
+    return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def _time_of(start: dict[str, Any]) -> float:

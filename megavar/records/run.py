@@ -95,7 +95,12 @@ class RunRecord:
         """Of its jobs in Slurm's queue."""
         return job_name(self.name, self.path.absolute())
 
-    def state(self, job: QueuedJob | None = None) -> str:
+    @property
+    def state(self) -> str:
+        """As the directory alone says it; see :meth:`state_with`."""
+        return self.state_with(None)
+
+    def state_with(self, job: QueuedJob | None) -> str:
         """In a word: ``finished``; ``running``; ``starting``, ``queued`` or ``held`` where a job says so; else how the
         last attempt ended (``failed``, ``preempted``, ``killed``, ...), or ``new``."""
         if self.done:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megavar import frozen
 from megavar.conditions import Conditions
@@ -31,7 +31,7 @@ from megavar.parallel.sharded import sharding
 from megavar.parallel.topology import Topology
 from megavar.recipes.base import Recipe
 from megavar.sampling.sampler import Sampler
-from megavar.tokenizers.base import Tokenizer
+from megavar.tokenizers.base import Codebook, Tokenizer
 from megavar.transformer.compilation import compile_blocks
 from megavar.transformer.moe.backends import check_installed
 from megavar.weight_layout import WeightLayout
@@ -147,6 +147,22 @@ def build_generator(
                 )
             )
     return chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
+
+
+def code_vectors(tokenizer: Tokenizer, device: torch.device) -> Tensor:
+    """The vectors of all tokens of a tokenizer on ``device``, float32 [V, D].
+
+    Raises:
+        ConfigError: its tokens are vectors without a codebook.
+    """
+    vocabulary = tokenizer.space.vocabulary
+    if vocabulary is None or not isinstance(tokenizer, Codebook):
+        raise ConfigError(
+            f"The generator is tied to the tokenizer's codebook (generator.tied_codebook), but the tokens of this "
+            f"tokenizer ({tokenizer.space.kind}) are vectors without one. Remove the key, or choose a tokenizer with a "
+            f"codebook."
+        )
+    return tokenizer.embed(torch.arange(vocabulary, device=device)).detach().float()
 
 
 def build_sampler(
@@ -283,6 +299,7 @@ class Assembly:
         zero, dtype = load_deepspeed_json(Path(self.config.deepspeed)), PARAMETER_TYPES[self.config.train.precision]
         shard = sharding(zero, dtype, self.topology, experts)
         options |= {} if shard is None else {"shard": shard}
+        options |= {"codebook": code_vectors(self._tokenizer, self.device)} if section.reads_codebook else {}
         model = build_generator(self.config, self.topology, device=self.device, **options)
         if self.config.train.compile == "blocks":
             compile_blocks(model, self.config.train.compile_backend, self.device)

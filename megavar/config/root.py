@@ -100,6 +100,11 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _recipe_and_generator_fit(self) -> "Config":
+        self.recipe.check(self.generator)
+        return self
+
+    @model_validator(mode="after")
     def _modules_exist(self) -> "Config":
         """Values for a module that nobody trains would be used by none."""
         ema = self.train.ema.modules if self.train.ema is not None else None

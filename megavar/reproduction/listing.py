@@ -145,7 +145,7 @@ def format_demo(
     rows = []
     for name, means in found.items():
         seeds = max((mean.seeds for mean in means.values()), default=0)
-        cells = [name, str(seeds), *(with_error(means.get(metric)) for metric in metrics)]
+        cells = [name, str(seeds), *(with_error(means.get(metric), metrics[metric].digits) for metric in metrics)]
         work = flops.get(name)
         cells.append("-" if work is None else f"{work / 1e9:.3f}")
         if headline:
@@ -161,9 +161,10 @@ def format_demo(
     return "\n".join(lines)
 
 
-def with_error(mean: Mean | None) -> str:
-    """``3.21 ± 0.05``."""
+def with_error(mean: Mean | None, digits: int | None = None) -> str:
+    """``3.21 ± 0.05``, with so many decimals, or three or one."""
     if mean is None:
         return "-"
-    digits = 3 if abs(mean.value) < 10 else 1
+    if digits is None:
+        digits = 3 if abs(mean.value) < 10 else 1
     return f"{mean.value:.{digits}f}" + (f" ± {mean.error:.{digits}f}" if mean.seeds > 1 else "")

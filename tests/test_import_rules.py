@@ -66,7 +66,9 @@ ALLOWED: dict[str, set[str]] = {
     "forking": {"config", "data", "generators", "library", "training", "weight_file"},
     "starting": {"data"},
     "reproduction": {"chunks", "config", "planning", "training"},
-    "analysis": {"assembly", "config", "data", "parallel", "run_samples", "training", "transformer"},
+    "analysis": {
+        "assembly", "conditions", "config", "data", "parallel", "run_samples", "sampling", "training", "transformer",
+    },
     "commands": {
         "analysis", "assembly", "beginning", "conditions", "config", "data", "forking", "parallel", "pictures",
         "planning", "recipes", "records", "reporting", "reproduction", "run_samples", "sampling", "scoring", "starting",

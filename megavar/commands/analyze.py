@@ -13,6 +13,7 @@ from megavar.config.base import Section
 from megavar.config.choice import resolve
 from megavar.config.loading import apply_override, decode, load_config
 from megavar.config.parallel import ParallelConfig
+from megavar.config.root import Config
 from megavar.errors import ExitCode
 from megavar.parallel import topology
 from megavar.parallel.environment import Environment, environment, limit_threads

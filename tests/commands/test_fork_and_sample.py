@@ -63,7 +63,7 @@ def test_a_longer_run_goes_on_with_everything(runs: Path, capfd: pytest.CaptureF
     assert "megavar fork generator NEW" in refused and "optimizer.lr" in refused and "train.seed" in refused
 
 
-def test_other_classes_are_matched_by_name(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_classes_are_matched_by_name(runs: Path, capfd: pytest.CaptureFixture[str]) -> None:
     generator = np.random.default_rng(0)
     for name in ("seven", "cat", "two"):
         (runs / "photos" / name).mkdir(parents=True)
@@ -73,7 +73,7 @@ def test_other_classes_are_matched_by_name(runs: Path, capsys: pytest.CaptureFix
     source = json.dumps({"name": "image_folder", "path": "photos"})
     words = [f"data.source={source}", "train.steps=1", "train.global_batch_size=4", "evaluation.after_training=false"]
     assert main(["fork", "generator", "photographs", "--step", "3", DEEPSPEED, *words]) == ExitCode.FINISHED
-    said = capsys.readouterr().out
+    said = capfd.readouterr().out
     assert "and of classes seven, two" in said and "new      classes cat" in said
     assert "dropped  classes zero, one, three" in said
     old = read_weights(runs / "generator")[TABLE]

@@ -53,9 +53,10 @@ def test_the_configuration_reference_is_what_the_sections_say() -> None:
 
 def test_every_key_of_every_section_has_a_meaning() -> None:
     text = (ROOT / "docs/configuration.md").read_text()
-    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \| (.*?) \|$", text, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \| (.*?) ?\|$", text, re.MULTILINE)
     assert len(rows) > 400
-    silent = {name for name, kind, default, meaning in rows if not meaning and kind != default}  # kinds name themselves
+    alone = re.compile(r"`[^`]+`")  # the only possible value: a kind's own name
+    silent = {name for name, kind, _, meaning in rows if not meaning.strip() and not alone.fullmatch(kind)}
     assert not silent, f"these keys have no docstring: {sorted(silent)}"
 
 

@@ -1,42 +1,12 @@
 """The base of every configuration section."""
 
-import os
-from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, field_validator
 
 from megavar.paths import expanded
 
-
-class Rooted(str):
-    """A text in a file with ``paths: {root: DIR}``: as a path, it is relative to ``root``."""
-
-    root: str
-
-    @classmethod
-    def under(cls, root: str, tree: Any) -> Any:
-        """``tree`` with all texts in it marked so."""
-        if isinstance(tree, dict):
-            return {key: cls.under(root, value) for key, value in tree.items()}
-        if isinstance(tree, list):
-            return [cls.under(root, value) for value in tree]
-        if type(tree) is not str:
-            return tree
-        text = cls(tree)
-        text.root = root
-        return text
-
-
-def _from_root(value: Any) -> Any:
-    if not isinstance(value, Rooted):
-        return value
-    text = expanded(value)
-    shipped = text.startswith(("configs/", "slurm/")) and not (Path(value.root) / text).exists()
-    return text if shipped else os.path.normpath(Path(value.root) / text)
-
-
-PathText = Annotated[str, BeforeValidator(_from_root), AfterValidator(expanded)]
+PathText = Annotated[str, AfterValidator(expanded)]
 """A path: ``~`` and ``$VAR`` stand for what they do in a shell."""
 
 

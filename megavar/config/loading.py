@@ -18,9 +18,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from megavar.config.base import Rooted
 from megavar.config.choice import Choice
 from megavar.config.root import Config
+from megavar.config.roots import mark, place
 from megavar.config.yaml_text import parse_yaml, read_text
 from megavar.errors import ConfigError
 from megavar.paths import expanded, found
@@ -38,7 +38,7 @@ def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     _look_beside(path, tree)
     if "paths" in tree:
         root = _root(path, tree.pop("paths"))
-        tree = Rooted.under(root, tree) | {"paths": {"root": root}}
+        tree = mark(root, tree) | {"paths": {"root": root}}
     if base is None:
         return tree
     if not isinstance(base, str):
@@ -124,7 +124,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     if root is not None and isinstance(run, dict) and run.get("directory") is None and run.get("name"):
         run["directory"] = os.path.join(root["root"], "runs", str(run["name"]))  # noqa: PTH118
     import_plugins(tree, str(path))
-    return decode(tree, Config, str(path))
+    return decode(place(tree, Config), Config, str(path))
 
 
 def run_tree(directory: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ def shrink(file: Path) -> None:
     file.write_text(text)
 
 
+@pytest.mark.timeout(900)
 def test_the_commands_of_the_readme(tmp_path: Path) -> None:
     photographs(tmp_path / "photos", {"cat": 30, "coffee": 30})
     (tmp_path / "photos/coffee").rename(tmp_path / "photos/dog")  # the README's classes

@@ -34,7 +34,9 @@ def end_card(record: RunRecord, scores: Mapping[str, float]) -> str:
 
 
 def _next(record: RunRecord) -> list[str]:
-    config = record.path / "config.yaml"
     if record.config.get("generator") is None:
-        return [f"python -m megavar evaluate {config}"]
-    return [f"python -m megavar sample {config}", f"python -m megavar evaluate {config}"]
+        return [f"python -m megavar report {record.path}"]
+    return [
+        f"python -m megavar sample {record.path} --guidance 0 1.5 4 --number 8 --png {record.path / 'pictures'}",
+        f"python -m megavar report {record.path}",
+    ]

@@ -115,7 +115,7 @@ class AlertsObserver(Observer):
         guess = self.uniform_loss
         if config.loss_above_uniform and guess and loss is not None and loss > config.loss_above_uniform * guess:
             message = f"the loss {loss:.4g} is far above {guess:.4g}, which guessing gives"
-            yield "loss_above_uniform", message, {"loss": loss, "uniform": guess}
+            yield "loss_above_uniform", message, {"seen": loss, "uniform": guess}
         if norm is not None and math.isfinite(norm):
             median = _median(self._norms)
             self._norms.append(norm)

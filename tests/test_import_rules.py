@@ -63,7 +63,10 @@ ALLOWED: dict[str, set[str]] = {
     "records": set(),
     "starting": {"data"},
     "reproduction": {"chunks", "config", "planning", "training"},
-    "analysis": {"assembly", "config", "data", "parallel", "run_samples", "training", "transformer"},
+    "analysis": {
+        "assembly", "conditions", "config", "data", "evaluation", "parallel", "run_samples", "sampling", "tokenizers",
+        "training", "transformer",
+    },
     "commands": {
         "analysis", "assembly", "beginning", "config", "data", "parallel", "planning", "recipes", "records",
         "reproduction", "run_samples", "scoring", "starting", "training",

@@ -76,14 +76,16 @@ class Observer:
         self.noisy = "noise" in type(recipe).model_fields
         """Whether contexts can be made noisy (:meth:`observe`)."""
         recipe = recipe.model_copy(update={"terms": ()} | ({"noise": None} if self.noisy else {}))
-        self.config = config.model_copy(update={"recipe": recipe, "parallel": ParallelConfig()})
+        generator = config.generator
+        if generator is not None and not drop_labels and "label_drop" in type(generator).model_fields:
+            generator = generator.model_copy(update={"label_drop": 0.0})
+        changed = {"recipe": recipe, "generator": generator, "parallel": ParallelConfig()}
+        self.config = config.model_copy(update=changed)
         self.device = device
         self.source, self.split = _unseen(self.config)
         mesh = topology.initialize(ParallelConfig(), environment())
         assembly = Assembly(self.config, self.source, device, mesh)
         self.recipe: Any = assembly.recipe()
-        if not drop_labels:
-            self.recipe.label_drop = 0.0
         self.tokenizer = assembly.tokenizer()
         self.step = assembly.steps
         """The one for which the recipe prepares: the last."""

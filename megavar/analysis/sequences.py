@@ -6,7 +6,7 @@
     cosine      of the code vectors of each token and the true one
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,7 +86,7 @@ class Judge:
         return {name: value.double().sum().cpu() for name, value in found.items()}
 
 
-def means(parts: "list[tuple[int, Mapping[str, Tensor]]]") -> dict[str, float]:
+def means(parts: Sequence[tuple[int, Mapping[str, Tensor]]]) -> dict[str, float]:
     """Over all images, from (number, sums) of batches; perplexity from the mean surprise of all tokens."""
     count = sum(number for number, _ in parts)
     found = {name: float(sum(sums[name] for _, sums in parts)) / count for name in parts[0][1]}

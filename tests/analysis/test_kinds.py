@@ -1,6 +1,5 @@
 """The mathematics of the analyses on data whose answer is known."""
 
-import json
 import math
 
 import numpy as np
@@ -13,7 +12,6 @@ from megavar.analysis.kinds.expert_load import load_metrics, normalized
 from megavar.analysis.kinds.exposure_bias import given_places
 from megavar.analysis.kinds.routing_maps import as_map, map_metrics
 from megavar.analysis.kinds.scale_features import separation
-from megavar.analysis.kinds.throughput import best_score
 from megavar.analysis.sequences import means
 from megavar.analysis.similarity import linear_cka
 from megavar.sampling.base import Known
@@ -108,10 +106,3 @@ def test_perplexity_is_over_all_tokens():
     parts = [(2, {"surprise": torch.tensor(3.0), "ctr": torch.tensor(1.0)}),
              (1, {"surprise": torch.tensor(0.0), "ctr": torch.tensor(0.5)})]  # fmt: skip
     assert means(parts) == {"ctr": pytest.approx(0.5), "perplexity": pytest.approx(math.e)}
-
-
-def test_the_newest_score_counts(tmp_path):
-    for step, value in ((10, 3.0), (20, 2.0)):
-        content = {"metrics": {"fid@x-cnn": value, "isc": 1}, "checkpoint": {"checkpoint": f"step-{step:08d}"}}
-        (tmp_path / f"scores-{step}.json").write_text(json.dumps(content))
-    assert best_score(tmp_path, "fid") == 2.0 and best_score(tmp_path, "nothing") is None

@@ -107,7 +107,7 @@ def test_analyses(
     assert all(0 < alignment[f"{which}_{layer}"] <= 1 for which in ("encoded", "decoded") for layer in range(3))
     if kind == "rar":  # tied: what the first block reads is a linear map of the code, and positions
         assert alignment["encoded_0"] > alignment["decoded_0"]
-    speed = found("throughput", "analysis.batch=4", "analysis.repeats=1", "analysis.steps=[16,64,240]")
+    speed = found("step_times", "analysis.batch=4", "analysis.repeats=1", "analysis.steps=[16,64,240]")
     assert speed["steps"] == 64 and {"seconds_at_step_16", "seconds_at_step_64"} <= speed.keys()
     assert "seconds_at_step_240" not in speed
 

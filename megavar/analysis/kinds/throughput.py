@@ -1,97 +1,62 @@
-"""Sampling speed (reAR Fig. 5): images per second with the cache of keys and values, and the time of every step.
-
-Time per token as decoding goes on shows that a step costs the work of its rows and an attention over those before them:
-nothing that grows is copied.
-"""
+"""Throughput against a score (SAR Fig. 1b): a point per run, as large as its number of parameters."""
 
 import json
-import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
 from matplotlib.figure import Figure
 
 from megavar.analysis.base import Analysis, Report, Subject
-from megavar.assembly import build_generator, build_sampler, load_tokenizer, require_generator_recipe
+from megavar.analysis.kinds.times import drawing_times
 from megavar.config.analyses.throughput import ThroughputAnalysis
-from megavar.config.recipes.base import GENERATOR_MODULE
+from megavar.errors import ConfigError
 from megavar.parallel.environment import device_name
-from megavar.run_samples import default_conditions
-from megavar.training.checkpoint.weights import load_weights
 
 
 class Throughput(Analysis[ThroughputAnalysis]):
-    """Drawing is timed on this device."""
+    """Drawing is timed on this device; the score is the run's last one."""
 
     def look(self, runs: Sequence[Subject]) -> Report:
-        """Draw, and read scores."""
-        values, arrays, lines = {}, {}, []
+        """Measure and read."""
+        choice, device, values = self.choice, device_name(), {}
         for run in runs:
-            images, steps = self._drawing(run)
-            found = {"images_per_second": images, "steps": float(len(steps))}
-            found |= {f"seconds_at_step_{n}": float(steps[n - 1]) for n in self.choice.steps if n <= len(steps)}
-            score = best_score(run.directory, self.choice.metric)
-            values[run.name] = found | ({} if score is None else {self.choice.metric: score})
-            arrays[f"{run.name}/seconds"] = steps
-            words = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in values[run.name].items())
-            lines.append(f"{run.name}, {self.choice.batch} images together on {device_name()}: {words}")
-        figure = _draw(values, arrays, self.choice.metric, device_name())
-        return Report(
-            values[runs[0].name], values | {"device": device_name()}, arrays, {"": figure}, "\n".join(lines)
-        )  # fmt: skip
-
-    @torch.no_grad()
-    def _drawing(self, run: Subject) -> tuple[float, np.ndarray]:
-        """Images per second, and the seconds of every call of the generator, float64 [steps]; medians of repeats."""
-        config, device, batch = run.config, run.device, self.choice.batch
-        generator: Any = build_generator(config, None)
-        load_weights(generator, run.directory, GENERATOR_MODULE, ema=config.sampling.weights == "ema")
-        tokenizer = load_tokenizer(config.tokenizer, require_generator_recipe(config).tokenizer_weights, device)
-        sampler = build_sampler(config, generator.to(device).eval(), tokenizer, default_conditions(config), device)
-        step, seconds = generator.step, []
-
-        def timed(*arguments: Any, **options: Any) -> Any:
-            began = time.perf_counter()
-            result = step(*arguments, **options)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds.append(time.perf_counter() - began)
-            return result
-
-        generator.step = timed
-        whole, each = [], []
-        for repeat in range(self.choice.repeats + 1):
-            seconds.clear()
-            began = time.perf_counter()
-            sampler.draw(torch.arange(repeat * batch, (repeat + 1) * batch))  # images on the CPU: all is done
-            whole.append(time.perf_counter() - began)
-            each.append(list(seconds))
-        return batch / statistics.median(whole[1:]), np.median(np.array(each[1:]), axis=0)
+            score = last_score(run.directory, choice.metric)
+            if score is None:
+                raise ConfigError(f"{run.name} has no score {choice.metric!r}: run `megavar evaluate` on it first.")
+            times = drawing_times(run, choice.batch, choice.repeats)
+            values[run.name] = {
+                "images_per_second": 1 / times["seconds_per_image"],
+                "parameters_millions": times["parameters_millions"],
+                "score": score,
+            }
+        lines = [f"{name}: {found['images_per_second']:.1f} images/s (batch {choice.batch}) on {device}, "
+                 f"{choice.metric} {found['score']:.4g}, {found['parameters_millions']:.1f} M parameters"
+                 for name, found in values.items()]  # fmt: skip
+        figure = _draw(values, choice.metric, f"images per second ({device}, batch {choice.batch})")
+        return Report(values[runs[0].name], values | {"device": device}, {}, {"": figure}, "\n".join(lines))
 
 
-def best_score(directory: Path, metric: str) -> float | None:
-    """Of the run's newest scored checkpoint; None where none is scored by it."""
+def last_score(directory: Path, metric: str) -> float | None:
+    """Of the checkpoint with most steps that was scored, by its name or by what stands before ``@``."""
     found: dict[str, float] = {}
     for path in sorted(directory.glob("scores-*.json")):
         content = json.loads(path.read_text())
-        for name, value in content["metrics"].items():
-            if metric in (name, name.partition("@")[0]):
-                found[str(content.get("checkpoint", {}).get("checkpoint"))] = value
-    return found[max(found)] if found else None
+        for key, value in content["metrics"].items():
+            if metric in (key, key.partition("@")[0]):
+                found[str(content["checkpoint"].get("checkpoint", ""))] = value
+    steps = [name for name in found if name.startswith("step-")]
+    return found[max(steps)] if steps else None
 
 
-def _draw(values: dict[str, dict[str, float]], arrays: dict[str, np.ndarray], metric: str, device: str) -> Figure:
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    speed, steps = figure.subplots(1, 2)
+def _draw(values: dict[str, dict[str, float]], metric: str, label: str) -> Figure:
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    largest = max(found["parameters_millions"] for found in values.values())
     for name, found in values.items():
-        speed.plot(found["images_per_second"], found.get(metric, 0.0), "o", label=name)
-        steps.plot(np.arange(1, len(arrays[f"{name}/seconds"]) + 1), 1e3 * arrays[f"{name}/seconds"], label=name)
-    speed.set(title=f"speed and score ({device})", xlabel="images per second", ylabel=metric, xscale="log")
-    steps.set(title="time of each step of decoding", xlabel="step", ylabel="ms", ylim=(0, None))
-    for axes in (speed, steps):
-        axes.legend(fontsize=8)
+        place = found["images_per_second"], found["score"]
+        axes.scatter(*place, s=60 + 340 * found["parameters_millions"] / largest, alpha=0.6)
+        axes.annotate(name, place, xytext=(8, 6), textcoords="offset points", fontsize=8)
+    axes.set(title="Throughput and quality; area: parameters", xlabel=label, ylabel=metric)
+    axes.margins(0.25)
+    axes.grid(alpha=0.3)
     return figure

@@ -60,14 +60,14 @@ def draw(load: np.ndarray, targets: tuple[str, ...], kinds: list[str], step: int
     columns = min(len(blocks), 6)
     rows = -(-len(blocks) // columns)
     figure = Figure(figsize=(2.2 * columns + 1.2, 2.0 * rows + 0.8), layout="constrained")
-    figure.suptitle(f"Which expert tokens of each kind are sent to (step {step})", fontsize=10)
+    figure.suptitle(f"Which experts the tokens of each scale are sent to (step {step})", fontsize=10)
     grid = figure.subplots(rows, columns, squeeze=False)
+    shares = load / load.sum(2, keepdims=True).clip(min=1)
     for axes in grid.flat:
         axes.set_axis_off()
     for axes, block in zip(grid.flat, blocks):
-        share = load[block] / load[block].sum(1, keepdims=True).clip(min=1)
         axes.set_axis_on()
-        image = axes.imshow(share, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+        image = axes.imshow(shares[block], cmap="viridis", vmin=0, vmax=shares.max(), aspect="auto")
         axes.set_title(f"block {block + 1}", fontsize=8)
         axes.set_xticks(range(len(targets)), targets, fontsize=6)
         axes.set_yticks(range(len(kinds)), kinds, fontsize=6)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EVERYWHERE = {"errors", "logs", "paths", "storage"}
+EVERYWHERE = {"errors", "logs", "notify", "paths", "storage", "wording"}
 """Words for people, paths as they write them, and files that are written whole or not at all."""
 ALLOWED: dict[str, set[str]] = {
     # Foundations. `config` reads DeepSpeed's own schema through `parallel`, and layouts are sections of `config`.
@@ -15,6 +15,10 @@ ALLOWED: dict[str, set[str]] = {
     "logs": set(),
     "paths": set(),
     "storage": set(),
+    "notify": set(),
+    "wording": set(),
+    "pictures": set(),
+    "diffusion": set(),
     "flow_matching": set(),
     "config": {"parallel"},
     "parallel": {"config"},
@@ -27,7 +31,9 @@ ALLOWED: dict[str, set[str]] = {
     "tokenizers": {"config", "parallel", "weight_file", "weight_layout"},
     "generators": {"config", "parallel", "transformer", "weight_layout"},
     "teachers": {"config", "weight_layout"},
-    "recipes": {"config", "parallel", "data", "flow_matching", "generators", "sampling", "teachers", "tokenizers"},
+    "recipes": {
+        "config", "parallel", "data", "diffusion", "flow_matching", "generators", "sampling", "teachers", "tokenizers",
+    },
     # Scale: tensors, ranks and bytes.
     "data": {"config", "parallel"},
     "chunks": {"parallel"},
@@ -37,8 +43,8 @@ ALLOWED: dict[str, set[str]] = {
         "config", "parallel", "data", "recipes", "frozen", "weight_file", "weight_folder", "weight_layout",
     },
     "sampling": {
-        "config", "parallel", "data", "chunks", "conditions", "flow_matching", "generators", "tokenizers",
-        "transformer",
+        "config", "parallel", "data", "chunks", "conditions", "diffusion", "flow_matching", "generators",
+        "tokenizers", "transformer",
     },
     "evaluation": {"config", "parallel", "data", "chunks", "conditions", "tokenizers", "weight_file"},
     "planning": {
@@ -51,8 +57,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "beginning": {"assembly", "config", "frozen", "training", "weight_file", "weight_layout"},
     "run_samples": {
-        "assembly", "beginning", "chunks", "conditions", "config", "data", "frozen", "parallel", "sampling",
-        "tokenizers", "training",
+        "assembly", "beginning", "chunks", "conditions", "config", "data", "frozen", "parallel", "pictures",
+        "sampling", "tokenizers", "training",
     },
     "library": {
         "assembly", "conditions", "config", "frozen", "parallel", "tokenizers", "training", "weight_file",
@@ -61,19 +67,27 @@ ALLOWED: dict[str, set[str]] = {
         "assembly", "config", "evaluation", "frozen", "parallel", "run_samples", "sampling", "tokenizers", "training",
     },
     "records": set(),
+    "reporting": {"pictures", "records"},
+    "forking": {"config", "data", "generators", "library", "training", "weight_file"},
     "starting": {"data"},
+    "watchers": {"config", "data", "parallel", "planning", "recipes", "training"},
     "reproduction": {"chunks", "config", "planning", "training"},
-    "analysis": {"assembly", "config", "data", "parallel", "run_samples", "training", "transformer"},
+    "analysis": {
+        "assembly", "conditions", "config", "data", "evaluation", "parallel", "run_samples", "sampling", "tokenizers",
+        "training", "transformer",
+    },
     "commands": {
-        "analysis", "assembly", "beginning", "config", "data", "parallel", "planning", "recipes", "records",
-        "reproduction", "run_samples", "scoring", "starting", "training",
+        "analysis", "assembly", "beginning", "conditions", "config", "data", "forking", "parallel", "pictures",
+        "planning", "recipes", "records", "reporting", "reproduction", "run_samples", "sampling", "scoring", "starting",
+        "training", "watchers",
     },
     "__main__": set(),
 }  # fmt: skip
 KNOWN_CIRCLES = {frozenset({"config", "parallel"}), frozenset({"frozen", "training"})}
 """The second: checkpoints carry identities of frozen weights, and frozen weights may lie in a checkpoint."""
 TORCH_FREE = ("megavar", "megavar.config.loading", "megavar.config.cluster", "megavar.config.table", "megavar.frozen",
-              "megavar.records.run", "megavar.commands.status")  # fmt: skip
+              "megavar.records.run", "megavar.commands.status", "megavar.commands.report", "megavar.commands.compare",
+              "megavar.reporting.report")  # fmt: skip
 """Login nodes read configurations and compare identities of weights."""
 
 

@@ -28,21 +28,22 @@ from megavar.data.reading import stored_images
 from megavar.data.source import Source
 from megavar.errors import ConfigError, DataError, ExitCode, RunInUseError
 from megavar.parallel import topology
-from megavar.parallel.environment import Environment, choose_kernels, device_name, environment, limit_threads
+from megavar.parallel.environment import Environment, choose_kernels, environment, limit_threads
 from megavar.parallel.rules import check_compiled, check_layout
-from megavar.planning.calibration import Calibration
 from megavar.planning.efficiency import flops_per_image
-from megavar.planning.hardware import name_of_device, peak_of_device
-from megavar.planning.measure import UnmeasurableError, release
-from megavar.planning.plan import predict
+from megavar.planning.hardware import peak_of_device
 from megavar.recipes.base import Recipe
+from megavar.records.cards import end_card
+from megavar.records.run import RunRecord
 from megavar.run_samples import default_conditions
 from megavar.storage import write_json_atomic
-from megavar.training.run import Expectation, Run, micro_batch_size, on_first_rank
+from megavar.training.console import Console
+from megavar.training.run import Run, micro_batch_size, on_first_rank
 from megavar.training.run_directory import RunDirectory
 from megavar.training.trainer import Trainer
+from megavar.watchers import watchers
 
-PREVIEW_IMAGES = 40
+PREVIEW_IMAGES, PREVIEW_COLUMNS = 40, 10
 LOOK_AGAIN_SECONDS = 20.0
 """Between looks at a required run that another process trains."""
 
@@ -81,12 +82,16 @@ def train(config: Config, place: Environment, required_by: tuple[str, ...] = ())
         code = _train_required(required, place, (*required_by, config.run.name))
         if code != ExitCode.FINISHED:
             return code
+    trained, scores = not Path(config.run.path, "DONE").exists(), dict[str, float]()
     code = _train_one(config, place)
     if code == ExitCode.FINISHED and config.evaluation.after_training:
         from megavar.scoring import score  # scikit-learn and more: not at the start of every rank
 
         topology.initialize(ParallelConfig(), place)
-        score(config, place)
+        scores = score(config, place)
+    if code == ExitCode.FINISHED and place.rank == 0 and (trained or scores):
+        record = RunRecord.read(Path(config.run.path))
+        Console(record.path).say(end_card(record, scores))
     return code
 
 
@@ -121,7 +126,7 @@ def _train_one(config: Config, place: Environment) -> ExitCode:
         return ExitCode.FINISHED
     keeps_logs = bool(os.environ.get("MEGAVAR_LOG_DIRECTORY"))  # a launcher writes what we print to files of its own
     logs.configure(place.rank, None if keeps_logs else directory.path / "logs")
-    if place.rank == 0:
+    if place.rank == 0 and place.world_size > 1:
         print(topology.describe(config.parallel, place.world_size), flush=True)
     source = build_source(config.data)
     deepspeed = load_deepspeed_json(Path(config.deepspeed))
@@ -174,29 +179,10 @@ def _train_one(config: Config, place: Environment) -> ExitCode:
             preview=_preview(assembly, recipe),
             flops_per_image=flops_per_image(config) if place.rank == 0 and peak is not None else None,
             peak_flops=peak,
-            expected=_expected(config, place) if place.rank == 0 else None,
+            observers=watchers(config, source, recipe, place, mesh),
         )
     )
     return trainer.run()
-
-
-def _expected(config: Config, place: Environment) -> Expectation | None:
-    """What a plan says of this run on this device; None where it says nothing of it."""
-    file = config.logging.calibration
-    if config.recipe.trains == "teacher":
-        return None
-    calibration = None if file is None or config.generator is None else Calibration.load(Path(file))
-    gpu = name_of_device(device_name()) if calibration is None else None
-    if calibration is None and gpu is None:
-        return None
-    ranks = min(place.world_size, torch.cuda.device_count() or place.world_size)
-    try:
-        predicted, source = predict(config, place.world_size, gpu, calibration=calibration, ranks_per_node=ranks)
-    except UnmeasurableError:
-        return None  # flops_per_image says so
-    finally:
-        release()
-    return Expectation(predicted.time.total, predicted.memory.total - predicted.memory.reserved, source)
 
 
 def _check_data(directory: RunDirectory, source: Source, config: Config) -> None:
@@ -209,7 +195,7 @@ def _check_data(directory: RunDirectory, source: Source, config: Config) -> None
     described = {"source": config.data.source.name, "samples": len(source), "fingerprint": source.fingerprint}
     # The fingerprint covers classes, too; names are for readers of the run, and runs of earlier versions lack them.
     named = described | {"class_names": list(source.class_names)}
-    if path.exists() and not config.train.fresh:
+    if path.exists() and directory.begun and not config.train.fresh:
         try:
             before = json.loads(path.read_text())
         except (OSError, ValueError) as error:
@@ -264,7 +250,16 @@ def _preview(assembly: Assembly, recipe: Recipe) -> Callable[[int], Tensor | Non
         return None  # a pipeline stage cannot decode alone: sample from a checkpoint instead
     generator = recipe.modules()[GENERATOR_MODULE]
     sampler = build_sampler(config, generator, assembly.tokenizer(), default_conditions(config), assembly.device)
-    return lambda step: sampler.draw(torch.arange(PREVIEW_IMAGES)).images
+    shown = _previewed(None if config.generator is None else config.generator.class_count)
+    return lambda step: sampler.draw(shown).images
+
+
+def _previewed(classes: int | None) -> Tensor:
+    """Which samples a preview shows, ten in a row: where there are more classes, columns are the first ten."""
+    if classes is None or classes < PREVIEW_COLUMNS:
+        return torch.arange(PREVIEW_IMAGES)
+    rows = torch.arange(PREVIEW_IMAGES // PREVIEW_COLUMNS)
+    return (classes * rows[:, None] + torch.arange(PREVIEW_COLUMNS)).flatten()
 
 
 def _preview_source(config: Config) -> Source:
@@ -280,7 +275,8 @@ def _reconstructions(config: Config, tokenizer: Any, source: Source, device: tor
     """Rows of ten images, each above a row of their reconstructions: uint8 [N, 3, H, W]."""
     count = min(PREVIEW_IMAGES // 2, len(source))
     transform = build_transform(config.data, "test")
-    originals, _ = stored_images(source, transform, range(count), config.data.damaged_samples)
+    spread = [index * len(source) // count for index in range(count)]  # over all classes, which mostly come in turn
+    originals, _ = stored_images(source, transform, spread, config.data.damaged_samples)
     tokens = tokenizer.tokens(tokenizer.encode(to_float(originals).to(device)))
     reconstructed = to_uint8(tokenizer.decode(tokens)).cpu()
     rows = zip(originals.split(10), reconstructed.split(10))

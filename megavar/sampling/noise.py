@@ -41,7 +41,7 @@ class Noise:
         """Standard normal vectors of continuous tokens.
 
         Args:
-            positions: int64 [n], places in the sample's sequence of tokens.
+            positions: int64 [n], places in the sample's sequence of tokens, or [B, n] where samples differ.
             channels: size C of a vector.
             repetition: which draw for the same token it is (samplers with noise in every step).
 
@@ -49,7 +49,7 @@ class Noise:
             float32 [B, n, C].
         """
         channel = torch.arange(channels, device=self.indices.device)
-        keys = self.indices[:, None, None], positions[:, None], channel
+        keys = self.indices[:, None, None], positions[..., None], channel
         return seeds.normal(self.seed, "sampling/normal", repetition, *keys).float()
 
 

@@ -41,7 +41,7 @@ def test_a_map_of_another_side_is_refused():
 @pytest.mark.parametrize("cross", [False, True])
 def test_both_heads_round_trip_through_the_published_layout(cross, single_process):
     choice = FlowARConfig(
-        scales=(1, 2, 4), width=24, encoder_depth=1, decoder_depth=1, heads=2, head_depth=2, head_width=16, classes=5,
+        scales=(1, 2, 4), width=24, encoder_depth=1, decoder_depth=1, heads=2, head_depth=2, head_width=64, classes=5,
         rope_side=4, head_cross_attention=cross,
     )  # fmt: skip
     space = TokenSpace("latent", (4,), 16, None, 6, image_side=32)

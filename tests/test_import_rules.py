@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EVERYWHERE = {"errors", "logs", "paths", "storage"}
+EVERYWHERE = {"errors", "logs", "notify", "paths", "storage", "wording"}
 """Words for people, paths as they write them, and files that are written whole or not at all."""
 ALLOWED: dict[str, set[str]] = {
     # Foundations. `config` reads DeepSpeed's own schema through `parallel`, and layouts are sections of `config`.
@@ -15,6 +15,8 @@ ALLOWED: dict[str, set[str]] = {
     "logs": set(),
     "paths": set(),
     "storage": set(),
+    "notify": set(),
+    "wording": set(),
     "pictures": set(),
     "flow_matching": set(),
     "config": {"parallel"},
@@ -65,6 +67,7 @@ ALLOWED: dict[str, set[str]] = {
     "reporting": {"pictures", "records"},
     "forking": {"config", "data", "generators", "library", "training", "weight_file"},
     "starting": {"data"},
+    "watchers": {"config", "data", "parallel", "planning", "recipes", "training"},
     "reproduction": {"chunks", "config", "planning", "training"},
     "analysis": {
         "assembly", "conditions", "config", "data", "evaluation", "parallel", "run_samples", "sampling", "tokenizers",
@@ -73,7 +76,7 @@ ALLOWED: dict[str, set[str]] = {
     "commands": {
         "analysis", "assembly", "beginning", "conditions", "config", "data", "forking", "parallel", "pictures",
         "planning", "recipes", "records", "reporting", "reproduction", "run_samples", "sampling", "scoring", "starting",
-        "training",
+        "training", "watchers",
     },
     "__main__": set(),
 }  # fmt: skip

@@ -18,6 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "notify": set(),
     "wording": set(),
     "pictures": set(),
+    "diffusion": set(),
     "flow_matching": set(),
     "config": {"parallel"},
     "parallel": {"config"},
@@ -30,7 +31,9 @@ ALLOWED: dict[str, set[str]] = {
     "tokenizers": {"config", "parallel", "weight_file", "weight_layout"},
     "generators": {"config", "parallel", "transformer", "weight_layout"},
     "teachers": {"config", "weight_layout"},
-    "recipes": {"config", "parallel", "data", "flow_matching", "generators", "sampling", "teachers", "tokenizers"},
+    "recipes": {
+        "config", "parallel", "data", "diffusion", "flow_matching", "generators", "sampling", "teachers", "tokenizers",
+    },
     # Scale: tensors, ranks and bytes.
     "data": {"config", "parallel"},
     "chunks": {"parallel"},
@@ -40,8 +43,8 @@ ALLOWED: dict[str, set[str]] = {
         "config", "parallel", "data", "recipes", "frozen", "weight_file", "weight_folder", "weight_layout",
     },
     "sampling": {
-        "config", "parallel", "data", "chunks", "conditions", "flow_matching", "generators", "tokenizers",
-        "transformer",
+        "config", "parallel", "data", "chunks", "conditions", "diffusion", "flow_matching", "generators",
+        "tokenizers", "transformer",
     },
     "evaluation": {"config", "parallel", "data", "chunks", "conditions", "tokenizers", "weight_file"},
     "planning": {

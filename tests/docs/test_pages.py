@@ -35,6 +35,7 @@ RUN_BY = {
     "tools.convert_checkpoint": "tests/tools/test_convert_checkpoint.py",
     "tools.benchmark": "tests/tools/test_benchmark.py",
     "tools.gpu_check": "tests/tools/test_gpu_check.py",
+    "tools.reference_curve": "tests/tools/test_reference_curve.py",
     "tools.configuration_reference": "tests/docs/test_pages.py",
 }
 """Which test runs a command that is shown, at small size."""

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from launchers.history import read_metrics
 from megavar.config.loading import load_config
 from megavar.config.root import Config
 from megavar.errors import CheckpointError, DataError, ExitCode, MegavarError
+from megavar.records.history import read_metrics
 from megavar.storage import fsync_directory
 
 Status = Literal["pass", "warn", "fail"]
@@ -104,7 +104,7 @@ def data(config: Config, world_size: int) -> str:
 
 def weights(config: Config, run_directory: Path) -> str:
     """Frozen weights exist, or a run that is required will make them; so do those that a new run begins with."""
-    wanted = config.recipe.frozen_weights()
+    wanted = config.frozen_weights
     if config.initial_weights is not None and not manifests_in(run_directory):
         wanted["initial weights"] = config.initial_weights.path
     coming = [Path(load_config(required).run.path).absolute() for required in config.run.requires]

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from launchers.diagnosis import Attempt, Diagnosis, diagnose
-from launchers.history import STATES, AttemptSummary, read_metrics, summarize
 from launchers.progress import Ledger, LedgerError, is_done, newest_checkpoint_step
 from megavar.errors import ExitCode
 from megavar.paths import as_path
+from megavar.records.history import STATES, AttemptSummary, read_metrics, summarize
 
 _GOOD = ("FINISHED", "PREEMPTED")
 

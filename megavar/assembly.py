@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megavar import frozen
 from megavar.conditions import Conditions
@@ -21,15 +21,17 @@ from megavar.config.root import Config
 from megavar.config.teachers.base import TeacherChoice
 from megavar.config.token_space import TokenSpace
 from megavar.config.tokenizers.base import TokenizerChoice
+from megavar.data.build import build_text
 from megavar.data.caches import CachedSamples, weights_sha256
 from megavar.data.source import Source
+from megavar.data.text import TextEncoder
 from megavar.errors import CheckpointError, ConfigError
 from megavar.generators.base import Stage
 from megavar.parallel.sharded import sharding
 from megavar.parallel.topology import Topology
 from megavar.recipes.base import Recipe
 from megavar.sampling.sampler import Sampler
-from megavar.tokenizers.base import Tokenizer
+from megavar.tokenizers.base import Codebook, Tokenizer
 from megavar.transformer.compilation import compile_blocks
 from megavar.transformer.moe.backends import check_installed
 from megavar.weight_layout import WeightLayout
@@ -154,6 +156,22 @@ def build_generator(
     return chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
 
 
+def code_vectors(tokenizer: Tokenizer, device: torch.device) -> Tensor:
+    """The vectors of all tokens of a tokenizer on ``device``, float32 [V, D].
+
+    Raises:
+        ConfigError: its tokens are vectors without a codebook.
+    """
+    vocabulary = tokenizer.space.vocabulary
+    if vocabulary is None or not isinstance(tokenizer, Codebook):
+        raise ConfigError(
+            f"The generator is tied to the tokenizer's codebook (generator.tied_codebook), but the tokens of this "
+            f"tokenizer ({tokenizer.space.kind}) are vectors without one. Remove the key, or choose a tokenizer with a "
+            f"codebook."
+        )
+    return tokenizer.embed(torch.arange(vocabulary, device=device)).detach().float()
+
+
 def build_sampler(
     config: Config, generator: nn.Module, tokenizer: Tokenizer, conditions: Conditions, device: torch.device
 ) -> Sampler:
@@ -162,7 +180,7 @@ def build_sampler(
     if experts is not None:
         experts.check_decoding()
     procedure = resolve(config.sampling)(config.sampling)
-    return Sampler(generator, tokenizer, procedure, conditions, config.sampling, device)
+    return Sampler(generator, tokenizer, procedure, conditions, config.sampling, device, build_text(config.data))
 
 
 def check_consistency(config: Config, source: Source) -> None:
@@ -292,10 +310,25 @@ class Assembly:
         zero, dtype = load_deepspeed_json(Path(self.config.deepspeed)), PARAMETER_TYPES[self.config.train.precision]
         shard = sharding(zero, dtype, self.topology, experts)
         options |= {} if shard is None else {"shard": shard}
+        options |= {"codebook": code_vectors(self._tokenizer, self.device)} if section.reads_codebook else {}
         model = build_generator(self.config, self.topology, device=self.device, **options)
         if self.config.train.compile == "blocks":
             compile_blocks(model, self.config.train.compile_backend, self.device)
         return model
+
+    def text(self) -> TextEncoder:
+        """What makes token ids of captions.
+
+        Raises:
+            ConfigError: ``data.text`` is not set.
+        """
+        encoder = build_text(self.config.data)
+        if encoder is None:
+            raise ConfigError(
+                f"The recipe {self.config.recipe.name!r} reads captions, but data.text is not set. Add a section "
+                f"`text:` to data, with the tokenizer of the language model."
+            )
+        return encoder
 
     def terms(self) -> list[Any]:
         """The losses that the recipe section adds to the recipe's own: :class:`megavar.recipes.terms.base.Term`."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megavar.data.source import Source
+from megavar.data.text import Text, TextEncoder
 
 Kind = Literal["class", "text", "none"]
 
@@ -29,6 +30,10 @@ class Condition:
     """B texts; None where samples are not asked for by text."""
     classes: int = -1
     """The label that stands for "no class": the number of classes."""
+    text: Text | None = None
+    """Token ids of the captions and where they are tokens, [B, T]; None where ``data.text`` is not set."""
+    empty_text: Text | None = None
+    """The same of no caption, [1, T]."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -36,13 +41,29 @@ class Condition:
     def dropped(self) -> "Condition":
         """The same number of samples that show anything: "no class", empty captions."""
         empty = None if self.captions is None else ("",) * len(self)
-        return replace(self, labels=torch.full_like(self.labels, self.classes), captions=empty)
+        labels = torch.full_like(self.labels, self.classes)
+        if self.empty_text is None:
+            return replace(self, labels=labels, captions=empty)
+        text = Text(*(rows.expand(len(self), -1) for rows in self.empty_text))
+        return replace(self, labels=labels, captions=empty, text=text)
 
     def with_dropped(self) -> "Condition":
         """2B samples: these, then as many that show anything (for classifier-free guidance)."""
         free = self.dropped()
         captions = None if self.captions is None or free.captions is None else self.captions + free.captions
-        return replace(self, labels=torch.cat([self.labels, free.labels]), captions=captions)
+        labels = torch.cat([self.labels, free.labels])
+        if self.text is None or free.text is None:
+            return replace(self, labels=labels, captions=captions)
+        text = Text(*(torch.cat(rows) for rows in zip(self.text, free.text)))
+        return replace(self, labels=labels, captions=captions, text=text)
+
+    def encoded(self, encoder: TextEncoder) -> "Condition":
+        """The same samples with the token ids of their captions."""
+        if self.captions is None:
+            return self
+        texts = (encoder.encode(self.captions), encoder.empty)
+        text, empty = (Text(*(rows.to(self.labels.device) for rows in one)) for one in texts)
+        return replace(self, text=text, empty_text=empty)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What a chunk stores beside the tokens: int64 ``labels`` or unicode ``captions``, one per sample."""

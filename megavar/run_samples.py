@@ -23,7 +23,7 @@ from megavar.chunks import ChunkStore
 from megavar.conditions import ClassConditions, Conditions, SourceCaptions, Unconditional
 from megavar.config.loading import decode, import_stored_plugins
 from megavar.config.recipes.base import GENERATOR_MODULE
-from megavar.config.root import Config
+from megavar.config.root import TEXT_TOKENIZER, Config
 from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.data.build import build_source
 from megavar.data.pixels import image_grid
@@ -73,6 +73,8 @@ def open_samples(
         "conditions": conditions.identity,
         "space": asdict(tokenizer.space),
     }
+    if config.data.text is not None:
+        identity["text"] = config.data.text.model_dump(mode="json", exclude={"tokenizer"})
     named = [identity, sampling.number, sampling.chunk_size]
     digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:8]
     name = f"{'untrained' if untrained else model['checkpoint']}-{digest}"
@@ -89,14 +91,16 @@ def _load(config: Config, device: torch.device, untrained: bool) -> tuple[nn.Mod
     weights = require_generator_recipe(config).tokenizer_weights
     drawn = config.sampling.tokenizer_of(config.tokenizer)
     tokenizer = load_tokenizer(drawn, weights, device, together=True)
-    of_tokenizer = once_per_node(lambda: identify(weights))
+    texts = {name: path for name, path in config.frozen_weights.items() if name == TEXT_TOKENIZER}
+    used = {TOKENIZER: weights, **texts}
+    found = once_per_node(lambda: {name: identify(path) for name, path in used.items()})
     generator = build_generator(config, None)
     model: dict[str, Any] = {"checkpoint": "initial weights", "seed": config.train.seed}
     if untrained:
         model |= fill_initial(generator, config)
     else:
         checkpoint, manifest = find_checkpoint(Path(config.run.path), verify=False)  # loading verifies it
-        check_same(identities(manifest.frozen), {TOKENIZER: of_tokenizer}, checkpoint, "train a generator with these.")
+        check_same(identities(manifest.frozen), found, checkpoint, "train a generator with these.")
         average = config.sampling.weights == "ema"
         load_weights(generator, checkpoint, GENERATOR_MODULE, ema=average, whole=True, together=True)
         model = identify(checkpoint).to_json()
@@ -104,7 +108,7 @@ def _load(config: Config, device: torch.device, untrained: bool) -> tuple[nn.Mod
         "weights": config.sampling.weights,
         "precision": config.train.precision,
         "generator": require_generator(config).model_dump(mode="json"),
-        "tokenizer": of_tokenizer.to_json(),
+        **{name: identity.to_json() for name, identity in found.items()},
     }
     return generator.to(device), tokenizer, model
 

@@ -1,6 +1,7 @@
 """Scores of a run: a generator's samples by the configured suite, or a tokenizer's reconstructions."""
 
 import functools
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,10 +155,11 @@ def _score_tokenizer(config: Config, place: Environment) -> dict[str, float]:
 
 
 def _report(name: str, rows: dict[str, dict[str, float]], scores: Scores, result: Result, path: Path) -> None:
-    write_result(path, result)
+    missed = thresholds_missed(rows[name], scores.table)
+    baselines = {row: dict(metrics) for row, metrics in rows.items() if row != name}
+    write_result(path, replace(result, baselines=baselines, table=list(map(asdict, scores.table)), missed=missed))
     if scores.metrics:
         print(format_table(rows, scores.table or None))
-    missed = thresholds_missed(rows[name], scores.table)
     if any(metric.threshold is not None for metric in scores.table):
         print(f"\n{name}: " + (f"misses {', '.join(missed)}" if missed else "meets every threshold"))
     for note in scores.notes:

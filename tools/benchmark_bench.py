@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from megavar.config.parallel import ParallelConfig
 from megavar.config.root import Config
 from megavar.config.token_space import TokenSpace
 from megavar.data.batch import Batch
+from megavar.data.build import build_text
 from megavar.parallel.environment import choose_kernels
 from megavar.parallel.topology import Topology
 from megavar.planning.efficiency import flops_per_image
@@ -136,7 +137,12 @@ class Bench:
         classes = self.generator.class_count
         labels = torch.full_like(count, -1) if classes is None else count % classes
         captions = ("a photograph",) * self.batch if self.generator.condition == "text" else None
-        return Batch(pixels * 2 - 1, labels, count, torch.zeros_like(count), captions=captions)
+        batch = Batch(pixels * 2 - 1, labels, count, torch.zeros_like(count), captions=captions)
+        encoder = build_text(self.config.data)
+        if captions is None or encoder is None:
+            return batch
+        text = encoder.encode(captions)
+        return replace(batch, text_ids=text.ids.to(self.device), text_mask=text.mask.to(self.device))
 
     def tokens(self) -> Batch | None:
         """The same from a token cache; None where tokens are vectors."""
@@ -144,7 +150,7 @@ class Bench:
             return None
         batch, shape = self.images(), (self.batch, self.space.length)
         ids = torch.randint(self.space.vocabulary, shape, device=self.device)
-        return Batch(None, batch.labels, batch.sample_ids, batch.epochs, tokens=ids, captions=batch.captions)
+        return replace(batch, images=None, tokens=ids)
 
     def engines(self, recipe: Recipe) -> dict[str, Engine]:
         """The engines around a recipe's modules."""

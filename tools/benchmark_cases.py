@@ -123,7 +123,7 @@ def train(bench: Bench) -> Part:
         if batch is None:
             part.skipped[name] = "tokens are vectors, which no token cache holds"
         else:
-            part.alternatives[name] = functools.partial(_prepared_step, recipe, engines, batch)
+            part.alternatives[name] = functools.partial(prepared_step, recipe, engines, batch)
     part.alternatives["encoding alone"] = lambda: recipe.prepare(images, 0)
     known = bench.operations
     flops = dict.fromkeys(part.alternatives, known.step)
@@ -131,7 +131,8 @@ def train(bench: Bench) -> Part:
     return part
 
 
-def _prepared_step(recipe: Recipe, engines: dict[str, Engine], batch: Batch) -> None:
+def prepared_step(recipe: Recipe, engines: dict[str, Engine], batch: Batch) -> None:
+    """A step of the recipe's first module, its inputs prepared anew."""
     _step(recipe, engines, batch, recipe.prepare(batch, 0))
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megavar.assembly import Assembly, require_generator_recipe
+from megavar.config.noise import NoiseConfig
 from megavar.config.parallel import ParallelConfig
 from megavar.config.recipes.base import GENERATOR_MODULE
 from megavar.config.root import Config
@@ -41,9 +42,11 @@ class Observation:
     routing: dict[int, Tensor] = field(default_factory=dict)
     """By block with experts: bool [B, L, E], whether a token went to an expert."""
     hidden: dict[int, Tensor] = field(default_factory=dict)
-    """By block that was asked for: its output, float32 [B, L, C]."""
+    """By block that was asked for: its output, float32 [B, L, C]; -1: what the first one reads."""
     loss: float = 0.0
     """The recipe's own, summed over the valid items."""
+    hits: float = 0.0
+    """Tokens that were the likeliest ones, summed, where the recipe counts them."""
     valid: int = 0
     """Their number."""
 
@@ -53,7 +56,10 @@ class Observation:
 
 
 class Observer:
-    """A generator with trained weights, without the terms of its recipe (their heads and teachers are not needed)."""
+    """A generator with trained weights, without the terms of its recipe (their heads and teachers are not needed).
+
+    Its contexts are clean and in the order of its end, whatever it was trained with on the way there.
+    """
 
     def __init__(self, config: Config, device: torch.device, checkpoint: Path) -> None:
         """Build it and load the weights.
@@ -65,12 +71,19 @@ class Observer:
             ConfigError: the run trains no generator.
             CheckpointError: there are no weights, or those of another model.
         """
-        recipe = require_generator_recipe(config).model_copy(update={"terms": ()})
+        recipe = require_generator_recipe(config)
+        self.noisy = "noise" in type(recipe).model_fields
+        """Whether contexts can be made noisy (:meth:`observe`)."""
+        recipe = recipe.model_copy(update={"terms": ()} | ({"noise": None} if self.noisy else {}))
         self.config = config.model_copy(update={"recipe": recipe, "parallel": ParallelConfig()})
         self.device = device
         self.source, self.split = _unseen(self.config)
         mesh = topology.initialize(ParallelConfig(), environment())
-        self.recipe = Assembly(self.config, self.source, device, mesh).recipe()
+        assembly = Assembly(self.config, self.source, device, mesh)
+        self.recipe: Any = assembly.recipe()
+        self.tokenizer = assembly.tokenizer()
+        self.step = assembly.steps
+        """The one for which the recipe prepares: the last."""
         self.generator: Any = self.recipe.modules()[GENERATOR_MODULE]
         load_weights(self.generator, checkpoint, GENERATOR_MODULE, ema=config.sampling.weights == "ema")
         self.generator.eval()
@@ -80,24 +93,48 @@ class Observer:
         """Numbers of the blocks, from 0."""
         return sorted(map(int, self.generator.blocks))
 
-    @torch.no_grad()
-    def watch(self, images: int, batch: int, hidden: Sequence[int] = ()) -> Iterator[Observation]:
+    def watch(
+        self, images: int, batch: int, hidden: Sequence[int] = (), *, trained: bool = False, noise: float = 0.0
+    ) -> Iterator[Observation]:
         """Show the first ``images`` images, ``batch`` at a time; labels are dropped as often as in training.
 
         Args:
             hidden: blocks whose output is kept.
+            trained: show training images.
+            noise: share of the tokens that it reads which are replaced by random ones.
         """
+        for shown in self.batches(images, batch, trained=trained):
+            yield self.observe(shown, hidden, noise=noise)
+
+    def batches(self, images: int, batch: int, *, trained: bool = False) -> Iterator[Batch]:
+        """The first images as the tokenizer sees them, on the device, without augmentation."""
+        source = build_source(of_images(self.config.data)) if trained else self.source
         transform = build_transform(self.config.data, "test")
-        count = min(images, len(self.source))
+        count = min(images, len(source))
         for first in range(0, count, batch):
             places = range(first, min(first + batch, count))
-            pixels, labels = stored_images(self.source, transform, places, self.config.data.damaged_samples)
+            pixels, labels = stored_images(source, transform, places, self.config.data.damaged_samples)
             ids = torch.tensor(places)
-            yield self._pass(Batch(to_float(pixels), labels, ids, torch.zeros_like(ids)).to(self.device), hidden)
+            yield Batch(to_float(pixels), labels, ids, torch.zeros_like(ids)).to(self.device)
 
-    def _pass(self, batch: Batch, hidden: Sequence[int]) -> Observation:
-        inputs = self.recipe.prepare(batch, 0)
-        first = self.recipe.passes(GENERATOR_MODULE, 0)[0]
+    @torch.no_grad()
+    def observe(self, batch: Batch, hidden: Sequence[int] = (), *, noise: float = 0.0) -> Observation:
+        """One batch, teacher-forced; the arguments are those of :meth:`watch`.
+
+        Raises:
+            ConfigError: the run's recipe knows no noisy contexts.
+        """
+        if noise and not self.noisy:
+            raise ConfigError(
+                f"The recipe {self.config.recipe.name!r} of {self.config.run.name} has no noisy contexts: only runs of "
+                f"recipes with a key recipe.noise can be shown some."
+            )
+        kept = self.recipe.config
+        if noise:
+            self.recipe.config = kept.model_copy(update={"noise": NoiseConfig(schedule="fixed", share=noise)})
+        inputs = self.recipe.prepare(batch, self.step)
+        self.recipe.config = kept
+        first = self.recipe.passes(GENERATOR_MODULE, self.step)[0]
         seen: dict[str, Any] = {}
         routing: dict[int, Tensor] = {}
         states: dict[int, Tensor] = {}
@@ -117,16 +154,21 @@ class Observer:
             for module in self.generator.modules():
                 if isinstance(module, Router):
                     hooks.callback(module.register_forward_hook(route).remove)
-            for number in hidden:
+            if -1 in hidden:
+                block = self.generator.blocks[str(self.blocks[0])]
+                handle = block.register_forward_pre_hook(lambda _, given: keep(-1, given[0]))
+                hooks.callback(handle.remove)
+            for number in (number for number in hidden if number >= 0):
                 block = self.generator.blocks[str(number)]
                 handle = block.register_forward_hook(lambda _, given, output, number=number: keep(number, output))
                 hooks.callback(handle.remove)
             output = first.forward(self.generator, inputs)
         observed = Observation(
-            seen["layout"], batch.labels.cpu(), routing, states, valid=int(self.recipe.valid(batch, 0))
+            seen["layout"], batch.labels.cpu(), routing, states, valid=int(self.recipe.valid(batch, self.step))
         )
         if first.loss is not None:
-            observed.loss = float(first.loss(output, inputs).named["loss"])
+            named = first.loss(output, inputs).named
+            observed.loss, observed.hits = float(named["loss"]), float(named.get("accuracy", 0.0))
         return observed
 
 

@@ -17,7 +17,7 @@ from megavar.config.parallel import ParallelConfig
 from megavar.config.root import Config
 from megavar.errors import ExitCode
 from megavar.parallel import topology
-from megavar.parallel.environment import environment, limit_threads
+from megavar.parallel.environment import Environment, environment, limit_threads
 
 SUBJECT = ("RUN", "run directory, or the YAML file of a run; LABEL=RUN gives it a name in pictures")
 PREFIX = "analysis."
@@ -54,6 +54,15 @@ def run(options: argparse.Namespace) -> ExitCode:
     print(report.text)
     print("\n".join(map(str, paths)), flush=True)
     return ExitCode.FINISHED
+
+
+def look(config: Config, words: Sequence[str], place: Environment) -> None:
+    """An analysis of one run; ``words`` are those of ``megavar analyze`` without it: KIND analysis.KEY=VALUE ..."""
+    kind, *own = words
+    choice = _choice(kind, [word.removeprefix(PREFIX) for word in own])
+    topology.initialize(ParallelConfig(), place)
+    run = Subject(config, place.device)
+    write(resolve(choice)(choice).look([run]), choice, [run], run.directory / "analysis")
 
 
 def _subject(text: str, overrides: Sequence[str], device: torch.device) -> Subject:

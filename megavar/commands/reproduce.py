@@ -103,11 +103,19 @@ def collect(table: TableConfig, options: argparse.Namespace) -> ExitCode:
 
 def demonstrate(table: TableConfig, options: argparse.Namespace) -> ExitCode:
     """Train the rows at a small size, then compare; a demo that was interrupted continues."""
+    from megavar.commands.analyze import look
     from megavar.commands.train import train  # DeepSpeed: not for a listing
 
     runs = demo.demo_runs(table, options.seeds or table.require_demo().seeds, options.overrides, options.folder)
     place = environment()
-    code = demo.train_all(table, runs, lambda config: train(config, place))
+
+    def train_and_look(config: Config) -> ExitCode:
+        code = train(config, place)
+        for words in table.require_demo().analyses if code == ExitCode.FINISHED else ():
+            look(config, words.split(), place)
+        return code
+
+    code = demo.train_all(table, runs, train_and_look)
     topology.shutdown()
     result = demo.summary(table, runs)
     flops = {run.row: flops_per_image(run.config) for run in runs if run.seed == 0}

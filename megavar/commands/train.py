@@ -20,7 +20,8 @@ from megavar.config.loading import load_config
 from megavar.config.parallel import ParallelConfig
 from megavar.config.recipes.base import GENERATOR_MODULE, TOKENIZER_MODULE
 from megavar.config.root import Config
-from megavar.data.build import build_loader, build_source, build_transform, of_images
+from megavar.data import text_training
+from megavar.data.build import build_loader, build_source, build_text, build_transform, of_images
 from megavar.data.loader import Loader
 from megavar.data.pixels import to_float, to_uint8
 from megavar.data.reading import stored_images
@@ -139,6 +140,7 @@ def _train_one(config: Config, place: Environment) -> ExitCode:
     if place.rank == 0 and not directory.checkpoints.exists():
         warn_of_differences(config)
     on_first_rank(functools.partial(_check_data, directory, source, config))
+    on_first_rank(functools.partial(_keep_text_tokenizer, directory, config))
 
     def loader(start_step: int, size: int) -> Loader:
         return build_loader(
@@ -222,6 +224,25 @@ def _check_data(directory: RunDirectory, source: Source, config: Config) -> None
             )
         return
     write_json_atomic(path, named)
+
+
+def _keep_text_tokenizer(directory: RunDirectory, config: Config) -> None:
+    """Leave a text tokenizer that is trained on the spot in the run, where transformers can read it, too.
+
+    Raises:
+        DataError: the run began with another one.
+    """
+    if config.data.text is None or config.data.text.tokenizer is not None:
+        return
+    encoder, folder = build_text(config.data), directory.path / "text_tokenizer"
+    assert encoder is not None
+    file = folder / "tokenizer.json"
+    if file.exists() and not config.train.fresh and file.read_text() != encoder.tokenizer.to_str(pretty=True):
+        raise DataError(
+            f"The text tokenizer that is trained on the spot is another one than that of this run, {file}: the version "
+            f"of the package tokenizers may have changed. Install the former, or start again with train.fresh=true."
+        )
+    text_training.save(encoder.tokenizer, folder)
 
 
 def _peak_flops(config: Config) -> float | None:

@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from megavar.config.base import PathText, Section
 from megavar.config.secret import secret_in
 from megavar.config.shapes import ShapesSource
+from megavar.config.text import TextConfig
 
 
 class DigitsSource(Section):
@@ -196,6 +197,8 @@ class DataConfig(Section):
     """Height and width in pixels of the images that models see."""
     transform: TransformConfig = NoTransform()
     """Resize, crop and mirror; each is exactly that of a reference implementation."""
+    text: TextConfig | None = None
+    """How captions become token ids, for generators that read text; None: captions stay text."""
     workers: int = Field(0, ge=0, le=256)
     """Processes per rank that read and decode; 0 reads in the training process (right for small sources)."""
     prefetch: int = Field(4, ge=1, le=1024)

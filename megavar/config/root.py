@@ -17,6 +17,9 @@ from megavar.config.recipes.base import RecipeChoice
 from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.config.train import InitialWeightsConfig, TrainConfig
 
+TEXT_TOKENIZER = "text_tokenizer"
+"""Name of the text tokenizer among what a run uses and does not train."""
+
 
 class RunConfig(Section):
     """The run's name and place."""
@@ -77,6 +80,12 @@ class Config(Section):
         path = self.recipe.initial_weights_path()
         return self.train.initial_weights if path is None else InitialWeightsConfig(path=path)
 
+    @property
+    def frozen_weights(self) -> dict[str, str]:
+        """Paths of what is used and not trained, by what it is: the recipe's networks, and the text tokenizer."""
+        text = None if self.data.text is None else self.data.text.tokenizer
+        return self.recipe.frozen_weights() | ({} if text is None else {TEXT_TOKENIZER: text})
+
     @model_validator(mode="after")
     def _warm_up_ends(self) -> "Config":
         """As far as the file says; where epochs and steps are mixed, the trainer compares them."""
@@ -88,6 +97,11 @@ class Config(Section):
                     f"optimizer.schedule.warmup_{unit}={warmup} is longer than the run of train.{unit}={length}: the "
                     f"peak learning rate would never be reached. Shorten the warm-up or lengthen the run"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _recipe_and_generator_fit(self) -> "Config":
+        self.recipe.check(self.generator)
         return self
 
     @model_validator(mode="after")

@@ -49,6 +49,8 @@ class RowConfig(Section):
     """Whether our count agrees with them to the printed digit; where not, a note says why."""
     paper_says: dict[str, str] = Field({})
     """What else the paper states of the row (epochs, steps, hours), in its words."""
+    paper_cost: str | None = None
+    """What the paper states of the cost of training, in its words; shown beside our prediction."""
     notes: tuple[str, ...] = ()
     """What a reader must know of this row."""
 
@@ -73,8 +75,13 @@ class DemoConfig(Section):
     rows: dict[str, tuple[str, ...]] = Field({})
     """Overrides that make a row of it, by the row's name. A name that is no row of the table is an additional control,
     which takes no part in the verdict."""
+    begin_with: str | None = None
+    """Name of the first row, if all others begin with its weights, of the same seed, and a fresh optimizer."""
     metrics: dict[str, MetricConfig] = Field({})
     """What is compared at this size, each with a verdict."""
+    analyses: tuple[str, ...] = ()
+    """Made of every run when it is trained, as words of ``megavar analyze`` without the run: ``KIND
+    analysis.KEY=VALUE``. Metrics name what they find as ``KIND/NAME``."""
     expected: tuple[str, ...] = ()
     """The ordering to test, its best first. Default: the paper's, by the table's headline metric. Given where the rows
     here stand for others (teachers that cannot be loaded)."""
@@ -93,6 +100,8 @@ class DemoConfig(Section):
             raise ValueError("a demo needs rows and a metric with a key and a direction")
         if unknown := [name for name in self.expected if name not in self.rows]:
             raise ValueError(f"expected names {unknown[0]!r}, which is not among the rows of the demo")
+        if self.begin_with is not None and self.begin_with != next(iter(self.rows)):
+            raise ValueError(f"begin_with names {self.begin_with!r}, which is not the first row of the demo")
         return self
 
 

@@ -34,6 +34,10 @@ class Batch:
     """float32 [B, N, D]: a teacher's features of the image, where the cache has them."""
     captions: tuple[str, ...] | None = None
     """B texts of a text-image source."""
+    text_ids: Tensor | None = None
+    """int64 [B, T]: token ids of the captions in their template (``data.text``), padded on the right."""
+    text_mask: Tensor | None = None
+    """bool [B, T]: where ``text_ids`` holds a token."""
     replaced: Tensor | None = None
     """bool [B], on the CPU: the sample stands in for a damaged one (see ``megavar.data.reading``)."""
 

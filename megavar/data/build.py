@@ -7,7 +7,7 @@ from typing import Any
 
 from megavar.config import data as config_room
 from megavar.config.data import DataConfig
-from megavar.data import transforms
+from megavar.data import text_training, transforms
 from megavar.data.caches import CachedSamples
 from megavar.data.digits import Digits
 from megavar.data.image_folder import ImageFolder
@@ -16,9 +16,13 @@ from megavar.data.photographs import Photographs
 from megavar.data.shapes import Shapes
 from megavar.data.source import Source, Split
 from megavar.data.streaming import ShardStreams, StreamLoader
+from megavar.data.text import TextEncoder, whole_text
 from megavar.data.transforms import Transform
 from megavar.data.webdataset import ShardFolder
 from megavar.errors import ConfigError, DataError
+
+CAPTIONS = 5000
+"""On which a text tokenizer is trained on the spot."""
 
 
 def build_source(config: DataConfig, split: Split = "train") -> Source:
@@ -121,9 +125,33 @@ def build_transform(config: DataConfig, split: Split = "train") -> Transform:
             return transforms.AdmCenterCrop(size)
 
 
+@functools.lru_cache(maxsize=8)
+def build_text(config: DataConfig) -> TextEncoder | None:
+    """What makes token ids of captions; None where ``data.text`` is not set.
+
+    Raises:
+        ConfigError: no tokenizer is named and the data are not embedded, or a package is missing.
+        DataError: the tokenizer is missing or damaged.
+    """
+    if config.text is None:
+        return None
+    if config.text.tokenizer is not None:
+        return TextEncoder.read(config.text)
+    source = build_source(of_images(config))
+    if not isinstance(source, Shapes):
+        raise ConfigError(
+            f"data.text.tokenizer is not set, and only for the embedded data source 'shapes' one is trained on the "
+            f"spot, not for {config.source.name!r}. Name the folder of the language model's tokenizer."
+        )
+    captions = (source.caption(index) for index in range(min(len(source), CAPTIONS)))
+    tokenizer = text_training.train((whole_text(config.text, caption) for caption in captions), config.text.vocabulary)
+    return TextEncoder(tokenizer, config.text, text_training.PADDING, "the text tokenizer that is trained on the spot")
+
+
 def build_loader(config: DataConfig, source: Source, **arguments: Any) -> Loader:
     """A loader over ``source``; ``arguments`` are those of :class:`Loader` that the configuration does not decide."""
     arguments |= {"workers": config.workers, "prefetch": config.prefetch, "damaged": config.damaged_samples}
+    arguments |= {"text": build_text(config)}
     transform = build_transform(config, source.split)
     if isinstance(source, ShardStreams):
         return StreamLoader(source, transform, **arguments)

@@ -17,6 +17,7 @@ from megavar.data.order import Order, micro_batch_positions, rank_batch_size
 from megavar.data.pixels import to_float
 from megavar.data.reading import DamagePolicy, SampleReader
 from megavar.data.source import Source
+from megavar.data.text import TextEncoder
 from megavar.data.transforms import Transform
 from megavar.errors import MegavarError
 
@@ -75,11 +76,12 @@ class Loader:
         workers: int = 0,
         prefetch: int = 4,
         damaged: DamagePolicy = "fail",
+        text: TextEncoder | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         rank_batch_size(global_batch_size, micro_batch_size, data_parallel_size)
         self.order = Order(len(source), seed)
-        self.reader = SampleReader(source, transform, seed=seed, damaged=damaged)
+        self.reader = SampleReader(source, transform, seed=seed, damaged=damaged, text=text)
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
         self.data_parallel_rank = data_parallel_rank

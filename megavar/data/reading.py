@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megavar.data.batch import Batch
 from megavar.data.source import DamagedSampleError, Sample, Source, UnreadableSampleError
+from megavar.data.text import TextEncoder
 from megavar.data.transforms import Transform, Unchanged, choose, decode
 from megavar.errors import DataAccessError, DataError
 from megavar.parallel.seeds import random_bits, uniform
@@ -99,8 +100,18 @@ class Preparation:
 class SampleReader:
     """Reads samples of a source, transformed, as batches with uint8 images."""
 
-    def __init__(self, source: Source, transform: Transform, *, seed: int, damaged: DamagePolicy = "fail") -> None:
+    def __init__(
+        self,
+        source: Source,
+        transform: Transform,
+        *,
+        seed: int,
+        damaged: DamagePolicy = "fail",
+        text: TextEncoder | None = None,
+    ) -> None:
+        """Read from ``source``; captions are encoded by ``text``, if there is one."""
         self.source = source
+        self.text = text
         self.prepare = Preparation(transform, seed)
         self.seed = seed
         self.damaged = damaged
@@ -121,7 +132,7 @@ class SampleReader:
             return lambda: table()[row]
 
         places = enumerate(zip(epochs.tolist(), indices.tolist()))
-        return stack([self._read(epoch, index, of_row(row)) for row, (epoch, index) in places])
+        return stack([self._read(epoch, index, of_row(row)) for row, (epoch, index) in places], self.text)
 
     def _read(self, epoch: int, index: int, draws: Callable[[], Sequence[float]]) -> Prepared:
         try:
@@ -152,11 +163,12 @@ class SampleReader:
         return self.prepare(sample, epoch, index, draws)
 
 
-def stack(prepared: list[Prepared]) -> Batch:
-    """Stack samples; images stay uint8."""
+def stack(prepared: list[Prepared], text: TextEncoder | None = None) -> Batch:
+    """Stack samples; images stay uint8, captions are encoded by ``text``."""
     samples = [item.sample for item in prepared]
     content = torch.from_numpy(np.stack([item.content for item in prepared]))
     captions = [sample.caption for sample in samples]
+    encoded = None if text is None else text.encode([caption or "" for caption in captions])
     features = [item.features for item in prepared if item.features is not None]
     return Batch(
         images=content.permute(0, 3, 1, 2).contiguous() if samples[0].image is not None else None,
@@ -167,6 +179,8 @@ def stack(prepared: list[Prepared]) -> Batch:
         latents=content.to(torch.float32) if samples[0].latents is not None else None,
         features=torch.from_numpy(np.stack(features)).to(torch.float32) if features else None,
         captions=tuple(c or "" for c in captions) if any(c is not None for c in captions) else None,
+        text_ids=None if encoded is None else encoded.ids,
+        text_mask=None if encoded is None else encoded.mask,
         replaced=torch.tensor([item.replaced for item in prepared]),
     )
 

@@ -61,6 +61,10 @@ class Shapes:
         label = index % self.num_classes if self._by_class else -1
         return Sample(key=f"scene-{index}", label=label, image=render(scene, self.image_size), caption=prompt.text)
 
+    def caption(self, index: int) -> str:
+        """Caption of scene ``index``, without drawing it."""
+        return self.prompt(index)[0].text
+
     def prompt(self, index: int) -> tuple[Prompt, Draws]:
         """What scene ``index`` shows, and the random numbers for its layout."""
         draws = Draws(self._seed, f"shapes/{self.split}", index)

@@ -37,6 +37,7 @@ from megavar.data.shards.checksum import KEY, checksum
 from megavar.data.shards.index import IMAGE_EXTENSIONS, Index, index_path
 from megavar.data.shards.manifest import FILE_NAME, Manifest, read_manifest
 from megavar.data.source import DamagedSampleError, Sample, Split
+from megavar.data.text import TextEncoder
 from megavar.data.transforms import Transform
 from megavar.data.webdataset import INDEXES, decode_caption, read_index
 from megavar.errors import ConfigError, DataError, MegavarError
@@ -292,6 +293,7 @@ class LaneReads(torch.utils.data.IterableDataset):
         prepare: Preparation,
         damaged: DamagePolicy,
         *,
+        text: TextEncoder | None,
         lanes: range,
         samples_per_step: int,
         start_step: int,
@@ -299,6 +301,7 @@ class LaneReads(torch.utils.data.IterableDataset):
         self.streams = streams
         self.prepare = prepare
         self.damaged: DamagePolicy = damaged
+        self.text = text
         self.lanes = lanes
         self.samples_per_step = samples_per_step
         self.start_step = start_step
@@ -313,7 +316,7 @@ class LaneReads(torch.utils.data.IterableDataset):
         ]
         try:
             for lane in itertools.cycle(lanes):
-                yield stack(list(itertools.islice(lane, self.samples_per_step)))
+                yield stack(list(itertools.islice(lane, self.samples_per_step)), self.text)
         except MegavarError as error:
             yield error
 
@@ -334,6 +337,7 @@ class StreamLoader(Loader):
             streams,
             self.reader.prepare,
             self.reader.damaged,
+            text=self.reader.text,
             lanes=range(self.data_parallel_rank * own, (self.data_parallel_rank + 1) * own),
             samples_per_step=batch // streams.lanes,
             start_step=self.start_step,

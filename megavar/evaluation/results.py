@@ -48,6 +48,12 @@ class Result:
     """Which weights: path or run, step, sha256, and whether they are the moving average."""
     notes: list[str] = field(default_factory=list)
     """Warnings that belong to the numbers, for example that recall depends on the number of images."""
+    baselines: dict[str, dict[str, float]] = field(default_factory=dict)
+    """The same metrics of what the images are compared with, by name."""
+    table: list[dict[str, Any]] = field(default_factory=list)
+    """``key``, ``better`` (lower, higher, none) and ``threshold`` of every metric, in the order of the table."""
+    missed: list[str] = field(default_factory=list)
+    """Metrics whose threshold is not met."""
 
     def as_dict(self) -> dict[str, Any]:
         """The content of the file."""

@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import nn
+from torch import Tensor, nn
 
 from megavar.config.generators.base import GeneratorChoice
 from megavar.config.parallel import ParallelConfig
@@ -64,6 +64,7 @@ class Generator(Backbone):
         taps: tuple[str, ...] = (),
         heads: Mapping[str, Head] | None = None,
         shard: Callable[[nn.Module], None] | None = None,
+        codebook: Tensor | None = None,
     ) -> None:
         """Build this stage, with initial values that are the same in every layout.
 
@@ -77,9 +78,11 @@ class Generator(Backbone):
             taps: outputs that are returned beside the prediction: ``embedding``, ``block.0`` ...
             heads: networks on the last stage that read taps, by the name of the loss they serve.
             shard: called with every block when it has its initial values, before the next one is built (ZeRO-3).
+            codebook: the tokens' code vectors, float32 [V, D], for a choice that says ``reads_codebook``; None where
+                weights are loaded afterwards, which hold them.
         """
         parallel = parallel or ParallelConfig()
-        self.choice, self.space = choice, space
+        self.choice, self.space, self.codebook = choice, space, codebook
         super().__init__(
             self.layers(choice, parallel, dtype),
             kinds=self.kinds_of(space),

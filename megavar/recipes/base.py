@@ -21,6 +21,7 @@ from megavar.config.root import Config
 from megavar.config.teachers.base import TeacherChoice
 from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.data.batch import Batch
+from megavar.data.text import TextEncoder
 from megavar.parallel.parameter_rule import ParameterRule
 
 Count = int | Tensor
@@ -115,6 +116,10 @@ class Parts(Protocol):
 
     def teacher(self, choice: TeacherChoice) -> Any:
         """A frozen network that a term compares with (``megavar.teachers.base``)."""
+        ...
+
+    def text(self) -> TextEncoder:
+        """What makes token ids of captions, which batches hold already: for the row of no caption."""
         ...
 
     def terms(self) -> list[Any]:

@@ -67,6 +67,10 @@ def demo_runs(table: TableConfig, seeds: int, extra: Sequence[str], folder: Path
 
 def _placed(table: TableConfig, row: str, seed: int, extra: Sequence[str], folder: Path) -> Config:
     """The configuration in a directory that is named after its words: later versions, with more keys, find it again."""
+    first = table.require_demo().begin_with
+    if first not in (None, row):
+        path = _placed(table, first, seed, extra, folder).run.path
+        extra = [f"train.initial_weights={{path: {json.dumps(path)}}}", *extra]
     config, words = table.demo_config(row, seed, extra), table.demo_words(row, seed, extra)
     deciding = sorted({word for word in words if not word.startswith(CHANGEABLE)})
     digest = hashlib.sha256(json.dumps(deciding).encode()).hexdigest()

@@ -73,6 +73,8 @@ def format_costs(table: TableConfig, costs: Mapping[str, Mapping[Machine, Plan]]
         *([f"x {table.baseline}"] if (table.baseline or "") in costs else []),
     ]
     head += [column for machine in machines for column in (f"| {machine}: GPU h", "epoch", "GiB", "micro", "jobs")]
+    said = {row.name: row.paper_cost for row in table.rows if row.paper_cost and row.name in costs}
+    head += ["| the paper"] if said else []
     baseline = costs.get(table.baseline or "")
     base = None if baseline is None else next(iter(baseline.values())).workload.train_flops
     rows = []
@@ -83,7 +85,7 @@ def format_costs(table: TableConfig, costs: Mapping[str, Mapping[Machine, Plan]]
         cells += [f"{flops / base:.2f}"] if base is not None else []
         for machine in machines:
             cells += _machine_cells(plans[machine])
-        rows.append(cells)
+        rows.append([*cells, *([said.get(name, "-")] if said else [])])
     lines = grid(head, rows)
     notes = sorted({note for plans in costs.values() for plan in plans.values() for note in plan.notes})
     title = (
@@ -143,7 +145,7 @@ def format_demo(
     rows = []
     for name, means in found.items():
         seeds = max((mean.seeds for mean in means.values()), default=0)
-        cells = [name, str(seeds), *(with_error(means.get(metric)) for metric in metrics)]
+        cells = [name, str(seeds), *(with_error(means.get(metric), metrics[metric].digits) for metric in metrics)]
         work = flops.get(name)
         cells.append("-" if work is None else f"{work / 1e9:.3f}")
         if headline:
@@ -159,9 +161,10 @@ def format_demo(
     return "\n".join(lines)
 
 
-def with_error(mean: Mean | None) -> str:
-    """``3.21 ± 0.05``."""
+def with_error(mean: Mean | None, digits: int | None = None) -> str:
+    """``3.21 ± 0.05``, with so many decimals, or three or one."""
     if mean is None:
         return "-"
-    digits = 3 if abs(mean.value) < 10 else 1
+    if digits is None:
+        digits = 3 if abs(mean.value) < 10 else 1
     return f"{mean.value:.{digits}f}" + (f" ± {mean.error:.{digits}f}" if mean.seeds > 1 else "")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from megavar.conditions import Conditions
 from megavar.config.procedures.base import SamplingChoice
 from megavar.data.pixels import Rounding, quantize
+from megavar.data.text import TextEncoder
 from megavar.errors import CheckpointError
 from megavar.sampling.base import Procedure
 from megavar.sampling.noise import Noise
@@ -72,12 +73,14 @@ class Sampler:
         conditions: Conditions,
         settings: SamplingChoice,
         device: torch.device,
+        text: TextEncoder | None = None,
     ) -> None:
-        """Draw with ``procedure``; of ``settings``, only seed and rounding matter here."""
+        """Draw with ``procedure``; of ``settings``, only seed and rounding matter here. ``text`` encodes captions."""
         self.generator = generator
         self.tokenizer = tokenizer
         self.procedure = procedure
         self.conditions = conditions
+        self.text = text
         self.seed = settings.seed
         self.device = device
         self.decoder = TokenDecoder(tokenizer, device, settings.rounding)
@@ -89,6 +92,7 @@ class Sampler:
         self.generator.eval()
         indices = indices.to(self.device)
         condition = self.conditions.at(indices)
+        condition = condition if self.text is None else condition.encoded(self.text)
         drawn = self.procedure.draw(self.generator, self.tokenizer, condition, Noise(self.seed, indices))
         self.generator.train(training)
         tokens = drawn.cpu().numpy().astype(self.tokenizer.space.stored_type)

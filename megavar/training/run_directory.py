@@ -85,7 +85,7 @@ class RunDirectory:
         initial = config.initial_weights
         return cls(
             path,
-            config.recipe.frozen_weights(),
+            config.frozen_weights,
             initial.path if initial is not None else None,
             lambda tree: with_defaults(tree, str(path / "config.yaml")),
         )
@@ -336,7 +336,7 @@ def identity_of(config: Config) -> str:
     Configurations with the same hash describe the same training, as far as files of weights with the same name are the
     same; their bytes are in ``weights.json``.
     """
-    places = set(config.recipe.frozen_weights().values())
+    places = set(config.frozen_weights.values())
     values = {
         key: Path(value).name if isinstance(value, str) and value in places else value
         for key, value in _flatten(json.loads(config.model_dump_json())).items()

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from megatron.core import parallel_state
@@ -11,6 +12,8 @@ from torch import Tensor
 from megavar.transformer.cache import KeyValueCache
 from megavar.transformer.kernels import Visibility
 from megavar.transformer.sequence import SequenceLayout
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -49,7 +52,7 @@ class ForwardContext:
     """What the parts of one block have made for its pass before it is computed (``BlockSpec``)."""
 
     _visibility: Visibility | None = field(init=False, default=None)
-    _made: dict[str, Tensor] = field(init=False, default_factory=dict)
+    _made: dict[str, Any] = field(init=False, default_factory=dict)
 
     @property
     def visibility(self) -> Visibility:
@@ -58,11 +61,12 @@ class ForwardContext:
             self._visibility = Visibility(self.sequence, self.valid)
         return self._visibility
 
-    def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+    def once(self, name: str, make: Callable[[], T]) -> T:
         """What all blocks of a pass share under a name; the first one that asks makes it."""
         if name not in self._made:
             self._made[name] = make()
-        return self._made[name]
+        made: T = self._made[name]
+        return made
 
     def of_block(self) -> "ForwardContext":
         """The same context for one block, which prepares and records for itself."""

@@ -10,6 +10,7 @@ from megavar.config.generators.flexvar import FlexVARConfig
 from megavar.config.parallel import ParallelConfig
 from megavar.config.recipes.sar import SARConfig
 from megavar.config.recipes.student_forcing import StudentForcingConfig
+from megavar.config.token_space import TokenSpace
 from megavar.config.tokenizers.llamagen_vq import LlamaGenVQConfig
 from megavar.generators.base import Stage
 from megavar.generators.flexvar import FlexVAR
@@ -22,7 +23,7 @@ from megavar.tokenizers.llamagen_vq import LlamaGenVQ
 from tests.distributed import curves
 from tests.distributed.curves import Setup
 
-STEPS, LAST = 3, 5
+STEPS, LAST, LABEL_DROP = 3, 5, 0.2
 LISTS = {"name": "flexvar", "fine_from": 3, "coarse": 0, "fine": 1, "dropped": []}
 KINDS: dict[str, dict[str, Any]] = {
     "released": {"rollout": {"top_k": 20}},
@@ -49,29 +50,35 @@ def tokenizer(scales: tuple[int, ...] = (1, 2, 3, LAST)) -> LlamaGenVQ:
     return model.requires_grad_(False)
 
 
-def build(setup: Setup, mesh: topology.Topology, kind: str) -> Any:
-    frozen = tokenizer()
+def generator(setup: Setup, mesh: topology.Topology, space: TokenSpace, **options: Any) -> torch.nn.Module:
+    """This rank's part of a small FlexVAR; ``options``: its taps and heads."""
     experts = ExpertsChoice.make(router=setup.router, number=4, top_k=2, balance_coefficient=0.05)
     config = FlexVARConfig(
-        depth=4, width=32, heads=4, classes=curves.CLASSES, drop_path=0.2, label_drop=0.2, initial_gamma=0.3,
+        depth=4, width=32, heads=4, classes=curves.CLASSES, drop_path=0.2, label_drop=LABEL_DROP, initial_gamma=0.3,
         initial_head=1.0, position_side=8, experts=None if setup.dense else experts,
     )  # fmt: skip
     chunks = [
         FlexVAR(
             config,
-            frozen.space,
+            space,
             parallel=mesh.config,
             stage=Stage.split(4, mesh.config, mesh.pipeline_rank, chunk),
             seed=11,
+            **options,
         )
         for chunk in range(mesh.config.virtual_pipeline)
     ]
-    generator = chunks[0] if len(chunks) == 1 else torch.nn.ModuleList(chunks)
-    place = {"classes": config.classes, "label_drop": config.label_drop, "seed": 5}
+    return chunks[0] if len(chunks) == 1 else torch.nn.ModuleList(chunks)
+
+
+def build(setup: Setup, mesh: topology.Topology, kind: str) -> Any:
+    frozen = tokenizer()
+    trained = generator(setup, mesh, frozen.space)
+    place = {"classes": curves.CLASSES, "label_drop": LABEL_DROP, "seed": 5}
     common = {"tokenizer_weights": "unused", "scale_lists": LISTS}
     if kind in SCHEDULES:
-        return StudentForcing(StudentForcingConfig(**common, **SCHEDULES[kind]), generator, frozen, **place)
-    return SAR(SARConfig(**common, student_weight=0.5, **KINDS[kind]), generator, frozen, **place)
+        return StudentForcing(StudentForcingConfig(**common, **SCHEDULES[kind]), trained, frozen, **place)
+    return SAR(SARConfig(**common, student_weight=0.5, **KINDS[kind]), trained, frozen, **place)
 
 
 def batches(step: int, data_rank: int, data_size: int, micro_batch_size: int) -> list[Any]:

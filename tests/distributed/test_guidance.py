@@ -1,7 +1,6 @@
-"""Semantic guidance and self-distillation under every layout: the numbers of one process."""
+"""Semantic guidance of VAR and of FlexVAR, and self-distillation, under every layout: the numbers of one process."""
 
 import functools
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from megavar.config.optimizer import ConstantSchedule, OptimizerConfig
 from megavar.config.parallel import ParallelConfig
+from megavar.config.recipes.mepa import MEPAConfig
 from megavar.config.recipes.self_distillation import CropsConfig, SelfDistillationConfig
 from megavar.config.teachers.self_distilled import ViTConfig
 from megavar.config.terms.base import TermChoice
@@ -20,11 +20,14 @@ from megavar.data.batch import Batch
 from megavar.parallel import seeds, topology
 from megavar.parallel.environment import environment
 from megavar.parallel.logical import initialize_parameters
+from megavar.recipes.base import Recipe
+from megavar.recipes.next_scale import NextScale
 from megavar.recipes.self_distillation import SelfDistillation
+from megavar.recipes.terms.base import heads_of
 from megavar.recipes.terms.semantic_guidance import SemanticGuidance
 from megavar.teachers.vit import ViTTeacher
 from megavar.transformer.defaults import usual_initial_value
-from tests.distributed import curves
+from tests.distributed import curves, refined
 from tests.distributed.curves import BATCH, CLIPPING, Setup
 from tests.distributed.harness import run_ranks
 from tests.loops import EngineLoop, bare_loop
@@ -32,20 +35,18 @@ from tests.loops import EngineLoop, bare_loop
 pytestmark = pytest.mark.distributed
 STEPS, TOLERANCE, SIDE = 4, 1e-5, 6
 VIT = ViTConfig(width=16, depth=1, heads=2, patch=2, grid=3)
-METRICS = ("loss", "loss/semantic_guidance", "semantic_guidance/cosine/01", "semantic_guidance/cosine/03",
-           "gradient_norm")  # fmt: skip
+METRICS = ("loss", "loss/semantic_guidance", "semantic_guidance/cosine/03", "gradient_norm")
 
 
-def guidance() -> SemanticGuidance:
-    """By a real network with random weights, at the first and the last scale."""
+def guidance(space: TokenSpace, scales: Any) -> SemanticGuidance:
+    """By a real network with random weights."""
     choice = TermChoice.make(
-        name="semantic_guidance", weight=2.0, scales=[1, 3], projection={"hidden": [24]},
+        name="semantic_guidance", weight=2.0, scales=scales, projection={"hidden": [24]},
         teacher={"name": "self_distilled", "weights": "unused", "grid": 3, "network": VIT.model_dump()},
     )  # fmt: skip
     assert isinstance(choice, SemanticGuidanceConfig)
     teacher = ViTTeacher(choice.teacher)
     initialize_parameters(teacher, usual_initial_value, seed=3)
-    space = TokenSpace.of_scales(curves.SCALES, curves.VOCABULARY, curves.CODE, image_side=SIDE)
     return SemanticGuidance(choice, teacher.requires_grad_(False), space, depth=4)
 
 
@@ -54,27 +55,54 @@ def images(ids: Tensor) -> Tensor:
     return drawn.float().view(-1, 3, SIDE, SIDE) * 2 - 1
 
 
-def batches(step: int, rank: int, size: int, micro: int) -> Iterator[Batch]:
-    for batch in curves.batches(step, rank, size, micro):
-        yield replace(batch, images=images(batch.sample_ids))
+def guided_var(setup: Setup, mesh: topology.Topology) -> Recipe:
+    """At the first and the last scale."""
+    space = TokenSpace.of_scales(curves.SCALES, curves.VOCABULARY, curves.CODE, image_side=SIDE)
+    return curves.build(setup, mesh, terms=[guidance(space, [1, 3])])
 
 
-def guided(setup: Setup) -> list[dict[str, Any]]:
+def guided_flexvar(setup: Setup, mesh: topology.Topology) -> Recipe:
+    """Steps have lists of three or four scales: M is the second or the third."""
+    frozen = refined.tokenizer()
+    terms = [guidance(frozen.space, "M")]
+    generator = refined.generator(setup, mesh, frozen.space, heads=heads_of(terms, frozen.space))
+    lists = refined.LISTS | {"dropped": [0.5]}
+    config = MEPAConfig(tokenizer_weights="unused", scale_lists=lists, cross_entropy_weight=0.5)
+    return NextScale(config, generator, frozen, classes=curves.CLASSES, label_drop=refined.LABEL_DROP, seed=5,
+                     terms=terms)  # fmt: skip
+
+
+KINDS = {"var": (guided_var, curves.batches), "flexvar": (guided_flexvar, refined.batches)}
+
+
+def batches(kind: str, step: int, rank: int, size: int, micro: int) -> list[Batch]:
+    _, given = KINDS[kind]
+    return [replace(batch, images=images(batch.sample_ids)) for batch in given(step, rank, size, micro)]
+
+
+def guided(setup: Setup) -> dict[str, list[dict[str, Any]]]:
     """Runs on every rank."""
-    mesh = topology.initialize(ParallelConfig(**setup.parallel), environment())
-    recipe, size = curves.build(setup, mesh, terms=[guidance()]), setup.micro_batch_size or BATCH // mesh.data
-    loop = curves.engine_loop(setup, recipe, mesh, lambda step: list(batches(step, mesh.data_rank, mesh.data, size)))
-    return [loop.step(step) for step in range(STEPS)]
+    mesh, found = topology.initialize(ParallelConfig(**setup.parallel), environment()), {}
+    place = mesh.data_rank, mesh.data, setup.micro_batch_size or BATCH // mesh.data
+    for kind, (build, _) in KINDS.items():
+        given = functools.partial(batches, kind)
+        loop = curves.engine_loop(setup, build(setup, mesh), mesh, lambda step: given(step, *place))  # noqa: B023
+        found[kind] = [loop.step(step) for step in range(STEPS)]
+        loop.engines["generator"].destroy()
+    return found
 
 
-def guided_in_one_process(setup: Setup) -> list[dict[str, Any]]:
-    recipe = curves.build(setup, topology.initialize(ParallelConfig(), environment()), terms=[guidance()])
-    return bare_loop(recipe, "generator", lambda step: list(batches(step, 0, 1, BATCH)), STEPS,
-                     optimizer=curves.optimizer())  # fmt: skip
+def guided_in_one_process(setup: Setup) -> dict[str, list[dict[str, Any]]]:
+    mesh = topology.initialize(ParallelConfig(), environment())
+    return {
+        kind: bare_loop(build(setup, mesh), "generator", lambda step: batches(kind, step, 0, 1, BATCH),  # noqa: B023
+                        STEPS, optimizer=curves.optimizer())
+        for kind, (build, _) in KINDS.items()
+    }  # fmt: skip
 
 
 @functools.cache
-def reference() -> list[dict[str, Any]]:
+def reference() -> dict[str, list[dict[str, Any]]]:
     return run_ranks(1, guided_in_one_process, Setup())[0]
 
 
@@ -90,12 +118,16 @@ LAYOUTS = [
 @pytest.mark.parametrize("setup", LAYOUTS, ids=str)
 def test_guidance_is_that_of_one_process(setup: Setup) -> None:
     expected = reference()
-    assert min(step["gradient_norm"] for step in expected) > CLIPPING
-    assert expected[-1]["loss/semantic_guidance"] < expected[0]["loss/semantic_guidance"] - 0.05
+    for steps in expected.values():
+        assert min(step["gradient_norm"] for step in steps) > CLIPPING
+        assert steps[-1]["loss/semantic_guidance"] < steps[0]["loss/semantic_guidance"] - 0.05
+    lengths = {sum(name.startswith("accuracy/scale") for name in step) for step in expected["flexvar"]}
+    assert lengths == {3, 4}
     for rank in run_ranks(setup.world_size, guided, setup):
-        for found, step in zip(rank, expected, strict=True):
-            for name in METRICS:
-                assert found[name] == pytest.approx(step[name], abs=TOLERANCE), name
+        for kind, steps in expected.items():
+            for found, step in zip(rank[kind], steps, strict=True):
+                for name in METRICS:
+                    assert found[name] == pytest.approx(step[name], abs=TOLERANCE), f"{kind}: {name}"
 
 
 OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.1, gradient_clipping=0.1, schedule=ConstantSchedule())

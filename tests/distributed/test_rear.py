@@ -54,11 +54,15 @@ def build(kind: str, mesh: topology.Topology) -> NextToken:
     term = CodebookEmbedding(CodebookEmbeddingConfig(hidden=16, shared=False), Codes(), depth=4)
     experts = ExpertsChoice.make(router="scale_token", number=4, top_k=2) if kind == "experts" else None
     alitok = kind == "alitok"
-    choice: Any = AliTokConfig(prefix_tokens=0, grid=3, **SIZES) if alitok else RARConfig(experts=experts, **SIZES)
+    tied = "both" if kind == "experts" else None
+    choice: Any = (
+        AliTokConfig(prefix_tokens=0, grid=3, **SIZES) if alitok
+        else RARConfig(experts=experts, tied_codebook=tied, **SIZES)
+    )  # fmt: skip
     chunks = [
         (AliTok if alitok else RAR)(
             choice, SPACE, parallel=mesh.config, stage=Stage.split(4, mesh.config, mesh.pipeline_rank, chunk), seed=3,
-            heads=heads_of([term], SPACE),
+            heads=heads_of([term], SPACE), codebook=Codes.vectors,
         )
         for chunk in range(mesh.config.virtual_pipeline)
     ]  # fmt: skip

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from megavar.config.parallel import ParallelConfig
+from megavar.config.recipes.sar import SARConfig
 from megavar.generators.inputs import ScaleInputs
 from megavar.parallel import topology
 from megavar.parallel.environment import environment
+from megavar.recipes.sar import SAR
 from megavar.sampling.filters import truncate
 from megavar.sampling.noise import pick
 from tests.distributed import curves, refined
@@ -97,6 +99,52 @@ def test_the_second_pass_is_its_definition(kind):
     wanted = torch.cat(losses, 1).mean(1).sum()
     found = sum(one.loss(one.forward(recipe.generator, inputs), inputs).per_image for one in second)
     torch.testing.assert_close(found, 0.5 * wanted)
+
+
+@pytest.mark.usefixtures("single_process")
+@pytest.mark.parametrize("kind", ["released", "Eq. 10"])
+def test_on_residual_scales_it_is_its_definition(kind):
+    """VAR: a scale is predicted from the true map up to two scales before it, and the residual drawn before it."""
+    mesh = topology.initialize(ParallelConfig(), environment())
+    base = curves.build(Setup(dense=True), mesh)
+    config = SARConfig(tokenizer_weights="unused", student_weight=0.5, **refined.KINDS[kind])
+    recipe = SAR(config, base.generator, base.tokenizer, classes=curves.CLASSES, label_drop=0.2, seed=5)
+    (batch,) = curves.batches(0, 0, 1, curves.BATCH)
+    given = recipe.prepare(batch, 0)
+    first, second = recipe.passes("generator", 0)
+    output = first.forward(recipe.generator, given)
+    inputs = first.following(given, first.carry(output, given))
+    sides, sizes = curves.SCALES, [side * side for side in curves.SCALES]
+    quantizer, full = recipe.tokenizer.quantize, (curves.SCALES[-1],) * 2
+    true, logits = given.targets.split(sizes, 1), output.prediction.detach()[: len(batch)].split(sizes, 1)
+    free = output.prediction.detach()[-len(batch) :].split(sizes, 1)
+    uniform, drawn = given.uniform.split(sizes, 1), []
+    for k, (own, other) in enumerate(zip(logits, free, strict=True)):
+        strength = 2.5 / 2 * (1 + k / 2)
+        guided = truncate(own + strength * (own - other), 20, 0.95)
+        drawn.append(pick(guided, uniform[k]) if kind == "released" else own.argmax(-1))
+
+    def added(ids, k):
+        codes = quantizer.embed(ids).mT.unflatten(2, (sides[k], sides[k]))
+        large = codes if k == len(sides) - 1 else F.interpolate(codes, full, mode="bicubic")
+        return quantizer.phi(k)(large)
+
+    known, accumulated = [], torch.zeros(())
+    for k in range(1, len(sides)):
+        seen = F.interpolate(accumulated + added(drawn[k - 1], k - 1), (sides[k],) * 2, mode="area")
+        known.append(seen.flatten(2).mT)
+        accumulated = accumulated + added(true[k - 1], k - 1)
+    labels, keys = inputs.student_labels, inputs.student_keys
+    if kind == "released":
+        alone = ScaleInputs(labels, known[-1], keys, only=(0, len(sides) - 1), start_position=False)
+        student, target = recipe.generator(alone).prediction[:, 1:], drawn[-1]
+    else:
+        student = recipe.generator(ScaleInputs(labels, torch.cat(known, 1), keys)).prediction[:, sizes[0] :]
+        target = torch.cat(logits[1:], 1).softmax(-1).transpose(1, 2)
+    wanted = F.cross_entropy(student.transpose(1, 2), target, reduction="none").mean(1).sum()
+    found = second.loss(second.forward(recipe.generator, inputs), inputs).per_image
+    torch.testing.assert_close(found, 0.5 * wanted)
+    assert not torch.equal(drawn[0], true[0]) and not torch.equal(known[-1], given.model.features[:, -sizes[-1] :])
 
 
 @pytest.mark.usefixtures("single_process")

@@ -11,8 +11,8 @@ import pytest
 
 from launchers import doctor
 from launchers.diagnosis import diagnose
-from launchers.history import read_metrics, summarize
 from launchers.run_logs import expand
+from megavar.records.history import read_metrics, summarize
 
 GLOO = (
     "RuntimeError: [../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:52414: "

@@ -10,6 +10,8 @@ from megavar.config.terms.base import TermChoice
 from megavar.generators.var import VAR
 from megavar.planning.measure import Request, measure, tokenizer_cost
 from megavar.planning.workload import count_parameters
+from megavar.recipes.terms.base import heads_of
+from megavar.recipes.terms.semantic_guidance import SemanticGuidance
 from tests.planning.models import MEPA, space_of
 
 PUBLISHED = [
@@ -24,6 +26,7 @@ PUBLISHED = [
     (VARConfig(depth=20, experts=MEPA), 256, 2.44e9, 1.126e9),
     (VARConfig(depth=16, experts=ExpertsChoice.make(router="zero_computation")), 256, 1_250_678_128, 418.02e6),
 ]
+GUIDANCE = TermChoice.make(name="semantic_guidance", teacher={"name": "dinov3", "size": "large", "weights": "none"})
 SMALL = VARConfig(depth=4, width=64, heads=4, experts=MEPA)
 
 
@@ -44,8 +47,7 @@ def test_counts_are_the_published_ones(costs, number):
 @pytest.mark.parametrize(("depth", "activated", "total"), [(12, 252.11, 535.4), (16, 585.31, 1256.8)])
 def test_plans_count_heads_and_teachers_of_guidance(depth, activated, total):
     """MEPA Table 2: 252 M and 585 M activated. The teacher is a DINOv3 ViT-L of 303 M at 256 patches and 5 tokens."""
-    term = TermChoice.make(name="semantic_guidance", teacher={"name": "dinov3", "size": "large", "weights": "none"})
-    config, space = VARConfig(depth=depth, experts=MEPA), space_of(SCALES[256])
+    config, space, term = VARConfig(depth=depth, experts=MEPA), space_of(SCALES[256]), GUIDANCE
     with_head, without = measure([Request(config, space, terms=(term,)), Request(config, space)])
     counted = count_parameters(config, space, with_head)
     assert counted.activated == pytest.approx(activated * 1e6, abs=6e3)
@@ -75,22 +77,44 @@ ROUTERS = {
 }  # fmt: skip
 
 
+GUIDED = {
+    None: ((138.70, 138.70), (316.58, 316.58), (608.00, 608.00)),
+    "scale_token": ((535.45, 252.11), (1256.81, 585.31), (2444.11, 1132.75)),
+    "scale": ((535.55, 252.20), (1256.97, 585.47), (2444.36, 1133.00)),
+    "expert_choice": ((535.45, 252.77), (1256.81, 586.89), (2444.11, 1135.83)),
+    "zero_computation": ((535.55, 184.20), (1256.97, 424.32), (2444.37, 818.28)),
+}
+"""Millions at d12, d16, d20 in all and activated, with MEPA's guidance (a hidden layer of 3072, DINOv3 ViT-L):
+docs/experts.md has them."""
+
+
 @pytest.mark.usefixtures("single_process")
 @pytest.mark.parametrize("depth", [12, 16, 20])
 @pytest.mark.parametrize("router", ROUTERS)
 def test_every_router_has_the_counts_that_its_tensors_add_up_to(router, depth):
+    """With guidance and without."""
     copies, own = ROUTERS[router]
     width, space = 64 * depth, space_of()
-    with torch.device("meta"):
-        dense = VAR(VARConfig(depth=depth), space)
-        experts = ExpertsChoice.make(router=router)
-        mixture = VAR(VARConfig(depth=depth, experts=experts), space)
-    sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in (dense, mixture)]
-    assert sizes[1] - sizes[0] == depth * (7 * expert_size(width) + 8 * width) + own(width, depth)
+    experts = ExpertsChoice.make(router=router)
+    given = {"dense": VARConfig(depth=depth), "mixture": VARConfig(depth=depth, experts=experts)}
+    sizes = {}
+    for name, config in given.items():
+        heads = heads_of([SemanticGuidance(GUIDANCE, None, space, depth)], space)
+        with torch.device("meta"):
+            guided = VAR(config, space, heads=heads)
+        numbers = {parameter: value.numel() for parameter, value in guided.named_parameters()}
+        head = sum(number for parameter, number in numbers.items() if parameter.startswith("heads."))
+        assert head == (width + 1) * 3072 + 3073 * 1024
+        sizes[name] = sum(numbers.values()) - head
+    assert sizes["mixture"] - sizes["dense"] == depth * (7 * expert_size(width) + 8 * width) + own(width, depth)
     assert experts.copies(space.sizes) == pytest.approx(copies)
-    activated = sizes[1] - depth * expert_size(width) * (8 - experts.copies(space.sizes))
+    activated = sizes["mixture"] - depth * expert_size(width) * (8 - experts.copies(space.sizes))
     listed = {("scale_token", 12): 246.60e6, ("scale_token", 16): 579.01e6, ("zero_computation", 16): 418.02e6}
     assert activated == pytest.approx(listed.get((router, depth), activated), rel=1e-5)
+    place = (12, 16, 20).index(depth)
+    for name, found in (("dense", (sizes["dense"],) * 2), ("mixture", (sizes["mixture"], activated))):
+        expected = GUIDED[None if name == "dense" else router][place]
+        assert [(value + head) / 1e6 for value in found] == pytest.approx(expected, abs=0.006), name
 
 
 def test_pipeline_stages_hold_the_whole_model_together(costs):

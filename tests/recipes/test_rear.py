@@ -5,10 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from megavar.config.generators.rar import RARConfig
+from megavar.config.loading import load_config
 from megavar.config.noise import NoiseConfig
 from megavar.config.recipes.rear import RandomOrderConfig, ReARConfig
 from megavar.config.token_space import TokenSpace
 from megavar.data.batch import Batch
+from megavar.errors import ConfigError
 from megavar.generators.rar import RAR
 from megavar.recipes.noise import noisy
 from megavar.recipes.rear import NextToken
@@ -74,6 +76,13 @@ def test_orders_fade_from_always_to_never() -> None:
         assert torch.equal(inputs.model.order.sort(1).values[0], torch.arange(SPACE.length))
         assert torch.equal(inputs.targets, batch.tokens.gather(1, inputs.model.order))
         assert torch.equal(inputs.model.ids, inputs.targets[:, :-1])
+
+
+def test_random_order_is_refused_where_rows_do_not_know_what_they_predict() -> None:
+    """Before anything is built; RAR takes it (configs/rear/rar_b.yaml)."""
+    words = ["generator={name: alitok, prefix_tokens: 0}", "recipe.random_order={}"]
+    with pytest.raises(ConfigError, match=r"base\.yaml.*recipe\.random_order.*'alitok'.*Remove"):
+        load_config("configs/rear/base.yaml", words)
 
 
 def test_targets_are_true_and_inputs_are_not() -> None:

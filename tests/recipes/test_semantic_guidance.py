@@ -1,22 +1,31 @@
 """MEPA Eq. 11 to 13 against loops in float64; groups of scales; where and how often the teacher is asked."""
 
+import itertools
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megavar.assembly import build_generator
 from megavar.config.loading import load_config
+from megavar.config.parallel import ParallelConfig
 from megavar.config.terms.base import TermChoice
 from megavar.config.terms.semantic_guidance import SemanticGuidanceConfig
 from megavar.config.token_space import TokenSpace
 from megavar.data.batch import Batch
 from megavar.errors import ConfigError
+from megavar.parallel import topology
+from megavar.parallel.environment import environment
 from megavar.parallel.logical import logical_tensors
 from megavar.recipes.terms.base import heads_of
 from megavar.recipes.terms.semantic_guidance import SemanticGuidance, resize
+from megavar.transformer.moe.router import Router
+from tests.distributed import curves
+from tests.distributed.curves import BATCH, CODE, SCALES, VOCABULARY
 
 SIDES = (1, 2, 3, 3, 4, 4, 5, 6, 6, 7)
 GRID, CHANNELS = 6, 4
@@ -141,6 +150,11 @@ def test_scales_and_tokens_that_cannot_be_guided_are_refused() -> None:
         term(space=TokenSpace("line", (), 12, 32, 4, 16))
     with pytest.raises(ValueError, match="name one twice"):
         choice(scales=(3, 3))
+    term_of = "recipe.terms=[{name: semantic_guidance, teacher: {name: dinov3, weights: none}, scales: [5, 6]}]"
+    config = load_config("configs/sar/flexvar_d16.yaml", [term_of])
+    parts = SimpleNamespace(config=config, teacher=lambda choice: None)
+    with pytest.raises(ConfigError, match=r"scales=\[5, 6\].*flexvar every step has other ones.*S, M, L or"):
+        SemanticGuidance.build(config.recipe.terms[0], parts)
 
 
 def test_projections_start_as_repas() -> None:
@@ -179,6 +193,61 @@ def test_scales_of_the_step_count_where_they_change() -> None:
     assert float(losses.total) == pytest.approx(-float(cosine), abs=1e-6)  # M of three scales is the second
     counts = {name: count for name, (_, count) in losses.means.items()}
     assert counts == {"cosine/05": 2, "cosine/06": 0, "cosine/07": 0}
+
+
+def test_the_objective_is_eq_13_with_the_balance_loss(single_process) -> None:
+    """L = L_SG + lambda L_CE + alpha L_b of a model with experts, and every gradient, from sums in float64 that do not
+    know the recipe: of what the model returned and of its routers' scores."""
+    space, weight, balance = TokenSpace.of_scales(SCALES, VOCABULARY, CODE, image_side=6), 0.5, 0.05
+    guide = torch.randn(BATCH, 9, 5, generator=torch.Generator().manual_seed(7))
+    given = TermChoice.make(
+        name="semantic_guidance", scales=[1, 3], projection={"hidden": [24]},
+        teacher={"name": "self_distilled", "weights": "unused", "grid": 3, "network": {"width": 5, "heads": 1}},
+    )  # fmt: skip
+    guidance = SemanticGuidance(given, FakeTeacher(guide), space, depth=4)
+    recipe = curves.build(curves.Setup(), topology.initialize(ParallelConfig(), environment()), terms=[guidance])
+    recipe.config = recipe.config.model_copy(update={"cross_entropy_weight": weight})
+    (data,) = curves.batches(0, 0, 1, BATCH)
+    inputs = recipe.prepare(replace(data, images=torch.zeros(BATCH, 3, 6, 6)), 0)
+    model, (step,) = recipe.generator, recipe.passes("generator", 0)
+    losses = step.loss(step.forward(model, inputs), inputs)
+    valid, images = recipe.valid(data, 0), len(data)
+    (losses.total / valid + losses.per_image / images).backward()
+    found = {name: value.grad for name, value in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+
+    scored = []
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+
+    def watch(router, given, routing) -> None:
+        scored.append((given[0].double() @ router.weight.double().t(), routing))
+
+    for router in routers:
+        router.experts = router.experts.model_copy(update={"balance_coefficient": 0.0})
+        router.register_forward_hook(watch)
+    output = step.forward(model, inputs)
+    logits, projected = output.prediction.double(), output.heads["semantic_guidance"].double()
+    entropy = sum(
+        logits[b, i].logsumexp(-1) - logits[b, i, inputs.targets[b, i]] for b in range(BATCH) for i in range(14)
+    )
+    aggregated, cosines, start, g = 0.0, 0.0, 0, guide.double()
+    for number, side in enumerate(SCALES, 1):
+        rows = projected[:, start : start + side * side].transpose(1, 2).unflatten(2, (side, side))
+        aggregated, start = aggregated + F.interpolate(rows, (3, 3), mode="bicubic").flatten(2), start + side * side
+        if number in (1, 3):
+            z = aggregated.transpose(1, 2)
+            for b, p in itertools.product(range(BATCH), range(9)):
+                cosines = cosines + g[b, p] @ z[b, p] / (g[b, p].norm() * z[b, p].norm()) / 9
+    balances = []
+    for scores, routing in scored:
+        chosen, share = routing.assignment.view(14, BATCH, -1).double().mean(0), scores.softmax(-1).mean(0)
+        balances.append(chosen.shape[-1] * (chosen * share).sum(-1).mean())  # of each image
+    assert float(losses.total) == pytest.approx(weight * float(entropy), rel=1e-6)
+    assert float(losses.per_image) == pytest.approx(-float(cosines), rel=1e-5)
+    (-cosines / images + weight * entropy / valid + balance * sum(balances)).backward()
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(found[name], value.grad, rtol=2e-4, atol=1e-6, msg=name)
+    assert len(balances) == 4 and min(found[name].abs().max() for name in found if "router" in name) > 1e-4
 
 
 MEPA = {"number": 8, "top_k": 3, "router": "scale_token"}

@@ -71,6 +71,19 @@ def test_runs_are_named_after_what_they_train(monkeypatch, tmp_path):
     assert demo_runs(other, 1, ("evaluation.samples=32",), tmp_path)[0].config.run.path == places[1]
 
 
+def test_rows_may_begin_with_the_first_one_of_their_seed(monkeypatch, tmp_path):
+    monkeypatch.chdir(__file__.rpartition("/tests/")[0])
+    first, *others = demo_runs(table(begin_with="worst"), 2, (), tmp_path)
+    bases = {0: first.config.run.path, 1: others[2].config.run.path}
+    assert others[2].row == "worst" and bases[0] != bases[1]
+    for run in (first, *others):
+        initial = run.config.train.initial_weights
+        assert (initial is None) if run.row == "worst" else (initial.path == bases[run.seed])
+    assert first.config.run.path == demo_runs(table(), 1, (), tmp_path)[0].config.run.path, "the same run as without"
+    with pytest.raises(ValueError, match="not the first row"):
+        table(begin_with="best")
+
+
 def test_a_table_without_a_demo_says_so():
     without = table().model_copy(update={"demo": None})
     with pytest.raises(ConfigError, match="no section `demo`"):

@@ -142,14 +142,23 @@ def random_lists(experts, kernel, steps):
                 output = block(hidden, torch.randn(2, tiny.WIDTH, generator=generator), context)
             if kernel != "flex":
                 output.square().sum().backward()
-            if experts is not None:
-                assert context.routing[0].load.sum() == 2 * 2 * layout.length
+            if experts is not None:  # each of two images
+                assert context.routing[0].load.sum() == 2 * assigned(block, layout)
         return True
 
     return graphs_of(run)[1:]
 
 
-LISTS = [(None, "auto", 200), (GROUPED, "auto", 30), (None, "flex", 30)]
+def assigned(block, layout):
+    """Pairs of tokens and targets of an image."""
+    experts = block.feed_forward.moe.router.experts
+    if experts.router != "expert_choice":
+        return experts.top_k * layout.length
+    return sum(experts.number * experts.tokens_per_expert(size) for size in layout.sizes)
+
+
+LISTS = [(None, "auto", 200), (None, "flex", 30)]
+LISTS += [(GROUPED | {"router": router}, "auto", 30) for router in ("scale_token", "expert_choice", "zero_computation")]
 
 
 @pytest.mark.parametrize(("experts", "kernel", "steps"), LISTS)

@@ -47,6 +47,14 @@ class GeneratorChoice(Choice):
         """Share of the training samples whose condition is replaced by none, for classifier-free guidance."""
         return 0.0
 
+    any_order: ClassVar[bool] = False
+    """Whether it can be trained on the tokens of an image in any order: its rows know which token they predict."""
+
+    @property
+    def reads_codebook(self) -> bool:
+        """Whether the generator holds the tokenizer's code vectors; assembly hands them to it where it is trained."""
+        return False
+
     @property
     def condition(self) -> Literal["class", "text", "none"]:
         """What images are asked for by; suites that ask for something else are refused."""

@@ -4,6 +4,7 @@ from typing import ClassVar, Literal
 
 from megavar.config.base import PathText
 from megavar.config.choice import Choice
+from megavar.config.generators.base import GeneratorChoice
 from megavar.config.terms.base import TermChoice
 
 GENERATOR_MODULE = "generator"
@@ -24,6 +25,13 @@ class RecipeChoice(Choice):
 
     name: str
     """Which algorithm."""
+
+    def check(self, generator: GeneratorChoice | None) -> None:
+        """Compare its keys with the generator, as the file is read.
+
+        Raises:
+            ValueError: this recipe cannot train such a generator so; the message names keys and a remedy.
+        """
 
     @property
     def modules(self) -> tuple[str, ...]:

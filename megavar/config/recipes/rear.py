@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from megavar.config.base import Section
+from megavar.config.generators.base import GeneratorChoice
 from megavar.config.noise import NoiseConfig
 from megavar.config.recipes.base import GeneratorRecipeChoice
 
@@ -46,3 +47,11 @@ class ReARConfig(GeneratorRecipeChoice):
     """Annealed permutations (RAR); none by default."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Label smoothing of the cross entropy (RAR: 0)."""
+
+    def check(self, generator: GeneratorChoice | None) -> None:
+        """Rows of a generator for random orders must know which token they predict."""
+        if self.random_order is not None and generator is not None and not generator.any_order:
+            raise ValueError(
+                f"recipe.random_order reads images in random order, but rows of the generator {generator.name!r} do "
+                f"not know which token they predict. Remove recipe.random_order, or choose generator.name=rar"
+            )

@@ -54,7 +54,8 @@ class SemanticGuidanceConfig(TermChoice):
     """F: the aggregated features that are guided, each the sum over scales 1 to j. ``M``: the three intermediate ones
     (of ten scales: 5, 6, 7); ``S``: the three smallest (1, 2, 3); ``L``: the three largest (8, 9, 10); ``last``: all
     scales together (10), which is REPA on a pyramid; or a list of numbers from 1. Of fewer than nine scales a group is
-    a third. The paper names the groups' numbers for M only."""
+    a third; where every step has other scales (FlexVAR) a group is one of the step's, and numbers are refused. The
+    paper names the groups' numbers for M only."""
     block: int | None = Field(None, ge=0)
     """Number, from 0, of the block whose output is read. Default: depth / 2 - 1, the 6th of 12 and the 8th of 16
     ("the outputs of the middle block", Fig. 2)."""

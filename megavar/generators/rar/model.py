@@ -32,16 +32,32 @@ PREFIX = 2
 """Rows before the first token: start and class."""
 
 
+class TiedCodes(nn.Module):
+    """Token ids to the tokenizer's code vectors, which are not trained, to hidden states."""
+
+    def __init__(self, vocabulary: int, channels: int, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.vectors = nn.Parameter(torch.empty(vocabulary, channels, dtype=dtype))
+        self.projection = nn.Linear(channels, width, dtype=dtype)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """int64 [B, n] -> [B, n, C]."""
+        return self.projection(self.vectors[ids])
+
+
 class Embedding(nn.Module):
     """Classes and tokens to hidden states and to the condition of each row."""
 
     def __init__(self, choice: RARConfig, space: TokenSpace, dtype: torch.dtype) -> None:
         super().__init__()
         assert space.vocabulary is not None
-        self.length, self.vocabulary = space.length, space.vocabulary
+        self.length = space.length
         width, rows = choice.width, space.length + choice.spare_positions
+        tied = choice.tied_codebook in ("embedding", "both")
+        self.codes = TiedCodes(space.vocabulary, space.channels, width, dtype) if tied else None
+        self.before_classes = 1 if tied else space.vocabulary + 1
         # Codes, a mask that only MaskGIT would use, classes, no class.
-        self.table = nn.Embedding(space.vocabulary + choice.classes + 2, width, dtype=dtype)
+        self.table = nn.Embedding(self.before_classes + choice.classes + 1, width, dtype=dtype)
         self.begin = nn.Parameter(torch.empty(width, dtype=dtype))
         self.position = nn.Parameter(torch.empty(rows, width, dtype=dtype))
         self.target = nn.Parameter(torch.empty(rows, width, dtype=dtype))
@@ -49,8 +65,8 @@ class Embedding(nn.Module):
 
     def forward(self, inputs: RasterInputs) -> tuple[Tensor, Tensor]:
         """Hidden states [B, rows, C] and conditions [B, rows, C] of the rows from ``inputs.start`` on."""
-        condition = self.table(self.vocabulary + 1 + inputs.labels)
-        hidden = self.table(inputs.ids)
+        condition = self.table(self.before_classes + inputs.labels)
+        hidden = self.table(inputs.ids) if self.codes is None else self.codes(inputs.ids)
         first = inputs.start
         if first == 0:
             prefix = torch.stack([self.begin.expand_as(condition), condition], 1)
@@ -75,19 +91,23 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """Layer norm modulated per row, and a projection to the codebook."""
+    """Layer norm modulated per row, and a projection to the codebook, where it is tied on its own code vectors."""
 
-    def __init__(self, config: TransformerConfig, vocabulary: int) -> None:
+    def __init__(self, config: TransformerConfig, vocabulary: int, channels: int | None) -> None:
+        """Predict one of ``vocabulary`` tokens; ``channels`` of their vectors, or None where they are not tied."""
         super().__init__()
+        width, dtype = config.hidden_size, config.params_dtype
         self.modulation = ModulationNetwork(config, 2)
+        self.to_codes = None if channels is None else nn.Linear(width, channels, bias=False, dtype=dtype)
         self.projection = ColumnParallelLinear(
-            config.hidden_size, vocabulary, config=config, init_method=lambda weight: weight, bias=True
-        )
+            channels or width, vocabulary, config=config, init_method=lambda weight: weight, bias=channels is None
+        )  # with a frozen weight, Megatron-core's bias would get no gradient
 
     def forward(self, hidden: Tensor, condition: Tensor) -> Tensor:
         """[rows, B, C] twice -> float32 [rows, B, V / tensor-parallel size]."""
         scale, shift = self.modulation(condition).unbind(-2)
-        return self.projection(normalize(hidden) * (1 + scale) + shift)[0].float()
+        hidden = normalize(hidden) * (1 + scale) + shift
+        return self.projection(hidden if self.to_codes is None else self.to_codes(hidden))[0].float()
 
 
 class RAR(Generator):
@@ -120,7 +140,8 @@ class RAR(Generator):
     def build_last(self) -> None:
         """The head."""
         assert self.space.vocabulary is not None
-        self.head = Head(self.unsharded, self.space.vocabulary)
+        tied = self.choice.tied_codebook in ("head", "both")
+        self.head = Head(self.unsharded, self.space.vocabulary, self.space.channels if tied else None)
 
     def sequence(self, inputs: RasterInputs) -> TokenSequence:
         """One causal segment."""
@@ -143,7 +164,9 @@ class RAR(Generator):
 
     def initial_value(self, name: str, value: Tensor, generator: torch.Generator) -> None:
         """The reference's: modulation and start row zero, everything else normal with 0.02, cut off at two."""
-        if name.endswith("bias") or ".modulation." in name or name == "embedding.begin":
+        if self._is_code_vectors(name):
+            value.zero_() if self.codebook is None else value.copy_(self.codebook)
+        elif name.endswith("bias") or ".modulation." in name or name == "embedding.begin":
             value.zero_()
         elif "norm" in name:
             value.fill_(1.0)
@@ -153,11 +176,18 @@ class RAR(Generator):
     def own_rule(self, name: str) -> ParameterRule:
         """Weight decay on matrices that are no tables, and on the start row, which RAR keeps as a tensor of three.
 
-        The head's modulation has none: RAR leaves out names that contain "ln", and ``adaln_before_head`` does.
+        The head's modulation has none: RAR leaves out names that contain "ln", and ``adaln_before_head`` does. Code
+        vectors are the tokenizer's and stay what they are.
         """
+        if self._is_code_vectors(name):
+            return ParameterRule(frozen=True)
         free = "norm" in name or name.endswith("bias") or name.startswith("head.modulation")
-        table = name.startswith("embedding.") and name != "embedding.begin"
+        table = name.startswith("embedding.") and name not in ("embedding.begin", "embedding.codes.projection.weight")
         return ParameterRule(decays=not (free or table))
+
+    def _is_code_vectors(self, name: str) -> bool:
+        tied = self.choice.tied_codebook
+        return name == "embedding.codes.vectors" or (name == "head.projection.weight" and tied in ("head", "both"))
 
     def example(self, images: int) -> RasterInputs:
         """Class 0, 1, ... and zeros for all tokens but the last."""

@@ -66,10 +66,20 @@ class SemanticGuidance:
 
     @classmethod
     def build(cls, choice: SemanticGuidanceConfig, parts: Parts) -> "SemanticGuidance":
-        """See :meth:`Term.build`."""
+        """See :meth:`Term.build`.
+
+        Raises:
+            ConfigError: numbers of scales are asked for where scales change in every step.
+        """
         config = parts.config
         assert config.generator is not None
-        space = config.tokenizer.space
+        space, lists = config.tokenizer.space, getattr(config.recipe, "scale_lists", None)
+        if not isinstance(choice.scales, str) and lists is not None and lists.varies:
+            raise ConfigError(
+                f"recipe.terms, {choice.name}: scales={list(choice.scales)} are numbers of scales, but with "
+                f"recipe.scale_lists={lists.name} every step has other ones, and not always as many. Choose a group: "
+                f"S, M, L or last."
+            )
         return cls(choice, parts.teacher(choice.teacher), space, config.generator.limits(space).depth)
 
     @classmethod

@@ -121,8 +121,8 @@ class ExpertFeedForward(nn.Module):
         self.moe = self._even(self.moe.router)
 
     def prepare(self, context: ForwardContext, device: torch.device) -> None:
-        """Make what routers ask of a pass."""
-        context.kind_index(device), context.counted_rows(device)
+        """Make what the router asks of a pass."""
+        self.moe.router.prepare(context, device)
 
     def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
         """[L, B, C] -> [L, B, C]."""

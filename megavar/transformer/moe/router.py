@@ -152,6 +152,10 @@ class Router(nn.Module, ABC):
             assigned, score_sum = assigned.sum(0, keepdim=True), score_sum.sum(0, keepdim=True)
         return balance_loss(assigned, score_sum, tokens.clamp(min=1)).mean()
 
+    def prepare(self, context: ForwardContext, device: torch.device) -> None:
+        """Make what the router asks of a pass, before the block is computed: a compiled graph does not depend on it."""
+        context.kind_index(device), context.counted_rows(device)
+
     def set_layer_number(self, layer_number: int) -> None:
         """Required by Megatron-core; the block number is known from the constructor."""
 

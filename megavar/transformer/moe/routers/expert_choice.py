@@ -5,8 +5,11 @@
     y_i  = sum over the experts j with i in I_j of S_ij E_j(x_i)  raw scores; nothing for a token that nobody takes
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -16,6 +19,19 @@ from megavar.errors import ConfigError
 from megavar.transformer.context import ForwardContext
 from megavar.transformer.moe.router import Router, Rows
 from megavar.transformer.moe.routing import Bounds
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What the layout of a pass says of the groups within a sample, for all blocks; made outside of compiled graphs,
+    which would otherwise depend on the number of segments and their sizes."""
+
+    first: Tensor
+    """int64 [L]: first row of the group of each row, which is a number of the group, too."""
+    taken: Tensor
+    """int64 [L, 1 or B]: tokens of the row's group that an expert takes."""
+    copies: int
+    """Rows of this rank that an expert takes at most of one sample."""
 
 
 class ExpertChoiceRouter(Router):
@@ -41,30 +57,49 @@ class ExpertChoiceRouter(Router):
 
     def _taken(self, scores: Tensor) -> Tensor:
         """From the scores of all rows [L, B, M] to what each expert takes, bool [L, B, M]. Ties go to earlier rows."""
+        context = self._context()
+        counted = context.counted_rows(scores.device).expand(scores.shape[:2])
+        if self._group() == "batch":
+            one = torch.zeros(counted.numel(), dtype=torch.int64, device=scores.device)
+            taken = self.experts.tokens_per_expert(counted.sum()).expand(len(one), 1)
+            return _best(scores.reshape(len(one), 1, -1), one, taken, counted.reshape(-1, 1)).view(scores.shape)
+        groups = self._groups(scores.device)
+        return _best(scores, groups.first, groups.taken, counted)
+
+    def prepare(self, context: ForwardContext, device: torch.device) -> None:
+        """Groups, too."""
+        super().prepare(context, device)
+        self.context = context
+        if self._group() != "batch":
+            self._groups(device)
+
+    def _groups(self, device: torch.device) -> Groups:
         context, group = self._context(), self._group()
-        counted, segment = context.counted_rows(scores.device), context.sequence.segment_index(scores.device)
-        counted = counted.expand(scores.shape[:2])
-        if group == "image_scale":
-            return _best(scores, segment, counted, len(context.sequence.sizes) + 1, self.experts)  # padding is one more
+        return context.once(f"groups/{group}", lambda: self._make_groups(context, group, device))
+
+    def _make_groups(self, context: ForwardContext, group: str, device: torch.device) -> Groups:
+        counted, sequence = context.counted_rows(device).long(), context.sequence
+        segment = sequence.segment_index(device)  # padding is one more
         if group == "image":
-            return _best(scores, torch.zeros_like(segment), counted, 1, self.experts)
-        one = torch.zeros(counted.numel(), dtype=torch.int64, device=scores.device)
-        best = _best(scores.reshape(len(one), 1, -1), one, counted.reshape(-1, 1), 1, self.experts)
-        return best.view(scores.shape)
+            segment = torch.zeros_like(segment)
+        tokens = torch.zeros(len(sequence.sizes) + 1, counted.shape[1], dtype=torch.int64, device=device)
+        taken = self.experts.tokens_per_expert(tokens.index_add_(0, segment, counted))[segment]
+        ranks = parallel_state.get_tensor_model_parallel_world_size() if self.tokens_sharded else 1
+        rows, copies = self._own_rows(sequence.length // ranks), 0
+        for first, after in sequence.bounds if group == "image_scale" else ((0, sequence.tokens),):
+            here = max(0, min(after, rows.stop) - max(first, rows.start))
+            copies += min(self.experts.tokens_per_expert(after - first), here)
+        return Groups(torch.searchsorted(segment, segment), taken, copies)
 
     def bounds(self, rows: Rows, samples: int) -> Bounds:
         """Experts x k of every group, exactly, where a rank has all rows and all of them count."""
-        context, group, number = self._context(), self._group(), self.experts.number
-        if group == "batch":
+        context, number = self._context(), self.experts.number
+        if self._group() == "batch":
             taken = min(self.experts.tokens_per_expert(context.sequence.tokens * samples), rows.count * samples)
             return Bounds(number, number * taken, every_row=False)
-        segments = context.sequence.bounds if group == "image_scale" else ((0, context.sequence.tokens),)
-        total = 0
-        for first, after in segments:
-            here = max(0, min(after, rows.stop) - max(first, rows.start))
-            total += min(self.experts.tokens_per_expert(after - first), here)
+        copies = self._groups(self.weight.device).copies
         exact = context.valid is None and not self.tokens_sharded
-        return Bounds(number, number * total * samples, every_row=exact)
+        return Bounds(number, number * copies * samples, every_row=exact)
 
     def _context(self) -> ForwardContext:
         context = self.context
@@ -86,23 +121,20 @@ class ExpertChoiceRouter(Router):
         return self.experts.decoding_group
 
 
-def _best(scores: Tensor, group: Tensor, counted: Tensor, groups: int, experts: ExpertChoiceExperts) -> Tensor:
-    """The k best of every group for every expert, bool [L, B, M].
+def _best(scores: Tensor, first: Tensor, taken: Tensor, counted: Tensor) -> Tensor:
+    """The best of every group for every expert, bool [L, B, M].
 
     One stable sort of the rows by group, then by falling score; a row's place within its group says if it is taken.
 
     Args:
         scores: float32 [L, B, M] in [0, 1].
-        group: int64 [L], rising.
+        first: int64 [L], rising: the first row of the group of each row.
+        taken: int64 [L, 1 or B]: how many rows of its group an expert takes.
         counted: bool [L, B]; rows that do not count are taken by nobody.
     """
-    length, samples = counted.shape
     score = scores.masked_fill(~counted[..., None], -1.0).double()
-    key = 3.0 * group[:, None, None] - score  # groups do not touch
+    key = 3.0 * first[:, None, None] - score  # groups do not touch
     order = key.sort(dim=0, stable=True).indices
-    rows = torch.arange(length, device=scores.device)
+    rows = torch.arange(len(first), device=scores.device)
     place = torch.empty_like(order).scatter_(0, order, rows[:, None, None].expand_as(order))
-    first = torch.searchsorted(group, torch.arange(groups, device=scores.device))
-    tokens = torch.zeros(groups, samples, dtype=torch.int64, device=scores.device)
-    taken = experts.tokens_per_expert(tokens.index_add_(0, group, counted.long()))
-    return (place - first[group][:, None, None] < taken[group][..., None]) & counted[..., None]
+    return (place - first[:, None, None] < taken[..., None]) & counted[..., None]

@@ -24,6 +24,7 @@ from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.data.build import build_text
 from megavar.data.caches import CachedSamples, weights_sha256
 from megavar.data.source import Source
+from megavar.data.token_file import TokenFile
 from megavar.data.text import TextEncoder
 from megavar.errors import CheckpointError, ConfigError
 from megavar.generators.base import Stage
@@ -279,7 +280,7 @@ class Assembly:
     def _tokenizer(self) -> Any:
         weights = require_generator_recipe(self.config).tokenizer_weights
         tokenizer = load_tokenizer(self.config.tokenizer, weights, self.device, together=True)
-        if isinstance(self.source, CachedSamples):
+        if isinstance(self.source, CachedSamples | TokenFile):
             self.source.check_tokenizer(tokenizer)
         return tokenizer
 

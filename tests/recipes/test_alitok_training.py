@@ -1,6 +1,7 @@
 """AliTok's stages and phases: losses, what is trained when, codes that move, and that it learns."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from megavar.recipes.tokenizer.alitok import AliTokTraining, Timetable
 from megavar.recipes.tokenizer.clustering import ClusteredCodebook
 from megavar.tokenizers.alitok import AliTok
 from megavar.tokenizers.line import LineQuantizer
+from tests.distributed.harness import run_ranks
 from tests.recipes.digit_images import digit_batch, digit_images
 from tests.recipes.line_tokenizers import ALITOK, CPU, PHASES, STAGED, staged, write_rows
 from tests.recipes.test_tokenizer import means
@@ -83,25 +85,42 @@ def test_causal_decoding_makes_tokens_help_those_after_them_only() -> None:
     assert changed[1].float().mean() > 0.9
 
 
-def test_clustered_codes_by_brute_force() -> None:
+def clustered(rank: int, world: int) -> list[torch.Tensor]:
+    """The codes after each of three steps on this rank's samples, in micro-batches."""
     quantizer = LineQuantizer(3, 6, 2, normalized=False, commitment_weight=0.25)
     torch.nn.init.normal_(quantizer.embedding.weight, generator=torch.Generator().manual_seed(1))
-    upkeep, share = ClusteredCodebook(quantizer, 0.99), torch.zeros(6)
+    upkeep, codes = ClusteredCodebook(quantizer, 0.99), [quantizer.embedding()]
     for step in range(3):
-        vectors = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(step))
-        line = quantizer(vectors)
-        for part in (slice(0, 1), slice(1, 4)):  # micro-batches
-            upkeep.observe(step, quantizer.watched(quantizer(vectors[part])), torch.arange(4)[part])
-        codes, flat = quantizer.embedding(), vectors.flatten(0, 1)
-        share = 0.99 * share + 0.01 * torch.bincount(line.ids.flatten(), minlength=6) / 12
-        expected = codes.clone()
-        for v in range(6):
-            move = math.exp(-float(share[v]) * 6 * 10 / (1 - 0.99) - 1e-3)
-            expected[v] = (1 - move) * codes[v] + move * min(flat, key=lambda z, c=codes[v]: float((z - c).norm()))
+        own = vectors_of(step).chunk(world)[rank]
+        for part in own.split(1):
+            upkeep.observe(step, quantizer.watched(quantizer(part)), torch.arange(1))
         moved = upkeep.after_step(step)
         assert moved is not None
         write_rows(quantizer.embedding.weight, moved.rows, moved.vectors)
-        torch.testing.assert_close(quantizer.embedding(), expected, atol=1e-5, rtol=1e-4)
+        codes.append(quantizer.embedding())
+    return codes
+
+
+def vectors_of(step: int) -> torch.Tensor:
+    return torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(step))
+
+
+def clustered_here() -> list[torch.Tensor]:
+    return clustered(torch.distributed.get_rank(), 2)
+
+
+@pytest.mark.distributed
+def test_clustered_codes_by_brute_force() -> None:
+    """On one rank and on two."""
+    for found in (clustered(0, 1), *run_ranks(2, clustered_here)):
+        share = torch.zeros(6)
+        for step, (codes, moved) in enumerate(pairwise(found)):
+            flat = vectors_of(step).flatten(0, 1)
+            share = 0.99 * share + 0.01 * torch.bincount(torch.cdist(flat, codes).argmin(1), minlength=6) / 12
+            for v in range(6):
+                move = math.exp(-float(share[v]) * 6 * 10 / (1 - 0.99) - 1e-3)
+                nearest = flat[(flat - codes[v]).norm(dim=1).argmin()]
+                torch.testing.assert_close(moved[v], (1 - move) * codes[v] + move * nearest, atol=1e-5, rtol=1e-4)
 
 
 def test_it_learns_and_stage_two_keeps_the_tokens() -> None:

@@ -55,8 +55,8 @@ class ClusteredCodebook:
         return Replacement(rows, moved[rows])
 
     def _nearest_of_all(self, codes: Tensor) -> Tensor:
-        """For each code the nearest vector of all ranks: float32 [V, C]."""
+        """For each code the nearest vector of all ranks: float32 [V, C]. In float64: vectors are near each other."""
         vectors = torch.cat(self._vectors).float()
-        own = vectors[nearest(codes, vectors)]
-        distances = gather_over_ranks((own - codes).square().sum(1)[None])  # [ranks, V]
+        own = vectors[nearest(codes.double(), vectors.double())]
+        distances = gather_over_ranks((own.double() - codes).square().sum(1)[None])  # [ranks, V]
         return sum_over_ranks(own * (distances.argmin(0) == rank())[:, None])

@@ -3,7 +3,7 @@
     x_t = (1 - t) data + t noise          t = 0 is data, t = 1 is noise (FlowAR's and SD3's direction)
     v   = dx_t / dt = noise - data        what a network predicts from x_t, t and its condition
 
-A method that counts time the other way (t = 1 is data) predicts -v at 1 - t.
+A method that counts time the other way (t = 1 is data; MAR's successors, VGT) predicts -v at 1 - t.
 """
 
 import itertools
@@ -52,4 +52,38 @@ def euler(velocity_at: Callable[[Tensor, float], Tensor], start: Tensor, times: 
     state, grid = start.double(), times.tolist()
     for now, after in itertools.pairwise(grid):
         state = state + (after - now) * velocity_at(state.float(), now).double()
+    return state.float()
+
+
+def euler_maruyama(
+    velocity_at: Callable[[Tensor, float], Tensor],
+    start: Tensor,
+    times: Tensor,
+    normal_at: Callable[[int], Tensor],
+    *,
+    plain_last: bool = True,
+) -> Tensor:
+    """Follow the stochastic equation with the marginals of the path, diffusing by sqrt(2 t) (VGT, NextStep-1).
+
+    With time s = 1 - t towards data and u = -v the velocity towards it, the score is (s u - x) / t, and a step of size
+    d adds (u + t score) d + sqrt(2 t d) w = ((1 + s) u - x) d + sqrt(2 t d) w. The state is float64.
+
+    Args:
+        velocity_at: (x float32 [...], t) -> v [...].
+        start: x at the first time, [...].
+        times: float64 [n + 1] on the CPU, falling from noise to data.
+        normal_at: standard normal numbers w [...] of step 1, 2 ...
+        plain_last: the last step is Euler's, without noise.
+
+    Returns:
+        float32 [...].
+    """
+    state, grid = start.double(), times.tolist()
+    for step, (now, after) in enumerate(itertools.pairwise(grid), 1):
+        size, towards_data = now - after, -velocity_at(state.float(), now).double()
+        if plain_last and step == len(grid) - 1:
+            state = state + size * towards_data
+            continue
+        drift = (2 - now) * towards_data - state
+        state = state + size * drift + (2 * now * size) ** 0.5 * normal_at(step).double()
     return state.float()

@@ -66,7 +66,7 @@ def open_samples(
     choose_kernels(config.train.precision, config.train.tf32, config.train.deterministic)
     sampling = config.sampling
     generator, tokenizer, model = _load(config, place.device, untrained)
-    settings = sampling.model_dump(mode="json", exclude={"keep_images"})  # which changes no image
+    settings = sampling.model_dump(mode="json", exclude=set(sampling.changes_no_sample))
     identity = {
         "sampling": {key: value for key, value in settings.items() if key not in ("number", "chunk_size")},
         "model": model,

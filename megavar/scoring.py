@@ -95,7 +95,8 @@ def _score_generator(config: Config, place: Environment, untrained: bool) -> dic
         order=f"image i has condition i: {conditions.describe()}",
         extractor=scores.extractor,
         reference=scores.reference,
-        sampler=config.sampling.model_dump(mode="json", exclude={"keep_images"}) | {"conditions": conditions.identity},
+        sampler=config.sampling.model_dump(mode="json", exclude=set(config.sampling.changes_no_sample))
+        | {"conditions": conditions.identity},
         checkpoint=samples.identity["model"],
         notes=scores.notes,
     )

@@ -4,14 +4,15 @@
         configs/sar/sar_d16.yaml generator.depth=4 'recipe.scale_lists={name: fixed}'
 
 The first configuration is the one that the others are related to. Steps are measured in turn, on the latents of one
-micro-batch of random images: the tokenizer's encoder is not part of them. Memory is what a step adds to weights and
-optimizer: on a GPU the allocator's peak, on a CPU the most that was kept for a backward pass at a time.
+micro-batch of random images: the tokenizer's encoder is not part of them. On a CPU seconds are those of the processor,
+whatever else it does, and memory is the most that is kept for a backward pass at a time; on a GPU the allocator's.
 """
 
 import argparse
 import contextlib
 import functools
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -120,7 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         place = environment()
         mesh = topology.initialize(ParallelConfig(), place)
         found = [Candidate.of(Bench(config, mesh, place.device, options.batch)) for config in configs]
-        timings = measure({one.name: one.work for one in found}, options.repeats)
+        clock = time.perf_counter if place.device.type == "cuda" else time.process_time
+        timings = measure({one.name: one.work for one in found}, options.repeats, clock)
         peaks = [timings[one.name].peak_bytes or one.kept_bytes() for one in found]
     except MegavarError as error:
         print(f"benchmark_recipes: {error}", file=sys.stderr)

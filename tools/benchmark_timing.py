@@ -43,31 +43,39 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _seconds(work: Callable[[], Any], calls: int) -> float:
+Clock = Callable[[], float]
+
+
+def _seconds(work: Callable[[], Any], calls: int, clock: Clock = time.perf_counter) -> float:
     synchronize()
-    started = time.perf_counter()
+    started = clock()
     for _ in range(calls):
         work()
     synchronize()
-    return (time.perf_counter() - started) / calls
+    return (clock() - started) / calls
 
 
-def measure(alternatives: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Timing]:
+def measure(
+    alternatives: Mapping[str, Callable[[], Any]], repeats: int, clock: Clock = time.perf_counter
+) -> dict[str, Timing]:
     """Time each alternative ``repeats`` times, one after the other in turn.
 
     What the machine does meanwhile then meets all alike, so that their ratios hold even where it is not idle.
+
+    Args:
+        clock: ``time.process_time`` leaves out what other processes take of a busy CPU.
     """
     calls, peaks = {}, {}
     for name, work in alternatives.items():
         _seconds(work, 1)  # compilation, caches
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        calls[name] = max(1, round(SECONDS_PER_MEASUREMENT / max(_seconds(work, 1), 1e-6)))
+        calls[name] = max(1, round(SECONDS_PER_MEASUREMENT / max(_seconds(work, 1, clock), 1e-6)))
         peaks[name] = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     samples: dict[str, list[float]] = {name: [] for name in alternatives}
     for _ in range(repeats):
         for name, work in alternatives.items():
-            samples[name].append(_seconds(work, calls[name]))
+            samples[name].append(_seconds(work, calls[name], clock))
     return {name: _summary(values, calls[name], peaks[name]) for name, values in samples.items()}
 
 

@@ -87,3 +87,39 @@ class FlowScaleInputs:
     """int64 [B]: identifies (epoch, sample) for dropout; None disables it."""
     scale: int | None = None
     """Drawing: number of the one scale whose tokens are asked for; None: all of them."""
+
+
+@dataclass
+class QueryInputs:
+    """Text, then rows of an image: *queries*, which ask what is at a place, and *latents*, which say it.
+
+    In training each query is followed by its latent. While decoding, inputs hold what comes after the rows in a cache.
+    B samples, T rows of text, R of the image, C channels of a latent, A rows that are predicted.
+    """
+
+    text: Tensor | None
+    """int64 [B, T], with what begins an image; None: the cache has it."""
+    places: Tensor
+    """int64 [B, R]: place in the map, row by row."""
+    latents: Tensor
+    """float32 [B, R, C]; queries' are not read."""
+    holds: Tensor
+    """bool [R]: whether the row is a latent."""
+    asks: slice
+    """Of the R rows those that are predicted: queries."""
+    valid: Tensor | None = None
+    """bool [B, rows in the cache + T + R]: False marks padding of the text, which nobody sees. None: all are seen."""
+    positions: Tensor | None = None
+    """int64 [B, T + R]; None: counted from 0 by ``valid``."""
+    noisy: Tensor | None = None
+    """float32 [B, A, C]: what is asked for, on its way from noise to data; None asks for what its velocity depends on
+    beside it."""
+    times: Tensor | None = None
+    """float32 [B, A]: how far on the way each of them is, from 1 (noise) to 0."""
+    sample_keys: Tensor | None = None
+    """int64 [B]: identifies (epoch, sample) for dropout; None disables it."""
+
+    @property
+    def text_rows(self) -> int:
+        """T."""
+        return 0 if self.text is None else self.text.shape[1]

@@ -169,16 +169,17 @@ class Engine:
         readers = inputs.readers(len(self._scheduled), keep)
         single = len(self._scheduled) == 1
         length = self._prepare_stages(one, inputs)
-        get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=readers[0] if single else readers,
-            model=self._scheduled[0] if single else self._scheduled,
-            num_microbatches=inputs.count,
-            seq_length=length,
-            decoder_seq_length=length,
-            micro_batch_size=self.plan.json["train_micro_batch_size_per_gpu"] * one.copies,
-            forward_only=one.loss is None,
-        )
+        with torch.set_grad_enabled(one.loss is not None):  # the schedules leave that to their callers
+            get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=readers[0] if single else readers,
+                model=self._scheduled[0] if single else self._scheduled,
+                num_microbatches=inputs.count,
+                seq_length=length,
+                decoder_seq_length=length,
+                micro_batch_size=self.plan.json["train_micro_batch_size_per_gpu"] * one.copies,
+                forward_only=one.loss is None,
+            )
         if one.carry is None:
             return []
         device = next(self.module.parameters()).device

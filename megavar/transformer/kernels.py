@@ -45,12 +45,27 @@ def _make_block_mask(layout: SequenceLayout, valid: Tensor | None, device: torch
     def by_rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return visible(levels, query, key)
 
+    lonely = None if valid is None else _lonely(levels, valid)
+
     def with_padding(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        assert valid is not None
-        return (visible(levels, query, key) & valid[batch, key]) | (query == key)
+        assert valid is not None and lonely is not None
+        return (visible(levels, query, key) & valid[batch, key]) | ((query == key) & lonely[batch, query])
 
     mask, batch = (by_rule, None) if valid is None else (with_padding, valid.shape[0])
     return create_block_mask(mask, batch, None, layout.length, layout.length, device=str(device))
+
+
+def _lonely(levels: Tensor, valid: Tensor) -> Tensor:
+    """Rows that see no valid one, bool [B, L]; see :meth:`SequenceLayout.levels`."""
+    level, low, high = levels
+    at = torch.zeros(len(valid), valid.shape[1] + 2, dtype=torch.int64, device=valid.device)
+    below = F.pad(at.scatter_add_(1, level.expand(len(valid), -1), valid.long()).cumsum(1), (1, 0))
+    return below[:, high + 1] == below[:, low]
+
+
+def _with_lonely(seen: Tensor, itself: Tensor) -> Tensor:
+    """``seen`` [B, L, keys], and ``itself`` [L, keys] for rows that would see nothing."""
+    return (seen | (itself & ~seen.any(-1, keepdim=True)))[:, None]
 
 
 @dataclass
@@ -59,7 +74,7 @@ class Visibility:
 
     layout: SequenceLayout
     valid: Tensor | None = None
-    """bool [B, L]: tokens that others of their sample may see; every row sees itself. None: all."""
+    """bool [B, L]: tokens that rows of their sample may see; a row that sees none sees itself. None: all."""
     _made: dict[str, Any] = field(default_factory=dict)
 
     def _once(self, name: str, make: Callable[[], Any]) -> Any:
@@ -76,7 +91,7 @@ class Visibility:
         if self.valid is None:
             return seen
         itself = torch.eye(self.layout.length, dtype=torch.bool, device=device)
-        return ((seen & self.valid[:, None, :]) | itself)[:, None]
+        return _with_lonely(seen & self.valid[:, None, :], itself)
 
     def block_mask(self, device: torch.device) -> Any:
         """The same for FlexAttention."""
@@ -104,7 +119,7 @@ class Visibility:
         if self.valid is None:
             return seen
         itself = torch.ones_like(seen).tril(past) & torch.ones_like(seen).triu(past)
-        return ((seen & self.valid[:, None, : past + tokens]) | itself)[:, None]
+        return _with_lonely(seen & self.valid[:, None, : past + tokens], itself)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False) -> Tensor:

@@ -47,7 +47,7 @@ class Rollout(TwoPasses):
     """Naive student forcing: two passes without graph, each on what the one before found, then one that learns."""
 
     def passes(self, module: str, step: int) -> Sequence[Pass]:
-        free = Pass(_call, None, carry=_best, following=self.student_inputs)
+        free = Pass(_call, None, carry=_best_without_graph, following=self.student_inputs)
         return [free, free, Pass(_call, self.loss)]
 
 
@@ -105,6 +105,11 @@ def _call(model: Any, inputs: NextScaleInputs) -> Any:
 
 def _best(output: GeneratorOutput, inputs: NextScaleInputs) -> Tensor:
     return vocabulary_best(output.prediction)
+
+
+def _best_without_graph(output: GeneratorOutput, inputs: NextScaleInputs) -> Tensor:
+    assert not output.prediction.requires_grad, "a pass without loss keeps nothing for a backward pass"
+    return _best(output, inputs)
 
 
 KINDS: dict[str, tuple[type[NextScale], tuple[Any, ...]]] = {

@@ -65,6 +65,22 @@ def test_features_convergence_and_times(tiny_run: Path, by_scale: Path, tmp_path
     assert times["metrics"]["seconds_per_image"] > 0 and times["metrics"]["epoch_minutes"] > 0
 
 
+@pytest.mark.parametrize("kind", ["trajectories", "student_forcing"])
+def test_maps_drawn_after_true_ones(kind: str, tiny_run: Path, tmp_path: Path) -> None:
+    """On VAR's residual scales; of three, the first is true."""
+    key = {"trajectories": "given=1", "student_forcing": "first=2"}[kind]
+    more = (f"analysis.{key}", "analysis.shown=1", *SMALL)
+    found = analyze(kind, tmp_path, str(tiny_run), *more)["values"]["quickstart"]
+    arrays = np.load(tmp_path / f"{kind}.npz")
+    if kind == "trajectories":
+        first, second = (arrays[f"{name}/1"] for name in ("quickstart", "the image's own maps"))
+        assert np.array_equal(first, second) and found["distance_02"] > 0 < found["change_04"]
+    else:
+        assert found["teacher_02"] == found["student_02"] > 0, "the first drawn scale follows true ones in both"
+        assert found["teacher_04"] != found["student_04"]
+        assert arrays["quickstart/difference/4"].shape == (4, 4)
+
+
 def test_slips_are_named(tiny_run: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["analyze", "expert_lode", str(tiny_run)]) == ExitCode.CONFIGURATION
     assert "Did you mean 'expert_load'" in capsys.readouterr().err

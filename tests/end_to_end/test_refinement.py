@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from megavar.__main__ import main
 from megavar.commands.train import train
 from megavar.config.loading import load_config
 from megavar.errors import ExitCode
@@ -115,5 +116,15 @@ def test_experts_flexvar_sar_and_guidance_from_one_file(combined: tuple[Path, tu
     assert len({tuple(name for name in values if "scale" in name and values[name]) for values in one.values()}) > 1
     assert any("cosine" in name for name in one[4])
     (scores,) = (tmp_path / "two").glob("scores-*.json")
-    assert np.isfinite(json.loads(scores.read_text())["metrics"]["fid@shapes-cnn"])
+    fid = json.loads(scores.read_text())["metrics"]["fid@shapes-cnn"]
+    assert np.isfinite(fid)
     assert len(list((tmp_path / "two/generated").rglob("*.npz"))) == 2
+    for kind in ("throughput", "trajectories", "student_forcing"):
+        few = ("analysis.batch=2", *(("analysis.repeats=1",) if kind == "throughput" else ("analysis.images=4",)))
+        assert run_ranks(1, main, ["analyze", kind, str(tmp_path / "two"), *few]) == [ExitCode.FINISHED]
+    speed, drawn, forced = (
+        json.loads((tmp_path / f"two/analysis/{kind}.json").read_text())["metrics"]
+        for kind in ("throughput", "trajectories", "student_forcing")
+    )
+    assert speed["images_per_second"] > 0 and speed["score"] == pytest.approx(fid)
+    assert {"distance_06", "change_08"} < drawn.keys() and forced["teacher_03"] == forced["student_03"]

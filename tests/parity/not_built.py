@@ -4,6 +4,7 @@ A line is a family, or ``family/case`` where the rest of a family is built. It g
 """
 
 NOT_BUILT = {
-    "vgt": "VGT's autoencoder, flow head and generator",
+    "vgt/vgt_ae_internvl": "VGT's autoencoder",
+    "vgt/vgt_ae_qwen": "VGT's autoencoder",
     "mar": "MAR's transformer and diffusion loss",
 }

@@ -25,3 +25,12 @@ def test_guidance_of_the_rollout_doubles_what_is_kept(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert code == 0 and "1 passes" in lines[-2] and "2 passes" in lines[-1]
     assert float(lines[-1].split()[-2]) > 1.8, "the first pass holds every image twice"
+
+
+def test_rollouts_keep_nothing(capsys):
+    rollouts = ("recipe.name=student_forcing", "recipe.rollout={guidance: 2.0, top_k: 0}", "run.name=rollouts")
+    kept = []
+    for more in ((), rollouts):
+        assert main(["configs/demo/flexvar.yaml", *SMALL, *more, "--batch", "2", "--repeats", "1"]) == 0
+        kept.append(float(capsys.readouterr().out.splitlines()[-1].split()[-4]))
+    assert kept[0] == kept[1] > 0, "bytes for the backward pass of the one pass with a loss"

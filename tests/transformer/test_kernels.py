@@ -55,11 +55,14 @@ def heads(layout, groups, device="cpu", requires_grad=False, size=8):
     return [torch.randn(shape, generator=generator).to(device).requires_grad_(requires_grad) for shape in shapes]
 
 
+def seen_by(layout, valid, sample, query):
+    """Keys that a row sees: itself where it would see none."""
+    return [key for key in range(layout.length) if sees(layout, valid, sample, query, key)] or [query]
+
+
 def sees(layout, valid, sample, query, key):
     """The definition, in Python."""
     segment = [number for number, size in enumerate(layout.sizes) for _ in range(size)]
-    if key == query and valid is not None:
-        return True
     if key >= layout.tokens or (valid is not None and not valid[sample, key]):
         return False
     return query >= layout.tokens or {
@@ -76,7 +79,7 @@ def by_hand(q, k, v, seen, scale):
     shared = q.shape[1] // k.shape[1]
     for sample in range(q.shape[0]):
         for row in range(seen.layout.tokens):
-            keys = [key for key in range(seen.layout.length) if sees(seen.layout, seen.valid, sample, row, key)]
+            keys = seen_by(seen.layout, seen.valid, sample, row)
             for head in range(q.shape[1]):
                 weights = (k[sample, head // shared, keys] @ q[sample, head, row] * scale).softmax(0)
                 out[sample, head, row] = weights @ v[sample, head // shared, keys]
@@ -138,7 +141,7 @@ def test_kernel_and_dense_have_the_same_gradients(case):
     kernel, number, groups, padded = case
     layout = LAYOUTS[number]
     for own, dense in zip(gradients(kernel, layout, groups, padded), gradients("dense", layout, groups, padded)):
-        torch.testing.assert_close(own, dense, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(own, dense, rtol=1e-5, atol=4e-6)  # one key may collect all rows' gradients
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention has a backward on CUDA only")

@@ -23,7 +23,8 @@ class Times(Analysis[TimesAnalysis]):
 
     def look(self, runs: Sequence[Subject]) -> Report:
         """Measure and read."""
-        values = {run.name: self._drawing(run) | epoch_times(run.directory) for run in runs}
+        batch, repeats = self.choice.batch, self.choice.repeats
+        values = {run.name: drawing_times(run, batch, repeats) | epoch_times(run.directory) for run in runs}
         device = device_name()
         lines = [f"{name}: {found['seconds_per_image']:.4f} s per image (batch {self.choice.batch}) on {device}, "
                  f"{found.get('epoch_minutes', float('nan')):.2f} min per epoch, {found['parameters_millions']:.1f} M "
@@ -32,20 +33,23 @@ class Times(Analysis[TimesAnalysis]):
             values[runs[0].name], values | {"device": device}, {}, {"": _draw(values, device)}, "\n".join(lines)
         )
 
-    @torch.no_grad()
-    def _drawing(self, run: Subject) -> dict[str, float]:
-        config, device, batch = run.config, run.device, self.choice.batch
-        generator = build_generator(config, None)
-        load_weights(generator, run.directory, GENERATOR_MODULE, ema=config.sampling.weights == "ema")
-        count = sum(parameter.numel() for parameter in generator.parameters())
-        tokenizer = load_tokenizer(config.tokenizer, require_generator_recipe(config).tokenizer_weights, device)
-        sampler = build_sampler(config, generator.to(device).eval(), tokenizer, default_conditions(config), device)
-        seconds = []
-        for repeat in range(self.choice.repeats + 1):
-            began = time.perf_counter()
-            sampler.draw(torch.arange(repeat * batch, (repeat + 1) * batch))  # images on the CPU: all is done
-            seconds.append(time.perf_counter() - began)
-        return {"seconds_per_image": statistics.median(seconds[1:]) / batch, "parameters_millions": count / 1e6}
+
+@torch.no_grad()
+def drawing_times(run: Subject, batch: int, repeats: int) -> dict[str, float]:
+    """Seconds per image drawn with ``batch`` others, the median of ``repeats`` after one that does not count."""
+    config, device = run.config, run.device
+    generator = build_generator(config, None)
+    load_weights(generator, run.directory, GENERATOR_MODULE, ema=config.sampling.weights == "ema")
+    count = sum(parameter.numel() for parameter in generator.parameters())
+    drawn = config.sampling.tokenizer_of(config.tokenizer)
+    tokenizer = load_tokenizer(drawn, require_generator_recipe(config).tokenizer_weights, device)
+    sampler = build_sampler(config, generator.to(device).eval(), tokenizer, default_conditions(config), device)
+    seconds = []
+    for repeat in range(repeats + 1):
+        began = time.perf_counter()
+        sampler.draw(torch.arange(repeat * batch, (repeat + 1) * batch))  # images on the CPU: all is done
+        seconds.append(time.perf_counter() - began)
+    return {"seconds_per_image": statistics.median(seconds[1:]) / batch, "parameters_millions": count / 1e6}
 
 
 def epoch_times(directory: Path) -> dict[str, float]:

@@ -6,7 +6,6 @@ needs one call; drawing hands in a single scale. Blocks are shared by tensor-par
 Shapes: L tokens of K scales, B samples, W width of the head, Z of the transformer, C channels of a token.
 """
 
-import torch
 import torch.nn.functional as F
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from megavar.config.generators.flowar import HEAD_SIZE, FlowARConfig
 from megavar.config.parallel import ParallelConfig
+from megavar.generators import denoising_mlp
 from megavar.generators.flowar.positions import rotary_table
 from megavar.transformer.attention import AttentionCore
 from megavar.transformer.block import Block
@@ -24,11 +24,8 @@ from megavar.transformer.linear import ColumnLinear, OutputLinear
 from megavar.transformer.megatron_config import transformer_config
 from megavar.transformer.modulation import VAR_ORDER, ModulationNetwork, PositionModulation
 from megavar.transformer.norms import PlainRMSNorm, RMSNorm
-from megavar.transformer.rotary import frequencies
 from megavar.transformer.sequence import SequenceLayout
 from megavar.transformer.spec import BlockSpec, attention, feed_forward
-
-TIME_CHANNELS = 256
 
 
 def integer_times(times: Tensor) -> Tensor:
@@ -36,23 +33,13 @@ def integer_times(times: Tensor) -> Tensor:
     return (times.float() * 1000).long()
 
 
-class TimeEmbedding(nn.Module):
+class TimeEmbedding(denoising_mlp.TimeEmbedding):
     """Sinusoids of the integer time, and a network of two layers."""
-
-    def __init__(self, width: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.first = nn.Linear(TIME_CHANNELS, width, dtype=dtype)
-        self.second = nn.Linear(width, width, dtype=dtype)
 
     @staticmethod
     def sinusoids(times: Tensor) -> Tensor:
         """float [...] -> cosines, then sines, float32 [..., 256]."""
-        angles = integer_times(times)[..., None] * frequencies(TIME_CHANNELS, device=times.device)
-        return torch.cat([angles.cos(), angles.sin()], -1)
-
-    def forward(self, times: Tensor) -> Tensor:
-        """[...] -> [..., W]."""
-        return self.second(F.silu(self.first(self.sinusoids(times).to(self.first.weight.dtype))))
+        return denoising_mlp.TimeEmbedding.sinusoids(integer_times(times))
 
 
 class ColumnLinearWithoutBias(ColumnLinear):

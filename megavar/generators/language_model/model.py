@@ -86,7 +86,7 @@ class LanguageModel(Generator):
     def spec(self, number: int) -> BlockSpec:
         """RMSNorm, causal attention with rotary positions, gated network."""
         kernel: str = self.choice.attention_kernel  # type: ignore[attr-defined]
-        return llama_block(kernel=kernel, experts=self.sizes.experts)
+        return llama_block(kernel=kernel, experts=self.sizes.experts, kinds=self.kinds)
 
     def build_last(self) -> None:
         """The last norm."""

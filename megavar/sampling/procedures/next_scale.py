@@ -5,7 +5,7 @@ For any generator that takes :class:`~megavar.generators.inputs.ScaleInputs`, an
 Sources: VAR (arXiv:2404.02905) section 3.2; FoundationVision/VAR ``models/var.py``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -51,14 +51,24 @@ class NextScale:
 
     @torch.no_grad()
     def steps(
-        self, generator: Generator, tokenizer: Pyramid, condition: Condition, noise: Noise | None
+        self,
+        generator: Generator,
+        tokenizer: Pyramid,
+        condition: Condition,
+        noise: Noise | None,
+        given: Sequence[Tensor] = (),
     ) -> Iterator[DrawnScale]:
-        """The scales one by one."""
+        """The scales one by one.
+
+        Args:
+            given: ids [B, L_k] of the first scales, taken as they are instead of drawn ones.
+        """
         settings, sides = self.settings, tokenizer.space.sides
         guided = settings.guided
         labels = (condition.with_dropped() if guided else condition).labels
         counted = torch.arange(len(labels), device=labels.device) < len(condition)
         positions = torch.arange(tokenizer.space.length, device=labels.device)
+        uniform = None if noise is None else noise.uniform(positions)
         cache, state, start = KeyValueCache(tokenizer.space.length), None, 0
         features: Tensor | None = None
         for k, side in enumerate(sides):
@@ -67,12 +77,16 @@ class NextScale:
             if guided:
                 conditional, free = logits.chunk(2)
                 logits = self.guide(conditional, free, k, sides)
-            here = positions[start : start + side * side]
-            uniform = noise.uniform(here) if noise is not None else None
-            ids = pick(truncate(logits / settings.temperature, self.top_k(side), settings.top_p), uniform)
+            here = None if uniform is None else uniform[:, start : start + side * side]
+            ids = given[k] if k < len(given) else self.choose(logits, side, here)
             state, features = tokenizer.grow(state, ids, k)
             start += side * side
             yield DrawnScale(ids, logits, state)
+
+    def choose(self, logits: Tensor, side: int, uniform: Tensor | None) -> Tensor:
+        """Ids [B, L_k] of a scale of this side from its guided logits."""
+        settings = self.settings
+        return pick(truncate(logits / settings.temperature, self.top_k(side), settings.top_p), uniform)
 
     def guide(self, conditional: Tensor, free: Tensor, k: int, sides: tuple[int, ...]) -> Tensor:
         """Guided logits of scale k, from those with class and those without."""

@@ -15,9 +15,11 @@ from typing import Any
 
 from launchers.diagnosis import Attempt, Diagnosis, diagnose
 from launchers.progress import Ledger, LedgerError, is_done, newest_checkpoint_step
-from megavar.errors import ExitCode
+from megavar.errors import DataError, ExitCode
 from megavar.paths import as_path
 from megavar.records.history import STATES, AttemptSummary, read_metrics, summarize
+from megavar.records.run import RunRecord
+from megavar.wording import clock, duration
 
 _GOOD = ("FINISHED", "PREEMPTED")
 
@@ -41,13 +43,16 @@ def main(arguments: Sequence[str]) -> int:
         )
         return ExitCode.CONFIGURATION
     chosen = _choose(attempts, given.attempt, is_done(given.run_directory))
+    if given.attempt is None and chosen is not None and "outcome" not in chosen.entry and _life(given.run_directory):
+        chosen = None  # the attempt that trains now
     diagnosis = diagnose(chosen) if chosen is not None else None
     entries = [attempt.entry for attempt in attempts if attempt.entry]
     rows = summarize(entries, read_metrics(given.run_directory), time.time())
+    life = _life(given.run_directory)
     if given.json:
-        print(json.dumps(_as_json(chosen, diagnosis, rows), indent=2))
+        print(json.dumps(_as_json(chosen, diagnosis, rows) | {"lives": life}, indent=2))
     else:
-        print(_report(given.run_directory, chosen, diagnosis, rows))
+        print(_report(given.run_directory, chosen, diagnosis, rows, life))
     return ExitCode.FINISHED
 
 
@@ -85,9 +90,13 @@ def _choose(attempts: list[Attempt], number: int | None, done: bool) -> Attempt 
 
 
 def _report(
-    run_directory: Path, attempt: Attempt | None, diagnosis: Diagnosis | None, rows: list[AttemptSummary]
+    run_directory: Path,
+    attempt: Attempt | None,
+    diagnosis: Diagnosis | None,
+    rows: list[AttemptSummary],
+    life: dict[str, Any] | None,
 ) -> str:
-    lines = [f"{run_directory}: {_state(run_directory)}", ""]
+    lines = [f"{run_directory}: {_state(run_directory)}", *_living(life), ""]
     if diagnosis is None:
         lines.append("No attempt has failed.")
     else:
@@ -104,6 +113,34 @@ def _report(
         if diagnosis.evidence:
             lines += ["", diagnosis.evidence]
     return "\n".join([*lines, "", *_table(rows)])
+
+
+def _life(run_directory: Path) -> dict[str, Any] | None:
+    """What a living run does now; None of one that nobody trains, and of one that has no configuration yet."""
+    try:
+        record = RunRecord.read(run_directory)
+    except DataError:
+        return None
+    if not record.alive or record.done:
+        return None
+    return {
+        "step": record.step, "total_steps": record.total, "images_per_second": record.images_per_second,
+        "seconds_left": record.seconds_left, "loss": record.loss, "trend": record.trend,
+        "alerts": [alert["message"] for alert in record.alerts],
+    }  # fmt: skip
+
+
+def _living(life: dict[str, Any] | None) -> list[str]:
+    if life is None:
+        return []
+    parts = [f"step {life['step']} of {life['total_steps'] or '?'}"]
+    if life["loss"] is not None:
+        parts.append(f"loss {life['loss']:.3f} {life['trend']}".strip())
+    if life["images_per_second"] is not None:
+        parts.append(f"{life['images_per_second']:.4g} images/s")
+    if life["seconds_left"] is not None:
+        parts.append(f"{duration(life['seconds_left'])} left")
+    return [f"It lives: {', '.join(parts)}", *(f"  ALERT {message}" for message in life["alerts"])]
 
 
 def _state(run_directory: Path) -> str:
@@ -124,7 +161,7 @@ def _table(rows: list[AttemptSummary]) -> list[str]:
         lines.append(
             f"{row.attempt:>7} {row.job:>8} {row.nodes:>5} {row.outcome:<13} {row.first_step:>8} "
             f"{row.kept_step:>8} {row.lost_steps:>6}  "
-            + " ".join(f"{_duration(row.seconds[state]):>9}" for state in STATES)
+            + " ".join(f"{clock(row.seconds[state]):>9}" for state in STATES)
         )
     totals = {state: sum(row.seconds[state] for row in rows) for state in STATES}
     total = sum(totals.values()) or 1.0
@@ -134,12 +171,6 @@ def _table(rows: list[AttemptSummary]) -> list[str]:
         + ", ".join(f"{state} {totals[state] / total:.0%}" for state in STATES),
     ]
     return lines
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
 def _as_json(attempt: Attempt | None, diagnosis: Diagnosis | None, rows: list[AttemptSummary]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from launchers import progress
 from launchers.provenance import write_config
 from launchers.rendezvous import master_port
 from launchers.slurm import required_runs, resolve
+from megavar import storage
 from megavar.errors import ClusterError, ConfigError, ExitCode, MegavarError
 from megavar.storage import append_line, open_to_append
 
@@ -87,6 +88,7 @@ def run(config_path: str, overrides: Sequence[str], *, processes: int | None, ma
         logs = directory / f"logs/attempt-{attempt:04d}"
         try:
             logs.mkdir(parents=True, exist_ok=True)
+            storage.link(logs.with_name("current"), logs.name)
         except OSError as error:
             print(f"No logs are kept: {error}", file=sys.stderr)
         with Ranks(command, world_size, logs, {"MEGAVAR_ATTEMPT": str(attempt)}) as ranks:
@@ -95,6 +97,7 @@ def run(config_path: str, overrides: Sequence[str], *, processes: int | None, ma
             directory, required, maximum=maximum, attempt=attempt, status=status,
             task_messages=ranks.messages, stop_requested=ranks.stop_requested,
         )  # fmt: skip
+        progress.tell(directory, attempt, code, action)
         print(f"Attempt {attempt} of {directory}: {code.name} ({int(code)}); logs in {logs}", flush=True)
         if action != progress.RESTART or ranks.stop_requested:
             if code not in (ExitCode.FINISHED, ExitCode.PREEMPTED):

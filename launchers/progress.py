@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from megavar.errors import ExitCode
+from megavar.notify import notify
 from megavar.storage import write_json_atomic
 
 NO_CHECKPOINT = -1
@@ -191,6 +192,31 @@ def end(
     return outcome, action
 
 
+def tell(run_directory: Path, attempt: int, code: ExitCode, action: str) -> None:
+    """Let the operator's command know how an attempt ended, if there is one (``notify`` of the cluster file)."""
+    kind = "finished" if code == ExitCode.FINISHED else "stopped" if action in (CANCEL, STOP, HOLD) else (
+        "preempted" if code == ExitCode.PREEMPTED else "failed"
+    )  # fmt: skip
+    step = newest_checkpoint_step(run_directory)
+    words = {
+        "finished": "the run is trained",
+        "preempted": "asked to stop and saved",
+        "failed": f"goes on from step {max(step, 0)}, its last checkpoint",
+        "stopped": f"waits for a person: python -m launchers.doctor {run_directory}",
+    }
+    message = f"attempt {attempt}: {code.name}; {words[kind]}"
+    notify(_name_of(run_directory), str(run_directory), kind, message, attempt=attempt, outcome=code.name, step=step)
+
+
+def _name_of(run_directory: Path) -> str:
+    """``run.name`` of its configuration, read without a YAML library; the folder's name where there is none."""
+    try:
+        match = re.search(r"^run:\n +name: (\S+)$", (run_directory / "config.yaml").read_text(), re.MULTILINE)
+    except OSError:
+        match = None
+    return match[1] if match else run_directory.name
+
+
 def classify(status: int, tasks: list[int], *, done: bool, stop_requested: bool) -> ExitCode:
     """The meaning of an attempt's end.
 
@@ -272,6 +298,7 @@ def main(arguments: list[str]) -> int:
             bad_nodes=bool(_text_of(given.bad_nodes).strip()),
         )
         print(action)
+        tell(given.run_directory, given.attempt, code, action)
         if code == ExitCode.FINISHED and given.status:
             print(
                 f"The run is trained, but what came after it ended with status {given.status}. To score it: "

@@ -1,6 +1,5 @@
 """From a cluster file and a run directory to the text of a batch script."""
 
-import hashlib
 import re
 import shlex
 import sys
@@ -10,12 +9,14 @@ from pathlib import Path
 from typing import Literal
 
 from launchers.templates import Shell, Value, directives, render
+from megavar import notify
 from megavar.config.cluster import (
     ApptainerContainer,
     ClusterConfig,
     PyxisContainer,
 )
 from megavar.errors import ConfigError, ExitCode
+from megavar.records.jobs import job_name
 
 ContinueBy = Literal["requeue", "chain", "hand"]
 """How a run goes on after a stop: the job requeues itself, the next queued job starts, or a person submits again."""
@@ -38,22 +39,18 @@ class Job:
     required_runs: Sequence[Path] = ()
     """Directories of the runs that are trained first where they are not finished yet."""
     python: str = sys.executable
+    run_name: str = ""
+    """Of the run; the folder's where there is none."""
 
     @property
     def name(self) -> str:
         """Job name, unique to the run directory: singleton dependencies and the cancelling of a chain go by it."""
-        return job_name(self.run_directory)
+        return job_name(self.run_name or self.run_directory.name, self.run_directory)
 
     @property
     def world_size(self) -> int:
         """Number of ranks."""
         return self.nodes * self.cluster.ranks_per_node
-
-
-def job_name(run_directory: Path) -> str:
-    """``megavar-<folder name>-<hash of the absolute path>``, of characters that Slurm does not interpret."""
-    readable = re.sub(r"[^A-Za-z0-9._-]", "_", run_directory.name)[:60]
-    return f"megavar-{readable}-{hashlib.sha256(str(run_directory).encode()).hexdigest()[:8]}"
 
 
 def render_training(job: Job) -> str:
@@ -118,7 +115,7 @@ def _render(template: str, job: Job, header: Shell, **values: Value) -> str:
             "container": _container_options(cluster),
             "node_local_directory": cluster.node_local_directory,
             "continue_by": job.continue_by,
-            "environment": _exports({**job.recorded_environment, **cluster.environment}),
+            "environment": _exports({**job.recorded_environment, **cluster.environment, **_notification(cluster)}),
             "setup": Shell("\n".join(cluster.setup)),
             "cpus_per_task": cluster.cpus_per_task,
             **values,
@@ -167,6 +164,10 @@ def _output_pattern(run_directory: Path) -> str:
 
 def _exports(variables: Mapping[str, str]) -> Shell:
     return Shell("\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items()))
+
+
+def _notification(cluster: ClusterConfig) -> dict[str, str]:
+    return {} if cluster.notify is None else {notify.VARIABLE: cluster.notify.model_dump_json()}
 
 
 def _host_python(job: Job) -> str:

@@ -169,7 +169,8 @@ def _submit(given: argparse.Namespace) -> int:
         raise ConfigError(f"--chain {given.chain} queues no job: give 1 or more.")
     continue_by: ContinueBy = "chain" if given.chain else "hand" if given.requeue is False else "requeue"
     config, run_directory = resolve(given.config, given.overrides)
-    job = replace(_job(given, run_directory, continue_by), required_runs=required_runs(config))
+    job = _job(given, run_directory, continue_by, config.run.name)
+    job = replace(job, required_runs=required_runs(config))
     if given.dry_run or given.test_only:
         return _try_out(render_training(job), given)
     if (run_directory / "DONE").exists() and not config.train.fresh:
@@ -201,7 +202,8 @@ def _submit(given: argparse.Namespace) -> int:
         f"Submitted {job.name} as job{'s' if len(jobs) > 1 else ''} {', '.join(jobs)}: {job.nodes} nodes, "
         f"{job.world_size} ranks."
     )
-    print(f"Watch:       tail -F {run_directory}/logs/slurm-{jobs[0]}.out")
+    print(f"Watch:       python -m megavar status {run_directory} --watch")
+    print(f"Read:        tail -F {run_directory}/logs/current/rank-0000.log")
     print(f"Stop:        scancel --signal=USR1 --batch {jobs[0]}   (saves; continues if it may)")
     print(f"Understand:  python -m launchers.doctor {run_directory}")
     return ExitCode.FINISHED
@@ -209,7 +211,7 @@ def _submit(given: argparse.Namespace) -> int:
 
 def _evaluate(given: argparse.Namespace) -> int:
     config, run_directory = resolve(given.config, given.overrides)
-    job = _job(given, run_directory, "hand" if given.requeue is False else "requeue")
+    job = _job(given, run_directory, "hand" if given.requeue is False else "requeue", config.run.name)
     configuration = run_directory / "evaluate.yaml"
 
     if given.dry_run or given.test_only:
@@ -233,7 +235,7 @@ def _shard(given: argparse.Namespace) -> int:
     return ExitCode.FINISHED
 
 
-def _job(given: argparse.Namespace, run_directory: Path, continue_by: ContinueBy) -> Job:
+def _job(given: argparse.Namespace, run_directory: Path, continue_by: ContinueBy, run_name: str = "") -> Job:
     cluster = load_cluster(given.cluster, time=given.time, partition=given.partition)
     job = Job(
         cluster=cluster,
@@ -244,6 +246,7 @@ def _job(given: argparse.Namespace, run_directory: Path, continue_by: ContinueBy
         continue_by=continue_by,
         recorded_environment=provenance.allowed_environment(cluster.record_environment),
         excluded_nodes=excluded_nodes(cluster),
+        run_name=run_name,
     )
     check_job(job)
     return job

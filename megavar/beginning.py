@@ -19,7 +19,7 @@ from megavar.frozen import identify
 from megavar.training.checkpoint.initial import InitialWeights, read_whole
 from megavar.training.checkpoint.weights import fill, shapes_of
 from megavar.weight_file import read_metadata, read_weights_file
-from megavar.weight_layout import Shape
+from megavar.weight_layout import NamedLayout, Shape
 
 _log = logging.getLogger(__name__)
 
@@ -57,6 +57,10 @@ def warn_of_differences(config: Config) -> None:
     """
     given, section = config.initial_weights, config.recipe.trains
     before = None if given is None else _made_with(Path(given.path), section)
+    if given is not None and before is None:
+        layouts = weight_layouts(trained_choice(config), config.tokenizer.space).values()
+        said = (layout.made_with(Path(given.path)) for layout in layouts if isinstance(layout, NamedLayout))
+        before = next(filter(None, said), None)
     if before is not None and given is not None:
         changed = _differences(before, trained_choice(config).model_dump(mode="json"), f"{section}.")
         if changed:

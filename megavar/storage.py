@@ -112,6 +112,13 @@ def remove_leftovers(directory: Path) -> None:
                 path.unlink()
 
 
+def link(path: Path, target: str) -> None:
+    """Let ``path`` be a link to ``target``, a name beside it; a former link is replaced."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.symlink_to(target)
+    temporary.replace(path)
+
+
 def refuse_link(path: Path, kind: type[MegavarError]) -> None:
     """Make sure that ``path``, in which files are about to be made, is not a link to somewhere else.
 

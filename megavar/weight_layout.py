@@ -16,6 +16,7 @@ table of names and, for those tensors, how to take ours apart and put it togethe
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -89,6 +90,10 @@ class NamedLayout(ABC):
         """Undo :meth:`split`."""
         (value,) = parts
         return value
+
+    def made_with(self, path: Path) -> dict[str, Any] | None:
+        """What a folder says of the model in it, by the keys of the model's section; None where it says nothing."""
+        return None
 
     def ignores(self, published: str) -> bool:
         """Whether a public tensor carries nothing that our model needs."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EVERYWHERE = {"errors", "logs", "paths", "storage"}
+EVERYWHERE = {"errors", "logs", "notify", "paths", "storage", "wording"}
 """Words for people, paths as they write them, and files that are written whole or not at all."""
 ALLOWED: dict[str, set[str]] = {
     # Foundations. `config` reads DeepSpeed's own schema through `parallel`, and layouts are sections of `config`.
@@ -15,7 +15,10 @@ ALLOWED: dict[str, set[str]] = {
     "logs": set(),
     "paths": set(),
     "storage": set(),
+    "notify": set(),
+    "wording": set(),
     "pictures": set(),
+    "diffusion": set(),
     "flow_matching": set(),
     "config": {"parallel"},
     "parallel": {"config"},
@@ -28,7 +31,9 @@ ALLOWED: dict[str, set[str]] = {
     "tokenizers": {"config", "parallel", "weight_file", "weight_layout"},
     "generators": {"config", "parallel", "transformer", "weight_layout"},
     "teachers": {"config", "weight_layout"},
-    "recipes": {"config", "parallel", "data", "flow_matching", "generators", "sampling", "teachers", "tokenizers"},
+    "recipes": {
+        "config", "parallel", "data", "diffusion", "flow_matching", "generators", "sampling", "teachers", "tokenizers",
+    },
     # Scale: tensors, ranks and bytes.
     "data": {"config", "parallel"},
     "chunks": {"parallel"},
@@ -38,8 +43,8 @@ ALLOWED: dict[str, set[str]] = {
         "config", "parallel", "data", "recipes", "frozen", "weight_file", "weight_folder", "weight_layout",
     },
     "sampling": {
-        "config", "parallel", "data", "chunks", "conditions", "flow_matching", "generators", "tokenizers",
-        "transformer",
+        "config", "parallel", "data", "chunks", "conditions", "diffusion", "flow_matching", "generators",
+        "tokenizers", "transformer",
     },
     "evaluation": {"config", "parallel", "data", "chunks", "conditions", "tokenizers", "weight_file"},
     "planning": {
@@ -65,6 +70,7 @@ ALLOWED: dict[str, set[str]] = {
     "reporting": {"pictures", "records"},
     "forking": {"config", "data", "generators", "library", "training", "weight_file"},
     "starting": {"data"},
+    "watchers": {"config", "data", "parallel", "planning", "recipes", "training"},
     "reproduction": {"chunks", "config", "planning", "training"},
     "analysis": {
         "assembly", "conditions", "config", "data", "evaluation", "parallel", "run_samples", "sampling", "tokenizers",
@@ -73,7 +79,7 @@ ALLOWED: dict[str, set[str]] = {
     "commands": {
         "analysis", "assembly", "beginning", "conditions", "config", "data", "forking", "parallel", "pictures",
         "planning", "recipes", "records", "reporting", "reproduction", "run_samples", "sampling", "scoring", "starting",
-        "training",
+        "training", "watchers",
     },
     "__main__": set(),
 }  # fmt: skip

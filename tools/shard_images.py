@@ -2,7 +2,7 @@
 
     python -m tools.shard_images --images imagenet/train --out shards/train       a sub-folder of images per class
     python -m tools.shard_images --list train.txt --out shards/train              'image label' lines
-    python -m tools.shard_images --pairs captioned --out shards/captioned         name.jpg and name.txt, or a .jsonl
+    python -m tools.shard_images --pairs captioned --out shards/captioned         name.jpg and name.txt, or a list
     python -m tools.shard_images --existing shards-of-another-tool                index and manifest for tars
 
 The bytes of the images are copied, after each was decoded once to see that it is whole. Interrupt it whenever you like,
@@ -38,11 +38,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--images", type=as_path, metavar="DIR", help="a folder with a sub-folder of images per class")
     source.add_argument("--list", type=as_path, metavar="FILE", help="a text file of 'image label' lines")
     source.add_argument(
-        "--pairs", type=as_path, metavar="PATH", help="a folder of name.jpg + name.txt, or a .jsonl of image, caption"
-    )
+        "--pairs", type=as_path, metavar="PATH",
+        help="a folder of name.jpg + name.txt (or .json), or a .jsonl or .json of image, caption",
+    )  # fmt: skip
     source.add_argument(
         "--existing", type=as_path, metavar="DIR", help="WebDataset tars of another tool: add indexes and a manifest"
     )
+    parser.add_argument(
+        "--captions", choices=["txt", "json"], default="txt",
+        help="with --existing: the member of a sample that holds its caption (default: txt)",
+    )  # fmt: skip
     parser.add_argument("--out", type=as_path, metavar="DIR", help="folder for the shards")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--shards", type=int, metavar="N", help="number of shards")
@@ -63,6 +68,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parsed.part = int(part), int(parts)
     if (parsed.existing is None) == (parsed.out is None):
         parser.error("give --out, the folder for the shards; only --existing stays where it is")
+    if parsed.existing is None and parsed.captions != "txt":
+        parser.error("--captions says how tars of another tool hold captions: give --existing")
     if min(parsed.processes, parsed.samples_per_shard, 1 if parsed.shards is None else parsed.shards) < 1:
         parser.error("--processes, --samples-per-shard and --shards must be at least 1")
     return parsed
@@ -99,7 +106,10 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.existing is not None:
         with tqdm(unit=" shards", desc="indexing") as bar:
             manifest: Manifest | None = adopt_shards(
-                arguments.existing, processes=arguments.processes, progress=bar.update
+                arguments.existing,
+                captions=arguments.captions,
+                processes=arguments.processes,
+                progress=bar.update,
             )
     else:
         manifest = make_shards(arguments)

@@ -5,17 +5,24 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from megavar.config.loading import load_config
+import torch
+import yaml
+
+from megavar.config.loading import apply_override, load_config, merge
 from megavar.config.parallel import ParallelConfig
 from megavar.config.root import Config
-from megavar.errors import CheckpointError, DataError, ExitCode
-from megavar.parallel.environment import Environment, environment
+from megavar.errors import CheckpointError, ConfigError, DataError, ExitCode
+from megavar.parallel.environment import Environment, device_name, environment
+from megavar.paths import as_path, found
 from megavar.planning.calibration import Calibration
-from megavar.planning.hardware import ACCELERATORS
-from megavar.planning.plan import DEFAULT_GPU, plan
-from megavar.planning.report import format_plan, plan_values
+from megavar.planning.hardware import ACCELERATORS, name_of_device
+from megavar.planning.plan import DEFAULT_GPU, Plan, plan
+from megavar.planning.report import format_plan, plan_values, yaml_lines
+from megavar.storage import write_text_atomic
 
 PATIENCE = 2.0
 """Seconds without a sign of life."""
@@ -23,8 +30,9 @@ PATIENCE = 2.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options beside the configuration."""
-    parser.add_argument("--gpus", type=int, required=True, help="number of GPUs")
-    parser.add_argument("--gpu", choices=sorted(ACCELERATORS), help=f"kind of GPU (default: {DEFAULT_GPU})")
+    parser.add_argument("--gpus", type=int, help="number of GPUs (default: those of this machine)")
+    parser.add_argument("--gpu", choices=sorted(ACCELERATORS),
+                        help=f"kind of GPU (default: this machine's, {DEFAULT_GPU} where it has none)")  # fmt: skip
     parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of one machine (default: 8)")
     parser.add_argument("--mfu", type=float, help="utilization while blocks compute, 0 to 1; default: an assumption")
     measured = parser.add_mutually_exclusive_group()
@@ -34,6 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     measured.add_argument("--calibration", type=Path, metavar="FILE", help="what --calibrate measured earlier")
     parser.add_argument("--images", type=int, help="length of the training data, where it cannot be opened here")
     parser.add_argument("--hours", type=float, help="time limit of one Slurm job: adds the number of jobs in the chain")
+    parser.add_argument("--price", type=float, metavar="P", help="of one GPU for an hour: adds the price of the run")
+    parser.add_argument("--write", type=as_path, metavar="FILE",
+                        help="write the fastest layout that fits as a configuration: train FILE")  # fmt: skip
+    parser.add_argument("--strict", action="store_true", help="leave with exit code 2 if the run does not fit as it is")
     parser.add_argument("--json", action="store_true", help="print plain values for programs")
 
 
@@ -50,10 +62,11 @@ def run(options: argparse.Namespace) -> ExitCode:
             return ExitCode.FINISHED
     if config.evaluation.after_training:
         _check_scoring(config)
+    gpus, gpu, note = _machine(options, calibration)
     predicted = plan(
         config,
-        options.gpus,
-        options.gpu,
+        gpus,
+        gpu,
         options.mfu,
         calibration=calibration,
         gpus_per_node=options.gpus_per_node,
@@ -61,9 +74,46 @@ def run(options: argparse.Namespace) -> ExitCode:
         job_seconds=options.hours * 3600 if options.hours else None,
         progress=progress_line(),
     )
-    text = json.dumps(plan_values(predicted), indent=2) if options.json else format_plan(predicted)
+    predicted = replace(predicted, notes=(*note, *predicted.notes))
+    text = json.dumps(plan_values(predicted), indent=2) if options.json else format_plan(predicted, options.price)
     print(text, file=sys.stdout)
+    if options.write is not None:
+        _write(options, predicted)
+    if options.strict and not predicted.fits:
+        print(f"{predicted.name} does not fit as it is configured (--strict).", file=sys.stderr)
+        return ExitCode.CONFIGURATION
     return ExitCode.FINISHED
+
+
+def _machine(options: argparse.Namespace, calibration: Calibration | None) -> tuple[int, str | None, tuple[str, ...]]:
+    """Number and kind of GPUs, and what a person must know about them: as asked, or as this machine has them."""
+    here = torch.cuda.device_count()
+    gpu = options.gpu
+    if gpu is None and calibration is None and here and options.gpus in (None, here):
+        gpu = name_of_device(device_name())
+    if options.gpus is not None:
+        return options.gpus, gpu, ()
+    if here:
+        return here, gpu, ()
+    kind = gpu or (DEFAULT_GPU if calibration is None else calibration.accelerator.name)
+    return 1, gpu, (f"this machine has no GPU, so the plan is for one {kind}: say --gpus N --gpu KIND",)
+
+
+def _write(options: argparse.Namespace, predicted: Plan) -> None:
+    """Write what :func:`megavar.planning.report.yaml_lines` suggests, over the configuration as it was given.
+
+    Raises:
+        ConfigError: no layout fits.
+    """
+    if not predicted.better:
+        raise ConfigError(f"No layout fits {predicted.gpus} GPUs, so {options.write} is not written.")
+    tree: dict[str, Any] = {"base": str(found(options.config).absolute())}
+    for override in options.overrides:
+        apply_override(tree, override)
+    tree = merge(tree, yaml.safe_load("\n".join(yaml_lines(predicted.better[0]))))
+    words = f"# {predicted.name} on {predicted.gpus} x {predicted.workload.machine.gpu.name}, as megavar plan suggests"
+    write_text_atomic(options.write, f"{words}\n{yaml.safe_dump(tree, sort_keys=False)}")
+    print(f"wrote {options.write}: python -m megavar train {options.write}", file=sys.stderr)
 
 
 def _calibrate(config: Config, place: Environment, path: Path) -> Calibration:

@@ -28,19 +28,20 @@ from megavar.data.reading import stored_images
 from megavar.data.source import Source
 from megavar.errors import ConfigError, DataError, ExitCode, RunInUseError
 from megavar.parallel import topology
-from megavar.parallel.environment import Environment, choose_kernels, device_name, environment, limit_threads
+from megavar.parallel.environment import Environment, choose_kernels, environment, limit_threads
 from megavar.parallel.rules import check_compiled, check_layout
-from megavar.planning.calibration import Calibration
 from megavar.planning.efficiency import flops_per_image
-from megavar.planning.hardware import name_of_device, peak_of_device
-from megavar.planning.measure import UnmeasurableError, release
-from megavar.planning.plan import predict
+from megavar.planning.hardware import peak_of_device
 from megavar.recipes.base import Recipe
+from megavar.records.cards import end_card
+from megavar.records.run import RunRecord
 from megavar.run_samples import default_conditions
 from megavar.storage import write_json_atomic
-from megavar.training.run import Expectation, Run, micro_batch_size, on_first_rank
+from megavar.training.console import Console
+from megavar.training.run import Run, micro_batch_size, on_first_rank
 from megavar.training.run_directory import RunDirectory
 from megavar.training.trainer import Trainer
+from megavar.watchers import watchers
 
 PREVIEW_IMAGES, PREVIEW_COLUMNS = 40, 10
 LOOK_AGAIN_SECONDS = 20.0
@@ -81,12 +82,16 @@ def train(config: Config, place: Environment, required_by: tuple[str, ...] = ())
         code = _train_required(required, place, (*required_by, config.run.name))
         if code != ExitCode.FINISHED:
             return code
+    trained, scores = not Path(config.run.path, "DONE").exists(), dict[str, float]()
     code = _train_one(config, place)
     if code == ExitCode.FINISHED and config.evaluation.after_training:
         from megavar.scoring import score  # scikit-learn and more: not at the start of every rank
 
         topology.initialize(ParallelConfig(), place)
-        score(config, place)
+        scores = score(config, place)
+    if code == ExitCode.FINISHED and place.rank == 0 and (trained or scores):
+        record = RunRecord.read(Path(config.run.path))
+        Console(record.path).say(end_card(record, scores))
     return code
 
 
@@ -121,7 +126,7 @@ def _train_one(config: Config, place: Environment) -> ExitCode:
         return ExitCode.FINISHED
     keeps_logs = bool(os.environ.get("MEGAVAR_LOG_DIRECTORY"))  # a launcher writes what we print to files of its own
     logs.configure(place.rank, None if keeps_logs else directory.path / "logs")
-    if place.rank == 0:
+    if place.rank == 0 and place.world_size > 1:
         print(topology.describe(config.parallel, place.world_size), flush=True)
     source = build_source(config.data)
     deepspeed = load_deepspeed_json(Path(config.deepspeed))
@@ -174,29 +179,10 @@ def _train_one(config: Config, place: Environment) -> ExitCode:
             preview=_preview(assembly, recipe),
             flops_per_image=flops_per_image(config) if place.rank == 0 and peak is not None else None,
             peak_flops=peak,
-            expected=_expected(config, place) if place.rank == 0 else None,
+            observers=watchers(config, source, recipe, place, mesh),
         )
     )
     return trainer.run()
-
-
-def _expected(config: Config, place: Environment) -> Expectation | None:
-    """What a plan says of this run on this device; None where it says nothing of it."""
-    file = config.logging.calibration
-    if config.recipe.trains == "teacher":
-        return None
-    calibration = None if file is None or config.generator is None else Calibration.load(Path(file))
-    gpu = name_of_device(device_name()) if calibration is None else None
-    if calibration is None and gpu is None:
-        return None
-    ranks = min(place.world_size, torch.cuda.device_count() or place.world_size)
-    try:
-        predicted, source = predict(config, place.world_size, gpu, calibration=calibration, ranks_per_node=ranks)
-    except UnmeasurableError:
-        return None  # flops_per_image says so
-    finally:
-        release()
-    return Expectation(predicted.time.total, predicted.memory.total - predicted.memory.reserved, source)
 
 
 def _check_data(directory: RunDirectory, source: Source, config: Config) -> None:

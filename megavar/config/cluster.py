@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from megavar import notify
 from megavar.config.base import PathText, Section
 from megavar.config.secret import looks_secret, secret_in
 
@@ -83,6 +84,21 @@ class ApptainerContainer(Section):
     """``host:container`` pairs passed as ``--bind``."""
 
 
+class NotifyConfig(Section):
+    """A command that is told of what happens to runs: one JSON object on its standard input (``megavar/notify.py``).
+
+    It runs where the news is: alerts come from the first rank (inside the container, where there is one), ends of
+    attempts from the batch script. What it must keep secret it reads from a file that only you can read.
+    """
+
+    command: tuple[PlainText, ...] = Field(strict=False, min_length=1)
+    """Program and arguments, not a line of shell: ``[/shared/bin/tell-slack]``."""
+    on: tuple[Literal[(*notify.ALERTS, *notify.ENDS)], ...] = Field((*notify.ALERTS, *notify.ENDS), strict=False)  # type: ignore[valid-type]
+    """Of what it is told; default: of everything. Alerts: see ``logging.alerts``; ``not_finite``, ``rolled_back`` and
+    ``diverged`` are what ``train.recovery`` does. Ends of an attempt: ``finished``; ``preempted``, and goes on;
+    ``failed``, and starts again; ``stopped``, and waits for a person."""
+
+
 Container = Annotated[PyxisContainer | ApptainerContainer, Field(discriminator="name")]
 
 
@@ -126,6 +142,9 @@ class ClusterConfig(Section):
     """Attempts in a row that may end without a newer checkpoint. After that the run stops and cancels its chain."""
     preflight: bool = True
     """Check every node before each attempt."""
+
+    notify: NotifyConfig | None = None
+    """Tell a command of alerts and ends; none by default."""
 
     python: PathText | None = None
     """Interpreter of the ranks (inside the container, where there is one). None: the one that runs the launcher."""

@@ -75,14 +75,56 @@ class WebDatasetSource(Section):
             )
         return value
 
+    caption_key: str | None = Field(None, min_length=1)
+    """Key of the captions in the samples' ``.json`` members (dots lead into nested objects), where the tars of another
+    tool were indexed with ``tools/shard_images.py --existing DIR --captions json``. Default: captions are ``.txt``."""
     lanes: int = Field(8, ge=1)
     """Shards that ``stream`` reads side by side, over all ranks. It divides the global batch, and the data-parallel
     ranks divide it; changing it changes the order of samples."""
 
 
+class PairsSource(Section):
+    """Images with captions: ``name.jpg`` beside ``name.txt`` or ``name.json``, or a list of both."""
+
+    name: Literal["pairs"] = "pairs"
+    path: PathText
+    """A folder, or a ``.jsonl`` file of ``{"image": path, "caption": text}`` lines, or a ``.json`` file with a list of
+    such objects (VGT's: ``annotation``, the path of a JSON file, in the place of ``caption``)."""
+    test_path: PathText | None = None
+    """The same of test images."""
+    caption_key: str = Field("caption", min_length=1)
+    """Key of the captions in JSON files; dots lead into nested objects."""
+
+
 ImagesConfig = Annotated[
-    DigitsSource | PhotographsSource | ShapesSource | ImageFolderSource | WebDatasetSource, Field(discriminator="name")
+    DigitsSource | PhotographsSource | ShapesSource | ImageFolderSource | WebDatasetSource | PairsSource,
+    Field(discriminator="name"),
 ]
+
+
+class MixtureSource(Section):
+    """Several sources as one, each with its share of every batch in the long run.
+
+    VGT is trained on 27 M, 5 M and 4 M pairs of three collections (``configs/vgt/data_pretraining.yaml``).
+    """
+
+    name: Literal["mixture"] = "mixture"
+    sources: Annotated[tuple[ImagesConfig, ...], Field(min_length=1, strict=False)]
+    """What is mixed: pairs, or sources with the same classes; shards by index."""
+    weights: Annotated[tuple[int, ...], Field(strict=False)] | None = None
+    """Samples of each source in every block of as many as their sum; whole numbers, best without a common divisor.
+    Default: all samples are one collection, so that each source has the share of its size."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "MixtureSource":
+        if self.weights is not None and len(self.weights) != len(self.sources):
+            raise ValueError(f"weights has {len(self.weights)} numbers for {len(self.sources)} sources: give one each")
+        if self.weights is not None and (min(self.weights) < 1 or sum(self.weights) > 100_000):
+            raise ValueError("weights are whole numbers from 1 on whose sum is at most 100000: divide them, or round")
+        for number, source in enumerate(self.sources):
+            if isinstance(source, WebDatasetSource) and source.order == "stream":
+                raise ValueError(f"sources.{number} is a stream, which offers no single samples: use order: index")
+        return self
 
 
 class CacheSource(Section):
@@ -120,7 +162,14 @@ class TokenFileSource(Section):
 
 
 SourceConfig = Annotated[
-    DigitsSource | PhotographsSource | ShapesSource | ImageFolderSource | WebDatasetSource | CacheSource
+    DigitsSource
+    | PhotographsSource
+    | ShapesSource
+    | ImageFolderSource
+    | WebDatasetSource
+    | PairsSource
+    | MixtureSource
+    | CacheSource
     | TokenFileSource,
     Field(discriminator="name"),
 ]

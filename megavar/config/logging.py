@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from megavar.config.alerts import AlertsConfig
 from megavar.config.base import PathText, Section
 
 
@@ -47,5 +48,7 @@ class LoggingConfig(Section):
     memory that a plan expects with what is measured; without it, on known GPUs, with what a plan assumes."""
     profile: ProfileConfig | None = None
     """Record a trace of the trainer; none by default."""
+    alerts: AlertsConfig = AlertsConfig()
+    """What calls for a person."""
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases."""

@@ -16,6 +16,7 @@ from megavar.config.procedures.next_scale import NextScaleSampling
 from megavar.config.recipes.base import RecipeChoice
 from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.config.train import InitialWeightsConfig, TrainConfig
+from megavar.config.validation import ValidationConfig
 
 TEXT_TOKENIZER = "text_tokenizer"
 """Name of the text tokenizer among what a run uses and does not train."""
@@ -61,6 +62,8 @@ class Config(Section):
     """DeepSpeed's own JSON: the ZeRO stage, offloading, communication sizes."""
     logging: LoggingConfig = LoggingConfig()
     """What a run reports."""
+    validation: ValidationConfig | None = None
+    """Loss on held-out samples while the run goes on; none by default."""
     sampling: SamplingChoice = NextScaleSampling()
     """How images are drawn."""
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -97,6 +100,24 @@ class Config(Section):
                     f"optimizer.schedule.warmup_{unit}={warmup} is longer than the run of train.{unit}={length}: the "
                     f"peak learning rate would never be reached. Shorten the warm-up or lengthen the run"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _validation_fits(self) -> "Config":
+        if self.validation is None:
+            return self
+        if self.recipe.trains != "generator":
+            raise ValueError(
+                f"validation is of generators, and the recipe {self.recipe.name!r} trains a {self.recipe.trains}: "
+                f"remove it (a tokenizer's reconstructions are scored by evaluation.reconstruction)"
+            )
+        for key, value, of, unit in (
+            ("interval", self.validation.interval, "logging.interval", self.logging.interval),
+            ("samples", self.validation.samples, "train.global_batch_size", self.train.global_batch_size),
+        ):
+            if value % unit:
+                near = max(1, round(value / unit)) * unit
+                raise ValueError(f"validation.{key}={value} is no multiple of {of}={unit}: set it to {near}")
         return self
 
     @model_validator(mode="after")

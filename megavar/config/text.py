@@ -21,6 +21,8 @@ class TextConfig(Section):
     """Largest number of entries of a tokenizer that is trained on the spot: 256 bytes, special tokens, and words."""
     length: int = Field(256, ge=1)
     """Tokens of a text, T (VGT: 256). Of longer ones the end of the caption is cut, never the template."""
+    padding: int | None = Field(None, ge=0)
+    """Id that pads. Default: the folder's padding token. VGT's code pads with 0, which its decoding sees."""
     template: str = "{request}"
     """What stands around the request: the language model's chat template, as plain text with special tokens."""
     request: str = "Generate an image: {caption}"

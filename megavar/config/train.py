@@ -83,7 +83,8 @@ class TrainConfig(Section):
     global_batch_size: int = Field(768, ge=1)
     """Samples of one step over all ranks. Never changed silently: it must divide evenly."""
     micro_batch_size: int | None = Field(None, ge=1)
-    """Samples that one rank computes at a time; the rest of its share is accumulated. Default: all of its share."""
+    """Samples that one rank computes at a time, at most: of its share of the batch the largest even part, the rest is
+    accumulated. It changes memory and speed, never what is trained. Default: all of its share."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Type of weights and activations. With ``bf16`` the optimizer keeps fp32 master weights."""
     tf32: bool | None = None

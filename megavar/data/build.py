@@ -12,6 +12,8 @@ from megavar.data.caches import CachedSamples
 from megavar.data.digits import Digits
 from megavar.data.image_folder import ImageFolder
 from megavar.data.loader import Loader
+from megavar.data.mixture import Mixture
+from megavar.data.pairs import Pairs
 from megavar.data.photographs import Photographs
 from megavar.data.shapes import Shapes
 from megavar.data.source import Source, Split
@@ -58,8 +60,16 @@ def build_source(config: DataConfig, split: Split = "train") -> Source:
             return TokenFile(split, Path(source.path), source.classes)
         case config_room.WebDatasetSource():
             if source.order == "stream" and split == "train":
-                return ShardStreams(split, Path(source.path), url=source.url, lanes=source.lanes)
-            return _of_split(ShardFolder, source.path, source.test_path, split)
+                folder, key = Path(source.path), source.caption_key
+                return ShardStreams(split, folder, url=source.url, lanes=source.lanes, key=key)
+            of_shards = functools.partial(ShardFolder, key=source.caption_key)
+            return _of_split(of_shards, source.path, source.test_path, split)
+        case config_room.PairsSource():
+            of_pairs = functools.partial(Pairs, caption_key=source.caption_key)
+            return _of_split(of_pairs, source.path, source.test_path, split)
+        case config_room.MixtureSource():
+            parts = [build_source(config.model_copy(update={"source": part}), split) for part in source.sources]
+            return Mixture(split, parts, source.weights)
 
 
 def of_images(config: DataConfig) -> DataConfig:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from megavar.data.batch import Batch
-from megavar.data.order import Order, micro_batch_positions, rank_batch_size
+from megavar.data.order import micro_batch_positions, order_of, rank_batch_size
 from megavar.data.pixels import to_float
 from megavar.data.reading import DamagePolicy, SampleReader
 from megavar.data.source import Source
@@ -80,7 +80,7 @@ class Loader:
         device: torch.device | str = "cpu",
     ) -> None:
         rank_batch_size(global_batch_size, micro_batch_size, data_parallel_size)
-        self.order = Order(len(source), seed)
+        self.order = order_of(source, seed)
         self.reader = SampleReader(source, transform, seed=seed, damaged=damaged, text=text)
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size

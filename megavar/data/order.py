@@ -7,6 +7,7 @@ dropped or padded, every world size sees the same global batches, and a run resu
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,12 @@ class Order:
             epochs.append(torch.full((count,), epoch))
             position += count
         return torch.cat(epochs), torch.cat(indices)
+
+
+def order_of(source: Any, seed: int) -> Any:
+    """The order of a source's samples: its own, if it has one (a mixture with weights)."""
+    own = getattr(source, "order", None)
+    return Order(len(source), seed) if own is None else own(seed)
 
 
 def rank_batch_size(global_batch_size: int, micro_batch_size: int, data_parallel_size: int) -> int:

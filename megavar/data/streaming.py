@@ -30,6 +30,7 @@ import torch
 import webdataset
 
 from megavar.data.batch import Batch, concatenate
+from megavar.data.captions import decode_caption
 from megavar.data.loader import Loader
 from megavar.data.order import Order
 from megavar.data.reading import REMEDY, STAND_IN_ATTEMPTS, DamagePolicy, Preparation, Prepared, stack
@@ -39,7 +40,7 @@ from megavar.data.shards.manifest import FILE_NAME, Manifest, read_manifest
 from megavar.data.source import DamagedSampleError, Sample, Split
 from megavar.data.text import TextEncoder
 from megavar.data.transforms import Transform
-from megavar.data.webdataset import INDEXES, decode_caption, read_index
+from megavar.data.webdataset import INDEXES, caption_key, of_key, read_index
 from megavar.errors import ConfigError, DataError, MegavarError
 
 OPENINGS = 3
@@ -52,7 +53,9 @@ log = logging.getLogger(__name__)
 class ShardStreams:
     """A folder of shards that is read as streams. Only its manifest needs to be local."""
 
-    def __init__(self, split: Split, path: Path, *, url: str | None = None, lanes: int = 8) -> None:
+    def __init__(
+        self, split: Split, path: Path, *, url: str | None = None, lanes: int = 8, key: str | None = None
+    ) -> None:
         """Read the manifest.
 
         Args:
@@ -60,18 +63,21 @@ class ShardStreams:
             url: where shards come from, with ``{shard}`` for the file name: anything that webdataset opens, such as
                 ``pipe:aws s3 cp s3://bucket/train/{shard} -`` or ``https://host/train/{shard}``. Default: ``path``.
             lanes: number of lanes.
+            key: of captions in JSON.
 
         Raises:
             DataError: there is no manifest.
-            ConfigError: more lanes than shards, or a url without ``{shard}``.
+            ConfigError: more lanes than shards, a url without ``{shard}``, or ``key`` does not fit the shards.
         """
         self.split: Split = split
         self.folder = Path(path)
         self.manifest: Manifest = read_manifest(self.folder)
+        self.caption_key = caption_key(self.manifest, self.folder, key)
         self._indexes: dict[int, Index | None] = {}
         self.class_names = tuple(self.manifest.class_names)
         self.lanes = lanes
-        self.fingerprint = f"streams-{split}-{len(self)}-{self.manifest.checksum[:16]}-{lanes}"
+        read = f"{lanes}{of_key(self.caption_key)}"
+        self.fingerprint = f"streams-{split}-{len(self)}-{self.manifest.checksum[:16]}-{read}"
         self.starts = [0, *itertools.accumulate(shard.samples for shard in self.manifest.shards)]
         """Index of the first sample of each shard."""
         # An absolute path is nothing but a path; a relative one may look like a URL, or like the command of a pipe.
@@ -117,7 +123,7 @@ class ShardStreams:
                     f"The stream of {entry.file} is that of another shard: its sample {place} is called {key}, and "
                     f"{self.folder / FILE_NAME} says {expected}. Correct data.source.url, or restore the shard."
                 )
-        sample = _to_sample(members, entry.file, bool(self.class_names), self.manifest)
+        sample = _to_sample(members, entry.file, bool(self.class_names), self.manifest, self.caption_key)
         if shard not in self._indexes:
             while len(self._indexes) >= INDEXES:
                 self._indexes.pop(next(iter(self._indexes)))
@@ -126,7 +132,7 @@ class ShardStreams:
         index = self._indexes[shard]
         if index is not None:
             assert isinstance(sample.image, bytes)
-            same = index.agrees(place, sample.image, members.get("txt", b""))
+            same = index.agrees(place, sample.image, members.get(self.manifest.captions, b""))
             if not same or int(index.records[place]["label"]) not in (sample.label, -1):
                 raise DamagedSampleError(f"{sample.key}: image, caption or class is not as it was written (index)")
         return sample
@@ -247,7 +253,9 @@ def _circle(streams: ShardStreams, shard: int, damaged: DamagePolicy) -> Iterato
         yield from itertools.islice(enumerate(streams.open(shard)), available)
 
 
-def _to_sample(members: dict[str, Any], file: str, has_classes: bool, manifest: Manifest) -> Sample:
+def _to_sample(
+    members: dict[str, Any], file: str, has_classes: bool, manifest: Manifest, caption_key: str | None
+) -> Sample:
     """Check and convert a sample as webdataset reads it.
 
     Raises:
@@ -264,7 +272,7 @@ def _to_sample(members: dict[str, Any], file: str, has_classes: bool, manifest: 
         raise DamagedSampleError(f"{key}: its class cannot be read") from error
     if has_classes and not 0 <= label < len(manifest.class_names):
         raise DamagedSampleError(f"{key}: its class {label} is not one of the {len(manifest.class_names)} classes")
-    caption = decode_caption(members.get("txt", b""), key) if not has_classes else None
+    caption = None if has_classes else decode_caption(members.get(manifest.captions, b""), key, caption_key)
     return Sample(key=key, label=label, image=image, caption=caption)
 
 

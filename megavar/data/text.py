@@ -53,7 +53,8 @@ class TextEncoder:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self.tokenizer, self.config, self.origin = tokenizer, config, origin or "the text tokenizer"
-        self.padding = tokenizer.token_to_id(padding or _NO_PADDING_TOKEN) or 0
+        named = tokenizer.token_to_id(padding or _NO_PADDING_TOKEN)
+        self.padding: int = config.padding if config.padding is not None else named or 0
         self.empty = self.encode([""])
         """The text without caption, [1, T]."""
 

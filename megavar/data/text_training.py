@@ -22,7 +22,7 @@ SPECIAL = (
     PADDING, "<|im_start|>", END, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<img>", "</img>",
     "<IMG_CONTEXT>",
 )  # fmt: skip
-"""Qwen2.5-VL's and InternVL3's special tokens."""
+"""Qwen2.5-VL's and InternVL3's special tokens; their ids are their places here, so that ``<img>`` is 6."""
 _CHAT = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + "
     "'\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -45,15 +45,13 @@ def train(texts: Iterable[str], vocabulary: int) -> Any:
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([words, byte_level])
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocabulary - len(SPECIAL),
-        special_tokens=[],
+        vocab_size=vocabulary,
+        special_tokens=[tokenizers.AddedToken(token, special=True, normalized=False) for token in SPECIAL],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     special = re.compile("|".join(map(re.escape, SPECIAL)))
     tokenizer.train_from_iterator((special.sub(" ", text) for text in texts), trainer)
-    added = [tokenizers.AddedToken(token, special=True, normalized=False) for token in SPECIAL]
-    tokenizer.add_special_tokens(added)
     return tokenizer
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from megavar.data.captions import decode_caption
 from megavar.data.shards.index import Index, decode_index, index_path
-from megavar.data.shards.manifest import ShardEntry, read_manifest
+from megavar.data.shards.manifest import Manifest, ShardEntry, read_manifest
 from megavar.data.source import DamagedSampleError, Sample, Split
-from megavar.errors import DataError
+from megavar.errors import ConfigError, DataError
 
 OPEN_FILES = 128
 """Shards that a process keeps open; systems commonly allow a process 1024 files."""
@@ -35,22 +36,41 @@ def read_index(folder: Path, entry: ShardEntry) -> Index:
     return decode_index(content, path)
 
 
-def decode_caption(text: bytes, key: str) -> str:
-    """The text of a caption.
+def caption_key(manifest: Manifest, path: Path, key: str | None) -> str | None:
+    """Under which key of the JSON members captions stand; None: they are text.
 
     Raises:
-        DamagedSampleError: it is not UTF-8.
+        ConfigError: that, or whether they are JSON, is not as the index has it.
     """
-    try:
-        return text.decode()
-    except UnicodeDecodeError as error:
-        raise DamagedSampleError(f"{key}: its caption is not UTF-8 text ({error})") from error
+    if manifest.captions == "txt":
+        if key is not None:
+            raise ConfigError(
+                f"data.source.caption_key={key!r}, but the captions of {path} are in members .txt, as its manifest "
+                f"says. Remove the key, or index the tars again with tools/shard_images.py --existing --captions json."
+            )
+        return None
+    if key is None:
+        raise ConfigError(
+            f"The captions of {path} are in members .json. Set data.source.caption_key to the key that holds them."
+        )
+    return key
+
+
+def of_key(key: str | None) -> str:
+    """What a fingerprint says of the key of captions."""
+    return "" if key is None else f"-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
 
 
 class ShardFolder:
     """The samples of a folder of shards, in shard order (``megavar/data/shards/__init__.py`` describes the folder)."""
 
-    def __init__(self, split: Split, path: Path) -> None:
+    def __init__(self, split: Split, path: Path, key: str | None = None) -> None:
+        """Open ``path``; ``key`` is that of captions in JSON.
+
+        Raises:
+            DataError: it is no folder of shards.
+            ConfigError: ``key`` does not fit it.
+        """
         self.split: Split = split
         self.root = Path(path)
         if not self.root.is_dir():
@@ -59,8 +79,9 @@ class ShardFolder:
                 f"of data.source."
             )
         self.manifest = read_manifest(self.root)
+        self.caption_key = caption_key(self.manifest, self.root, key)
         self.class_names = tuple(self.manifest.class_names)
-        self.fingerprint = f"shards-{split}-{len(self)}-{self.manifest.checksum[:16]}"
+        self.fingerprint = f"shards-{split}-{len(self)}-{self.manifest.checksum[:16]}{of_key(self.caption_key)}"
         self.starts = np.cumsum([0, *(shard.samples for shard in self.manifest.shards)])
         """int64 [shards + 1]: index of the first sample of each shard."""
         self._indexes: OrderedDict[int, Index] = OrderedDict()
@@ -93,7 +114,7 @@ class ShardFolder:
             text = self._read(shard, int(record["caption_offset"]), int(record["caption_size"]))
         if not indexed.agrees(place, image, text):
             raise DamagedSampleError(f"{key}: the image or its caption is not as it was written (checksum)")
-        caption = None if self.class_names else decode_caption(text, key)
+        caption = None if self.class_names else decode_caption(text, key, self.caption_key)
         return Sample(key=key, label=int(record["label"]), image=image, caption=caption)
 
     def _path(self, shard: int) -> Path:

@@ -109,18 +109,20 @@ class DenoisingMLP(nn.Module):
         Returns:
             float32 [..., outputs].
         """
+        before = noisy.shape[:-1]  # one row per token: shared layers know no more than three dimensions
+        noisy, times, condition = noisy.flatten(0, -2), times.flatten(), condition.flatten(0, -2)
         time = self.time(times)
         told, hidden = time + self.condition(condition), self.input(noisy.to(condition.dtype))
         for block in self.blocks:
             hidden = block(hidden, told)
             if hidden_of is not None:
-                hidden_of.append(hidden)
+                hidden_of.append(hidden.unflatten(0, before))
         if self.sizes.decoder_width is not None:
             told = hidden = self.bridge(F.silu(time + hidden))
             for block in self.decoder:
                 hidden = block(hidden, told)
         shift, scale = self.modulation(told).unbind(-2)
-        return self.projection(normalize(hidden) * (1 + scale) + shift).float()
+        return self.projection(normalize(hidden) * (1 + scale) + shift).float().unflatten(0, before)
 
 
 def _layers(width: int, trunk: TransformerConfig) -> TransformerConfig:

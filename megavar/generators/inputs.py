@@ -123,3 +123,26 @@ class QueryInputs:
     def text_rows(self) -> int:
         """T."""
         return 0 if self.text is None else self.text.shape[1]
+
+
+@dataclass
+class MaskedInputs:
+    """Tokens of which some are masked: these are predicted from the others, in any number at once.
+
+    B samples, L tokens, C channels, M draws of noise for each token.
+    """
+
+    labels: Tensor
+    """int64 [B]; the number of classes stands for "no class". Not read where ``text`` is."""
+    tokens: Tensor
+    """float32 [B, L, C]; masked ones are not read."""
+    masked: Tensor
+    """bool [B, L]."""
+    text: Tensor | None = None
+    """int64 [B, P]: tokens of the text, for generators that are asked by text."""
+    noisy: Tensor | None = None
+    """float32 [B, M, L, C]: tokens with noise; None asks for what the prediction depends on beside them."""
+    times: Tensor | None = None
+    """int64 [B, M, L]: how much."""
+    sample_keys: Tensor | None = None
+    """int64 [B]: identifies (epoch, sample) for dropout; None disables it."""

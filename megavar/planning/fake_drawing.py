@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megavar.conditions import Condition
 from megavar.config.choice import resolve
+from megavar.data.text import Text
 from megavar.planning.fake_model import (
     BLOCK,
     EMBEDDING,
@@ -63,7 +64,9 @@ def drawing_flops(request: DrawRequest, keep: Callable[[Ledger], None]) -> float
         tokenizer = resolve(request.tokenizer)(request.tokenizer).eval()
         indices = torch.zeros(1, dtype=torch.long)
         captions = ("a photograph",) if classes is None else None
-        condition = Condition(indices, captions, -1 if classes is None else classes)
+        rows = request.choice.text_rows
+        text = None if rows is None else Text(torch.zeros(1, rows, dtype=torch.long), torch.ones(1, rows).bool())
+        condition = Condition(indices, captions, -1 if classes is None else classes, text, text)
         drawn = []
         for number in kinds:
             model = build(Request(request.choice, space), number, 1, first=True, last=True).eval()

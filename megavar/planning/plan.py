@@ -23,6 +23,8 @@ from megavar.planning.workload import GeneratorWorkload, Prediction, Progress, T
 from megavar.training.run import micro_batch_size
 
 DEFAULT_GPU = "h200"
+IMAGENET = 1_281_167
+"""Training images of ImageNet-1k."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,11 @@ class Plan:
     def seconds(self) -> float:
         """Wall time of the run without interruptions."""
         return self.steps * self.prediction.time.total
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of all GPUs for the whole run."""
+        return self.seconds / 3600 * self.gpus
 
     @property
     def links(self) -> int | None:
@@ -118,6 +125,9 @@ def plan(
     notes += () if measured is None else measured.notes
     notes += tuple(f"not counted: {what}" for what in config.recipe.uncounted)
     count = _length(config) if images is None else images
+    if count is None and _is_of_imagenet(config):
+        count = IMAGENET
+        notes += (f"counted {IMAGENET:,} images, ImageNet's: {_place(config)} is not here",)
     if config.train.steps is None and count is None:
         raise ConfigError(
             "The length of the run is given in epochs, but the training data cannot be opened here to count its "
@@ -277,6 +287,18 @@ def _image_bytes(config: Config) -> float:
     space = config.tokenizer.space
     pixels = 0 if reads_tokens(config) else space.image_channels * config.data.image_size**2 * 4
     return pixels + space.length * (8 + 4 * space.channels)
+
+
+def _is_of_imagenet(config: Config) -> bool:
+    """Whether a run of a thousand classes, or a tokenizer's on a folder of that name, names data that are not here."""
+    place = _place(config)
+    if place is None:
+        return False
+    return "imagenet" in place.lower() if config.generator is None else config.generator.class_count == 1000
+
+
+def _place(config: Config) -> str | None:
+    return getattr(config.data.source, "path", None)
 
 
 def _length(config: Config) -> int | None:

@@ -7,6 +7,7 @@ from megavar.parallel.topology import describe
 from megavar.planning.hardware import EXPERTS_UTILIZATION, GIB
 from megavar.planning.plan import Plan
 from megavar.planning.workload import HEADROOM, GeneratorWorkload, Prediction
+from megavar.wording import duration
 
 _MEMORY_NOTES = {
     "optimizer": "fp32 master weights and two moments",
@@ -19,9 +20,13 @@ _MEMORY_NOTES = {
 }
 
 
-def format_plan(plan: Plan) -> str:
-    """The plan as text."""
-    sections = (_head(plan), _model(plan), _memory(plan), _time(plan), _suggestions(plan))
+def format_plan(plan: Plan, price: float | None = None) -> str:
+    """The plan as text.
+
+    Args:
+        price: of one GPU for an hour.
+    """
+    sections = (_head(plan), _model(plan), _memory(plan), _time(plan, price), _suggestions(plan))
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
 
@@ -84,7 +89,7 @@ def _memory(plan: Plan) -> list[str]:
     return lines
 
 
-def _time(plan: Plan) -> list[str]:
+def _time(plan: Plan, price: float | None = None) -> list[str]:
     prediction = plan.prediction
     layout, time = prediction.layout, prediction.time
     lines = [
@@ -97,11 +102,14 @@ def _time(plan: Plan) -> list[str]:
     speed = f"{plan.images_per_second:.0f} images/s, {plan.images_per_second / plan.gpus:.0f} per GPU"
     lines.append(f"  {'total':<12}{time.total * 1e3:9.1f} ms    {speed}, MFU in the log {plan.utilization:.0%}")
     epochs = f" = {plan.steps * layout.global_batch / plan.images:.4g} epochs of {plan.images}" if plan.images else ""
-    lines.append(f"  {plan.steps} steps{epochs}: {_duration(plan.seconds)}, "
-                 f"{plan.seconds / 3600 * plan.gpus:.0f} GPU hours")  # fmt: skip
+    lines.append(f"  {plan.steps} steps{epochs}: {duration(plan.seconds)}, "
+                 f"{plan.gpu_hours:.0f} GPU hours")  # fmt: skip
+    if price is not None:
+        spent = f"{plan.gpu_hours * price:9,.0f}"
+        lines.append(f"  {'price':<12}{spent}       at {price:g} per GPU hour, without scores and interruptions")
     if plan.links is not None:
         jobs = "job" if plan.links == 1 else "jobs"
-        lines.append(f"  {plan.links} {jobs} of {_duration(plan.limit_seconds or 0)} usable time")
+        lines.append(f"  {plan.links} {jobs} of {duration(plan.limit_seconds or 0)} usable time")
     return lines
 
 
@@ -148,14 +156,6 @@ def yaml_lines(prediction: Prediction) -> list[str]:
     ]
 
 
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{seconds:.0f} s" if minutes < 2 else f"{minutes} min"
-    days, hours = divmod(minutes / 60, 24)
-    return f"{days:.0f} d {hours:.1f} h" if days else f"{hours:.1f} h"
-
-
 def plan_values(plan: Plan) -> dict[str, Any]:
     """The plan as plain values (bytes, seconds, operations)."""
 
@@ -188,6 +188,7 @@ def plan_values(plan: Plan) -> dict[str, Any]:
         "mfu": plan.utilization,
         "steps": plan.steps,
         "seconds": plan.seconds,
+        "gpu_hours": plan.gpu_hours,
         "jobs": plan.links,
         "configured": values(plan.prediction),
         "layouts": [values(prediction) for prediction in plan.better],

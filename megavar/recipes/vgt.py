@@ -187,6 +187,12 @@ def _check_text(encoder: TextEncoder, choice: Any) -> None:
         raise ConfigError(
             f"data.text.length={length}, but generator.text_length={choice.text_length}: give both the same number."
         )
+    marked = encoder.tokenizer.token_to_id("<img>")
+    if marked is not None and choice.image_start != (marked,):
+        raise ConfigError(
+            f"generator.image_start={list(choice.image_start)}, but <img> has the id {marked} in {encoder.origin}: set "
+            f"generator.image_start=[{marked}]."
+        )
     if encoder.size > vocabulary:
         raise ConfigError(
             f"The text tokenizer has {encoder.size} tokens, but generator.language_model.vocabulary={vocabulary}. Name "

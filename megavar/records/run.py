@@ -1,6 +1,7 @@
 """One run as its directory describes it, living or not."""
 
-import json
+import functools
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,11 @@ from typing import Any
 import yaml
 
 from megavar.errors import DataError
+from megavar.paths import shipped
+from megavar.records.curves import Curve
+from megavar.records.history import AttemptSummary, attempts_of, read_metrics, summarize
+from megavar.records.jobs import QueuedJob, job_name
+from megavar.records.reading import json_lines, json_object
 
 ALIVE_SECONDS = 60.0
 """Age of the lock's last sign of life up to which a run counts as living (``megavar.training.checkpoint.lock``)."""
@@ -28,7 +34,7 @@ class RunRecord:
     events: list[dict[str, Any]]
     """Its other lines: spikes, rollbacks."""
     attempts: list[dict[str, Any]]
-    """Of the launcher's ledger ``restarts.json``."""
+    """Of the launcher's ledger, or of the starts where no launcher kept one (``records.history``)."""
     starts: int
     """Of the run, by a launcher or by hand."""
     samples: int | None
@@ -52,18 +58,16 @@ class RunRecord:
                 f"{path} is no run: its config.yaml cannot be read ({type(error).__name__}). Give the directory that "
                 f"run.directory names, runs/NAME by default."
             ) from None
-        records = [record for record in _json_lines(path / "metrics.jsonl") if isinstance(record.get("step"), int)]
-        lock = path / "run.lock"
-        data, ledger = _json(path / "data.json"), _json(path / "restarts.json")
+        records = [record for record in json_lines(path / "metrics.jsonl") if isinstance(record.get("step"), int)]
         return cls(
             path, config,
             [record for record in records if "event" not in record],
             [record for record in records if "event" in record],
-            list(ledger.get("attempts", [])),
-            len(_json_lines(path / "attempts.jsonl")),
-            data.get("samples"),
+            attempts_of(path),
+            len(json_lines(path / "attempts.jsonl")),
+            json_object(path / "data.json").get("samples"),
             (path / "DONE").exists(),
-            lock.exists() and time.time() - lock.stat().st_mtime < ALIVE_SECONDS,
+            _is_alive(path / "run.lock"),
         )  # fmt: skip
 
     @property
@@ -87,14 +91,26 @@ class RunRecord:
         return max(1, round(train["epochs"] * self.samples / train["global_batch_size"]))
 
     @property
+    def job_name(self) -> str:
+        """Of its jobs in Slurm's queue."""
+        return job_name(self.name, self.path.absolute())
+
+    @property
     def state(self) -> str:
-        """``finished``, ``running``, how the last attempt ended (``failed``, ``preempted``), ``stopped``, ``new``."""
+        """As the directory alone says it; see :meth:`state_with`."""
+        return self.state_with(None)
+
+    def state_with(self, job: QueuedJob | None) -> str:
+        """In a word: ``finished``; ``running``; ``starting``, ``queued`` or ``held`` where a job says so; else how the
+        last attempt ended (``failed``, ``preempted``, ``killed``, ...), or ``new``."""
         if self.done:
             return "finished"
         if self.alive:
             return "running"
-        if self.attempts and "outcome" in self.attempts[-1]:
-            return str(self.attempts[-1]["outcome"]).lower()
+        if job is not None:
+            return "held" if job.is_held else "queued" if job.state == "PENDING" else "starting"
+        if self.attempts:
+            return str(self.attempts[-1].get("outcome", "killed")).lower()
         return "stopped" if self.lines else "new"
 
     @property
@@ -123,38 +139,104 @@ class RunRecord:
     def seconds_left(self) -> float | None:
         """At the pace of the newest lines; None unless it is running."""
         recent = self.lines[-RECENT:]
-        if self.state != "running" or self.total is None or len(recent) < 2:
+        if not self.alive or self.done or self.total is None or len(recent) < 2:
             return None
         steps = recent[-1]["step"] - recent[0]["step"]
         pace = (recent[-1]["time"] - recent[0]["time"]) / steps if steps > 0 else 0.0
         return pace * (self.total - self.step)
 
+    @functools.cached_property
+    def history(self) -> list[AttemptSummary]:
+        """One row per attempt; a dead one that left no end lasted until its last sign."""
+        signs = [line["time"] for line in (*self.lines, *self.events) if "time" in line]
+        now = time.time() if self.alive or not signs else max(signs) + 1e-3
+        return summarize(self.attempts, read_metrics(self.path), now)
+
     @property
+    def restarts(self) -> int:
+        """Attempts after the first."""
+        return max(0, max(self.starts, len(self.attempts)) - 1)
+
+    @property
+    def lost_steps(self) -> int:
+        """Steps that were done again, or will be: after the last checkpoint of each attempt that has ended."""
+        rows = self.history if not self.alive else self.history[:-1]
+        return sum(row.lost_steps for row in rows)
+
+    @property
+    def device_hours(self) -> float:
+        """Of all attempts."""
+        return sum(row.device_hours for row in self.history)
+
+    @property
+    def planned_hours(self) -> float | None:
+        """Device hours of the whole run at the step time that the plan expects; None where it expects nothing."""
+        expected = next((event for event in reversed(self.events) if event["event"] == "expectation"), None)
+        if expected is None or self.total is None or not self.history:
+            return None
+        return float(expected["expected_step_seconds"]) * self.total * self.history[-1].devices / 3600
+
+    @property
+    def alerts(self) -> list[dict[str, Any]]:
+        """Those that are not over, oldest first; of a run that is done, none."""
+        active: dict[str, dict[str, Any]] = {}
+        for event in self.events if not self.done else ():
+            if event["event"] == "alert":
+                active[event["kind"]] = event
+            elif event["event"] == "alert_over":
+                active.pop(event["kind"], None)
+        return list(active.values())
+
+    @property
+    def validation_points(self) -> list[tuple[int, float]]:
+        """Step and loss on held-out samples."""
+        return [(event["step"], event["loss"]) for event in self.events
+                if event["event"] == "validation" and "loss" in event]  # fmt: skip
+
+    @property
+    def reference(self) -> Curve | None:
+        """The curve that the configuration names.
+
+        Raises:
+            DataError: it is no curve.
+        """
+        named = (self.config.get("validation") or {}).get("reference")
+        if named is None:
+            return None
+        return Curve.load(shipped(named) or Path(named))
+
+    @property
+    def verdict(self) -> str | None:
+        """``inside``, ``above`` or ``below`` the band of the reference curve; None without one."""
+        try:
+            curve = self.reference
+        except DataError:
+            return None
+        if curve is None:
+            return None
+        name = curve.metric.removeprefix("validation/")
+        lines = self.lines if name == curve.metric else [one for one in self.events if one["event"] == "validation"]
+        return curve.verdict([(line["step"], line[name]) for line in lines if name in line])
+
+    @functools.cached_property
     def disk_bytes(self) -> int:
         """Of everything in the directory."""
         return sum(file.lstat().st_size for file in self.path.rglob("*") if file.is_file() and not file.is_symlink())
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _is_alive(lock: Path) -> bool:
+    """Whether the owner of a lock lives: looked up where it is of this machine, else by its signs of life."""
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """Objects, one a line; a line that a crash cut off is left out."""
-    found = []
-    try:
-        text = path.read_text(errors="replace")
+        age = time.time() - lock.stat().st_mtime
     except OSError:
-        return []
-    for line in text.splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            found.append(record)
-    return found
+        return False
+    owner = json_object(lock)
+    try:
+        here = (Path("/proc/sys/kernel/random/boot_id").read_text().strip(), str(Path("/proc/self/ns/pid").readlink()))
+        if here == (owner.get("boot"), owner.get("namespace")):
+            os.kill(int(owner["pid"]), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, KeyError, ValueError, TypeError):
+        pass
+    return age < ALIVE_SECONDS

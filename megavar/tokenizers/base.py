@@ -108,6 +108,15 @@ class Continuous(Tokenizer, Protocol):
 
 
 @runtime_checkable
+class Normalized(Continuous, Protocol):
+    """Tokens that have zero mean and unit deviation over their channels, if the configuration says so (VGT-AE)."""
+
+    def normalize(self, tokens: Tensor) -> Tensor:
+        """Drawn vectors [..., C] as the encoder's are: VGT does it after every step of decoding."""
+        ...
+
+
+@runtime_checkable
 class LatentMap(Continuous, Protocol):
     """Tokens that are the p x p patches of a square map [B, c, h, w], row by row: C = c p p, L = h w / p / p.
 

@@ -5,6 +5,7 @@
 ``step`` reduces, clips and updates. There is no other path.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -127,6 +128,7 @@ class Engine:
         observe: Observer = lambda number, losses: None,
         *,
         keep_inputs: bool = False,
+        learn: bool = True,
     ) -> None:
         """Run the passes of a step one after the other; their gradients add up in the engine.
 
@@ -135,19 +137,20 @@ class Engine:
             divisors: of the sums that losses are.
             observe: is told the losses of every micro-batch and pass.
             keep_inputs: whether ``inputs`` are needed afterwards (another module of the recipe follows).
+            learn: whether gradients are computed; else losses are only observed (see :meth:`evaluating`).
         """
         assert any(one.loss is not None for one in passes), f"no pass over {self.name} has a loss"
         for number, one in enumerate(passes):
             last = number == len(passes) - 1
-            carried = self._run_pass(one, inputs, divisors, observe, keep_inputs or not last)
+            carried = self._run_pass(one, inputs, divisors, observe, keep_inputs or not last, learn)
             if one.following is not None and not last:
                 following = functools.partial(_following, one.following, inputs, carried, keep_inputs)
                 inputs, keep_inputs = MicroBatches(inputs.count, following), False
 
     def _run_pass(
-        self, one: Pass, inputs: MicroBatches, divisors: Divisors, observe: Observer, keep: bool
+        self, one: Pass, inputs: MicroBatches, divisors: Divisors, observe: Observer, keep: bool, learn: bool
     ) -> list[Tensor]:
-        """Forward, and backward if there is a loss, of all micro-batches; returns what the pass carries on."""
+        """Forward, and backward if there is a loss to learn from; returns what the pass carries on."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         carried: dict[int, Tensor] = {}
@@ -169,7 +172,8 @@ class Engine:
         readers = inputs.readers(len(self._scheduled), keep)
         single = len(self._scheduled) == 1
         length = self._prepare_stages(one, inputs)
-        with torch.set_grad_enabled(one.loss is not None):  # the schedules leave that to their callers
+        learns = learn and one.loss is not None
+        with torch.set_grad_enabled(learns):  # the schedules leave that to their callers
             get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=readers[0] if single else readers,
@@ -178,7 +182,7 @@ class Engine:
                 seq_length=length,
                 decoder_seq_length=length,
                 micro_batch_size=self.plan.json["train_micro_batch_size_per_gpu"] * one.copies,
-                forward_only=one.loss is None,
+                forward_only=not learns,
             )
         if one.carry is None:
             return []
@@ -206,6 +210,17 @@ class Engine:
         if losses.per_image is not None:
             share = share + losses.per_image * (parts / divisors.images)
         return share
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within the block nothing is dropped, and routers keep no statistics."""
+        training = [module for module in self.deepspeed.modules() if module.training]
+        self.deepspeed.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
     def step(self, learning_rate: float, weight_decay: float, step: int = 0) -> StepResult:
         """Reduce gradients, clip them, update, and clear them. Collective.

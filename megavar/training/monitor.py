@@ -5,8 +5,9 @@ import logging
 import secrets
 import statistics
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from tqdm import tqdm
 
 from megavar import storage
 from megavar.config.logging import LoggingConfig
+from megavar.training.console import Console
 from megavar.training.run_directory import RunDirectory
+from megavar.wording import duration
 
 _log = logging.getLogger(__name__)
 
@@ -33,6 +36,7 @@ class MetricsFile:
             self._keep_until(step)
         self._file = storage.open_to_append(path)
         self._waiting = bytearray()
+        self._writing = threading.Lock()
 
     def _keep_until(self, step: int) -> None:
         kept: list[bytes] = []
@@ -50,12 +54,13 @@ class MetricsFile:
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one line. A full disk ends no run: the line waits in memory, and goes out with a later one."""
-        self._waiting += json.dumps(record).encode() + b"\n"
-        try:
-            while self._waiting:
-                del self._waiting[: self._file.write(self._waiting)]
-        except OSError as error:
-            _log.warning("%s cannot be written: %s. Its newest lines are kept in memory.", self.path, error)
+        with self._writing:
+            self._waiting += json.dumps(record).encode() + b"\n"
+            try:
+                while self._waiting:
+                    del self._waiting[: self._file.write(self._waiting)]
+            except OSError as error:
+                _log.warning("%s cannot be written: %s. Its newest lines are kept in memory.", self.path, error)
 
     def close(self) -> None:
         """Close the file."""
@@ -63,21 +68,27 @@ class MetricsFile:
 
 
 class Stopwatch:
-    """Where the wall time since the last log line went."""
+    """Where the wall time went: since the last log line, and since the start of the process."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
+        self.inside: str | None = None
+        """The part that the trainer is in now; None: training."""
+        self.totals: dict[str, float] = {}
+        """Seconds of each part since the start."""
         self._steps: list[float] = []
         self._parts: dict[str, float] = {}
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Add the time of the block to the part ``name``."""
-        began = time.monotonic()
+        began, self.inside = time.monotonic(), name
         try:
             yield
         finally:
-            self._parts[name] = self._parts.get(name, 0.0) + time.monotonic() - began
+            self.inside, seconds = None, time.monotonic() - began
+            self._parts[name] = self._parts.get(name, 0.0) + seconds
+            self.totals[name] = self.totals.get(name, 0.0) + seconds
 
     def step_done(self) -> None:
         """A step is complete; what happens until the next :meth:`step_begins` is not part of a step."""
@@ -110,12 +121,13 @@ class Monitor:
     def __init__(self, config: LoggingConfig, directory: RunDirectory, name: str, rank: int, total_steps: int) -> None:
         self.config, self.directory, self.name, self.total_steps = config, directory, name, total_steps
         self.is_writer = rank == 0
+        self.console = Console(directory.path, self.is_writer)
         self._metrics: MetricsFile | None = None
         self._bar: tqdm | None = None
         self._wandb: Any = None
         self._last_line = float("-inf")
         self._started, self._first_step = time.monotonic(), 0
-        self._step, self._latest = 0, ""
+        self._step, self._latest, self._held_out = 0, "", ""
 
     def open(self, step: int, config: dict[str, Any]) -> None:
         """Begin after ``step`` steps; ``config`` is shown in W&B. Also called after a rollback."""
@@ -160,13 +172,15 @@ class Monitor:
         self._step = step
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
-        elif self.is_writer and self.config.progress in ("auto", "lines"):
-            now = time.monotonic()
-            if self._latest and (now - self._last_line >= self.config.lines_seconds or step == self.total_steps):
-                self._last_line = now
-                stamp = time.strftime("%H:%M:%S")
-                print(f"{stamp} {self.name} step {step}/{self.total_steps} {self._latest} "
-                      f"left {_duration(self.seconds_left())}", file=sys.stderr, flush=True)  # fmt: skip
+        now = time.monotonic()
+        if self.is_writer and self._latest and (
+            now - self._last_line >= self.config.lines_seconds or step == self.total_steps
+        ):
+            self._last_line = now
+            line = (f"{time.strftime('%H:%M:%S')}  {self.name}  step {step}/{self.total_steps}  {self._latest}  "
+                    f"{self._held_out}{duration(self.seconds_left())} left")  # fmt: skip
+            shown = self._bar is None and self.config.progress in ("auto", "lines")
+            self.console.say(line) if shown else self.console.keep(line)
 
     def seconds_left(self) -> float:
         """Time to the last step at the pace since this start."""
@@ -181,13 +195,13 @@ class Monitor:
         assert self._metrics is not None
         record = {"time": round(time.time(), 3)} | record
         self._metrics.write(record)
-        shown = {name: record[name] for name in ("loss", "accuracy", "images_per_second") if name in record}
-        self._latest = " ".join(f"{name.replace('images_per_second', 'images/s')} {v:.4g}" for name, v in shown.items())
+        self._latest = progress(record)
         if self._bar is not None:
             self._bar.set_postfix_str(self._latest, refresh=False)
-        self._log_to_wandb(record["step"], {k: v for k, v in record.items() if k not in ("step", "time")})
+        self.log_to_wandb(record["step"], {k: v for k, v in record.items() if k not in ("step", "time")})
 
-    def _log_to_wandb(self, step: int, values: dict[str, Any], grid: np.ndarray | None = None) -> None:
+    def log_to_wandb(self, step: int, values: dict[str, Any], grid: np.ndarray | None = None) -> None:
+        """Send values, or a grid of samples, to W&B, if it is there."""
         if self._wandb is None:
             return
         try:
@@ -201,7 +215,9 @@ class Monitor:
             self._wandb = None
 
     def event(self, step: int, event: str, **facts: Any) -> None:
-        """Record something that is not a regular metric (a rollback, a spike)."""
+        """Record something that is not a regular metric (a rollback, a spike, a validation)."""
+        if event == "validation" and "loss" in facts:
+            self._held_out = f"held out {facts['loss']:.3f}  "
         if self.is_writer and self._metrics is not None:
             self._metrics.write({"time": round(time.time(), 3), "step": step, "event": event, **facts})
 
@@ -221,7 +237,7 @@ class Monitor:
         except OSError as error:
             _log.warning("The preview %s cannot be written: %s", path, error)
         if self._wandb is not None:
-            self._log_to_wandb(step, {}, grid)
+            self.log_to_wandb(step, {}, grid)
 
     def close(self) -> None:
         """Finish all outputs."""
@@ -237,7 +253,25 @@ class Monitor:
             self._wandb = None
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"
+def progress(record: dict[str, Any]) -> str:
+    """Loss, accuracy, load of the experts and speed in a line.
+
+    ``experts 0.9-1.2x``: the least and the most tokens that an expert of a block gets, relative to its fair share.
+    """
+    parts = [f"loss {record['loss']:.3f}"] if "loss" in record else []
+    if "accuracy" in record:
+        parts.append(f"accuracy {record['accuracy']:.1%}")
+    if (load := expert_load(record)) is not None:
+        parts.append(f"experts {load[0]:.1f}-{load[1]:.1f}x")
+    if "images_per_second" in record:
+        parts.append(f"{record['images_per_second']:.4g} images/s")
+    return "  ".join(parts)
+
+
+def expert_load(record: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Least and largest load of an expert in a block, relative to the fair share; None of a dense model."""
+    ends = [record.get(f"expert_share/{end}_in_a_layer") for end in ("smallest", "largest")]
+    if ends[0] is None or ends[1] is None:
+        return None
+    experts = sum(name.startswith("expert_share/") for name in record) - len(ends)
+    return ends[0] * experts, ends[1] * experts

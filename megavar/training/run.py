@@ -1,6 +1,6 @@
 """What the trainer is given: a run, and the arithmetic of its batches."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,20 +16,10 @@ from megavar.errors import ConfigError, MegavarError
 from megavar.parallel.topology import Topology
 from megavar.recipes.base import Recipe
 from megavar.training.checkpoint.initial import InitialWeights
+from megavar.training.observers import Observer
 from megavar.training.run_directory import RunDirectory
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Expectation:
-    """What a plan says of a run: of one step, on the fullest rank."""
-
-    step_seconds: float
-    memory_bytes: float
-    """Without the CUDA context and what fragmentation wastes."""
-    source: str
-    """``assumed``, or where and when the device's speed was measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,29 +53,26 @@ class Run:
     """Floating-point operations of forward and backward, for the model's FLOPs utilization."""
     peak_flops: float | None = None
     """Peak of one device in operations per second."""
-    expected: Expectation | None = None
-    """For the comparison with what is measured, which rank 0 writes down."""
+    observers: Sequence[Observer] = ()
+    """What watches, on every rank alike."""
 
 
 def micro_batch_size(train: TrainConfig, topology: Topology) -> int:
-    """Samples of one micro-batch, checked against the world before anything runs.
+    """Samples of one micro-batch: the most that split a rank's share evenly, up to ``train.micro_batch_size``.
 
     Raises:
         ConfigError: the global batch cannot be split evenly.
     """
     share, rest = divmod(train.global_batch_size, topology.data)
-    size = train.micro_batch_size or max(share, 1)
-    if rest or share % size:
-        product = topology.data * (train.micro_batch_size or 1)
-        nearest = max(1, round(train.global_batch_size / product)) * product
-        parts = f" in micro-batches of {size}" if train.micro_batch_size else ""
+    if rest or not share:
+        nearest = max(1, round(train.global_batch_size / topology.data)) * topology.data
         raise ConfigError(
             f"train.global_batch_size={train.global_batch_size} cannot be split evenly over {topology.data} "
-            f"data-parallel ranks{parts}. Set it to a multiple of {product}, for example {nearest}, or change "
-            f"train.micro_batch_size or the number of processes. It is never rounded silently, because the learning "
-            f"rate follows it."
+            f"data-parallel ranks. Set it to a multiple of {topology.data}, for example {nearest}, or change the "
+            f"number of processes. It is never rounded silently, because the learning rate follows it."
         )
-    return size
+    limit = min(train.micro_batch_size or share, share)
+    return next(size for size in range(limit, 0, -1) if share % size == 0)
 
 
 def first_error(error: MegavarError | None) -> MegavarError | None:

@@ -5,8 +5,11 @@
 ``weights.json``     the frozen networks that the run uses, and the weights that it began with: path and hash of each
 ``deepspeed.json``   what DeepSpeed was given, per module
 ``code.patch``       uncommitted changes of the checkout at the first start
-``attempts.jsonl``   one line per start: time, commit, versions, hosts, layout, environment
-``metrics.jsonl``    the primary record of the run
+``attempts.jsonl``   one line per start: time, commit, versions, hosts, devices, layout, environment
+``ledger.jsonl``     one line per orderly end of an attempt: outcome, steps, device hours, seconds by state
+``metrics.jsonl``    the primary record of the run; lines with ``event`` hold validation losses, alerts, rollbacks
+``console.log``      what the first rank showed
+``routing/``         load of every expert by block and kind of token, and a picture of the newest
 ``logs/``            one file per rank
 ``samples/``         previews
 ``checkpoints/``     see ``megavar/training/checkpoint/store.py``
@@ -14,17 +17,11 @@
 ``DONE``             written last: the run has reached and saved its last step
 """
 
-import fnmatch
 import hashlib
-import importlib.metadata
 import json
 import logging
-import os
-import platform
-import socket
-import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +30,10 @@ import yaml
 from megavar import frozen, storage
 from megavar.config.loading import with_defaults
 from megavar.config.root import Config
-from megavar.config.secret import looks_secret
 from megavar.errors import CheckpointError, ConfigError
 from megavar.frozen import Identity
 from megavar.training.checkpoint.lock import RunLock
+from megavar.training.provenance import git, now, of_this_start
 
 _log = logging.getLogger(__name__)
 
@@ -46,13 +43,10 @@ CHANGEABLE = (
     "run.", "logging.", "sampling.", "evaluation.", "parallel.", "deepspeed", "data.workers", "data.prefetch",
     "data.damaged_samples", "data.source.path", "data.source.test_path", "data.source.url", "data.source.images.path",
     "train.micro_batch_size", "train.checkpoint.", "train.recovery.", "train.watchdog.", "train.fresh",
-    "train.cpu_threads", "train.agreement_interval", "train.garbage_collection_interval",
+    "train.cpu_threads", "train.agreement_interval", "train.garbage_collection_interval", "validation.",
 )  # fmt: skip
 INITIAL = "initial"
 """Stands for the initial weights among the names of frozen networks in ``weights.json``."""
-_ENVIRONMENT = ("CUDA_*", "NCCL_*", "TORCH_*", "OMP_*", "SLURM_JOB_ID", "SLURM_NODELIST", "SLURM_NTASKS", "MEGAVAR_*",
-                "MASTER_*", "RANK", "WORLD_SIZE", "LOCAL_RANK", "GLOO_*", "DS_ACCELERATOR", "PYTORCH_*")  # fmt: skip
-_PACKAGES = ("torch", "torchvision", "megatron-core", "deepspeed", "numpy", "webdataset", "wandb", "pydantic")
 
 
 class RunDirectory:
@@ -121,7 +115,8 @@ class RunDirectory:
         layout: Mapping[str, Any],
         deepspeed: Mapping[str, Any],
         fresh: bool = False,
-        device: str | None = None,
+        devices: Sequence[Mapping[str, Any]] = (),
+        total_steps: int | None = None,
     ) -> dict[str, Identity]:
         """Create the directory, or check that it belongs to this run, and record this start.
 
@@ -130,7 +125,8 @@ class RunDirectory:
             layout: world size and parallel sizes, for the record.
             deepspeed: DeepSpeed's JSON by module.
             fresh: start the run anew although it is finished.
-            device: what it runs on, for the record.
+            devices: what it runs on, for the record: ``host``, ``name`` and ``count`` of each kind.
+            total_steps: of the whole run, for the record.
 
         Returns:
             What the frozen networks are, by name, for :meth:`note_weights`; nothing for a finished run.
@@ -154,12 +150,18 @@ class RunDirectory:
         if known:
             (self.path / "DONE").unlink(missing_ok=True)
         else:
-            patch = _git("diff", "HEAD", "--binary")
+            patch = git("diff", "HEAD", "--binary")
             if patch:
                 storage.write_text_atomic(self.path / "code.patch", patch)
         storage.write_text_atomic(self.config, yaml.safe_dump(dict(config), sort_keys=False, width=120))
         storage.write_json_atomic(self.path / "deepspeed.json", dict(deepspeed))
-        start = _provenance() | {"device": device, "layout": dict(layout)}
+        start = of_this_start() | {
+            "time": round(time.time(), 3),
+            "device": devices[0]["name"] if devices else None,
+            "devices": [dict(device) for device in devices],
+            "total_steps": total_steps,
+            "layout": dict(layout),
+        }
         storage.append_line(self.path / "attempts.jsonl", json.dumps(start))
         return identities
 
@@ -303,7 +305,7 @@ class RunDirectory:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the DONE mark, after everything else."""
-        storage.write_json_atomic(self.path / "DONE", {"finished_at": _now(), **summary})
+        storage.write_json_atomic(self.path / "DONE", {"finished_at": now(), **summary})
 
     def acquire(self) -> None:
         """Hold the run, so that a second start of it is refused, until :meth:`release` or the end of the process.
@@ -329,12 +331,6 @@ class RunDirectory:
             self._lock = None
 
 
-def provenance(config: Mapping[str, Any]) -> dict[str, str]:
-    """Where a checkpoint comes from: hash of the resolved configuration, commit of the checkout."""
-    text = json.dumps(config, sort_keys=True)
-    return {"config_sha256": hashlib.sha256(text.encode()).hexdigest(), "commit": _git("rev-parse", "HEAD").strip()}
-
-
 def identity_of(config: Config) -> str:
     """Hash of all that decides what a run trains, wherever its data and frozen weights lie: 64 hexadecimal digits.
 
@@ -358,42 +354,3 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
         return {name: leaf for key, value in tree.items() for name, leaf in _flatten(value, f"{prefix}{key}.").items()}
     return {prefix.rstrip("."): tree}
 
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
-
-
-def _git(*arguments: str) -> str:
-    root = Path(__file__).resolve().parents[2]
-    if "site-packages" in root.parts:  # installed; a repository around it is another one
-        return ""
-    try:
-        result = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=60, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return result.stdout if result.returncode == 0 else ""
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _provenance() -> dict[str, Any]:
-    variables = {
-        name: value for name, value in sorted(os.environ.items())
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in _ENVIRONMENT) and not looks_secret(name, value)
-    }  # fmt: skip
-    return {
-        "started_at": _now(),
-        "host": socket.gethostname(),
-        "python": platform.python_version(),
-        "commit": _git("rev-parse", "HEAD").strip(),
-        "changed_files": _git("status", "--porcelain").splitlines()[:50],
-        "packages": {package: _version(package) for package in _PACKAGES},
-        "environment": variables,
-    }

@@ -99,8 +99,7 @@ def train_step(
     """
     inputs = MicroBatches(len(batches), lambda index: recipe.prepare(batches[index], step))
     counts = [recipe.valid(batch, step) for batch in batches]
-    images = sum(len(batch) for batch in batches) * topology.data
-    divisors = Divisors(valid_of_step(counts, topology), images)
+    divisors = divisors_of(batches, counts, topology)
 
     def observe(index: int, losses: Losses) -> None:
         metrics.add(losses, counts[index])
@@ -115,6 +114,11 @@ def train_step(
         metrics.add_step(name, result)
         applied = applied and result.applied
     return applied
+
+
+def divisors_of(batches: Sequence[Batch], counts: Sequence[Count], topology: Topology) -> Divisors:
+    """Of the losses of a global batch, of which this rank has ``batches`` with ``counts`` valid items."""
+    return Divisors(valid_of_step(counts, topology), sum(len(batch) for batch in batches) * topology.data)
 
 
 def valid_of_step(counts: Sequence[Count], topology: Topology) -> float | torch.Tensor:

@@ -15,18 +15,18 @@ from megavar.data.batch import Batch
 from megavar.errors import ExitCode, MegavarError, NonFiniteError
 from megavar.frozen import Identity
 from megavar.parallel import seeds
-from megavar.parallel.environment import device_name
-from megavar.training import schedules
+from megavar.training import ledger, schedules
 from megavar.training.checkpoint import Checkpointer, ModuleState
 from megavar.training.ema import moving_averages
 from megavar.training.metrics import MetricAccumulator
 from megavar.training.monitor import Monitor, Stopwatch
+from megavar.training.observers import Observers
 from megavar.training.parameter_rows import write_rows
 from megavar.training.preemption import StopRequest
 from megavar.training.profiler import Profiler
+from megavar.training.provenance import provenance
 from megavar.training.recovery import Recovery, Verdict
 from megavar.training.run import Run, first_error, micro_batch_size, on_first_rank
-from megavar.training.run_directory import provenance
 from megavar.training.step import build_engines, train_step
 from megavar.training.watchdog import Watchdog
 
@@ -73,13 +73,13 @@ class Trainer:
         """Steps taken, skipped ones included."""
         self.data_step = 0
         """Global batches gone through: ``step``, plus those that rollbacks have passed over."""
-        self._intervals = 0
-        """Log lines of this process."""
         self._kept_step = 0
         """The step that the newest checkpoint holds."""
         self._save_owed = False
         """A save is due, and waits for the end of a streak of steps that are not applied."""
         self._batches: Iterator[list[Batch]] = iter(())
+        self.observers = Observers(run.observers)
+        self.observers.begin(self)
 
     def run(self) -> ExitCode:
         """Train to the last step, or until all ranks agree to stop. A finished run returns at once.
@@ -92,12 +92,18 @@ class Trainer:
             NonFiniteError: losses or gradients stay non-finite after the allowed rollbacks.
         """
         code: ExitCode | None = None
+        devices = ledger.devices()
         try:
-            self.checkpointer.frozen = on_first_rank(self._open_directory)
+            self.checkpointer.frozen = on_first_rank(functools.partial(self._open_directory, devices))
             if self.directory.done:
                 _log.info("%s is finished already.", self.directory.path)
                 return ExitCode.FINISHED
-            with self.watchdog, _manual_garbage_collection(), contextlib.closing(self.monitor):
+            with (
+                self.watchdog,
+                _manual_garbage_collection(),
+                contextlib.closing(self.monitor),
+                self.observers.watching(),
+            ):
                 code = self._loop()
                 return code
         except MegavarError:
@@ -129,6 +135,7 @@ class Trainer:
             self.step, self.data_step = self.step + 1, self.data_step + 1
             self.stopwatch.step_done()
             self.watchdog.beat(self.step)
+            self.observers.stepped(self.step)
             logs.set_step(self.step)
             last = self.step == self.total_steps
             if not self._recovered(applied, last):
@@ -147,6 +154,7 @@ class Trainer:
                 return ExitCode.PREEMPTED
             if last or self._due(reports.samples_interval):
                 self._preview()
+                self.observers.previewed(self.step)
             if self._due(train.garbage_collection_interval):
                 gc.collect()
         self.checkpointer.close()
@@ -222,7 +230,7 @@ class Trainer:
         if applied:
             return True
         failed_at, reached = self.step, self.data_step
-        self.monitor.event(failed_at, "not_finite", verdict=verdict.value, consecutive=self.recovery.consecutive)
+        self.tell(failed_at, "not_finite", verdict=verdict.value, consecutive=self.recovery.consecutive)
         _log.warning("Step %d was not applied: its loss or gradient is not finite.", failed_at)
         if verdict is Verdict.CONTINUE:
             return True
@@ -232,7 +240,7 @@ class Trainer:
                 self.recovery.rolled_back()
                 self.data_step = reached  # the batches in between are not seen again
                 self._open_data()
-                self.monitor.event(self.step, "rolled_back", from_step=failed_at, data_step=reached)
+                self.tell(self.step, "rolled_back", from_step=failed_at, data_step=reached)
                 _log.warning("Rolled back from step %d to %d, with later data.", failed_at, self.step)
                 return False
             reason = "there is no checkpoint to go back to"
@@ -254,7 +262,7 @@ class Trainer:
         if self.recovery.skipped:
             values["skipped_steps"] = self.recovery.skipped
         if (median := self.recovery.spike(values.get("loss"))) is not None:
-            self.monitor.event(self.step, "loss_spike", loss=values["loss"], median=median)
+            self.tell(self.step, "loss_spike", loss=values["loss"], median=median)
         self._check_divergence(values.get("loss"))
         speed = self.stopwatch.read(self.setup.train.global_batch_size)
         if self.setup.flops_per_image and self.setup.peak_flops and speed:
@@ -265,27 +273,12 @@ class Trainer:
         if self.checkpointer.last_save_seconds is not None:
             speed["last_save_seconds"] = self.checkpointer.last_save_seconds
         self.monitor.log({"step": self.step, "epoch": self.data_step / self.steps_per_epoch} | values | speed)
-        self._compare(speed)
+        self.observers.logged(self.step, values | speed, statistics)
 
-    def _compare(self, speed: dict[str, float]) -> None:
-        """Once, at the first interval without the steps that compile: what was expected beside what is measured."""
-        self._intervals += 1
-        expected, lines = self.setup.expected, -(-self.total_steps // self.setup.logging.interval)
-        if expected is None or not speed or self._intervals != min(2, lines):
-            return
-        facts = {
-            "expected_step_seconds": expected.step_seconds,
-            "step_seconds": speed["step_seconds"],
-            "step_seconds_ratio": speed["step_seconds"] / expected.step_seconds,
-            "expected_memory_gib": expected.memory_bytes / 2**30,
-            "source": expected.source,
-        }
-        if "memory_gib" in speed:
-            facts |= {
-                "memory_gib": speed["memory_gib"],
-                "memory_ratio": speed["memory_gib"] * 2**30 / expected.memory_bytes,
-            }
-        self.monitor.event(self.step, "expectation", **facts)
+    def tell(self, step: int, event: str, **facts: Any) -> None:
+        """Write down what is no regular metric, and let all observers know."""
+        self.monitor.event(step, event, **facts)
+        self.observers.happened(step, event, facts)
 
     def _check_divergence(self, loss: float | None) -> None:
         """All ranks have the same losses, so they end together.
@@ -294,7 +287,7 @@ class Trainer:
             NonFiniteError: the run has diverged, though its losses are finite.
         """
         if (found := self.recovery.diverged(loss)) is not None:
-            self.monitor.event(self.step, "diverged", first_loss=found[0], median=found[1])
+            self.tell(self.step, "diverged", first_loss=found[0], median=found[1])
             raise NonFiniteError(
                 f"{self.setup.name} has diverged: its last logged losses up to step {self.step} have the median "
                 f"{found[1]:.4g}, it began with {found[0]:.4g} (train.recovery.divergence_factor="
@@ -319,11 +312,13 @@ class Trainer:
 
     # -- state --------------------------------------------------------------------------------------------------------
 
-    def _open_directory(self) -> dict[str, Identity]:
+    def _open_directory(self, devices: list[dict[str, Any]]) -> dict[str, Identity]:
         """On rank 0: take the lock, check that the directory is this run's, and record this start."""
         self.directory.acquire()
         plans = {name: engine.plan.json for name, engine in self.engines.items()}
-        return self.directory.open(self.setup.config, self._layout(), plans, self._fresh(), device_name())
+        return self.directory.open(
+            self.setup.config, self._layout(), plans, self._fresh(), devices, self.total_steps
+        )  # fmt: skip
 
     def _fresh(self) -> bool:
         """Once only. Launchers start the configuration that the run directory keeps, which forgets it then."""
@@ -355,6 +350,7 @@ class Trainer:
             self.checkpointer.save(self.step, self._module_states(), state)
         self._kept_step = self.step
         self.recovery.saved()
+        self.observers.saved(self.step)
 
     def _restore(self, fresh: bool = False, at_most: int | None = None) -> bool:
         """Continue from the newest whole checkpoint (of a step up to ``at_most``); False if there is none."""
@@ -370,6 +366,7 @@ class Trainer:
         self.recipe.collect()
         self.monitor.open(self.step, dict(self.setup.config))
         self._open_data()
+        self.observers.opened(self.step)
         return state is not None
 
     def _take_initial_weights(self, fresh: bool) -> Identity | None:

@@ -80,8 +80,11 @@ class Backbone(nn.Module, ABC):
         self._heads = dict(heads)
         readers = {"taps": taps, **{f"head {name!r}": head.taps for name, head in heads.items()}}
         for reader, wanted in readers.items():
-            _check_taps(reader, wanted, config.num_layers)
-        self.tapped = tuple(dict.fromkeys(tap for wanted in readers.values() for tap in wanted))
+            _check_taps(reader, wanted, config.num_layers, self.last_taps)
+        self.wanted: tuple[str, ...] = tuple(dict.fromkeys(tap for wanted in readers.values() for tap in wanted))
+        """Taps of all readers."""
+        self.tapped = tuple(tap for tap in self.wanted if tap not in self.last_taps)
+        """Those that travel from stage to stage."""
         # Experts and sequence parallelism share rows evenly between the tensor-parallel ranks.
         shared = config.sequence_parallel or config.num_moe_experts is not None
         self.row_multiple = config.tensor_model_parallel_size if shared else 1
@@ -151,6 +154,15 @@ class Backbone(nn.Module, ABC):
             return conditions[name] if rows is None else conditions[name][0]
         return None
 
+    @property
+    def last_taps(self) -> tuple[str, ...]:
+        """Taps beside :data:`EMBEDDING` and blocks: of the last stage's own modules. Default: none."""
+        return ()
+
+    def tapped_last(self) -> dict[str, Tensor]:
+        """Those of :attr:`last_taps` that are in :attr:`wanted`, [B, rows, channels], after :meth:`predict`."""
+        return {}
+
     def initial_value(self, name: str, value: Tensor, generator: torch.Generator) -> None:
         """Fill the full float32 tensor ``value`` of the logical tensor ``name``, drawing from ``generator``."""
         usual_initial_value(name, value, generator)
@@ -185,6 +197,7 @@ class Backbone(nn.Module, ABC):
         tokens = context.sequence.tokens
         taps = {name: self._to_tokens(rows, tokens).transpose(0, 1) for name, rows in tapped.items()}
         prediction = self.predict(self._to_tokens(hidden, tokens), self._complete(conditions, tokens), inputs)
+        taps |= self.tapped_last()
         heads = {name: head(*(taps[tap] for tap in self._heads[name].taps)) for name, head in self.heads.items()}
         return GeneratorOutput(prediction, {name: taps[name] for name in self.taps}, heads)
 
@@ -373,9 +386,9 @@ class Backbone(nn.Module, ABC):
         return self._heads[head], inner
 
 
-def _check_taps(reader: str, taps: tuple[str, ...], depth: int) -> None:
+def _check_taps(reader: str, taps: tuple[str, ...], depth: int, own: tuple[str, ...]) -> None:
     for tap in taps:
-        if tap != EMBEDDING and tap not in (f"block.{number}" for number in range(depth)):
+        if tap not in (EMBEDDING, *own, *(f"block.{number}" for number in range(depth))):
             raise ConfigError(
                 f"The {reader} of a loss term asks for the hidden states {tap!r}, but a generator of {depth} blocks "
                 f"has {EMBEDDING!r} and 'block.0' to 'block.{depth - 1}'. Choose one of them in the term, or raise "

@@ -12,7 +12,6 @@ from launchers.rendering import (
     Job,
     check_job,
     excluded_nodes,
-    job_name,
     render_evaluation,
     render_sharding,
     render_training,
@@ -21,6 +20,7 @@ from launchers.templates import directives
 from megavar.config.cluster import ClusterConfig, seconds_of_slurm_time
 from megavar.config.loading import decode
 from megavar.errors import ConfigError
+from megavar.records.jobs import job_name
 
 GOLDEN = Path(__file__).parent / "golden"
 HOSTILE = 'it\'s "$(touch pwned)" `touch pwned`; touch pwned #\n#SBATCH --nodes=99\ntouch pwned & {{nodes}} \\'
@@ -46,6 +46,7 @@ def job(cluster: dict | None = None, **changes) -> Job:
         "nodes": 4,
         "recorded_environment": {"NCCL_DEBUG": "WARN"},
         "excluded_nodes": config.exclude,
+        "run_name": "stmoe_d16",
     }
     return Job(**{**fields, **changes})
 
@@ -190,8 +191,8 @@ def test_cordon_file_adds_nodes(tmp_path):
 
 
 def test_job_names_are_safe_and_unique():
-    assert job_name(Path("/a/run")) != job_name(Path("/b/run"))
-    assert job_name(Path("/a/r;u'n")).startswith("megavar-r_u_n-")
+    assert job_name("run", Path("/a/run")) != job_name("run", Path("/b/run"))
+    assert job_name("r;u'n", Path("/a/x")).startswith("r_u_n-"), "listings show the first letters"
 
 
 @pytest.mark.parametrize(

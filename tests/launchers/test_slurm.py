@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from launchers import provenance, slurm
-from launchers.rendering import job_name
 from megavar.config.loading import load_config
 from megavar.errors import ExitCode
+from megavar.records.jobs import job_name
 from tests.launchers.stubs import Stubs
 
 CONFIG = Path(__file__).parents[2] / "configs/quickstart/tokenizer.yaml"
@@ -124,7 +124,7 @@ def test_a_second_submission_is_refused(site, tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert "4711 RUNNING" in error and "--behind" in error
     assert not busy.calls("sbatch")
-    assert f"--name={job_name(tmp_path / 'here')}" in busy.calls("squeue")[0]
+    assert f"--name={job_name('quickstart-tokenizer', tmp_path / 'here')}" in busy.calls("squeue")[0]
     assert submit("--behind", "run.directory=here") == 0
     assert len(busy.calls("sbatch")) == 1
 

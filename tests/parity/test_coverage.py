@@ -82,10 +82,10 @@ def test_a_case_that_nobody_reads_is_found(tmp_path: Path, family: str, sentence
         waiting(family, tmp_path)
 
 
-def test_what_is_not_built_is_named(tmp_path: Path) -> None:
-    family = next(name for name in NOT_BUILT if "/" not in name)
-    write(tmp_path, f"{family}/new", {}, a=torch.zeros(1))
-    assert waiting(family, tmp_path) == [f"{NOT_BUILT[family]} ({family}/new)"]
+def test_what_is_not_built_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(NOT_BUILT, "unheard_of", "a network")
+    write(tmp_path, "unheard_of/new", {}, a=torch.zeros(1))
+    assert waiting("unheard_of", tmp_path) == ["a network (unheard_of/new)"]
 
 
 def test_everything_of_a_case_that_is_left_out_is_found(tmp_path: Path) -> None:

@@ -108,9 +108,9 @@ def test_what_cannot_be_used_is_refused(tmp_path, capsys):
 
 
 def test_a_run_writes_down_what_was_expected_of_it(tmp_path):
-    from megavar.commands.train import _expected
     from megavar.parallel.environment import environment
-    from megavar.training.run import Expectation
+    from megavar.training.expectation import Expectation
+    from megavar.watchers import _expected
 
     config = load_config(CONFIG, [f"logging.calibration={tmp_path / 'c.json'}"])
     calibration(pace(config)).save(tmp_path / "c.json")

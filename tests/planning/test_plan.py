@@ -3,7 +3,9 @@
 import itertools
 import json
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -157,7 +159,9 @@ def test_unknown_gpus_and_lengths_are_errors_with_a_remedy(config_file):
     with pytest.raises(ConfigError, match="h200, h100"):
         make(config_file, gpu="h20000")
     with pytest.raises(ConfigError, match="--images"):
-        plan(load_config(config_file), 8, "h200")
+        plan(load_config(config_file, ["generator.classes=10"]), 8, "h200")
+    imagenet = plan(load_config(config_file), 8, "h200", suggestions=0)
+    assert imagenet.images == IMAGENET and "/not/on/this/machine is not here" in imagenet.notes[0]
 
 
 def test_interleaved_rates_and_pipelines():
@@ -208,3 +212,40 @@ def test_a_tokenizer_in_training(capsys):
     assert main(arguments) == ExitCode.FINISHED
     text = capsys.readouterr().out
     assert "108.9 M" in text and "1.827 TFLOP" in text and "LAYOUTS THAT FIT" in text
+
+
+def test_the_command_writes_a_layout_and_a_price_and_fails_strictly(config_file, tmp_path, capsys):
+    told = ["plan", str(config_file), "--gpus", "8", "--gpu", "h200", "--strict", "--price", "2", "train.seed=3"]
+    layout = tmp_path / "layout.yaml"
+    assert main([*told, "--write", str(layout)]) == ExitCode.CONFIGURATION, "96 images need more than there is"
+    said = capsys.readouterr()
+    hours = int(re.search(r"(\d+) GPU hours", said.out)[1])
+    price = float(re.search(r"price +([\d,]+)", said.out)[1].replace(",", ""))
+    assert price == pytest.approx(2 * hours, abs=2) and "does not fit" in said.err
+    assert load_config(layout).train.seed == 3
+    assert main(["plan", str(layout), "--strict", "--gpus", "8"]) == ExitCode.FINISHED
+    capsys.readouterr()
+    assert main(["plan", str(config_file), "train.micro_batch_size=8"]) == ExitCode.FINISHED
+    said = capsys.readouterr().out
+    assert "on 1 x h200" in said and "this machine has no GPU" in said
+
+
+def test_a_micro_batch_is_at_most_what_is_asked_for(config_file):
+    config = load_config(config_file, ["train.micro_batch_size=48"])
+    layouts = [configured_layout(config, gpus)[0] for gpus in (8, 32)]
+    assert [(layout.micro_batch, layout.micro_batches) for layout in layouts] == [(48, 2), (24, 1)]
+
+
+def test_the_commands_of_the_readme_fit():
+    """On H200s, as they stand there: on one, on the eight of a machine, on four such machines."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text().replace("\\\n", " ")
+    block = readme.split("## From here to a GPU")[1].split("```")[1]
+    commands = [line for line in block.splitlines() if "configs/" in line]
+    assert len(commands) == 3
+    for command in commands:
+        ranks = int((re.search(r"--nproc-per-node (\d+)", command) or [0, 1])[1])
+        nodes = int((re.search(r"--nodes (\d+)", command) or [0, 1])[1])
+        gpus = ranks if nodes == 1 else 8 * nodes
+        given = [word for word in command.split() if "=" in word and not word.endswith("=...")]
+        path = next(word for word in command.split() if word.startswith("configs/"))
+        assert plan(load_config(path, given), gpus, "h200", suggestions=0).fits, command

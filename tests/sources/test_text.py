@@ -54,7 +54,7 @@ def test_a_tokenizer_trained_on_the_spot_is_a_function_of_its_source(folder):
     assert again.tokenizer.to_str() == ENCODER.tokenizer.to_str()
     assert (folder / "tokenizer.json").read_text() == again.tokenizer.to_str(pretty=True)
     assert ENCODER.size <= CONFIG.text.vocabulary
-    assert ENCODER.tokenizer.encode("<img>").ids == [ENCODER.id("<img>")]
+    assert ENCODER.tokenizer.encode("<img>").ids == [ENCODER.id("<img>")] == [6]
 
 
 def test_a_long_caption_loses_its_end_and_the_template_stays():
@@ -75,6 +75,7 @@ def test_padding_is_the_folders_own(folder, tmp_path):
     text = (tmp_path / "other" / "tokenizer_config.json").read_text()
     (tmp_path / "other" / "tokenizer_config.json").write_text(text.replace("endoftext", "im_end"))
     assert (named(tmp_path / "other").encode([""]).ids[0, -1]) == ENCODER.id("<|im_end|>")
+    assert named(folder, padding=11).encode([""]).ids[0, -1] == 11
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -19,7 +19,7 @@ import yaml
 
 from megavar.config.optimizer import CosineSchedule
 from megavar.errors import ClusterError, ConfigError, ExitCode, NonFiniteError
-from megavar.training.run import Expectation
+from megavar.training.expectation import Expectation, ExpectationObserver
 from megavar.training.trainer import Trainer
 from tests.distributed.harness import run_ranks
 from tests.loops import run_pass
@@ -55,7 +55,7 @@ def _train_stage(directory, stage):
 
 
 def _expecting(directory):
-    return train(directory, expected=Expectation(0.5, 2**30, "assumed"))
+    return train(directory, observers=[ExpectationObserver(Expectation(0.5, 2**30, "assumed"), 1)])
 
 
 def test_what_was_expected_is_compared_once(tmp_path):

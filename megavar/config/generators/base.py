@@ -43,6 +43,11 @@ class GeneratorChoice(Choice):
         return None
 
     @property
+    def text_rows(self) -> int | None:
+        """Token ids of text that are read for each image; None where none are."""
+        return None
+
+    @property
     def condition_drop(self) -> float:
         """Share of the training samples whose condition is replaced by none, for classifier-free guidance."""
         return 0.0

@@ -44,6 +44,11 @@ class QueryARConfig(GeneratorChoice):
     """Kernel of causal attention; text is padded, which ``causal`` cannot serve."""
 
     @property
+    def text_rows(self) -> int | None:
+        """T."""
+        return self.text_length
+
+    @property
     def condition_drop(self) -> float:
         """Share of samples without caption."""
         return self.caption_drop

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megavar.data.captions import Member
 from megavar.data.shards.checksum import FORMAT, crc_of
 from megavar.errors import DataError
 
@@ -135,11 +136,12 @@ def walk_tar(path: Path) -> list[TarSample]:
     return samples
 
 
-def build_index(path: Path, version: int = FORMAT) -> tuple[np.ndarray, list[str]]:
+def build_index(path: Path, version: int = FORMAT, captions: Member = "txt") -> tuple[np.ndarray, list[str]]:
     """Index an existing shard by walking through it.
 
     Args:
         version: format of the index.
+        captions: the member that holds them; samples with a class have none.
 
     Returns:
         records of type :data:`RECORD`, and the keys.
@@ -162,7 +164,7 @@ def build_index(path: Path, version: int = FORMAT) -> tuple[np.ndarray, list[str
             if sample.image is None:
                 raise DataError(f"Sample {sample.key} of {path} has no image ({', '.join(IMAGE_EXTENSIONS)}).")
             record["image_offset"], record["image_size"] = sample.image
-            caption = sample.members.get("txt", (0, 0))
+            caption = sample.members.get(captions, (0, 0))
             record["caption_offset"], record["caption_size"] = caption
             record["crc32"] = crc_of(content(sample.image), content(caption), version)
             record["label"] = -1

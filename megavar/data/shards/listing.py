@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Literal
+from typing import Any, Literal
 
 from megavar.data.image_folder import IMAGE_SUFFIXES, list_class_folders, walk
 from megavar.data.shards.index import CLASSES
@@ -18,6 +18,8 @@ from megavar.errors import DataError
 
 Kind = Literal["class_folders", "list", "pairs"]
 Damaged = Literal["fail", "leave-out"]
+_CAPTIONS = (".txt", ".json")
+"""Files beside an image that hold its caption, the first that there is."""
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|nan)", re.IGNORECASE)
 
 
@@ -30,7 +32,7 @@ class Original:
     label: int = -1
     caption: str | None = None
     caption_path: str | None = None
-    """A text file, relative to the root, read when the sample is written."""
+    """A file of text, or of JSON, relative to the root, read when the sample is."""
     problem: str | None = None
     """Why it cannot become a sample, known from the list already."""
 
@@ -64,8 +66,10 @@ def list_originals(kind: Kind, path: Path, damaged: Damaged = "fail") -> Listing
     Args:
         kind: ``class_folders``: ``path`` has one sub-folder of images per class. ``list``: ``path`` is a text file with
             ``image label`` per line (a tab between them lets labels hold spaces). ``pairs``: ``path`` is a folder with
-            ``name.jpg`` and ``name.txt`` beside each other, or a ``.jsonl`` file of ``{"image": ..., "caption": ...}``
-            lines. Paths in files are relative to the folder of the file; text is UTF-8.
+            ``name.jpg`` and ``name.txt`` (or ``name.json``) beside each other, or a ``.jsonl`` file of
+            ``{"image": ..., "caption": ...}`` lines, or a ``.json`` file with a list of such objects; in the place of
+            ``caption`` may stand ``annotation``, the path of a JSON file (VGT's lists). Paths in files are relative to
+            the folder of the file; text is UTF-8.
         damaged: ``leave-out``: pairs without a readable caption are listed with their problem, instead of an error.
 
     Raises:
@@ -79,7 +83,7 @@ def list_originals(kind: Kind, path: Path, damaged: Damaged = "fail") -> Listing
         raise DataError(f"{path} does not exist. Give the path of the images to shard.")
     if kind == "list":
         return _read_list(path)
-    return _pair_up(path, damaged) if path.is_dir() else _read_json_lines(path, damaged)
+    return _pair_up(path, damaged) if path.is_dir() else _read_entries(path, damaged)
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, str | None]]:
@@ -158,28 +162,44 @@ def _classes(path: Path, labels: list[tuple[int, str]]) -> tuple[tuple[str, ...]
     return names, {name: number for number, name in enumerate(names)}
 
 
-def _read_json_lines(path: Path, damaged: Damaged) -> Listing:
+def _json_entries(path: Path) -> Iterator[tuple[int, Any]]:
+    """(number, entry) of a file of lines of JSON, or of one JSON list; None for what is no JSON, or not UTF-8."""
+    if path.suffix == ".json":
+        try:
+            entries = json.loads(path.read_bytes())
+        except (ValueError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} is not JSON ({error}). Give a list of image-caption objects.") from error
+        yield from enumerate(entries if isinstance(entries, list) else [None], 1)
+        return
+    for number, line in _read_lines(path):
+        try:
+            yield number, None if line is None else json.loads(line)
+        except ValueError:
+            yield number, {}
+
+
+def _read_entries(path: Path, damaged: Damaged) -> Listing:
     originals = []
     ignored: Counter[str] = Counter()
-    for number, line in _read_lines(path):
-        image = caption = None
-        try:
-            entry = json.loads(line or "")
-            image = entry["image"]
-            caption = entry["caption"]
-        except (ValueError, KeyError, TypeError):
-            pass
+    for number, entry in _json_entries(path):
+        found = entry if isinstance(entry, dict) else {}
+        image, caption, annotation = (found.get(name) for name in ("image", "caption", "annotation"))
         if isinstance(image, str) and _skip(image, ignored):
             continue
         if isinstance(image, str) and isinstance(caption, str):
             originals.append(Original(image, caption=caption))
+        elif isinstance(image, str) and isinstance(annotation, str):
+            originals.append(Original(image, caption_path=annotation))
         elif damaged == "leave-out":
             name = image if isinstance(image, str) else path.name
             originals.append(Original(name, problem=f"line {number} of the list has no caption in UTF-8 for an image"))
-        elif line is None:
+        elif entry is None and path.suffix != ".json":
             raise _not_text(path, number)
         else:
-            raise DataError(f'Line {number} of {path} is not {{"image": path, "caption": text}}. Correct or remove it.')
+            what = "Entry" if path.suffix == ".json" else "Line"
+            raise DataError(
+                f'{what} {number} of {path} is not {{"image": path, "caption": text}}. Correct or remove it.'
+            )
     if not originals:
         raise DataError(f'{path} is empty. Each line needs {{"image": path, "caption": text}}.')
     return Listing("pairs", path.parent, (), originals, ignored)
@@ -190,17 +210,18 @@ def _pair_up(root: Path, damaged: Damaged) -> Listing:
     ignored: Counter[str] = Counter()
     for folder, files in walk(root, ignored):
         names = set(files)
-        captions = {name for name in files if name.endswith(".txt")}
+        unused = {name for name in files if name.endswith(_CAPTIONS)}
         for name in files:
             stem, suffix = os.path.splitext(name)  # noqa: PTH122  # millions of Path objects would be slow
             if suffix.lower() not in IMAGE_SUFFIXES:
-                if suffix != ".txt":
+                if suffix not in _CAPTIONS:
                     ignored[suffix.lower() or name] += 1
                 continue
-            captions.discard(f"{stem}.txt")
             image = (Path(folder) / name).relative_to(root)
-            if f"{stem}.txt" in names:
-                originals.append(Original(image.as_posix(), caption_path=image.with_suffix(".txt").as_posix()))
+            beside = next((end for end in _CAPTIONS if f"{stem}{end}" in names), None)
+            if beside is not None:
+                unused.discard(f"{stem}{beside}")
+                originals.append(Original(image.as_posix(), caption_path=image.with_suffix(beside).as_posix()))
             elif damaged == "leave-out":
                 originals.append(Original(image.as_posix(), problem=f"there is no {stem}.txt with its caption"))
             else:
@@ -208,7 +229,8 @@ def _pair_up(root: Path, damaged: Damaged) -> Listing:
                     f"{root / image} has no caption: there is no {stem}.txt. Add it or move the image, or leave such "
                     f"images out with --damaged leave-out."
                 )
-        ignored["caption without image"] += len(captions)
+        for name in unused:
+            ignored["caption without image" if name.endswith(".txt") else ".json"] += 1
     if not originals:
         raise DataError(f"{root} contains no images. Image-caption pairs are files name.jpg and name.txt side by side.")
     return Listing("pairs", root, (), sorted(originals, key=lambda original: original.path), +ignored)

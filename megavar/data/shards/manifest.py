@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megavar.data.captions import Member
 from megavar.data.shards import checksum
 from megavar.errors import DataError
 from megavar.storage import write_bytes_atomic
@@ -61,6 +62,12 @@ class Manifest:
     def foreign(self) -> bool:
         """Whether another tool has written the tars."""
         return self.arguments.get("kind") == "existing"
+
+    @property
+    def captions(self) -> Member:
+        """The member of a sample that holds its caption."""
+        member: Member = self.arguments.get("captions", "txt")
+        return member
 
     @property
     def samples(self) -> int:

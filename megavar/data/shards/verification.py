@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from megavar.data.captions import Member
 from megavar.data.progress import PROGRESS, in_processes
 from megavar.data.shards.checksum import FORMAT
 from megavar.data.shards.index import MAGIC, RECORD, build_index, encode_index, index_path
@@ -119,7 +120,7 @@ def _findings(folder: Path, manifest: Manifest, entry: ShardEntry) -> _Findings:
     if path.name not in damaged and sha256_of_file(path) != entry.sha256:
         problems.append(Problem(path.name, "its hash is not the one in the manifest"))
     try:
-        records, keys = build_index(path, manifest.version)
+        records, keys = build_index(path, manifest.version, manifest.captions)
     except DataError as error:
         return _Findings([*problems, Problem(path.name, str(error))], np.zeros(0, dtype=np.int64))
     problems += [Problem(path.name, message) for message in _content_problems(path, manifest, entry, records, keys)]
@@ -242,7 +243,8 @@ def _repair(
         only_index = False
     if only_index:
         index = index_path(path)
-        write_bytes_atomic(index, encode_index(build_index(path, manifest.version)[0], manifest.version))
+        records, _ = build_index(path, manifest.version, manifest.captions)
+        write_bytes_atomic(index, encode_index(records, manifest.version))
         return _Repair(done=f"{index.name}: rebuilt from {path.name}")
     if remake is None:
         return _Repair(hopeless=entry.file)
@@ -265,11 +267,18 @@ def _remake(plan: Plan, permutation: np.ndarray, folder: Path, shard: int, entry
 
 
 def adopt_shards(
-    folder: Path, *, processes: int = 1, progress: Callable[[int], Any] = lambda samples: None
+    folder: Path,
+    *,
+    captions: Member = "txt",
+    processes: int = 1,
+    progress: Callable[[int], Any] = lambda samples: None,
 ) -> Manifest:
     """Give the WebDataset tars of another tool an index and a manifest. The tars are not changed.
 
     Classes are named by their numbers.
+
+    Args:
+        captions: the member of a sample that holds its caption.
 
     Raises:
         DataError: there are no tars, there is a manifest already, a tar is damaged, an index is in the way, or only
@@ -295,7 +304,7 @@ def adopt_shards(
         if index.exists() and not index.read_bytes().startswith(MAGIC):
             raise DataError(f"{index} is an index of another kind. Move such files away: megavar's own have that name.")
     entries: dict[int, ShardEntry] = {}
-    for shard, entry in in_processes(functools.partial(_adopt, folder, files), range(len(files)), processes):
+    for shard, entry in in_processes(functools.partial(_adopt, folder, files, captions), range(len(files)), processes):
         entries[shard] = entry
         progress(1)
     largest = max(int(label) for entry in entries.values() for label in entry.class_histogram)
@@ -305,14 +314,15 @@ def adopt_shards(
             f"example in {bare[0].file}, but others have one. Give each or none a class."
         )
     names = [str(label) for label in range(largest + 1)]
-    manifest = Manifest({"kind": "existing", "format": FORMAT}, names, [entries[shard] for shard in range(len(files))])
+    arguments = {"kind": "existing", "format": FORMAT} | ({} if captions == "txt" else {"captions": captions})
+    manifest = Manifest(arguments, names, [entries[shard] for shard in range(len(files))])
     write_manifest(folder, manifest)
     return manifest
 
 
-def _adopt(folder: Path, files: list[str], shard: int) -> ShardEntry:
+def _adopt(folder: Path, files: list[str], captions: Member, shard: int) -> ShardEntry:
     path = folder / files[shard]
-    records, keys = build_index(path)
+    records, keys = build_index(path, captions=captions)
     index = encode_index(records)
     write_bytes_atomic(index_path(path), index)
     labels = Counter(records["label"].tolist())

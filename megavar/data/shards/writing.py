@@ -5,6 +5,7 @@ While work is under way the folder contains ``.progress/``: ``plan.json`` (what 
 shards whose hashes still agree and makes the others. The last act is the manifest; then ``.progress`` is removed.
 """
 
+import codecs
 import functools
 import hashlib
 import io
@@ -19,6 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from megavar.data.captions import decode_caption
 from megavar.data.image_folder import IMAGE_SUFFIXES
 from megavar.data.progress import PROGRESS, in_processes, only_one, publish, read_record
 from megavar.data.shards.checksum import FORMAT, KEY, checksum, crc_of
@@ -105,11 +107,11 @@ def _members(root: Path, original: Original, version: int) -> dict[str, bytes]:
         image = (root / original.path).read_bytes()
         caption = original.caption
         if original.caption_path is not None:
-            caption = (root / original.caption_path).read_text("utf-8-sig").strip()
+            path = root / original.caption_path
+            key = "caption" if path.suffix == ".json" else None
+            caption = decode_caption(path.read_bytes().removeprefix(codecs.BOM_UTF8), key=key).strip()
     except OSError as error:
         raise DamagedSampleError(f"it cannot be read ({error.strerror})") from error
-    except UnicodeError as error:
-        raise DamagedSampleError(f"its caption is not UTF-8 text ({error})") from error
     width, height = decode(image).size
     facts = {"height": height, "path": original.path, "sha256": hashlib.sha256(image).hexdigest(), "width": width}
     members = {"jpg" if suffix == ".jpeg" else suffix[1:]: image}

@@ -1,7 +1,10 @@
 """Hugging Face's layout of Qwen2 (``Qwen2ForCausalLM``), alone or inside of a vision-language model."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +25,11 @@ _BLOCK = {
     "feed_forward.mlp.linear_fc2.weight": ("mlp.down_proj.weight",),
 }
 _ENDS = {"text.weight": (EMBEDDING,), "norm.weight": ("norm.weight",)}
+_SETTINGS = {
+    "vocabulary": "vocab_size", "width": "hidden_size", "heads": "num_attention_heads",
+    "groups": "num_key_value_heads", "feed_forward": "intermediate_size", "norm_epsilon": "rms_norm_eps",
+}  # fmt: skip
+"""Keys of the section, and of ``config.json``."""
 _NUMBERED = re.compile(r"blocks\.(\d+)\.(.+)")
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
@@ -63,6 +71,22 @@ class Qwen2Layout(NamedLayout):
         sizes = self.choice.language_model
         rows = [part.unflatten(0, (sizes.groups, -1, sizes.channels_of_head)) for part in parts]
         return torch.cat(rows, 1).flatten(0, 2)
+
+    def made_with(self, path: Path) -> dict[str, Any] | None:
+        """Of the ``config.json`` beside the weights. The number of blocks is not compared: fewer may be kept."""
+        file = path / "config.json"
+        if not file.is_file():
+            return None
+        try:
+            tree = json.loads(file.read_text())
+            text = next((tree[key] for key in ("text_config", "llm_config") if key in tree), tree)
+            found = {key: text[name] for key, name in _SETTINGS.items() if name in text}
+            rotary = text.get("rope_parameters") or text
+        except (ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{file} is damaged ({error}): fetch the folder again.") from error
+        if "rope_theta" in rotary:
+            found["rotary_base"] = float(rotary["rope_theta"])
+        return {"language_model": found}
 
     def export(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The language model's tensors alone, without prefix: to be put into the folder that they came from."""

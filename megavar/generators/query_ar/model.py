@@ -55,6 +55,8 @@ class QueryAR(LanguageModel):
     the inputs hold none, the head's condition, [B, A, C], for :meth:`velocity`."""
 
     choice: QueryARConfig
+    _hidden: dict[str, Tensor]
+    """What was tapped of the flow head in the last pass."""
 
     @classmethod
     def kinds_of(cls, space: TokenSpace) -> int:
@@ -72,6 +74,17 @@ class QueryAR(LanguageModel):
         width, channels = self.sizes.width, self.space.channels
         self.condition = nn.Linear(width, width, dtype=self.config.params_dtype)
         self.head = DenoisingMLP(self.choice.head, self.unsharded, channels, channels)
+        self._hidden = {}
+
+    @property
+    def last_taps(self) -> tuple[str, ...]:
+        """Blocks of the flow head, [B, A, W] in the order of the queries: ``head.0`` ..."""
+        return tuple(f"head.{number}" for number in range(self.choice.head.depth))
+
+    def tapped_last(self) -> dict[str, Tensor]:
+        """Those that are wanted; they are given once, so that nothing keeps a graph."""
+        found, self._hidden = self._hidden, {}
+        return found
 
     def sequence(self, inputs: QueryInputs) -> TokenSequence:
         """One causal sequence."""
@@ -96,7 +109,10 @@ class QueryAR(LanguageModel):
         if inputs.noisy is None:
             return condition
         assert inputs.times is not None
-        return self.velocity(inputs.noisy, inputs.times, condition)
+        of_blocks: list[Tensor] = []
+        velocity = -self.head(inputs.noisy, 1 - inputs.times, condition, of_blocks)
+        self._hidden = {name: one for name, one in zip(self.last_taps, of_blocks) if name in self.wanted}
+        return velocity
 
     def velocity(self, noisy: Tensor, times: Tensor, condition: Tensor) -> Tensor:
         """Velocity of latents on their way, float32 [B, A, channels].

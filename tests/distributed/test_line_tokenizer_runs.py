@@ -77,8 +77,8 @@ def test_titoks_stages_then_rar_on_a_cache_of_their_tokens(tmp_path: Path) -> No
     cached = f"data.source={{name: cache, path: {tmp_path / 'cache'}, views: 10, images: {IMAGES}}}"
     rar = "configs/demo/rar_titok.yaml"
     given = [weights, crops, "generator.depth=1", "train.steps=4", "evaluation.after_training=false"]
-    assert cache_tokens.main([str(ROOT / rar), *given, cached]) == ExitCode.FINISHED
-    source = build_source(load_config(ROOT / rar, [*given, cached]).data)
+    assert cache_tokens.main([str(ROOT / rar), *TINY, *given, cached]) == ExitCode.FINISHED
+    source = build_source(load_config(ROOT / rar, [*TINY, *given, cached]).data)
     sample = source.read(3).tokens
     assert sample is not None and sample.dtype == np.uint16 and sample.shape == (10, 16) and sample.max() < 256
     run(rar, f"run.directory={tmp_path / 'cached'}", *given, cached, ranks=2)

@@ -1,4 +1,5 @@
-"""Folders of weights as Hugging Face keeps them: ``config.json`` beside one ``.safetensors`` file or numbered ones.
+"""Folders of weights as Hugging Face's transformers and diffusers keep them: ``config.json`` beside one
+``.safetensors`` file or numbered ones.
 
 They are read without transformers, by the names in the files, which may differ from those of its modules.
 """
@@ -16,14 +17,18 @@ from torch import Tensor
 from megavar import storage
 from megavar.errors import CheckpointError
 
-INDEX = "model.safetensors.index.json"
-"""Says in which file each tensor is, where there are several."""
-SINGLE = "model.safetensors"
+NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+"""Of the one file; where there are several, a file of that name with :data:`INDEX` says in which one each tensor is."""
+INDEX = ".index.json"
+
+
+def _name(folder: Path) -> str | None:
+    return next((n for n in NAMES if (folder / n).is_file() or (folder / f"{n}{INDEX}").is_file()), None)
 
 
 def is_weight_folder(path: Path) -> bool:
     """Whether ``path`` is a folder of this kind (a run or a checkpoint of ours is none)."""
-    return (path / SINGLE).is_file() or (path / INDEX).is_file()
+    return _name(path) is not None
 
 
 def is_own_directory(path: Path) -> bool:
@@ -37,16 +42,18 @@ def files_of(folder: Path) -> dict[str, str]:
     Raises:
         CheckpointError: the folder is incomplete or damaged.
     """
-    if not (folder / INDEX).is_file():
-        return dict.fromkeys(_names_in(folder / SINGLE), SINGLE)
+    single = _name(folder) or NAMES[0]
+    index = folder / f"{single}{INDEX}"
+    if not index.is_file():
+        return dict.fromkeys(_names_in(folder / single), single)
     try:
-        files: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+        files: dict[str, str] = json.loads(index.read_text())["weight_map"]
     except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder / INDEX} is damaged ({error}): fetch the folder again.") from error
+        raise CheckpointError(f"{index} is damaged ({error}): fetch the folder again.") from error
     missing = sorted({file for file in files.values() if not (folder / file).is_file()})
     if missing:
         raise CheckpointError(
-            f"{folder} is incomplete: {INDEX} names {len(missing)} files that are not there, the first is "
+            f"{folder} is incomplete: {index.name} names {len(missing)} files that are not there, the first is "
             f"{missing[0]}. Fetch them."
         )
     return files
@@ -126,11 +133,12 @@ def _note_depth(folder: Path, dropped: set[str], size: int, depth: int | None) -
         if isinstance(section.get("layer_types"), list):
             section["layer_types"] = section["layer_types"][:depth]
     _write_json(folder / "config.json", config)
-    if (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text())
+    place = folder / f"{_name(folder) or NAMES[0]}{INDEX}"
+    if place.is_file():
+        index = json.loads(place.read_text())
         index["weight_map"] = {name: file for name, file in index["weight_map"].items() if name not in dropped}
         index["metadata"]["total_size"] = size
-        _write_json(folder / INDEX, index)
+        _write_json(place, index)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -147,8 +147,8 @@ class MaskedScales(NextScale):
     def valid(self, batch: Batch, step: int) -> Count:
         """Masked tokens of the first map, all of later ones."""
         sides = self.scale_lists.of_step(step)
-        tokens = self.hidden_tokens(step, sides[0] ** 2) + sum(side * side for side in sides[1:])
-        return len(batch) * tokens
+        tokens = len(batch) * (self.hidden_tokens(step, sides[0] ** 2) + sum(side * side for side in sides[1:]))
+        return tokens if self.scale_lists.shared else torch.tensor(tokens, device=batch.labels.device)
 
     def inputs_of(self, inputs: MaskedScalesInputs, call: Call) -> ScaleARInputs:
         """What the generator gets, [B]."""

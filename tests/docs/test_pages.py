@@ -34,6 +34,7 @@ RUN_BY = {
     "tools.evaluate_fid": "tests/tools/test_evaluate_fid.py",
     "tools.convert_checkpoint": "tests/tools/test_convert_checkpoint.py",
     "tools.benchmark": "tests/tools/test_benchmark.py",
+    "tools.benchmark_recipes": "tests/tools/test_benchmark_recipes.py",
     "tools.gpu_check": "tests/tools/test_gpu_check.py",
     "tools.reference_curve": "tests/tools/test_reference_curve.py",
     "tools.configuration_reference": "tests/docs/test_pages.py",

@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("diffusers", reason="the package diffusers is not installed (pip install 'megavar[diffusers]')")
 
+from megavar.assembly import load_tokenizer
 from megavar.config.tokenizers.kl_vae import KLVAEConfig
 from megavar.errors import CheckpointError
 from megavar.parallel.logical import initialize_parameters
@@ -77,6 +78,20 @@ def test_old_names_of_diffusers_are_read():
     assert "encoder.mid_block.attentions.0.query.weight" in state
     back = layout.load(state, shapes_of(model))
     assert all(torch.equal(back[name], value) for name, value in tensors_of(model).items())
+
+
+def test_a_folder_of_diffusers_is_a_file_of_weights(tmp_path):
+    """As the hub has SD's and EQ-VAE's: ``config.json`` and ``diffusion_pytorch_model.safetensors``, one or several."""
+    model = small()
+    for name, options in (("one", {}), ("several", {"max_shard_size": "20KB"})):
+        model.vae.save_pretrained(tmp_path / name, **options)
+        loaded = load_tokenizer(model.config, str(tmp_path / name), torch.device("cpu"))
+        for key, value in tensors_of(model).items():
+            assert torch.equal(tensors_of(loaded)[key], value), key
+    assert len(list((tmp_path / "several").glob("*.safetensors"))) > 1
+    next((tmp_path / "several").glob("*.safetensors")).unlink()
+    with pytest.raises(CheckpointError, match=r"is incomplete: diffusion_pytorch_model\.safetensors\.index\.json"):
+        load_tokenizer(model.config, str(tmp_path / "several"), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("patch", [1, 2])

@@ -39,6 +39,8 @@ class MaskedScalesConfig(NextScaleConfig):
     def _no_additions(self) -> Self:
         if self.terms or self.noise is not None:
             raise ValueError("masked_scales adds no terms and no noise to its calls: leave out recipe.terms and noise.")
+        if self.schedule in ("full", "alternate", "hybrid"):
+            self.refuse_lists_of_ranks(f"schedule: {self.schedule}")
         return self
 
     @property

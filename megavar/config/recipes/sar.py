@@ -38,12 +38,8 @@ class SARConfig(NextScaleConfig):
 
     @model_validator(mode="after")
     def _passes_of_all_ranks(self) -> "SARConfig":
-        each = self.student_scales == "all" and self.context == "single_step"
-        if each and getattr(self.scale_lists, "per", "step") == "rank":
-            raise ValueError(
-                "student_scales: all with context: single_step is one pass per scale, and with scale_lists.per: rank "
-                "ranks would have different numbers of passes: set scale_lists.per to step or context to prefix"
-            )
+        if self.student_scales == "all" and self.context == "single_step":
+            self.refuse_lists_of_ranks("student_scales: all with context: single_step")
         return self
 
     @property

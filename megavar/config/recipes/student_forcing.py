@@ -1,8 +1,8 @@
 """Naive student forcing."""
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megavar.config.recipes.next_scale import NextScaleConfig
 from megavar.config.rollout import RolloutConfig
@@ -26,6 +26,11 @@ class StudentForcingConfig(NextScaleConfig):
     code's reading, which this is, Hybrid @ 16 is teacher forcing at 256 pixels, yet Table 3 prints 5.90 and 3.83."""
     rollout: RolloutConfig = RolloutConfig(guidance=1.2, top_p=0.96)
     """How tokens are drawn. Not in the paper; the defaults are those with which the public code runs."""
+
+    @model_validator(mode="after")
+    def _passes_of_all_ranks(self) -> Self:
+        self.refuse_lists_of_ranks(f"schedule: {self.schedule}")
+        return self
 
     @property
     def passes_of_step(self) -> tuple[int, int]:

@@ -50,7 +50,12 @@ NAMED = ("guidance", "seed", "weights", "temperature", "top_k", "top_p", "number
 
 
 def open_samples(
-    config: Config, place: Environment, *, conditions: Conditions | None = None, untrained: bool = False
+    config: Config,
+    place: Environment,
+    *,
+    conditions: Conditions | None = None,
+    untrained: bool = False,
+    checkpoint: Path | None = None,
 ) -> Samples:
     """The ``sampling.number`` samples that ``config`` describes.
 
@@ -61,6 +66,7 @@ def open_samples(
         conditions: what they show; None: what the generator is asked for by default, see :func:`default_conditions`.
         untrained: take the weights with which the run begins (random ones, or ``train.initial_weights``) instead of its
             latest checkpoint.
+        checkpoint: of the run, instead of its latest.
 
     Raises:
         ConfigError: the run trains no generator, or its generator cannot be asked for ``conditions``.
@@ -71,7 +77,7 @@ def open_samples(
     limit_threads(config.train.cpu_threads)
     choose_kernels(config.train.precision, config.train.tf32, config.train.deterministic)
     sampling = config.sampling
-    generator, tokenizer, model = _load(config, place.device, untrained)
+    generator, tokenizer, model = _load(config, place.device, untrained, checkpoint)
     settings = sampling.model_dump(mode="json", exclude=set(sampling.changes_no_sample))
     identity = {
         "sampling": {key: value for key, value in settings.items() if key not in ("number", "chunk_size")},
@@ -108,7 +114,9 @@ def _directory(config: Config, weights: str, conditions: Conditions, digest: str
     return parent / "-".join(part for part in (weights, words, digest) if part)
 
 
-def _load(config: Config, device: torch.device, untrained: bool) -> tuple[nn.Module, Tokenizer, dict[str, Any]]:
+def _load(
+    config: Config, device: torch.device, untrained: bool, named: Path | None
+) -> tuple[nn.Module, Tokenizer, dict[str, Any]]:
     """The generator, the tokenizer that it learned from, and what identifies both."""
     weights = require_generator_recipe(config).tokenizer_weights
     drawn = config.sampling.tokenizer_of(config.tokenizer)
@@ -121,7 +129,7 @@ def _load(config: Config, device: torch.device, untrained: bool) -> tuple[nn.Mod
     if untrained:
         model |= fill_initial(generator, config)
     else:
-        checkpoint, manifest = find_checkpoint(Path(config.run.path), verify=False)  # loading verifies it
+        checkpoint, manifest = find_checkpoint(named or Path(config.run.path), verify=False)  # loading verifies it
         check_same(identities(manifest.frozen), found, checkpoint, "train a generator with these.")
         average = config.sampling.weights == "ema"
         load_weights(generator, checkpoint, GENERATOR_MODULE, ema=average, whole=True, together=True)

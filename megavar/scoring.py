@@ -39,12 +39,16 @@ def check(config: Config) -> None:
         check_reconstruction(config.evaluation.reconstruction, config.data)
 
 
-def score(config: Config, place: Environment, *, untrained: bool = False) -> dict[str, float]:
-    """Score the run's latest checkpoint, print a table, write a result file. Collective; rank 0 gets the scores."""
+def score(
+    config: Config, place: Environment, *, untrained: bool = False, checkpoint: Path | None = None
+) -> dict[str, float]:
+    """Score a checkpoint of the run (default: the latest), print a table, write a result file. Collective; rank 0 gets
+    the scores.
+    """
     _refuse_teacher(config)
     if config.recipe.trains == "generator":
-        return _score_generator(config, place, untrained)
-    return _score_tokenizer(config, place)
+        return _score_generator(config, place, untrained, checkpoint)
+    return _score_tokenizer(config, place, checkpoint)
 
 
 def _refuse_teacher(config: Config) -> None:
@@ -68,7 +72,9 @@ def _check_asked(config: Config, suite: Suite[Any]) -> None:
     check_conditions(_with_sampling(config, suite), asked, f"evaluation.suite.name={config.evaluation.suite.name}")
 
 
-def _score_generator(config: Config, place: Environment, untrained: bool) -> dict[str, float]:
+def _score_generator(
+    config: Config, place: Environment, untrained: bool, checkpoint: Path | None
+) -> dict[str, float]:
     """Draw the images that the suite asks for and score them beside its baselines."""
     suite = _checked_suite(config)
     config = _with_sampling(config, suite)
@@ -76,7 +82,8 @@ def _score_generator(config: Config, place: Environment, untrained: bool) -> dic
     name = "untrained model" if untrained else config.run.name
     drawn: dict[str, Samples] = {}
     for row in dict.fromkeys((name, *(["untrained model"] if suite.untrained_beside else []))):
-        samples = open_samples(config, place, conditions=conditions, untrained=row == "untrained model")
+        fresh = row == "untrained model"
+        samples = open_samples(config, place, conditions=conditions, untrained=fresh, checkpoint=checkpoint)
         suite.take_features(samples, place, samples.directory)
         samples.fill(place)
         drawn[row] = samples
@@ -121,10 +128,10 @@ def _reconstruct(tokenizer: Tokenizer, images: Tensor) -> Tensor:
     return tokenizer.decode(tokenizer.tokens(tokenizer.encode(images)))
 
 
-def _score_tokenizer(config: Config, place: Environment) -> dict[str, float]:
+def _score_tokenizer(config: Config, place: Environment, named: Path | None) -> dict[str, float]:
     """Reconstruct the test images and compare."""
     directory = Path(config.run.path)
-    checkpoint, _ = find_checkpoint(directory, verify=False)  # loading verifies it
+    checkpoint, _ = find_checkpoint(named or directory, verify=False)  # loading verifies it
     tokenizer = load_tokenizer(config.tokenizer, str(checkpoint), place.device)
     identity: dict[str, Any] = identify(checkpoint).to_json()
     scores = score_tokenizer(

@@ -47,9 +47,11 @@ def run(options: argparse.Namespace) -> ExitCode:
     runs = [_subject(text, shared, place.device) for text in (options.config, *options.beside)]
     topology.initialize(ParallelConfig(), place)
     limit_threads(runs[0].config.train.cpu_threads)
-    report = resolve(choice)(choice).look(runs)
+    try:
+        report = resolve(choice)(choice).look(runs)
+    finally:
+        topology.shutdown()
     paths = write(report, choice, runs, options.out or runs[0].directory / "analysis")
-    topology.shutdown()
     print(report.text)
     print("\n".join(map(str, paths)), flush=True)
     return ExitCode.FINISHED

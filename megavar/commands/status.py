@@ -91,6 +91,8 @@ def values(record: RunRecord, job: QueuedJob | None = None) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """For people: aligned, one line per run; columns in which no run has anything are left out."""
     cells = [_cells(row) for row in rows]
+    if len({row["run"] for row in rows}) < len(rows):  # seeds of one run, say: their folders tell them apart
+        cells = [line | {"run": f"{row['run']} ({Path(row['directory']).name})"} for line, row in zip(cells, rows)]
     names = [name for name in cells[0] if name in LEFT[:2] or any(row[name] not in ("", "-") for row in cells)]
     lines = [{name: name for name in names}, *cells]
     widths = {name: max(len(line[name]) for line in lines) for name in names}

@@ -1,6 +1,5 @@
 """All that the directory of a run says, gathered for a page."""
 
-import datetime
 import json
 import math
 import re
@@ -94,29 +93,10 @@ class RunFacts:
 
     @cached_property
     def attempts(self) -> list[AttemptSummary]:
-        """By the launcher's ledger; where a run was started by hand, by its own list of starts."""
+        """Where the time of each went."""
         metrics = read_metrics(self.path)
-        entries = self.record.attempts
-        if not all({"started", "steps_before", "attempt"} <= entry.keys() for entry in entries) or not entries:
-            entries = self._by_hand(metrics)
-        if not entries:
-            return []
-        last = max(metrics[-1]["time"] if metrics else 0.0, entries[-1]["started"])
-        return summarize(entries, metrics, time.time() if self.record.alive else math.nextafter(last, math.inf))
-
-    def _by_hand(self, metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        entries: list[dict[str, Any]] = []
-        for number, start in enumerate(self.starts, 1):
-            began = _seconds(str(start.get("started_at", "")))
-            if began is None:
-                continue
-            later = [record["step"] for record in metrics if record["time"] >= began]
-            before = max(0, min(later) - int(self.config.get("logging", {}).get("interval", 1))) if later else 0
-            hosts = [start.get("host")]
-            entries.append({"attempt": number, "started": began, "steps_before": [before], "nodes": hosts})
-        if entries and self.record.state == "finished":
-            entries[-1] |= {"steps_after": [self.record.step], "outcome": "FINISHED"}
-        return entries
+        last = metrics[-1]["time"] if metrics else max([0.0, *(entry["started"] for entry in self.record.attempts)])
+        return summarize(self.record.attempts, metrics, time.time() if self.record.alive else last + 1e-3)
 
     @property
     def restarts(self) -> list[int]:
@@ -174,13 +154,6 @@ class RunFacts:
         if missed:
             return False, f"finished at {at}; misses {', '.join(missed)}"
         return True, f"finished at {at}; meets every threshold"
-
-
-def _seconds(stamp: str) -> float | None:
-    try:
-        return datetime.datetime.strptime(stamp, "%Y-%m-%dT%H:%M:%S%z").timestamp()
-    except ValueError:
-        return None
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -32,6 +32,7 @@ from megavar.config.loading import with_defaults
 from megavar.config.root import Config
 from megavar.errors import CheckpointError, ConfigError
 from megavar.frozen import Identity
+from megavar.training.checkpoint.lock import FILE_NAME as LOCK
 from megavar.training.checkpoint.lock import RunLock
 from megavar.training.provenance import git, now, of_this_start
 
@@ -195,16 +196,16 @@ class RunDirectory:
         if differing:
             listed = "; ".join(f"{key} is {stored.get(key)!r} there and {given.get(key)!r} here" for key in differing)
             raise ConfigError(
-                f"{self.path} belongs to a run with another configuration: {listed}. Restore the values to continue "
-                f"that run; use another directory (run.directory=... or run.name=...) for a run of its own; or go on "
-                f"from its checkpoint with other settings: megavar fork {self.path} NEW {' '.join(differing[:2])} ..."
+                f"{self.path} belongs to a run with another configuration: {listed}. Restore them to continue it, use "
+                f"another run.directory, or go on from its checkpoint: megavar fork {self.path} NEW {differing[0]}=..."
             )
 
     @property
     def begun(self) -> bool:
-        """Whether anything was trained here: until then, another configuration may take the place of the first."""
+        """Whether something was trained here, or another process may be about to: then no other configuration fits."""
+        held = self._lock is None and (self.path / LOCK).exists()
         trained = self.metrics.exists() and self.metrics.stat().st_size > 0
-        return trained or self.done or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
+        return held or trained or self.done or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
 
     def _stored_config(self) -> dict[str, Any]:
         """The configuration that the directory was created with.

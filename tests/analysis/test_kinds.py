@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from megavar.analysis.kinds.convergence import Curve, smoothed, speed_up
+from megavar.analysis.kinds.convergence import Curve, smoothed, speed_up, together
 from megavar.analysis.kinds.embedding_replacement import nearest_others
 from megavar.analysis.kinds.expert_load import load_metrics, normalized
 from megavar.analysis.kinds.exposure_bias import given_places
 from megavar.analysis.kinds.routing_maps import as_map, map_metrics
 from megavar.analysis.kinds.scale_features import separation
+from megavar.analysis.kinds.teacher_probe import accuracies
 from megavar.analysis.sequences import means
 from megavar.analysis.similarity import linear_cka
 from megavar.sampling.base import Known
@@ -77,6 +78,29 @@ def test_speed_up():
     assert smoothed(slow.values)[-1] == pytest.approx(2)  # the mean of the last five
     assert speed_up(fast, slow) == pytest.approx(2, abs=0.05)
     assert math.isinf(speed_up(slow, fast))
+
+
+def test_runs_of_a_name_are_their_mean_with_its_standard_error():
+    one, two = (Curve(np.array(steps), np.array(steps) / 10, np.array(values)) for steps, values in
+                (([10, 20, 30], [9.0, 5, 4]), ([20, 30, 40], [7.0, 8, 1])))  # fmt: skip
+    mean = together([one, two])
+    assert mean.steps.tolist() == [20, 30] and mean.epochs.tolist() == [2, 3] and mean.values.tolist() == [6, 6]
+    assert mean.errors == pytest.approx([1, 2])  # half the difference of two values
+    assert together([one]) is one
+
+
+def test_probes_find_classes_where_there_are_any():
+    """Nearest neighbours by direction, whatever the length; a linear probe also where directions say nothing."""
+    random = np.random.default_rng(0)
+    labels = np.arange(300) % 3
+    directions = random.uniform(0.1, 10, (300, 1)) * (np.eye(3)[labels] + 0.1 * random.normal(size=(300, 3)))
+    features = np.concatenate([directions, directions], 1)
+    assert accuracies(features[:200], labels[:200], features[200:], labels[200:], 20)["knn"] == 1
+    lengths = (10 + 5 * (labels == 2) + random.normal(size=300))[:, None] * (1 + 1e-3 * random.normal(size=(300, 3)))
+    found = accuracies(lengths[:200], labels[:200] == 2, lengths[200:], labels[200:] == 2, 20)
+    assert found["probe"] > 0.95 > 0.8 > found["knn"]
+    nothing = accuracies(features[:200], labels[:200], features[200:], random.permutation(labels[200:]), 20)
+    assert max(nothing.values()) < 0.6
 
 
 def test_both_contexts_have_as_many_true_tokens():

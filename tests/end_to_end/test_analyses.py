@@ -58,9 +58,14 @@ def test_features_convergence_and_times(tiny_run: Path, by_scale: Path, tmp_path
     features = analyze("scale_features", tmp_path, str(tiny_run), "analysis.points=24", *SMALL)
     assert 0 < features["metrics"]["explained"] < 1
     assert len(np.load(tmp_path / "scale_features.npz")["quickstart/places"]) == 3 * 24
-    curves = analyze("convergence", tmp_path, str(tiny_run), "--beside", str(by_scale), *SMALL)
-    held_out = curves["values"]["quickstart"]["loss on test images"]
-    assert len(held_out) >= 2 and held_out[-1] < held_out[0]
+    scored = ("evaluate", str(tiny_run / "config.yaml"), "evaluation.samples=20", "--checkpoint")
+    assert main([*scored, "all"]) == ExitCode.FINISHED
+    more = ("--beside", f"others={by_scale}", "--beside", f"others={by_scale}", "analysis.metric=fd64")
+    curves = analyze("convergence", tmp_path, str(tiny_run), *more, *SMALL)["values"]
+    held_out = curves["quickstart"]["loss on test images"]
+    assert len(held_out) == len(curves["quickstart"]["fd64"]) >= 2 and held_out[-1] < held_out[0]
+    assert curves["quickstart"]["runs"] == 1 and curves["others"]["runs"] == 2
+    assert main([*scored, "step-00000007"]) == ExitCode.CONFIGURATION
     times = analyze("times", tmp_path, str(tiny_run), "analysis.repeats=1")
     assert times["metrics"]["seconds_per_image"] > 0 and times["metrics"]["epoch_minutes"] > 0
 

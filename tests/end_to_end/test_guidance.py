@@ -1,5 +1,6 @@
 """A teacher that a run distils guides another run: exact resume, identities, heads in checkpoints and exports."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megavar.__main__ import main
 from megavar.assembly import load_teacher
 from megavar.commands.train import train
 from megavar.config.loading import load_config
@@ -93,6 +95,20 @@ def test_an_exported_teacher_is_a_choice_too(teachers: tuple[Path, Path], tmp_pa
     assert features[0].shape == (2, 16, 64) and torch.equal(*features)
     with pytest.raises(CheckpointError, match=r"do not exist\. Give a local file"):
         load_teacher(TeacherChoice.make(name="dinov3", weights="nowhere.pth"), torch.device("cpu"))
+
+
+def test_what_a_teacher_knows_is_measured(
+    teachers: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    few = ("analysis.train_images=300", "analysis.test_images=200", "--out", str(tmp_path))
+    assert main(["analyze", "teacher_probe", f"own={teachers[0]}", *few]) == ExitCode.FINISHED
+    values = json.loads((tmp_path / "teacher_probe.json").read_text())["values"]
+    assert (values["train_images"], values["test_images"], values["classes"]) == (300, 200, 10)
+    assert values["pixels"]["knn"] > 0.8 and values["own"] != values["random weights"]
+    assert min(values["own"].values()) > 0.15
+    assert (tmp_path / "teacher_probe.png").exists()
+    assert main(["analyze", "teacher_probe", "configs/quickstart.yaml", *few]) == ExitCode.CONFIGURATION
+    assert "neither distils a teacher" in capsys.readouterr().err
 
 
 def test_a_guided_run(teachers: tuple[Path, Path], tmp_path: Path) -> None:

@@ -50,6 +50,12 @@ def write_run(
     stamps = [datetime.datetime.fromtimestamp(at, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S%z") for at in starts]
     layout = {"layout": {"world_size": 4}, "device": "Some GPU", "commit": "c0ffee", "packages": {"torch": "2"}}
     (path / "attempts.jsonl").write_text("".join(json.dumps({"started_at": s} | layout) + "\n" for s in stamps))
+    ends = [(BEGAN + 61, "FAILED", 0, 50), (BEGAN + 200, "FINISHED", 50, 100)] if restart else [
+        (BEGAN + 100, "FINISHED", 0, 100)
+    ]  # fmt: skip
+    ledger = [{"attempt": number, "started": began, "ended": ended, "outcome": outcome, "first_step": first,
+               "kept_step": kept} for number, (began, (ended, outcome, first, kept)) in enumerate(zip(starts, ends), 1)]
+    (path / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in ledger))
     for step in (50, 100):
         Image.new("RGB", (400, 160), (step, 0, 0)).save(path / f"samples/step-{step:08d}.png")
     np.savez(path / "routing/step-00000100.npz", load=np.ones((2, 3, 2)), targets=np.array(["0", "1"]),

@@ -19,38 +19,56 @@ SMOOTHED = 0.05
 
 @dataclass(frozen=True)
 class Curve:
-    """Values over training."""
+    """Values over training, of one run or in the mean of several."""
 
     steps: np.ndarray
     epochs: np.ndarray
     values: np.ndarray
+    errors: np.ndarray | None = None
+    """Standard errors of the means; None: of one run."""
 
 
 class Convergence(Analysis[ConvergenceAnalysis]):
-    """Runs beside each other; the first one is compared with the others, which are its baselines."""
+    """Runs beside each other; the first is compared with the others, which are its baselines. Runs of one name (seeds:
+    ``LABEL=RUN``) are one curve, their mean."""
 
     def look(self, runs: Sequence[Subject]) -> Report:
         """Read logs and scores, measure checkpoints."""
-        logged = {run.name: _logged(run.directory, self.choice.logged) for run in runs}
-        held_out = {run.name: self._held_out(run, logged[run.name]) for run in runs}
-        scores = {run.name: _scores(run.directory, self.choice.metric, logged[run.name]) for run in runs}
-        curves = {
-            f"{self.choice.logged} in training": logged,
-            "loss on test images": held_out,
-            self.choice.metric: scores,
-        }
+        groups: dict[str, list[Subject]] = {}
+        for run in runs:
+            groups.setdefault(run.name, []).append(run)
+        parts = {name: [self._curves(run) for run in group] for name, group in groups.items()}
+        titles = list(next(iter(parts.values()))[0])
+        curves = {title: {name: together([part[title] for part in found]) for name, found in parts.items()}
+                  for title in titles}  # fmt: skip
         shown = {
             title: found for title, found in curves.items() if any(len(curve.steps) > 1 for curve in found.values())
         }
-        speed = {run.name: speed_up(logged[runs[0].name], logged[run.name]) for run in runs[1:]}
-        metrics = {f"last_{self.choice.logged}": float(smoothed(logged[runs[0].name].values)[-1])}
+        first, *baselines = groups
+        logged = curves[titles[0]]
+        speed = {name: speed_up(logged[first], logged[name]) for name in baselines}
+        metrics = {f"last_{self.choice.logged}": float(smoothed(logged[first].values)[-1])}
         metrics |= {f"speed_up_over_{name}": factor for name, factor in speed.items() if math.isfinite(factor)}
-        arrays = {f"{name}/{title}/{part}": getattr(curve, part) for title, found in curves.items()
-                  for name, curve in found.items() for part in ("steps", "epochs", "values")}  # fmt: skip
+        scored, lines = curves[self.choice.metric], [_compared(first, name, factor) for name, factor in speed.items()]
+        for name in baselines if self.choice.better == "lower" else ():
+            if len(scored[first].steps) > 1 and len(scored[name].steps) > 1:
+                factor = speed_up(scored[first], scored[name])
+                lines.append(f"by {self.choice.metric}: {_compared(first, name, factor)}")
+                metrics |= {f"{self.choice.metric}_speed_up_over_{name}": factor} if math.isfinite(factor) else {}
+        arrays = {f"{name}/{title}/{part}": value for title, found in curves.items() for name, curve in found.items()
+                  for part, value in vars(curve).items() if value is not None}  # fmt: skip
         values = {name: {title: [float(value) for value in found[name].values] for title, found in curves.items()}
-                  for name in logged}  # fmt: skip
-        lines = [_compared(runs[0].name, name, factor) for name, factor in speed.items()]
+                  | {"runs": len(groups[name])} for name in groups}  # fmt: skip
         return Report(metrics, values, arrays, {"": _draw(shown)}, "\n".join(lines))
+
+    def _curves(self, run: Subject) -> dict[str, Curve]:
+        """Of one run by title, the logged one first."""
+        logged = _logged(run.directory, self.choice.logged)
+        return {
+            f"{self.choice.logged} in training": logged,
+            "loss on test images": self._held_out(run, logged),
+            self.choice.metric: _scores(run.directory, self.choice.metric, logged),
+        }
 
     def _held_out(self, run: Subject, logged: Curve) -> Curve:
         """Loss per token of every kept checkpoint on test images."""
@@ -60,6 +78,17 @@ class Convergence(Analysis[ConvergenceAnalysis]):
             steps.append(step_of(checkpoint))
             values.append(sum(one.loss for one in seen) / sum(one.valid for one in seen))
         return _curve(steps, values, logged)
+
+
+def together(curves: Sequence[Curve]) -> Curve:
+    """Mean and standard error at the steps that all have."""
+    if len(curves) == 1:
+        return curves[0]
+    common = sorted(set.intersection(*(set(curve.steps.tolist()) for curve in curves)))
+    kept = [np.isin(curve.steps, common) for curve in curves]
+    values = np.stack([curve.values[keep] for curve, keep in zip(curves, kept)])
+    errors = values.std(0, ddof=1) / math.sqrt(len(values))
+    return Curve(np.array(common), curves[0].epochs[kept[0]], values.mean(0), errors)
 
 
 def _curve(steps: Sequence[int], values: Sequence[float], logged: Curve | None = None) -> Curve:
@@ -123,7 +152,7 @@ def _draw(curves: Mapping[str, Mapping[str, Curve]]) -> Figure:
                 axes.plot(curve.epochs, curve.values, color=color, alpha=0.25, linewidth=1)
                 axes.plot(curve.epochs, smoothed(curve.values), color=color, label=name)
             else:
-                axes.plot(curve.epochs, curve.values, marker="o", color=color, label=name)
+                axes.errorbar(curve.epochs, curve.values, curve.errors, marker="o", capsize=3, color=color, label=name)
         axes.set(title=title, xlabel="epochs", ylabel=title)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)

@@ -12,6 +12,9 @@ class ConvergenceAnalysis(ObservedChoice):
 
     kind: Literal["convergence"] = "convergence"
     metric: str = "fid"
-    """Score that is drawn, where runs were scored at several checkpoints: its name, or what stands before ``@``."""
+    """Score that is drawn, where runs were scored at several checkpoints (``megavar evaluate --checkpoint all``): its
+    name, or what stands before ``@``."""
+    better: Literal["lower", "higher"] = "lower"
+    """Direction of the score; speed-ups by scores are computed where lower is better."""
     logged: str = "loss"
     """Logged value that is drawn, and whose speed-up is computed; lower is better."""

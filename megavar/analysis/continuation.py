@@ -14,8 +14,8 @@ from megavar.conditions import Condition
 from megavar.data.batch import Batch
 from megavar.errors import ConfigError
 from megavar.run_samples import default_conditions
+from megavar.sampling.base import DrawnScale, ScaleByScale
 from megavar.sampling.noise import Noise
-from megavar.sampling.procedures.next_scale import DrawnScale, NextScale
 
 Maps = list[Tensor]
 """Ids [B, L_k] of each scale."""
@@ -38,12 +38,12 @@ class Continuation:
         procedure = build_sampler(
             config, self.observer.generator, self.tokenizer, self.conditions, device
         ).procedure
-        if not isinstance(procedure, NextScale):
+        if not isinstance(procedure, ScaleByScale):
             raise ConfigError(
                 f"The run {run.name} draws with sampling.procedure={config.sampling.procedure!r}: this analysis is of "
                 f"token maps that are drawn one after the other (next_scale, flexvar)."
             )
-        self.procedure: NextScale = procedure
+        self.procedure: ScaleByScale = procedure
         self.sides: tuple[int, ...] = self.tokenizer.space.sides
         self.seed = config.sampling.seed
 

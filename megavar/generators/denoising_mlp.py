@@ -10,6 +10,8 @@ Blocks are shared by tensor-parallel ranks. Shapes: any leading dimensions, C ch
 condition.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -95,34 +97,34 @@ class DenoisingMLP(nn.Module):
         self.modulation = ModulationNetwork(last, 2)
         self.projection = nn.Linear(last.hidden_size, outputs, dtype=dtype)
 
-    def forward(
-        self, noisy: Tensor, times: Tensor, condition: Tensor, hidden_of: list[Tensor] | None = None
-    ) -> Tensor:
+    def forward(self, noisy: Tensor, times: Tensor, condition: Tensor, *, with_hidden: bool = False) -> Any:
         """Predict.
 
         Args:
             noisy: float32 [..., C].
             times: [...].
             condition: [..., Z].
-            hidden_of: gets the output of every block of the first stack, [..., W].
+            with_hidden: return the outputs of the first stack's blocks, too. (A list that is handed in and filled would
+                be lost under ZeRO-3, whose hooks copy arguments.)
 
         Returns:
-            float32 [..., outputs].
+            float32 [..., outputs]; with hidden states a pair of it and a list of [..., W].
         """
         before = noisy.shape[:-1]  # one row per token: shared layers know no more than three dimensions
         noisy, times, condition = noisy.flatten(0, -2), times.flatten(), condition.flatten(0, -2)
         time = self.time(times)
         told, hidden = time + self.condition(condition), self.input(noisy.to(condition.dtype))
+        of_blocks = []
         for block in self.blocks:
             hidden = block(hidden, told)
-            if hidden_of is not None:
-                hidden_of.append(hidden.unflatten(0, before))
+            of_blocks.append(hidden)
         if self.sizes.decoder_width is not None:
             told = hidden = self.bridge(F.silu(time + hidden))
             for block in self.decoder:
                 hidden = block(hidden, told)
         shift, scale = self.modulation(told).unbind(-2)
-        return self.projection(normalize(hidden) * (1 + scale) + shift).float().unflatten(0, before)
+        output = self.projection(normalize(hidden) * (1 + scale) + shift).float().unflatten(0, before)
+        return (output, [one.unflatten(0, before) for one in of_blocks]) if with_hidden else output
 
 
 def _layers(width: int, trunk: TransformerConfig) -> TransformerConfig:

@@ -7,6 +7,7 @@ To add one, write a class with :meth:`Procedure.draw` whose constructor takes it
 Guidance, truncation and the draw itself are in :mod:`.guidance`, :mod:`.filters` and :mod:`.noise`.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -63,4 +64,30 @@ class Completing(Procedure, Protocol):
         self, generator: Any, tokenizer: Any, condition: Condition, noise: Noise | None, known: Known | None
     ) -> Tensor:
         """As :meth:`Procedure.draw`; a token that is known is what later ones are drawn after, and is returned."""
+        ...
+
+
+class DrawnScale(NamedTuple):
+    """One step of a procedure that draws token map after token map."""
+
+    ids: Tensor
+    """int64 [B, L_k]."""
+    logits: Tensor
+    """Guided logits before temperature and truncation, float32 [B, L_k, V]."""
+    state: Any
+    """The tokenizer's, after it took in the ids."""
+
+
+@runtime_checkable
+class ScaleByScale(Protocol):
+    """A procedure that draws token map after token map, and can go on from given ones."""
+
+    def steps(
+        self, generator: Any, tokenizer: Any, condition: Condition, noise: Noise | None, given: Sequence[Tensor] = ()
+    ) -> Iterator[DrawnScale]:
+        """The scales one by one; ``given``: ids [B, L_k] of the first ones, taken as they are."""
+        ...
+
+    def choose(self, logits: Tensor, side: int, uniform: Tensor | None) -> Tensor:
+        """Ids [B, L_k] of a scale of this side from its guided logits [B, L_k, V]."""
         ...

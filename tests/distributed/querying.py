@@ -11,18 +11,23 @@ from megavar.config.experts.base import ExpertsChoice
 from megavar.config.generators.query_ar import QueryARConfig
 from megavar.config.language_model import LanguageModelConfig
 from megavar.config.recipes.vgt import VGTConfig
+from megavar.config.terms.base import TermChoice
 from megavar.config.token_space import TokenSpace
 from megavar.data.text import Text
 from megavar.generators.base import Stage
 from megavar.generators.query_ar import QueryAR
 from megavar.parallel import seeds, topology
 from megavar.parallel.logical import initialize_parameters
+from megavar.recipes.terms.base import heads_of, taps_of
+from megavar.recipes.terms.repa import FlowAlignment
 from megavar.recipes.vgt import QueryFlow
 from tests.distributed import curves
 from tests.distributed.curves import Setup
 
 STEPS, TEXT, VOCABULARY, SIDE, CHANNELS, DEPTH = 3, 6, 40, 3, 4, 4
 SPACE = TokenSpace("latent", (SIDE,), SIDE * SIDE, None, CHANNELS, image_side=SIDE * 4)
+FEATURES = 384
+"""Channels of the teacher that REPA's section names; its features come from a cache."""
 KINDS: dict[str, dict[str, Any]] = {
     "batch": {},
     "sample": {"permutation": "sample", "time_shift_towards": "data", "times": "uniform"},
@@ -60,10 +65,21 @@ def random_values(name: str, value: Tensor, generator: torch.Generator) -> None:
     value.normal_(std=deviation, generator=generator).add_(1.0 if "norm" in name else 0.0)
 
 
+def terms(kind: str) -> list[Any]:
+    """REPA on the flow head, on one kind."""
+    if kind != "sample":
+        return []
+    section = TermChoice.make(
+        name="flow_alignment", projection={"hidden": [8]},
+        teacher={"name": "dinov3", "size": "small", "weights": "none"},
+    )  # fmt: skip
+    return [FlowAlignment(section, None, width=24, depth=2)]
+
+
 def build(setup: Setup, mesh: topology.Topology, kind: str) -> QueryFlow:
-    config = choice(setup)
+    config, more = choice(setup), terms(kind)
     chunks = [
-        QueryAR(config, SPACE, parallel=mesh.config, seed=11,
+        QueryAR(config, SPACE, parallel=mesh.config, seed=11, heads=heads_of(more, SPACE), taps=taps_of(more),
                 stage=Stage.split(DEPTH, mesh.config, mesh.pipeline_rank, chunk))
         for chunk in range(mesh.config.virtual_pipeline)
     ]  # fmt: skip
@@ -72,7 +88,7 @@ def build(setup: Setup, mesh: topology.Topology, kind: str) -> QueryFlow:
     generator = chunks[0] if len(chunks) == 1 else torch.nn.ModuleList(chunks)
     recipe = QueryFlow(
         VGTConfig(tokenizer_weights="unused", **KINDS[kind]), generator, Latents(), classes=0,
-        label_drop=config.caption_drop, seed=5,
+        label_drop=config.caption_drop, seed=5, terms=more,
     )  # fmt: skip
     recipe.empty = EMPTY
     return recipe
@@ -87,7 +103,8 @@ def batches(step: int, data_rank: int, data_size: int, micro_batch_size: int) ->
         mask = torch.arange(TEXT) < lengths
         ids = torch.where(mask, seeds.random_bits(3, "text", keys, torch.arange(TEXT)) % VOCABULARY, 0)
         latents = seeds.normal_tokens(3, "latents", batch.epochs, batch.sample_ids, SPACE.length, CHANNELS)
-        found.append(replace(batch, tokens=None, latents=latents, text_ids=ids, text_mask=mask))
+        features = seeds.normal_tokens(3, "features", batch.epochs, batch.sample_ids, 4, FEATURES)
+        found.append(replace(batch, tokens=None, latents=latents, features=features, text_ids=ids, text_mask=mask))
     return found
 
 

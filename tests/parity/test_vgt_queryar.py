@@ -299,8 +299,8 @@ def test_flow_head_equals_the_reference(case: Case) -> None:
         ),
         head, None, classes=0, label_drop=0.0, seed=0,
     )  # fmt: skip
-    hidden: list[Tensor] = []
-    case.check("output.velocity", head(case["input.x"], case["input.t"], case["input.c"], hidden))
+    velocity, hidden = head(case["input.x"], case["input.t"], case["input.c"], with_hidden=True)
+    case.check("output.velocity", velocity)
     case.check_series("output.hidden", hidden)
     case.check("output.time_embed", head.time(case["input.t"]))
     case.check("output.timestep_sincos", TimeEmbedding.sinusoids(case["input.t"]))

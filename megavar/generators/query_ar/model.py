@@ -109,10 +109,9 @@ class QueryAR(LanguageModel):
         if inputs.noisy is None:
             return condition
         assert inputs.times is not None
-        of_blocks: list[Tensor] = []
-        velocity = -self.head(inputs.noisy, 1 - inputs.times, condition, of_blocks)
+        towards_data, of_blocks = self.head(inputs.noisy, 1 - inputs.times, condition, with_hidden=True)
         self._hidden = {name: one for name, one in zip(self.last_taps, of_blocks) if name in self.wanted}
-        return velocity
+        return -towards_data
 
     def velocity(self, noisy: Tensor, times: Tensor, condition: Tensor) -> Tensor:
         """Velocity of latents on their way, float32 [B, A, channels].

@@ -15,6 +15,7 @@ quantizer.
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ from megavar.data.batch import Batch
 from megavar.errors import ConfigError
 from megavar.parallel.parameter_rule import ParameterRule
 from megavar.parallel.seeds import generator, random_bits
-from megavar.recipes.base import BaseRecipe, Losses, Parts, Pass, WriteRows, frozen
+from megavar.recipes.base import BaseRecipe, KnowsRules, Losses, Parts, Pass, WriteRows, frozen
 from megavar.recipes.tokenizer.adversarial import (
     PatchDiscriminator,
     adaptive_weight,
@@ -37,7 +38,9 @@ from megavar.recipes.tokenizer.adversarial import (
     reconstruction_realism_loss,
     with_gradient,
 )
-from megavar.recipes.tokenizer.codebook import CodebookUpkeep, usage_metrics
+from megavar.recipes.tokenizer.blurred import BlurredDiscriminator
+from megavar.recipes.tokenizer.codebook import NO_UPKEEP, CodebookUpkeep, Upkeep, usage_metrics
+from megavar.tokenizers.logit_distance import LogitDistance
 from megavar.tokenizers.perceptual import VGG16, PerceptualDistance
 from megavar.tokenizers.trainable import Reconstruction, Trainable
 
@@ -51,6 +54,17 @@ class TokenizerInputs(NamedTuple):
     """float32 [B, C, H, W] in [-1, 1]."""
     keys: Tensor
     """int64 [B]: different for every sample and epoch."""
+
+
+class LossWeights(NamedTuple):
+    """What the parts of the reconstruction's loss are multiplied by."""
+
+    l2: float
+    l1: float
+    perceptual: float
+    """Of LPIPS; nothing where it is not configured."""
+    convnext: float
+    """Of the logits' distance; nothing where it is not configured."""
 
 
 class Judgement(NamedTuple):
@@ -82,21 +96,30 @@ class TokenizerTraining(BaseRecipe):
         """
         self.config = config
         self.seed = seed
-        self.tokenizer = _trainable(tokenizer, config)
+        self.tokenizer = self.trainable(tokenizer)
         self.tokenizer.initialize(generator(seed, "initial_autoencoder"))
         self.tokenizer.to(device)
+        self._check_weight()
         self.perceptual: PerceptualDistance | None = None
+        self.convnext: LogitDistance | None = None
+        if config.convnext is not None:
+            self.convnext = LogitDistance(config.convnext.weights, key="recipe.convnext.weights").to(device)
         if config.perceptual is not None:
             files = config.perceptual.vgg16_weights, config.perceptual.lpips_weights
             keys = "recipe.perceptual.vgg16_weights", "recipe.perceptual.lpips_weights"
             self.perceptual = PerceptualDistance(VGG16, *files, keys=keys).to(device)
-        self.discriminator: PatchDiscriminator | None = None
+        self.discriminator: PatchDiscriminator | BlurredDiscriminator | None = None
         space = tokenizer.space
         if config.adversarial is not None:
-            self.discriminator = PatchDiscriminator(config.adversarial, space.image_channels, space.image_side)
+            self.discriminator = (
+                PatchDiscriminator(config.adversarial, space.image_channels, space.image_side)
+                if config.adversarial.network == "patchgan"
+                else BlurredDiscriminator(config.adversarial, space.image_channels)
+            )
             self.discriminator.initialize(generator(seed, "initial_discriminator"))
             self.discriminator.to(device)
-        self.codebook = CodebookUpkeep(config.codebook, self.tokenizer.quantizer, seed, fresh=fresh)
+        upkeep = config.codebook if config.trained == "all" else NO_UPKEEP
+        self.codebook: Upkeep = CodebookUpkeep(upkeep, self.tokenizer.quantizer, seed, fresh=fresh)
         self._dimensions = {  # before an engine empties or flattens parameters
             name: {parameter: value.ndim for parameter, value in module.named_parameters()}
             for name, module in self.modules().items()
@@ -109,6 +132,34 @@ class TokenizerTraining(BaseRecipe):
         assert isinstance(config.recipe, TokenizerTrainingConfig)
         fresh = config.initial_weights is None
         return cls(config.recipe, config.tokenizer, config.train.seed, parts.device, fresh)
+
+    def _check_weight(self) -> None:
+        """Refuse the adaptive weight where there is no last convolution to ask.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        adversarial = self.config.adversarial
+        if adversarial is not None and adversarial.adaptive and not self.tokenizer.ends_in_convolution:
+            raise ConfigError(
+                "recipe.adversarial.adaptive balances gradients at a last 3x3 convolution, and this tokenizer does not "
+                "end in one. Set recipe.adversarial.adaptive=false."
+            )
+
+    def trainable(self, choice: TokenizerChoice) -> Any:
+        """The tokenizer, if this recipe can train it."""
+        tokenizer, recipe = resolve(choice)(choice), self.config
+        if not isinstance(tokenizer, Trainable):
+            raise ConfigError(
+                f"The recipe {recipe.name!r} trains VQ tokenizers by reconstruction, and tokenizer.name={choice.name} "
+                f"is none of them. Choose the recipe that trains it."
+            )
+        if recipe.smaller_images > len(tokenizer.separate_scales):
+            raise ConfigError(
+                f"recipe.smaller_images={recipe.smaller_images}, but tokenizer.name={choice.name} has "
+                f"{len(tokenizer.separate_scales)} coarser scales that are images by themselves. Lower it."
+            )
+        return tokenizer
 
     def modules(self) -> dict[str, nn.Module]:
         """The autoencoder, and the discriminator if there is one."""
@@ -129,7 +180,7 @@ class TokenizerTraining(BaseRecipe):
             smaller = [
                 Pass(
                     functools.partial(self.reconstruction, side=side),
-                    functools.partial(self.smaller_loss, side=side, share=share),
+                    functools.partial(self.smaller_loss, step=step, side=side, share=share),
                 )
                 for side in sides
             ]
@@ -151,13 +202,22 @@ class TokenizerTraining(BaseRecipe):
     def judgement(self, model: Callable[..., Tensor], inputs: TokenizerInputs) -> Judgement:
         """Images and their reconstructions through the discriminator."""
         with torch.no_grad():
-            reconstruction = self.tokenizer(inputs.images, inputs.keys).images
+            reconstruction = self.reconstruction(self.tokenizer, inputs).images
         return Judgement(*model(torch.cat([inputs.images, reconstruction])).float().chunk(2))
 
-    def smaller_loss(self, output: Reconstruction, inputs: TokenizerInputs, side: int, share: float) -> Losses:
+    def weights(self, step: int) -> LossWeights:
+        """The configured ones, in every step."""
+        config = self.config
+        perceptual = 0.0 if config.perceptual is None else config.perceptual.weight
+        convnext = 0.0 if config.convnext is None else config.convnext.weight
+        return LossWeights(config.l2_weight, config.l1_weight, perceptual, convnext)
+
+    def smaller_loss(
+        self, output: Reconstruction, inputs: TokenizerInputs, step: int, side: int, share: float
+    ) -> Losses:
         """Of the smaller images of one scale; what they should be is the area-resized original."""
         originals = F.interpolate(inputs.images, size=output.images.shape[-2:], mode="area")
-        loss, terms = self._reconstruction_loss(output.images.float(), originals)
+        loss, terms = self._reconstruction_loss(output.images.float(), originals, self.weights(step))
         total = share * (loss + self.config.quantizer_weight * output.quantized.loss)
         images = len(inputs.images)
         error = terms["squared_error"].detach() * images, images
@@ -170,13 +230,15 @@ class TokenizerTraining(BaseRecipe):
         adversarial = self.active("discriminator", step)
         # To balance two losses their gradients at the reconstructions are needed one by one: see _add_realism.
         images = output.images.detach().requires_grad_() if adversarial else output.images
-        reconstruction, named = self._reconstruction_loss(images.float(), inputs.images)
+        reconstruction, named = self._reconstruction_loss(images.float(), inputs.images, self.weights(step))
         total = reconstruction
         if adversarial:
             total, more = self._add_realism(reconstruction, images, output)
             named |= more
         named["quantizer"] = output.quantized.loss
         total = total + self.config.quantizer_weight * output.quantized.loss
+        beside, more = self.beside(output, inputs)
+        total, named = total + beside, named | more
         if torch.is_grad_enabled():
             self.codebook.observe(step, output.quantized, inputs.keys)
         named = {"loss": total} | named
@@ -188,15 +250,23 @@ class TokenizerTraining(BaseRecipe):
         }
         return _sums(share * total, named, len(inputs.images), statistics)
 
-    def _reconstruction_loss(self, images: Tensor, originals: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def beside(self, output: Reconstruction, inputs: TokenizerInputs) -> tuple[Tensor | float, dict[str, Tensor]]:
+        """What a tokenizer's training adds to the losses of the full images, a mean, and its unweighted terms."""
+        return 0.0, {}
+
+    def _reconstruction_loss(
+        self, images: Tensor, originals: Tensor, weights: LossWeights
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Pixel plus perceptual loss of reconstructions, scalar, and its unweighted terms."""
-        config = self.config
         error = images - originals
         terms = {"squared_error": error.square().mean(), "absolute_error": error.abs().mean()}
-        total = config.l2_weight * terms["squared_error"] + config.l1_weight * terms["absolute_error"]
-        if self.perceptual is not None and config.perceptual is not None:
+        total = weights.l2 * terms["squared_error"] + weights.l1 * terms["absolute_error"]
+        if self.perceptual is not None and weights.perceptual > 0:
             terms["perceptual"] = self.perceptual(images, originals).mean()
-            total = total + config.perceptual.weight * terms["perceptual"]
+            total = total + weights.perceptual * terms["perceptual"]
+        if self.convnext is not None and weights.convnext > 0:
+            terms["logit_distance"] = self.convnext(images, originals).mean()
+            total = total + weights.convnext * terms["logit_distance"]
         return total, terms
 
     def _add_realism(
@@ -216,7 +286,9 @@ class TokenizerTraining(BaseRecipe):
             (of_reconstruction,) = torch.autograd.grad(reconstruction, images)
             (of_realism,) = torch.autograd.grad(realism, images)
             if adversarial.adaptive:
-                weight = weight * adaptive_weight(of_reconstruction, of_realism, output.last_features, adversarial)
+                features = output.last_features
+                assert features is not None
+                weight = weight * adaptive_weight(of_reconstruction, of_realism, features, adversarial)
             gradient = of_reconstruction + weight * of_realism
             total = with_gradient(reconstruction + weight * realism, output.images, gradient)
         else:
@@ -241,12 +313,23 @@ class TokenizerTraining(BaseRecipe):
         return self.config.adversarial is not None and step >= self.config.adversarial.start_step
 
     def rule(self, module: str, parameter: str) -> ParameterRule:
-        """Weight decay applies to convolutions; not to vectors, nor to codes, which it would pull off their data."""
-        return ParameterRule(decays=self._dimensions[module][parameter] > 2)
+        """Weight decay applies to convolutions; not to vectors, nor to codes, which it would pull off their data.
+
+        Transformers say themselves what decays.
+        """
+        frozen = module == "autoencoder" and self.frozen_parameter(parameter)
+        own = self.modules()[module]
+        if isinstance(own, KnowsRules):
+            return replace(own.rule(parameter), frozen=frozen)
+        return ParameterRule(decays=self._dimensions[module][parameter] > 2, frozen=frozen)
+
+    def frozen_parameter(self, name: str) -> bool:
+        """Whether a parameter of the autoencoder is not trained at all."""
+        return self.config.trained == "decoder" and not name.startswith(self.tokenizer.decoding)
 
     def summarize(self, statistics: dict[str, Tensor]) -> dict[str, float]:
         """Peak signal-to-noise ratio in dB, perplexity and share of used codes per scale."""
-        metrics = usage_metrics(statistics["codebook_usage"], self.tokenizer.quantizer.scales)
+        metrics = usage_metrics(statistics["codebook_usage"], self.tokenizer.quantizer.parts)
         mean_square = statistics["squared_error"] / statistics["pixels"]
         return metrics | {"psnr": float(10 * torch.log10(_PEAK_TO_PEAK**2 / mean_square.clamp_min(1e-12)))}
 
@@ -255,22 +338,6 @@ class TokenizerTraining(BaseRecipe):
         replacement = self.codebook.after_step(step)
         if replacement is not None:
             write_rows(self.tokenizer.quantizer.embedding.weight, replacement.rows, replacement.vectors)
-
-
-def _trainable(choice: TokenizerChoice, recipe: TokenizerTrainingConfig) -> Any:
-    """The tokenizer, if this recipe can train it."""
-    tokenizer = resolve(choice)(choice)
-    if not isinstance(tokenizer, Trainable):
-        raise ConfigError(
-            f"The recipe {recipe.name!r} trains VQ tokenizers by reconstruction, and tokenizer.name={choice.name} is "
-            f"none of them. Choose the recipe that trains it."
-        )
-    if recipe.smaller_images > len(tokenizer.separate_scales):
-        raise ConfigError(
-            f"recipe.smaller_images={recipe.smaller_images}, but tokenizer.name={choice.name} has "
-            f"{len(tokenizer.separate_scales)} coarser scales that are images by themselves. Lower it."
-        )
-    return tokenizer
 
 
 def _sums(total: Tensor, named: dict[str, Tensor], images: int, statistics: dict[str, Tensor] | None = None) -> Losses:

@@ -6,7 +6,6 @@ Sources: VAR (arXiv:2404.02905) section 3.2; FoundationVision/VAR ``models/var.p
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,22 +14,12 @@ from megavar.conditions import Condition
 from megavar.config.procedures.next_scale import NextScaleSampling
 from megavar.generators.base import Generator
 from megavar.generators.inputs import ScaleInputs
+from megavar.sampling.base import DrawnScale
 from megavar.sampling.filters import truncate
 from megavar.sampling.guidance import guide, linear
 from megavar.sampling.noise import FiniteLogits, Noise, pick
 from megavar.tokenizers.base import Pyramid
 from megavar.transformer.cache import KeyValueCache
-
-
-class DrawnScale(NamedTuple):
-    """One step."""
-
-    ids: Tensor
-    """int64 [B, L_k]."""
-    logits: Tensor
-    """Guided logits before temperature and truncation, float32 [B, L_k, V]."""
-    state: Any
-    """The tokenizer's, after it took in the ids."""
 
 
 class NextScale:

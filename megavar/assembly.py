@@ -24,6 +24,7 @@ from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.data.build import build_text
 from megavar.data.caches import CachedSamples, weights_sha256
 from megavar.data.source import Source
+from megavar.data.token_file import TokenFile
 from megavar.data.text import TextEncoder
 from megavar.errors import CheckpointError, ConfigError
 from megavar.generators.base import Stage
@@ -39,12 +40,19 @@ from megavar.weight_layout import WeightLayout
 PARAMETER_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def load_tokenizer(config: TokenizerChoice, weights: str, device: torch.device, together: bool = False) -> Any:
+def load_tokenizer(
+    config: TokenizerChoice,
+    weights: str,
+    device: torch.device,
+    together: bool = False,
+    key: str = "recipe.tokenizer_weights",
+) -> Any:
     """A trained tokenizer in float32, frozen: an ``nn.Module`` with the methods of ``megavar.tokenizers.base``.
 
     Args:
         weights: a megavar run or checkpoint of a tokenizer, an export, or a file in a public layout of the tokenizer.
         together: all ranks call it at this time, see :func:`megavar.frozen.load`.
+        key: that of the configuration which names them, for errors.
 
     Raises:
         CheckpointError: the weights are missing, damaged, or of another tokenizer.
@@ -53,7 +61,7 @@ def load_tokenizer(config: TokenizerChoice, weights: str, device: torch.device, 
     path = Path(weights)
     if not path.exists():
         raise CheckpointError(
-            f"recipe.tokenizer_weights: {weights} does not exist. Train the tokenizer first (list its configuration "
+            f"{key}: {weights} does not exist. Train the tokenizer first (list its configuration "
             f"under run.requires to have it trained automatically), or give a file in a public layout."
         )
     layouts = weight_layouts(config, config.space)
@@ -272,7 +280,7 @@ class Assembly:
     def _tokenizer(self) -> Any:
         weights = require_generator_recipe(self.config).tokenizer_weights
         tokenizer = load_tokenizer(self.config.tokenizer, weights, self.device, together=True)
-        if isinstance(self.source, CachedSamples):
+        if isinstance(self.source, CachedSamples | TokenFile):
             self.source.check_tokenizer(tokenizer)
         return tokenizer
 
@@ -287,6 +295,10 @@ class Assembly:
         teacher = load_teacher(choice, torch.device("cpu"))
         self.source.check_teacher(teacher_sha256(choice, teacher))
         return teacher
+
+    def frozen_tokenizer(self, choice: TokenizerChoice, weights: str, key: str) -> Any:
+        """Another frozen tokenizer; see :func:`load_tokenizer`."""
+        return load_tokenizer(choice, weights, self.device, together=True, key=key)
 
     def fresh_tokenizer(self) -> Any:
         """The tokenizer that the run trains, not initialized and on the CPU."""

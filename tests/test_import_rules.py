@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "weight_folder": set(),
     # Model mathematics.
     "transformer": {"config", "parallel"},
-    "tokenizers": {"config", "parallel", "weight_file", "weight_layout"},
+    "tokenizers": {"config", "parallel", "weight_file", "weight_folder", "weight_layout"},
     "generators": {"config", "parallel", "transformer", "weight_layout"},
     "teachers": {"config", "weight_layout"},
     "recipes": {"config", "parallel", "data", "flow_matching", "generators", "sampling", "teachers", "tokenizers"},

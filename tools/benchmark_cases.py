@@ -152,7 +152,7 @@ def overhead(bench: Bench) -> Part:
     name, model = trained_module(bare)
     rules = parameter_rules(model, functools.partial(bare.rule, name))
     optimizer = build_optimizer(bench.config.optimizer, name, parameter_groups(model, rules))
-    set_rates(optimizer, LEARNING_RATE, WEIGHT_DECAY)
+    set_rates(optimizer, LEARNING_RATE, WEIGHT_DECAY, 0)
     batch = bench.tokens() or bench.images()
     inputs, clipping = bare.prepare(batch, 0), bench.config.optimizer.gradient_clipping or float("inf")
 

@@ -148,6 +148,19 @@ class CacheSource(Section):
     """The images that are cached; test images, and the captions of text-image pairs, always come from there."""
 
 
+class TokenFileSource(Section):
+    """Token ids as RAR's authors publish them: a text file, one JSON object ``{"class_id": 207, "tokens": [...]}`` per
+    line (``maskgitvq.jsonl``). An epoch goes over all lines, ten of which are the ten crops of an image."""
+
+    name: Literal["token_file"] = "token_file"
+    path: PathText
+    """The file. Where its lines begin is kept beside it (``NAME.index.npy``, ``NAME.index.json``)."""
+    classes: int = Field(1000, ge=1)
+    """Number of classes, which the file does not say."""
+    images: ImagesConfig | None = None
+    """The images of which the file was made: test images come from there."""
+
+
 SourceConfig = Annotated[
     DigitsSource
     | PhotographsSource
@@ -156,7 +169,8 @@ SourceConfig = Annotated[
     | WebDatasetSource
     | PairsSource
     | MixtureSource
-    | CacheSource,
+    | CacheSource
+    | TokenFileSource,
     Field(discriminator="name"),
 ]
 

@@ -19,6 +19,7 @@ from megavar.data.shapes import Shapes
 from megavar.data.source import Source, Split
 from megavar.data.streaming import ShardStreams, StreamLoader
 from megavar.data.text import TextEncoder, whole_text
+from megavar.data.token_file import TokenFile
 from megavar.data.transforms import Transform
 from megavar.data.webdataset import ShardFolder
 from megavar.errors import ConfigError, DataError
@@ -53,6 +54,10 @@ def build_source(config: DataConfig, split: Split = "train") -> Source:
             if split == "test":
                 return build_source(of_images(config), split)
             return _cache(config, source)
+        case config_room.TokenFileSource():
+            if split == "test":
+                return build_source(of_images(config), split)
+            return TokenFile(split, Path(source.path), source.classes)
         case config_room.WebDatasetSource():
             if source.order == "stream" and split == "train":
                 folder, key = Path(source.path), source.caption_key
@@ -68,9 +73,19 @@ def build_source(config: DataConfig, split: Split = "train") -> Source:
 
 
 def of_images(config: DataConfig) -> DataConfig:
-    """The same configuration with the images themselves as source, where a cache of them is named."""
-    if isinstance(config.source, config_room.CacheSource):
-        return config.model_copy(update={"source": config.source.images})
+    """The same configuration with the images themselves as source, where a cache or a file of their tokens is named.
+
+    Raises:
+        ConfigError: there is a file of tokens, and nothing says where the images are.
+    """
+    source = config.source
+    if isinstance(source, config_room.TokenFileSource) and source.images is None:
+        raise ConfigError(
+            f"Images are needed, but data.source is the token file {source.path} alone. Set data.source.images to those "
+            f"of which it was made."
+        )
+    if isinstance(source, config_room.CacheSource | config_room.TokenFileSource):
+        return config.model_copy(update={"source": source.images})
     return config
 
 

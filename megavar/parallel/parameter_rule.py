@@ -1,5 +1,6 @@
 """How one parameter is trained: what models and recipes say about it, and optimizers follow."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +15,10 @@ class ParameterRule:
     """The learning rate of this tensor over that of its module (VGT trains its encoder with half of it)."""
     frozen: bool = False
     """Not trained at all: no gradient, no optimizer state; checkpoints hold its weights all the same."""
+    first_step: int = 0
+    """First step of the run in which it is trained; before it nothing changes it."""
+    end_step: float = math.inf
+    """First step in which it is trained no longer: nothing changes it from then on."""
 
 
 Rule = Callable[[str], ParameterRule]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megavar.config.data import CacheSource
+from megavar.config.data import CacheSource, TokenFileSource
 from megavar.config.deepspeed import complete_deepspeed, load_deepspeed_json
 from megavar.config.root import Config
 from megavar.errors import ConfigError
@@ -260,7 +260,8 @@ def usable_seconds(limit: float) -> float:
 
 def reads_tokens(config: Config) -> bool:
     """Whether the data source yields cached tokens, so that no image is encoded while training."""
-    return isinstance(config.data.source, CacheSource) and config.data.source.content == "tokens"
+    source = config.data.source
+    return isinstance(source, TokenFileSource) or isinstance(source, CacheSource) and source.content == "tokens"
 
 
 def teacher_costs(config: Config) -> tuple[TokenizerCost, ...]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from megavar.config.root import Config
 from megavar.config.teachers.base import TeacherChoice
+from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.data.batch import Batch
 from megavar.data.text import TextEncoder
 from megavar.parallel.parameter_rule import ParameterRule
@@ -101,6 +102,10 @@ class Parts(Protocol):
         """The frozen tokenizer whose tokens a generator learns (``megavar.tokenizers.base``)."""
         ...
 
+    def frozen_tokenizer(self, choice: TokenizerChoice, weights: str, key: str) -> Any:
+        """Another frozen tokenizer, whose weights the key ``key`` of the configuration names."""
+        ...
+
     def fresh_tokenizer(self) -> Any:
         """The tokenizer that the run trains, not initialized and on the CPU."""
         ...
@@ -155,6 +160,10 @@ class Recipe(Protocol):
 
     def active(self, module: str, step: int) -> bool:
         """Whether ``module`` is trained at ``step`` (a discriminator starts late)."""
+        ...
+
+    def rate_factor(self, step: int) -> float:
+        """By what the learning rate of ``optimizer.schedule`` is multiplied: 1, where a recipe has no phases."""
         ...
 
     def collect(self) -> dict[str, Tensor]:
@@ -225,6 +234,10 @@ class BaseRecipe:
     def active(self, module: str, step: int) -> bool:
         """Always."""
         return True
+
+    def rate_factor(self, step: int) -> float:
+        """1."""
+        return 1.0
 
     def collect(self) -> dict[str, Tensor]:
         """What routers of experts recorded; sums, zero for blocks of other stages."""

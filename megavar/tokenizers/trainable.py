@@ -20,19 +20,32 @@ class Codes(nn.Embedding):
         return self.weight.detach().float().clone() if ids is None else F.embedding(ids, self.weight.float())
 
 
+class MixedCodes(nn.Embedding):
+    """Code vectors that are mixed: shares [..., V] -> float32 [..., C], with gradient to both."""
+
+    def forward(self, shares: Tensor) -> Tensor:
+        """Mix."""
+        return shares.float() @ self.weight.float()
+
+
 class QuantizerOutput(NamedTuple):
     """The result of a training forward pass."""
 
     features: Tensor
-    """f_hat with the gradient passed straight through to f, [B, C, H, W]."""
+    """f_hat with the gradient passed straight through to f, [B, C, H, W], or [B, L, C] of a line."""
     loss: Tensor
-    """Codebook loss plus ``commitment_weight`` times commitment loss, averaged over scales, scalar."""
+    """Codebook loss plus ``commitment_weight`` times commitment loss, averaged over parts, scalar."""
     ids: list[Tensor]
-    """Tokens per scale, int64 [B, h*w]."""
+    """Tokens per part, int64 [B, h*w]."""
     targets: Tensor
-    """Every vector that was quantized, [B, L, C], scales in order, no gradient."""
+    """Every vector that was quantized, [B, L, C], parts in order, no gradient."""
     usage: Tensor
-    """How often each code was chosen at each scale in this batch, float32 [K, V]."""
+    """How often each code was chosen in each part in this batch, float32 [K, V]."""
+
+
+def by_side(sides: tuple[int, ...]) -> dict[str, int]:
+    """The parts of a row of tokens that are square maps."""
+    return {f"scale_{side:02d}": side * side for side in sides}
 
 
 class Reconstruction(NamedTuple):
@@ -42,9 +55,10 @@ class Reconstruction(NamedTuple):
     """Reconstructions, not clamped, [B, 3, H, W]."""
     quantized: QuantizerOutput
     """Quantizer loss, tokens, usage and the vectors that were quantized."""
-    last_features: Tensor
+    last_features: Tensor | None
     """Input of the decoder's last convolution without gradient, [B, C, H, W]: enough to compute the gradient of a loss
-    with respect to that convolution's weight (VQGAN's adaptive weight) outside the module."""
+    with respect to that convolution's weight (VQGAN's adaptive weight) outside the module. None where the images are
+    not what a 3x3 convolution made."""
 
 
 class Quantizer(Protocol):
@@ -53,13 +67,13 @@ class Quantizer(Protocol):
     embedding: Codes
 
     @property
-    def scales(self) -> tuple[int, ...]:
-        """Sides of the K maps whose usage is told apart."""
+    def parts(self) -> dict[str, int]:
+        """The K parts of a row of tokens whose usage is told apart, in order: their names, and how long they are."""
         ...
 
     @property
     def usage_average(self) -> Tensor:
-        """A persistent buffer, float32 [K, V]: the recipe keeps each code's usage per scale in it."""
+        """A persistent buffer, float32 [K, V]: the recipe keeps each code's usage per part in it."""
         ...
 
 
@@ -76,6 +90,11 @@ class Trainable(Protocol):
     def quantizer(self) -> Quantizer:
         """Its codebook."""
         ...
+
+    ends_in_convolution: bool
+    """Whether a 3x3 convolution makes the images, which the adaptive weight asks for."""
+    decoding: tuple[str, ...]
+    """Beginnings of the names of the parameters that come after the tokens; all others decide the tokens."""
 
     @property
     def separate_scales(self) -> tuple[int, ...]:

@@ -207,13 +207,15 @@ class Engine:
             share = share + losses.per_image * (parts / divisors.images)
         return share
 
-    def step(self, learning_rate: float, weight_decay: float) -> StepResult:
+    def step(self, learning_rate: float, weight_decay: float, step: int = 0) -> StepResult:
         """Reduce gradients, clip them, update, and clear them. Collective.
+
+        ``step`` is that of the run: it decides which of the parameters with first and last steps are trained.
 
         A norm that is not finite skips the update, on all ranks alike: DeepSpeed's ZeRO optimizers do so themselves
         (zero/stage_1_and_2.py:3042, zero/stage3.py:2888), stage 0 in :class:`ClippedStep`.
         """
-        set_rates(self.deepspeed.optimizer, learning_rate, weight_decay)
+        set_rates(self.deepspeed.optimizer, learning_rate, weight_decay, step)
         self.deepspeed.step()
         self._forget_gradients()
         if self._clipped is not None:

@@ -63,6 +63,11 @@ class ClippedStep:
 
     def _before_step(self, optimizer: torch.optim.Optimizer, arguments: Any, options: Any) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for group in optimizer.param_groups:
+            if "key" in group and group["key"].timed:  # all count the same steps, as under ZeRO
+                for parameter in group["params"]:
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
         self.norm = global_norm(parameters).item()
         self.applied = self.norm < float("inf")  # false for NaN, too
         if not self.applied:

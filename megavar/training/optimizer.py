@@ -1,5 +1,6 @@
 """AdamW with parameter groups by explicit rules."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -22,6 +23,13 @@ class GroupKey(NamedTuple):
     """DeepSpeed's name of the experts' process groups; empty for other parameters."""
     undecayed: bool
     lr_factor: float
+    first_step: int = 0
+    end_step: float = math.inf
+
+    @property
+    def timed(self) -> bool:
+        """Whether its parameters are trained in some of the run's steps only."""
+        return self.first_step > 0 or self.end_step < math.inf
 
 
 def parameter_rules(module: nn.Module, rule: Rule) -> dict[str, ParameterRule]:
@@ -61,7 +69,8 @@ def parameter_groups(module: nn.Module, rules: dict[str, ParameterRule]) -> list
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             expert = getattr(parameter, "group_name", "") if getattr(parameter, "allreduce", True) is False else ""
-            key = GroupKey(expert, not rules[name].decays, rules[name].lr_factor)
+            rule = rules[name]
+            key = GroupKey(expert, not rule.decays, rule.lr_factor, rule.first_step, rule.end_step)
             groups.setdefault(key, []).append(parameter)
     return [_group(key, groups[key]) for key in sorted(groups)]
 
@@ -71,7 +80,8 @@ def _group(key: GroupKey, parameters: list[nn.Parameter]) -> dict[str, Any]:
     if key.expert:
         return group | {"moe": True, "name": key.expert}
     factor = "" if key.lr_factor == 1 else f" at {key.lr_factor:g} of the learning rate"
-    return group | {"name": ("undecayed" if key.undecayed else "decayed") + factor}
+    steps = f" in steps {key.first_step} to {key.end_step:g}" if key.timed else ""
+    return group | {"name": ("undecayed" if key.undecayed else "decayed") + factor + steps}
 
 
 @contextmanager
@@ -131,8 +141,24 @@ def build_optimizer(config: OptimizerConfig, module_name: str, groups: list[dict
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.epsilon, weight_decay=0.0, fused=True)
 
 
-def set_rates(optimizer: Any, learning_rate: float, weight_decay: float) -> None:
-    """Set the values of the next step on ``optimizer`` (torch's, or DeepSpeed's around it)."""
+def set_rates(optimizer: Any, learning_rate: float, weight_decay: float, step: int) -> None:
+    """Set the values of step ``step`` on ``optimizer`` (torch's, or DeepSpeed's around it).
+
+    A group outside of its steps has the learning rate 0, with which AdamW changes no bit of a weight: neither what its
+    moments still hold nor decay moves it. All groups count the same steps, so in a group that begins late AdamW would
+    correct its fresh moments as if they were old; rate and decay make up for that.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate * group["key"].lr_factor
-        group["weight_decay"] = 0.0 if group["key"].undecayed else weight_decay
+        key: GroupKey = group["key"]
+        late = _late_start(key.first_step, step, group["betas"]) if key.first_step <= step < key.end_step else 0.0
+        group["lr"] = learning_rate * key.lr_factor * late
+        group["weight_decay"] = 0.0 if key.undecayed or late == 0 else weight_decay / late
+
+
+def _late_start(first_step: int, step: int, betas: tuple[float, float]) -> float:
+    """AdamW's factor of its moments after the steps since ``first_step``, over the one that it applies after all."""
+    if first_step == 0:
+        return 1.0
+    since, after_all = step - first_step + 1, step + 1
+    (m, v), (m_all, v_all) = ([1 - beta**count for beta in betas] for count in (since, after_all))
+    return m_all / m * math.sqrt(v / v_all)

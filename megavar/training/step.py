@@ -111,7 +111,7 @@ def train_step(
         with others_frozen(engines, name):
             passes = recipe.passes(name, step)
             engines[name].run(passes, inputs, divisors, observe, keep_inputs=name != active[-1])
-        result = engines[name].step(*rates(name, step))
+        result = engines[name].step(*rates(name, step), step)
         metrics.add_step(name, result)
         applied = applied and result.applied
     return applied

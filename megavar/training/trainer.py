@@ -209,7 +209,7 @@ class Trainer:
         config = self.setup.optimizer
         peak = schedules.peak_learning_rate(config, self.setup.train.global_batch_size, name)
         rate = schedules.learning_rate(config.schedule, peak, step, self.total_steps, self.steps_per_epoch)
-        return rate, schedules.weight_decay(config, step, self.total_steps, name)
+        return rate * self.recipe.rate_factor(step), schedules.weight_decay(config, step, self.total_steps, name)
 
     # -- around the step ----------------------------------------------------------------------------------------------
 

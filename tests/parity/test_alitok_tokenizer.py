@@ -38,7 +38,7 @@ def build(case: Case) -> AliTok:
     assert config.side == given["grid_size"] and config.space.length == given["num_latent_tokens"]
     model = AliTok(config)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    model.load_state_dict(AliTokLayout(config, config.space).load(stored, expected))
+    model.load_state_dict(model.state_dict() | AliTokLayout(config, config.space).load(stored, expected))
     return model
 
 

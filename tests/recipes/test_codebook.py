@@ -176,7 +176,7 @@ def test_usage_metrics():
     usage = torch.zeros(2, 4)
     usage[0, 1] = 6  # collapsed
     usage[1] = torch.tensor([1.0, 1.0, 2.0, 0.0])
-    metrics = usage_metrics(usage, (1, 2))
+    metrics = usage_metrics(usage, ("scale_01", "scale_02"))
     assert metrics["perplexity/scale_01"] == pytest.approx(1)
     assert metrics["perplexity/scale_02"] == pytest.approx(2**1.5)
     assert metrics["codes_used/scale_01"] == 0.25

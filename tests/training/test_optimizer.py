@@ -45,7 +45,7 @@ def test_groups_follow_the_rule_and_nothing_else():
 def test_rates_reach_the_right_groups():
     config = OptimizerConfig(betas=(0.8, 0.9), modules={"other": OptimizerOverrides(betas=(0.5, 0.6))})
     optimizer = build_optimizer(config, "generator", groups_of(Module()))
-    set_rates(optimizer, 0.1, 0.02)
+    set_rates(optimizer, 0.1, 0.02, 0)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.02, 0.0, 0.02, 0.0]
     assert {group["lr"] for group in optimizer.param_groups} == {0.1}
     assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
@@ -55,7 +55,7 @@ def test_rates_reach_the_right_groups():
 def test_decay_is_decoupled_and_only_where_allowed():
     module = Module()
     optimizer = build_optimizer(OptimizerConfig(), "module", groups_of(module))
-    set_rates(optimizer, 0.1, 0.5)
+    set_rates(optimizer, 0.1, 0.5, 0)
     before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None

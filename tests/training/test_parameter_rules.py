@@ -70,6 +70,63 @@ def whole(engine):
         return {name: value.detach().clone() for name, value in engine.module.named_parameters()}
 
 
+BEGINS, ENDS = 2, 4
+
+
+def timed_rule(name):
+    """The first layer is trained in steps 0 to 3, the second from step 2 on."""
+    return ParameterRule(end_step=ENDS) if name.startswith("first") else ParameterRule(first_step=BEGINS)
+
+
+class InTime(tiny.Model):
+    """In the first steps the second layer gets no gradient, in the last steps the first gets none."""
+
+    def forward(self, x, step):
+        with torch.set_grad_enabled(step < ENDS):
+            hidden = torch.tanh(self.first(x))
+        return hidden[:, :3] if step < BEGINS else self.second(hidden)
+
+
+def timed_plain_torch():
+    """Two optimizers, one for each layer, that step only in its steps."""
+    model = InTime()
+    rates = {"lr": tiny.LEARNING_RATE, "betas": tiny.OPTIMIZER.betas, "weight_decay": tiny.WEIGHT_DECAY}
+    optimizers = [torch.optim.AdamW(layer.parameters(), **rates) for layer in (model.first, model.second)]
+    norms = []
+    for step in range(6):
+        x, target = tiny.batch(step)
+        model.zero_grad()
+        tiny.loss_of(model(x, step), target).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), tiny.CLIP)))
+        for optimizer, trained in zip(optimizers, (step < ENDS, step >= BEGINS)):
+            optimizer.step() if trained else None
+    return norms, model.state_dict()
+
+
+def train_in_time(stage):
+    engine, mesh, size = tiny.build_engine(stage, rule=timed_rule, module=InTime())
+    norms, kept = [], []
+    for step in range(6):
+        items = tiny.local_micro_batches(step, mesh, size)
+        run_pass(engine, items, lambda model, x, step=step: model(x[0], step), lambda out, x: tiny.loss_of(out, x[1]))
+        norms.append(float(engine.step(tiny.LEARNING_RATE, tiny.WEIGHT_DECAY, step).gradient_norm))
+        kept.append(whole(engine))
+    return norms, kept
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_parameters_with_steps_of_their_own_are_those_of_optimizers_of_their_own(stage):
+    """Also AdamW's correction of fresh moments. Outside of their steps not one bit changes."""
+    norms, state = timed_plain_torch()
+    for got, kept in run_ranks(2, train_in_time, stage):
+        assert got == pytest.approx(norms, rel=1e-5)
+        assert torch.equal(kept[0]["second.weight"], InTime().second.weight)
+        assert torch.equal(kept[BEGINS - 1]["second.weight"], kept[0]["second.weight"])
+        assert torch.equal(kept[-1]["first.weight"], kept[ENDS - 1]["first.weight"])
+        for name, value in state.items():
+            torch.testing.assert_close(kept[-1][name], value, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_rates_and_frozen_parameters_are_those_of_plain_torch(stage):
     norms, state = plain_torch()

@@ -24,9 +24,22 @@ class PerceptualConfig(Section):
     (keys ``lin0.model.1.weight`` to ``lin4.model.1.weight``)."""
 
 
-class AdversarialConfig(Section):
-    """PatchGAN discriminator (Isola et al. 2017) on patches of the reconstruction."""
+class LogitDistanceConfig(Section):
+    """TiTok's and AliTok's perceptual loss: squared distance of ConvNeXt-S' logits at 224 pixels."""
 
+    weight: float = Field(0.1, ge=0)
+    """Its weight (TiTok's second stage: 0.1; AliTok: 1). VGT-AE's ``lpips-convnext_s-1.0-0.1`` times 1.1 is 0.1 here
+    beside LPIPS with weight 1."""
+    weights: PathText
+    """State dict of torchvision's ``convnext_small`` (``convnext_small-0c510722.pth``, ImageNet weights)."""
+
+
+class AdversarialConfig(Section):
+    """A discriminator of patches of the reconstruction."""
+
+    network: Literal["patchgan", "blurred"] = "patchgan"
+    """``patchgan``: pix2pix' (Isola et al. 2017), strided convolutions. ``blurred``: TiTok's, AliTok's and VGT-AE's,
+    whose maps are blurred before they are halved and whose 16 x 16 logits are maxima."""
     weight: float = Field(0.5, gt=0)
     """Weight lambda_G in VAR Eq. 5, multiplied by the adaptive weight (LlamaGen: 0.5; VQGAN: 0.8)."""
     start_step: int = Field(20_000, ge=0)
@@ -42,7 +55,8 @@ class AdversarialConfig(Section):
     adaptive_maximum: float = Field(1e4, gt=0)
     """Upper bound of that ratio (VQGAN's code)."""
     base_channels: int = Field(64, ge=1)
-    """Width of the discriminator's first convolution; it doubles per layer up to eightfold (pix2pix, VQGAN)."""
+    """Width of the discriminator's first convolution (pix2pix, VQGAN: 64; ``blurred``, TiTok: 128); it doubles per
+    layer up to eightfold, in ``blurred`` from the second layer on."""
     layers: int = Field(3, ge=1)
     """Halvings of the resolution (pix2pix, VQGAN: 3, a receptive field of 70 pixels). Images of 16 pixels allow 2."""
     norm_groups: int = Field(32, ge=1)
@@ -86,36 +100,22 @@ class CodebookConfig(Section):
     """Decay per step of the usage average (the reference's value after its first 100 steps)."""
 
 
-class TokenizerTrainingConfig(RecipeChoice):
-    """Training of a VQ tokenizer by reconstruction: VAR Eq. 5."""
+class ReconstructionConfig(RecipeChoice):
+    """What trainings of autoencoders share."""
 
-    implementation: ClassVar[str] = "megavar.recipes.tokenizer.recipe:TokenizerTraining"
-    trains: ClassVar[Literal["generator", "tokenizer"]] = "tokenizer"
-
-    name: Literal["tokenizer"] = "tokenizer"
-    initial_weights: PathText | None = None
-    """A file in VAR's published layout (``vae_ch160v4096z32.pth``), an export or a run to start from; default: fresh
-    parameters. Short for ``train.initial_weights: {path: ...}``."""
     l2_weight: float = Field(1.0, ge=0)
     """Weight of the mean squared error in pixels (VAR Eq. 5: 1)."""
     l1_weight: float = Field(0.0, ge=0)
     """Weight of the mean absolute error in pixels (VAR has none; VQGAN: 1 in place of the squared error)."""
-    quantizer_weight: float = Field(1.0, ge=0)
-    """Weight of the codebook and commitment loss (VAR Eq. 5: 1; the share of the commitment is the tokenizer's
-    ``commitment_weight``)."""
-    smaller_images: int = Field(0, ge=0)
-    """Coarser scales, drawn anew in every step, whose own smaller images are reconstructed beside the full ones, for
-    tokenizers whose scales do not depend on each other (FlexVAR's "multi-scale" training, of which nothing was
-    published; one trains all scales in turn at one more encoding per step). Losses are the mean over all images."""
     perceptual: PerceptualConfig | None = None
     """Perceptual loss; needs weights on disk, so none by default. Recommended for photographs."""
+    convnext: LogitDistanceConfig | None = None
+    """TiTok's perceptual loss, beside or in place of LPIPS; needs weights on disk."""
     adversarial: AdversarialConfig | None = None
     """Adversarial loss; none by default. Recommended for photographs after some 20000 steps."""
-    codebook: CodebookConfig = CodebookConfig()
-    """Dead codes."""
 
     @model_validator(mode="after")
-    def _something_to_reconstruct(self) -> "TokenizerTrainingConfig":
+    def _something_to_reconstruct(self) -> "ReconstructionConfig":
         if self.l1_weight + self.l2_weight == 0:
             raise ValueError("l1_weight and l2_weight are both 0: at least one pixel loss has to be positive")
         return self
@@ -125,18 +125,43 @@ class TokenizerTrainingConfig(RecipeChoice):
         """The autoencoder, and the discriminator if there is one."""
         return super().modules if self.adversarial is None else (*super().modules, "discriminator")
 
-    def initial_weights_path(self) -> str | None:
-        """``initial_weights``."""
-        return self.initial_weights
-
     def frozen_weights(self) -> dict[str, str]:
         """The perceptual networks."""
+        weights = {} if self.convnext is None else {"convnext": self.convnext.weights}
         if self.perceptual is None:
-            return {}
-        return {"vgg16": self.perceptual.vgg16_weights, "lpips": self.perceptual.lpips_weights}
+            return weights
+        return weights | {"vgg16": self.perceptual.vgg16_weights, "lpips": self.perceptual.lpips_weights}
 
     @property
     def uncounted(self) -> tuple[str, ...]:
         """The networks that judge reconstructions."""
-        networks = {"the discriminator": self.adversarial, "the perceptual network": self.perceptual}
+        networks = {"the discriminator": self.adversarial, "the perceptual network": self.perceptual or self.convnext}
         return tuple(name for name, section in networks.items() if section is not None)
+
+
+class TokenizerTrainingConfig(ReconstructionConfig):
+    """Training of a VQ tokenizer by reconstruction: VAR Eq. 5."""
+
+    implementation: ClassVar[str] = "megavar.recipes.tokenizer.recipe:TokenizerTraining"
+    trains: ClassVar[Literal["generator", "tokenizer"]] = "tokenizer"
+
+    name: Literal["tokenizer"] = "tokenizer"
+    initial_weights: PathText | None = None
+    """A file in VAR's published layout (``vae_ch160v4096z32.pth``), an export or a run to start from; default: fresh
+    parameters. Short for ``train.initial_weights: {path: ...}``."""
+    quantizer_weight: float = Field(1.0, ge=0)
+    """Weight of the codebook and commitment loss (VAR Eq. 5: 1; the share of the commitment is the tokenizer's
+    ``commitment_weight``)."""
+    smaller_images: int = Field(0, ge=0)
+    """Coarser scales, drawn anew in every step, whose own smaller images are reconstructed beside the full ones, for
+    tokenizers whose scales do not depend on each other (FlexVAR's "multi-scale" training, of which nothing was
+    published; one trains all scales in turn at one more encoding per step). Losses are the mean over all images."""
+    codebook: CodebookConfig = CodebookConfig()
+    """Dead codes."""
+    trained: Literal["all", "decoder"] = "all"
+    """``decoder``: what comes after the tokens alone (TiTok's and AliTok's second stage); encoder and codes stay as
+    ``initial_weights`` has them, and no code is replaced."""
+
+    def initial_weights_path(self) -> str | None:
+        """``initial_weights``."""
+        return self.initial_weights

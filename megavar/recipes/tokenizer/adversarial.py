@@ -4,6 +4,8 @@ Sources: pix2pix (arXiv:1611.07004) for the discriminator, VQGAN (arXiv:2012.098
 LeCam (arXiv:2104.03310) Eq. 3 for the regularization. Logits are [B, 1, h, w], one per patch.
 """
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -112,7 +114,14 @@ def with_gradient(value: Tensor, at: Tensor, gradient: Tensor) -> Tensor:
     return value.detach() + (carrier - carrier.detach())
 
 
-def lecam_regularization(discriminator: PatchDiscriminator, real: Tensor, fake: Tensor, decay: float) -> Tensor:
+class Judge(Protocol):
+    """A discriminator."""
+
+    mean_logits: Tensor
+    """Running means of the logits of real and reconstructed images, [2]: a persistent buffer."""
+
+
+def lecam_regularization(discriminator: Judge, real: Tensor, fake: Tensor, decay: float) -> Tensor:
     """LeCam Eq. 3, scalar: keeps logits near the running means of the opposite kind, which are updated here."""
     means = mean_over_ranks(torch.stack([real.detach().float().mean(), fake.detach().float().mean()]))
     discriminator.mean_logits.mul_(decay).add_(means.to(discriminator.mean_logits), alpha=1 - decay)

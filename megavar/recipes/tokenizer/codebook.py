@@ -6,7 +6,8 @@ replaces the same codes by the same vectors, and the number of ranks and micro-b
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from megavar.recipes.ranks import gather_over_ranks, rank, sum_over_ranks
 from megavar.tokenizers.trainable import Quantizer, QuantizerOutput
 
 _STREAM = "revived_codes"
+NO_UPKEEP = CodebookConfig(draw_from_data=False, revive_every=0)
+"""Usage is watched, and nothing replaced."""
 
 
 class Replacement(NamedTuple):
@@ -26,6 +29,18 @@ class Replacement(NamedTuple):
     """int64 [n]: which codes."""
     vectors: Tensor
     """float32 [n, C]."""
+
+
+class Upkeep(Protocol):
+    """Watches the quantizer's micro-batches of a step and says after it which codes change."""
+
+    def observe(self, step: int, quantized: QuantizerOutput, keys: Tensor) -> None:
+        """Note a micro-batch of B samples; ``keys`` are int64 [B], different for different samples."""
+        ...
+
+    def after_step(self, step: int) -> Replacement | None:
+        """The codes that change, if any. Collective."""
+        ...
 
 
 class CodebookUpkeep:
@@ -41,7 +56,7 @@ class CodebookUpkeep:
         self.quantizer = quantizer
         self.seed = seed
         self.fresh = fresh
-        self.sizes = [side * side for side in quantizer.scales]
+        self.sizes = list(quantizer.parts.values())
         self._step = -1
         self._usage: list[Tensor] = []
         self._keys: list[Tensor] = []
@@ -134,15 +149,15 @@ def _distinct(keys: Tensor) -> Tensor:
     return index[first]
 
 
-def usage_metrics(usage: Tensor, scales: tuple[int, ...]) -> dict[str, float]:
-    """Metrics of usage counts [K, V]: perplexity and share of codes in use, per scale and over all scales.
+def usage_metrics(usage: Tensor, parts: Iterable[str]) -> dict[str, float]:
+    """Metrics of usage counts [K, V]: perplexity and share of codes in use, per part of a row and over all of them.
 
     Perplexity is the exponential of the entropy of the code distribution: the number of equally used codes that would
     carry as much information. 1 means that the scale has collapsed.
     """
     usage = usage.double().cpu()
     metrics = {}
-    for name, counts in [("all_scales", usage.sum(dim=0)), *((f"scale_{s:02d}", c) for s, c in zip(scales, usage))]:
+    for name, counts in [("all_scales", usage.sum(dim=0)), *zip(parts, usage)]:
         share = counts / counts.sum().clamp_min(1)
         metrics[f"perplexity/{name}"] = math.exp(-float(torch.xlogy(share, share).sum()))
         metrics[f"codes_used/{name}"] = float((counts > 0).double().mean())

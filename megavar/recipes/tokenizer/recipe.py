@@ -19,29 +19,18 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from megavar.config.choice import resolve
 from megavar.config.recipes.tokenizer import TokenizerTrainingConfig
 from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.data.batch import Batch
 from megavar.errors import ConfigError
-from megavar.parallel.parameter_rule import ParameterRule
 from megavar.parallel.seeds import generator, random_bits
-from megavar.recipes.base import BaseRecipe, Losses, Parts, Pass, WriteRows, frozen
-from megavar.recipes.tokenizer.adversarial import (
-    PatchDiscriminator,
-    adaptive_weight,
-    discriminator_loss,
-    lecam_regularization,
-    reconstruction_realism_loss,
-    with_gradient,
-)
-from megavar.recipes.tokenizer.codebook import CodebookUpkeep, usage_metrics
-from megavar.tokenizers.perceptual import VGG16, PerceptualDistance
+from megavar.recipes.base import Losses, Parts, Pass, WriteRows
+from megavar.recipes.tokenizer.codebook import NO_UPKEEP, CodebookUpkeep, Upkeep, usage_metrics
+from megavar.recipes.tokenizer.reconstruction import ReconstructionTraining, sums
 from megavar.tokenizers.trainable import Reconstruction, Trainable
-
-_PEAK_TO_PEAK = 2.0  # images are in [-1, 1]
 
 
 class TokenizerInputs(NamedTuple):
@@ -53,15 +42,10 @@ class TokenizerInputs(NamedTuple):
     """int64 [B]: different for every sample and epoch."""
 
 
-class Judgement(NamedTuple):
-    """Logits of the discriminator, [B, 1, h, w] each."""
-
-    real: Tensor
-    fake: Tensor
-
-
-class TokenizerTraining(BaseRecipe):
+class TokenizerTraining(ReconstructionTraining):
     """Trains a :class:`~megavar.tokenizers.trainable.Trainable` (attribute ``tokenizer``)."""
+
+    config: TokenizerTrainingConfig
 
     def __init__(
         self,
@@ -81,26 +65,11 @@ class TokenizerTraining(BaseRecipe):
             CheckpointError: weights of the perceptual loss are missing or wrong.
         """
         self.config = config
-        self.seed = seed
-        self.tokenizer = _trainable(tokenizer, config)
-        self.tokenizer.initialize(generator(seed, "initial_autoencoder"))
-        self.tokenizer.to(device)
-        self.perceptual: PerceptualDistance | None = None
-        if config.perceptual is not None:
-            files = config.perceptual.vgg16_weights, config.perceptual.lpips_weights
-            keys = "recipe.perceptual.vgg16_weights", "recipe.perceptual.lpips_weights"
-            self.perceptual = PerceptualDistance(VGG16, *files, keys=keys).to(device)
-        self.discriminator: PatchDiscriminator | None = None
-        space = tokenizer.space
-        if config.adversarial is not None:
-            self.discriminator = PatchDiscriminator(config.adversarial, space.image_channels, space.image_side)
-            self.discriminator.initialize(generator(seed, "initial_discriminator"))
-            self.discriminator.to(device)
-        self.codebook = CodebookUpkeep(config.codebook, self.tokenizer.quantizer, seed, fresh=fresh)
-        self._dimensions = {  # before an engine empties or flattens parameters
-            name: {parameter: value.ndim for parameter, value in module.named_parameters()}
-            for name, module in self.modules().items()
-        }
+        built = self.trainable(tokenizer)
+        built.initialize(generator(seed, "initial_autoencoder"))
+        super().__init__(config, built.to(device), tokenizer.space, seed, device)
+        upkeep = config.codebook if config.trained == "all" else NO_UPKEEP
+        self.codebook: Upkeep = CodebookUpkeep(upkeep, self.tokenizer.quantizer, seed, fresh=fresh)
 
     @classmethod
     def build(cls, parts: Parts) -> "TokenizerTraining":
@@ -110,10 +79,20 @@ class TokenizerTraining(BaseRecipe):
         fresh = config.initial_weights is None
         return cls(config.recipe, config.tokenizer, config.train.seed, parts.device, fresh)
 
-    def modules(self) -> dict[str, nn.Module]:
-        """The autoencoder, and the discriminator if there is one."""
-        modules: dict[str, nn.Module] = {"autoencoder": self.tokenizer}
-        return modules if self.discriminator is None else modules | {"discriminator": self.discriminator}
+    def trainable(self, choice: TokenizerChoice) -> Any:
+        """The tokenizer, if this recipe can train it."""
+        tokenizer, recipe = resolve(choice)(choice), self.config
+        if not isinstance(tokenizer, Trainable):
+            raise ConfigError(
+                f"The recipe {recipe.name!r} trains VQ tokenizers by reconstruction, and tokenizer.name={choice.name} "
+                f"is none of them. Choose the recipe that trains it."
+            )
+        if recipe.smaller_images > len(tokenizer.separate_scales):
+            raise ConfigError(
+                f"recipe.smaller_images={recipe.smaller_images}, but tokenizer.name={choice.name} has "
+                f"{len(tokenizer.separate_scales)} coarser scales that are images by themselves. Lower it."
+            )
+        return tokenizer
 
     def prepare(self, batch: Batch, step: int) -> TokenizerInputs:
         """Images and a key per sample."""
@@ -129,7 +108,7 @@ class TokenizerTraining(BaseRecipe):
             smaller = [
                 Pass(
                     functools.partial(self.reconstruction, side=side),
-                    functools.partial(self.smaller_loss, side=side, share=share),
+                    functools.partial(self.smaller_loss, step=step, side=side, share=share),
                 )
                 for side in sides
             ]
@@ -148,16 +127,12 @@ class TokenizerTraining(BaseRecipe):
         """Images through the autoencoder."""
         return model(inputs.images, inputs.keys) if side is None else model(inputs.images, inputs.keys, side)
 
-    def judgement(self, model: Callable[..., Tensor], inputs: TokenizerInputs) -> Judgement:
-        """Images and their reconstructions through the discriminator."""
-        with torch.no_grad():
-            reconstruction = self.tokenizer(inputs.images, inputs.keys).images
-        return Judgement(*model(torch.cat([inputs.images, reconstruction])).float().chunk(2))
-
-    def smaller_loss(self, output: Reconstruction, inputs: TokenizerInputs, side: int, share: float) -> Losses:
+    def smaller_loss(
+        self, output: Reconstruction, inputs: TokenizerInputs, step: int, side: int, share: float
+    ) -> Losses:
         """Of the smaller images of one scale; what they should be is the area-resized original."""
         originals = F.interpolate(inputs.images, size=output.images.shape[-2:], mode="area")
-        loss, terms = self._reconstruction_loss(output.images.float(), originals)
+        loss, terms = self.reconstruction_loss(output.images.float(), originals, self.weights(step))
         total = share * (loss + self.config.quantizer_weight * output.quantized.loss)
         images = len(inputs.images)
         error = terms["squared_error"].detach() * images, images
@@ -167,113 +142,32 @@ class TokenizerTraining(BaseRecipe):
         self, output: Reconstruction, inputs: TokenizerInputs, step: int, share: float = 1.0
     ) -> Losses:
         """All losses of the autoencoder on one micro-batch, ``share`` of which counts."""
-        adversarial = self.active("discriminator", step)
-        # To balance two losses their gradients at the reconstructions are needed one by one: see _add_realism.
-        images = output.images.detach().requires_grad_() if adversarial else output.images
-        reconstruction, named = self._reconstruction_loss(images.float(), inputs.images)
-        total = reconstruction
-        if adversarial:
-            total, more = self._add_realism(reconstruction, images, output)
-            named |= more
+        total, named = self.image_loss(output.images, inputs.images, step, output.last_features)
         named["quantizer"] = output.quantized.loss
         total = total + self.config.quantizer_weight * output.quantized.loss
+        beside, more = self.beside(output, inputs)
+        total, named = total + beside, named | more
         if torch.is_grad_enabled():
             self.codebook.observe(step, output.quantized, inputs.keys)
         named = {"loss": total} | named
-        pixels = inputs.images.numel()
-        statistics = {
-            "codebook_usage": output.quantized.usage,
-            "squared_error": named["squared_error"].detach().double() * pixels,
-            "pixels": torch.full((), pixels, dtype=torch.float64, device=total.device),
-        }
-        return _sums(share * total, named, len(inputs.images), statistics)
+        statistics = {"codebook_usage": output.quantized.usage} | self.errors(named, inputs.images)
+        return sums(share * total, named, len(inputs.images), statistics)
 
-    def _reconstruction_loss(self, images: Tensor, originals: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Pixel plus perceptual loss of reconstructions, scalar, and its unweighted terms."""
-        config = self.config
-        error = images - originals
-        terms = {"squared_error": error.square().mean(), "absolute_error": error.abs().mean()}
-        total = config.l2_weight * terms["squared_error"] + config.l1_weight * terms["absolute_error"]
-        if self.perceptual is not None and config.perceptual is not None:
-            terms["perceptual"] = self.perceptual(images, originals).mean()
-            total = total + config.perceptual.weight * terms["perceptual"]
-        return total, terms
+    def beside(self, output: Reconstruction, inputs: TokenizerInputs) -> tuple[Tensor | float, dict[str, Tensor]]:
+        """What a tokenizer's training adds to the losses of the full images, a mean, and its unweighted terms."""
+        return 0.0, {}
 
-    def _add_realism(
-        self, reconstruction: Tensor, images: Tensor, output: Reconstruction
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """``reconstruction + lambda_G * w * realism`` with its gradient at ``output.images``, and its terms.
-
-        ``images`` is a copy of ``output.images`` that ends the graph: both losses are differentiated up to it, once
-        each, and an engine's hooks on its module's output see only the backward pass of the total.
-        """
-        adversarial = self.config.adversarial
-        assert adversarial is not None and self.discriminator is not None
-        with frozen(self.discriminator):
-            realism = reconstruction_realism_loss(adversarial.loss, self.discriminator(images).float())
-        weight = realism.new_full((), adversarial.weight)
-        if torch.is_grad_enabled():
-            (of_reconstruction,) = torch.autograd.grad(reconstruction, images)
-            (of_realism,) = torch.autograd.grad(realism, images)
-            if adversarial.adaptive:
-                weight = weight * adaptive_weight(of_reconstruction, of_realism, output.last_features, adversarial)
-            gradient = of_reconstruction + weight * of_realism
-            total = with_gradient(reconstruction + weight * realism, output.images, gradient)
-        else:
-            total = reconstruction + weight * realism
-        return total, {"realism": realism, "adaptive_weight": weight}
-
-    def discriminator_loss(self, output: Judgement, inputs: TokenizerInputs) -> Losses:
-        """What the discriminator minimizes on one micro-batch."""
-        adversarial = self.config.adversarial
-        assert adversarial is not None and self.discriminator is not None
-        total = discriminator_loss(adversarial.loss, output.real, output.fake)
-        named = {"discriminator": total, "logits/real": output.real.mean(), "logits/fake": output.fake.mean()}
-        if adversarial.lecam_weight > 0 and torch.is_grad_enabled():
-            named["lecam"] = lecam_regularization(self.discriminator, output.real, output.fake, adversarial.lecam_decay)
-            total = total + adversarial.lecam_weight * named["lecam"]
-        return _sums(total, named, len(inputs.images))
-
-    def active(self, module: str, step: int) -> bool:
-        """The discriminator is trained, and its loss applied, from its start step on."""
-        if module == "autoencoder":
-            return True
-        return self.config.adversarial is not None and step >= self.config.adversarial.start_step
-
-    def rule(self, module: str, parameter: str) -> ParameterRule:
-        """Weight decay applies to convolutions; not to vectors, nor to codes, which it would pull off their data."""
-        return ParameterRule(decays=self._dimensions[module][parameter] > 2)
+    def frozen_parameter(self, name: str) -> bool:
+        """Whether a parameter of the autoencoder is not trained at all."""
+        return self.config.trained == "decoder" and not name.startswith(self.tokenizer.decoding)
 
     def summarize(self, statistics: dict[str, Tensor]) -> dict[str, float]:
         """Peak signal-to-noise ratio in dB, perplexity and share of used codes per scale."""
-        metrics = usage_metrics(statistics["codebook_usage"], self.tokenizer.quantizer.scales)
-        mean_square = statistics["squared_error"] / statistics["pixels"]
-        return metrics | {"psnr": float(10 * torch.log10(_PEAK_TO_PEAK**2 / mean_square.clamp_min(1e-12)))}
+        metrics = usage_metrics(statistics["codebook_usage"], self.tokenizer.quantizer.parts)
+        return metrics | super().summarize(statistics)
 
     def after_step(self, step: int, write_rows: WriteRows) -> None:
         """Revive dead codes."""
         replacement = self.codebook.after_step(step)
         if replacement is not None:
             write_rows(self.tokenizer.quantizer.embedding.weight, replacement.rows, replacement.vectors)
-
-
-def _trainable(choice: TokenizerChoice, recipe: TokenizerTrainingConfig) -> Any:
-    """The tokenizer, if this recipe can train it."""
-    tokenizer = resolve(choice)(choice)
-    if not isinstance(tokenizer, Trainable):
-        raise ConfigError(
-            f"The recipe {recipe.name!r} trains VQ tokenizers by reconstruction, and tokenizer.name={choice.name} is "
-            f"none of them. Choose the recipe that trains it."
-        )
-    if recipe.smaller_images > len(tokenizer.separate_scales):
-        raise ConfigError(
-            f"recipe.smaller_images={recipe.smaller_images}, but tokenizer.name={choice.name} has "
-            f"{len(tokenizer.separate_scales)} coarser scales that are images by themselves. Lower it."
-        )
-    return tokenizer
-
-
-def _sums(total: Tensor, named: dict[str, Tensor], images: int, statistics: dict[str, Tensor] | None = None) -> Losses:
-    """Means over the images of a micro-batch, as sums."""
-    sums = {name: value.detach() * images for name, value in named.items()}
-    return Losses(total * images, sums, statistics=statistics or {})

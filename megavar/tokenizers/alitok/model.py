@@ -95,11 +95,26 @@ class AliTok(LineTokenizer):
     def __init__(self, config: AliTokConfig) -> None:
         super().__init__()
         self.config = config
+        self.build_parts()
+        self.initialize()
+
+    def build_parts(self) -> None:
+        """Modules with values that :meth:`initialize` gives."""
+        config = self.config
         self.latent_tokens = nn.Parameter(torch.empty(config.space.length, config.encoder.width))
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quantize = self.new_quantizer()
-        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator | None = None) -> None:
+        """As TiTok, but for the codes: normal with deviation 0.02, cut at twice of it."""
+        super().initialize(generator)
+        nn.init.trunc_normal_(self.quantize.embedding.weight, std=0.02, a=-0.04, b=0.04, generator=generator)
+
+    def picture(self, features: Tensor) -> tuple[Tensor, None]:
+        """See :meth:`LineTokenizer.picture`; the last layer is a sigmoid."""
+        return self.decoder(features).images, None
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:

@@ -146,6 +146,9 @@ class LlamaGenVQ(nn.Module):
         """The quantizer, the same at all scales."""
         return self.quantize
 
+    ends_in_convolution = True
+    decoding = ("decoder.", "post_quant_conv.")
+
     @property
     def separate_scales(self) -> tuple[int, ...]:
         """All but the last one; a map of a single position is no image that a normalized decoder could make."""

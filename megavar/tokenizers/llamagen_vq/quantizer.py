@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from megavar.config.tokenizers.llamagen_vq import LlamaGenVQConfig
 from megavar.tokenizers.nearest import nearest
-from megavar.tokenizers.trainable import Codes, QuantizerOutput
+from megavar.tokenizers.trainable import Codes, QuantizerOutput, by_side
 
 
 class UnitQuantizer(nn.Module):
@@ -33,7 +33,7 @@ class UnitQuantizer(nn.Module):
         super().__init__()
         self.commitment_weight = config.commitment_weight
         self.embedding = Codes(config.vocabulary_size, config.code_dimension)
-        self.scales = (config.scales[-1],)
+        self.parts = by_side(config.scales[-1:])
         self.register_buffer("codebook_used", torch.zeros(config.usage_window))
         # Of our training, and not in published files.
         self.register_buffer("usage_average", torch.zeros(1, config.vocabulary_size))

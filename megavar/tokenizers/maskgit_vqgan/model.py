@@ -121,6 +121,8 @@ class Decoder(nn.Module):
 class MaskGITVQGAN(nn.Module):
     """A :class:`megavar.tokenizers.base.Codebook` of one map, and trainable by reconstruction."""
 
+    ends_in_convolution = True
+    decoding = ("decoder.",)
     separate_scales: tuple[int, ...] = ()
 
     def __init__(self, config: MaskGITVQGANConfig) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from megavar.config.tokenizers.maskgit_vqgan import MaskGITVQGANConfig
 from megavar.tokenizers.nearest import nearest
-from megavar.tokenizers.trainable import Codes, QuantizerOutput
+from megavar.tokenizers.trainable import Codes, QuantizerOutput, by_side
 
 
 class NearestCode(nn.Module):
@@ -18,7 +18,7 @@ class NearestCode(nn.Module):
         super().__init__()
         self.codebook_weight = config.codebook_weight
         self.embedding = Codes(config.vocabulary_size, config.code_dimension)
-        self.scales = (config.side,)
+        self.parts = by_side((config.side,))
         self.register_buffer("usage_average", torch.zeros(1, config.vocabulary_size))  # of our training
 
     def search(self, features: Tensor) -> Tensor:

@@ -175,6 +175,9 @@ class MultiScaleVQ(nn.Module):
         """Channels of a code."""
         return self.config.code_dimension
 
+    ends_in_convolution = True
+    decoding = ("decoder.", "post_quant_conv.")
+
     @property
     def separate_scales(self) -> tuple[int, ...]:
         """None: a scale is what the coarser ones left over."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
 from megavar.tokenizers.nearest import nearest, nearest_by_angle
-from megavar.tokenizers.trainable import Codes, QuantizerOutput
+from megavar.tokenizers.trainable import Codes, QuantizerOutput, by_side
 
 Scale = int | tuple[int, int]
 """A token map's side length, or its (height, width)."""
@@ -121,6 +121,7 @@ class MultiScaleQuantizer(nn.Module):
     def __init__(self, config: MultiScaleVQConfig) -> None:
         super().__init__()
         self.scales: tuple[int, ...] = config.scales
+        self.parts = by_side(config.scales)
         self.vocabulary_size = config.vocabulary_size
         self.code_dimension = config.code_dimension
         self.normalized_search = config.normalized_search

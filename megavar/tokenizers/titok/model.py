@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from megavar.config.tokenizers.maskgit_vqgan import MaskGITVQGANConfig
 from megavar.config.tokenizers.titok import TiTokConfig
 from megavar.tokenizers import convolution, maskgit_vqgan
 from megavar.tokenizers.line import LineTokenizer
-from megavar.tokenizers.trainable import Codes
+from megavar.tokenizers.trainable import MixedCodes, QuantizerOutput, Reconstruction
 from megavar.tokenizers.vision import blocks, pixels
 
 
@@ -91,6 +92,11 @@ class Decoder(nn.Module):
 
     def forward(self, vectors: Tensor) -> Tensor:
         """Decode."""
+        h = self.before_convolution(vectors)
+        return h if self.legacy else self.conv_out(h)
+
+    def before_convolution(self, vectors: Tensor) -> Tensor:
+        """Logits of codes, or the input [B, 3, H, W] of the last convolution."""
         latent = self.decoder_embed(vectors) + self.latent_token_positional_embedding
         masks = self.mask_token.expand(len(vectors), self.side**2, -1)
         first = self.class_embedding.expand(len(vectors), 1, -1)
@@ -98,7 +104,7 @@ class Decoder(nn.Module):
         for block in self.transformer:
             x = block(x)
         h = self.ffn(self.ln_post(x[:, 1 : 1 + self.side**2]).mT.unflatten(-1, (self.side, self.side)))
-        return h if self.legacy else self.conv_out(pixels(h, self.patch))
+        return h if self.legacy else pixels(h, self.patch)
 
 
 class PixelCodes(nn.Module):
@@ -106,11 +112,20 @@ class PixelCodes(nn.Module):
 
     def __init__(self, config: TiTokConfig) -> None:
         super().__init__()
-        self.embedding = Codes(config.pixel.vocabulary_size, config.pixel.code_dimension)
+        self.embedding = MixedCodes(config.pixel.vocabulary_size, config.pixel.code_dimension)
 
     def forward(self, logits: Tensor) -> Tensor:
         """Expected code: logits [B, V, h, w] -> float32 [B, C, h, w]."""
-        return torch.einsum("bvhw,vc->bchw", logits.float().softmax(1), self.embedding.weight.float())
+        shares = logits.float().softmax(1).flatten(2).mT
+        return self.embedding(shares).mT.unflatten(-1, logits.shape[2:])
+
+
+class Predicted(NamedTuple):
+    """What the first stage trains."""
+
+    logits: Tensor
+    """Of the proxy's codes, [B, V, h, w]."""
+    quantized: QuantizerOutput
 
 
 class TiTok(LineTokenizer):
@@ -118,6 +133,10 @@ class TiTok(LineTokenizer):
 
     A legacy model always holds the decoder of the VQGAN whose codes it predicts; in the first stage that is frozen.
     """
+
+    decoder: Decoder
+    ends_in_convolution = True
+    decoding = ("decoder.", "pixel_quantize.", "pixel_decoder.")
 
     def __init__(self, config: TiTokConfig) -> None:
         super().__init__()
@@ -147,9 +166,33 @@ class TiTok(LineTokenizer):
         mean, log_variance = vectors.float().chunk(2, -1)
         return Posterior(mean, log_variance.clamp(-30, 20))
 
-    def picture(self, decoded: Tensor) -> Tensor:
-        """What the decoder made as images in [0, 1], not clamped, with gradient."""
-        return self.pixel_decoder(self.pixel_quantize(decoded).to(self.dtype)) if self.config.legacy else decoded
+    def picture(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`LineTokenizer.picture`."""
+        h = self.decoder.before_convolution(features)
+        if not self.config.legacy:
+            return self.decoder.conv_out(h), h
+        last_features = self.pixel_decoder.last_features(self.pixel_quantize(h).to(self.dtype))
+        return self.pixel_decoder.conv_out(last_features), last_features
+
+    def forward(  # type: ignore[override]
+        self, images: Tensor, keys: Tensor | None = None, side: int | None = None, *, codes: bool = False
+    ) -> Reconstruction | Predicted:
+        """See :meth:`LineTokenizer.forward`; with ``codes``, which legacy models offer, the first stage's."""
+        if not codes:
+            return super().forward(images, keys, side)
+        line = self.quantize(self.vectors(images))
+        return Predicted(self.decoder(line.features.to(self.dtype)), self.quantize.watched(line))
+
+    @property
+    def proxy(self) -> MaskGITVQGANConfig | None:
+        """The VQGAN whose codes a legacy model predicts."""
+        return self.config.pixel if self.config.legacy else None
+
+    @torch.no_grad()
+    def adopt(self, proxy: maskgit_vqgan.MaskGITVQGAN) -> None:
+        """Take the decoder and the codes of the VQGAN."""
+        self.pixel_decoder.load_state_dict(proxy.decoder.state_dict())
+        self.pixel_quantize.embedding.weight.copy_(proxy.quantizer.embedding.weight)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -166,4 +209,4 @@ class TiTok(LineTokenizer):
     def decode(self, tokens: Tensor) -> Tensor:
         """int64 [B, K] (or vectors [B, K, C]) -> float32 [B, 3, H, W] clamped to [-1, 1]."""
         vectors = self.embed(tokens) if self.config.quantization == "vq" else tokens
-        return (2 * self.picture(self.decoder(vectors.to(self.dtype))).float() - 1).clamp(-1, 1)
+        return (2 * self.picture(vectors.to(self.dtype))[0].float() - 1).clamp(-1, 1)

@@ -1,0 +1,128 @@
+"""Runs of TiTok's stages and of AliTok's phases, resumed bitwise; ten-crop caches of their tokens, and generators on them."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megavar.commands.train import train
+from megavar.config.loading import load_config
+from megavar.config.tokenizers.titok import TiTokConfig
+from megavar.data.build import build_source
+from megavar.errors import ExitCode
+from megavar.parallel.environment import environment
+from megavar.recipes.tokenizer.recipe import TokenizerTraining
+from megavar.tokenizers.maskgit_vqgan import MaskGITVQGAN
+from megavar.tokenizers.maskgit_vqgan.published import MaskGITVQGANLayout
+from megavar.training.checkpoint.weights import read_weights
+from tests.boundary.runs import ROOT
+from tests.boundary.runs import tensors_of as trained
+from tests.distributed.harness import RankFailure, run_ranks
+from tests.end_to_end.conftest import megavar
+from tools import cache_tokens
+
+pytestmark = pytest.mark.distributed
+TINY = (
+    "run.requires=[]", "train.global_batch_size=8", "train.checkpoint.interval=5", "logging.interval=1",
+    "logging.samples_interval=null", "logging.wandb.mode=disabled", "optimizer.schedule.warmup_steps=1",
+)  # fmt: skip
+IMAGES = "{name: shapes, conditioning: class, length: 12, test_length: 16}"
+
+
+def go(path: str, overrides: tuple[str, ...], die_at: int | None = None) -> int:
+    """Runs on every rank: train to the end, or to a sudden death while step ``die_at`` is prepared."""
+    prepare = TokenizerTraining.prepare
+
+    def deadly(self: Any, batch: Any, step: int) -> Any:
+        if step == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return prepare(self, batch, step)
+
+    TokenizerTraining.prepare = deadly  # type: ignore[method-assign]
+    return int(train(load_config(ROOT / path, [*TINY, *overrides]), environment()))
+
+
+def run(path: str, *overrides: str, ranks: int = 1) -> None:
+    assert run_ranks(ranks, go, path, overrides) == [ExitCode.FINISHED] * ranks
+
+
+def losses(directory: Path) -> list[float]:
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_titoks_stages_then_rar_on_a_cache_of_their_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stage1, stage2 = "configs/demo/titok_stage1.yaml", "configs/demo/titok.yaml"
+    choice = load_config(ROOT / stage1).tokenizer
+    assert isinstance(choice, TiTokConfig)
+    torch.manual_seed(0)
+    proxy = MaskGITVQGAN(choice.pixel)
+    torch.save(MaskGITVQGANLayout(choice.pixel, choice.pixel.space).export(proxy.state_dict()), tmp_path / "vqgan.bin")
+    run(stage1, f"run.directory={tmp_path / 'one'}", "train.steps=4", f"recipe.proxy_weights={tmp_path / 'vqgan.bin'}")
+    begin = f"train.initial_weights.path={tmp_path / 'one'}"
+    run(stage2, f"run.directory={tmp_path / 'two'}", "train.steps=4", "recipe.adversarial.start_step=2", begin)
+    one, two = (read_weights(tmp_path / name) for name in ("one", "two"))
+    for name, value in proxy.decoder.state_dict().items():
+        assert torch.equal(one[f"pixel_decoder.{name}"], value)
+    parts = {name.split(".")[0] for name, value in two.items() if not torch.equal(value, one[name])}
+    assert {"decoder", "pixel_decoder"} <= parts and not parts & {"encoder", "latent_tokens"}
+    assert torch.equal(one["quantize.embedding.weight"], two["quantize.embedding.weight"])
+
+    weights = f"recipe.tokenizer_weights={tmp_path / 'two'}"
+    crops = "data.transform={name: ten_crop}"
+    cached = f"data.source={{name: cache, path: {tmp_path / 'cache'}, views: 10, images: {IMAGES}}}"
+    rar = "configs/demo/rar_titok.yaml"
+    given = [weights, crops, "generator.depth=1", "train.steps=4", "evaluation.after_training=false"]
+    assert cache_tokens.main([str(ROOT / rar), *given, cached]) == ExitCode.FINISHED
+    assert "12 samples x 10 views of tokens [16]" in capsys.readouterr().out
+    source = build_source(load_config(ROOT / rar, [*given, cached]).data)
+    sample = source.read(3).tokens
+    assert sample is not None and sample.dtype == np.uint16 and sample.shape == (10, 16) and sample.max() < 256
+    run(rar, f"run.directory={tmp_path / 'cached'}", *given, cached, ranks=2)
+    run(rar, f"run.directory={tmp_path / 'images'}", *given, f"data.source={IMAGES}")
+    assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "images"), abs=1e-4)
+    assert len(set(losses(tmp_path / "images"))) == 4
+
+    published = tmp_path / "titok.jsonl"  # the first crop alone, as a file like the published ones
+    rows = [(sample.label, sample.tokens) for sample in map(source.read, range(12))]
+    published.write_text("".join(json.dumps({"class_id": label, "tokens": tokens[0].tolist()}) + "\n"
+                                 for label, tokens in rows if tokens is not None))  # fmt: skip
+    of_file = f"data.source={{name: token_file, path: {published}, classes: 60}}"
+    run(rar, f"run.directory={tmp_path / 'file'}", *given, of_file)
+    assert len(set(losses(tmp_path / "file"))) == 4
+
+
+def test_alitok_from_yaml_to_samples(tmp_path: Path) -> None:
+    """The phases are cut anywhere: here in the second stage, after a checkpoint in the first."""
+    tokenizer = "configs/demo/alitok_tokenizer.yaml"
+    short = ("train.steps=13", "tokenizer.encoder.depth=1", "tokenizer.decoder.depth=1")
+    whole, killed = (f"run.directory={tmp_path / name}" for name in ("whole", "killed"))
+    run(tokenizer, *short, whole)
+    with pytest.raises(RankFailure, match="exit code -9"):
+        run_ranks(1, go, tokenizer, (*short, killed), 9)  # stage 2 begins at step 7; step 5 is kept
+    run(tokenizer, *short, killed)
+    one, other = trained(tmp_path / "whole", 13), trained(tmp_path / "killed", 13)
+    assert one.keys() == other.keys() and any(name.endswith("decoder.ln_pre.weight") for name in one)
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert losses(tmp_path / "whole")[-6:] == losses(tmp_path / "killed")[-6:]
+
+    overrides = (
+        *TINY, f"run.directory={tmp_path / 'ar'}", f"recipe.tokenizer_weights={tmp_path / 'whole'}", *short[1:],
+        "generator.depth=1", "train.steps=4", "sampling.number=8", "sampling.chunk_size=4", "sampling.guidance=4.0",
+        "data.transform={name: ten_crop}", "evaluation.after_training=false",
+        f"data.source={{name: cache, path: {tmp_path / 'cache'}, views: 10, images: {IMAGES}}}",
+    )  # fmt: skip
+    generator = str(ROOT / "configs/demo/alitok.yaml")
+    assert cache_tokens.main([generator, *overrides]) == ExitCode.FINISHED
+    for command in ("train", "sample"):
+        done = megavar(command, generator, *overrides)
+        assert done.code == 0, done.output
+    (chunk, *_) = sorted((tmp_path / "ar").rglob("*.npz"))
+    with np.load(chunk) as arrays:
+        tokens = next(arrays[name] for name in arrays.files if arrays[name].ndim == 2)
+    assert tokens.dtype == np.uint16 and tokens.shape == (4, 73) and tokens.max() < 256

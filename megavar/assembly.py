@@ -24,8 +24,8 @@ from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.data.build import build_text
 from megavar.data.caches import CachedSamples, weights_sha256
 from megavar.data.source import Source
-from megavar.data.token_file import TokenFile
 from megavar.data.text import TextEncoder
+from megavar.data.token_file import TokenFile
 from megavar.errors import CheckpointError, ConfigError
 from megavar.generators.base import Stage
 from megavar.parallel.sharded import sharding

@@ -261,7 +261,7 @@ def usable_seconds(limit: float) -> float:
 def reads_tokens(config: Config) -> bool:
     """Whether the data source yields cached tokens, so that no image is encoded while training."""
     source = config.data.source
-    return isinstance(source, TokenFileSource) or isinstance(source, CacheSource) and source.content == "tokens"
+    return isinstance(source, TokenFileSource) or (isinstance(source, CacheSource) and source.content == "tokens")
 
 
 def teacher_costs(config: Config) -> tuple[TokenizerCost, ...]:

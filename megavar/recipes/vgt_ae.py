@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megavar.config.choice import resolve
 from megavar.config.recipes.vgt_ae import VGTAETrainingConfig

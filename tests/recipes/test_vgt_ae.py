@@ -45,7 +45,8 @@ IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 
 
 def batch(images=IMAGES, first=0):
     count = len(images)
-    return Batch(images, torch.full((count,), -1), torch.arange(first, first + count), torch.zeros(count, dtype=torch.int64))
+    ids = torch.arange(first, first + count)
+    return Batch(images, torch.full((count,), -1), ids, torch.zeros_like(ids))
 
 
 def training(tokenizer=INTERN, **settings):
@@ -57,16 +58,18 @@ def step(recipe, data, at=0):
     output = recipe.reconstruction(recipe.tokenizer, inputs)
     return inputs, output, recipe.autoencoder_loss(output, inputs, at)
 
+TEXT = {"vocab_size": 64, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 2}  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def internvl(tmp_path_factory):
     folder = tmp_path_factory.mktemp("internvl")
     torch.manual_seed(0)
     model = InternVLForConditionalGeneration(InternVLConfig(
-        vision_config=dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-                           patch_size=[4, 4], image_size=[32, 32], attention_bias=True),
-        text_config=dict(model_type="qwen2", vocab_size=64, hidden_size=24, intermediate_size=32, num_hidden_layers=1,
-                         num_attention_heads=2, num_key_value_heads=2),
+        vision_config={"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+                       "patch_size": [4, 4], "image_size": [32, 32], "attention_bias": True},
+        text_config={"model_type": "qwen2", **TEXT},
         image_token_id=60, image_seq_length=16,
     )).eval()  # fmt: skip
     for parameter in model.parameters():  # transformers begins with zeros in places
@@ -88,11 +91,12 @@ def test_internvl_folders_load_and_say_what_transformers_says(internvl, tmp_path
         torch.testing.assert_close(model.encoder.semantic(IMAGES), expected.view(3, 16, 24), rtol=0, atol=2e-5)
     # InternVL's own folder: the names of its own code
     own = VGTAELayout(INTERN, INTERN.space).export({f"encoder.{n}": v for n, v in model.encoder.state_dict().items()})
-    own = {name.replace("encoder.", "vision_model.", 1) if name.startswith("encoder.") else name: value for name, value in own.items()}
+    own = {f"vision_model.{n.removeprefix('encoder.')}" if n.startswith("encoder.") else n: v for n, v in own.items()}
     save_file(own | {"language_model.lm_head.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     again = VGTAE(INTERN)
     load_encoder(again, str(tmp_path), key="recipe.encoder_weights")
-    assert all(torch.equal(a, b) for a, b in zip(model.encoder.state_dict().values(), again.encoder.state_dict().values()))
+    both = model.encoder.state_dict(), again.encoder.state_dict()
+    assert all(torch.equal(both[0][name], both[1][name]) for name in both[0])
     deeper = INTERN.model_copy(update={"encoder": INTERN.encoder.model_copy(update={"depth": 1})})
     with pytest.raises(CheckpointError, match=r"recipe\.encoder_weights.*keys unknown to the model"):
         load_encoder(VGTAE(deeper), str(folder), key="recipe.encoder_weights")
@@ -103,10 +107,9 @@ def test_internvl_folders_load_and_say_what_transformers_says(internvl, tmp_path
 def test_qwen_folders_load_and_say_what_transformers_says(tmp_path):
     torch.manual_seed(0)
     theirs = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
-        vision_config=dict(depth=2, hidden_size=16, intermediate_size=32, num_heads=2, patch_size=4, window_size=16,
-                           out_hidden_size=24, fullatt_block_indexes=[1]),
-        text_config=dict(vocab_size=64, hidden_size=24, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-                         num_key_value_heads=2, rope_scaling={"type": "mrope", "mrope_section": [2, 2, 2]}),
+        vision_config={"depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "patch_size": 4,
+                       "window_size": 16, "out_hidden_size": 24, "fullatt_block_indexes": [1]},
+        text_config={**TEXT, "rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 2]}},
     )).eval()  # fmt: skip
     theirs.save_pretrained(tmp_path)
     model = VGTAE(QWEN)
@@ -121,7 +124,8 @@ def test_qwen_folders_load_and_say_what_transformers_says(tmp_path):
 
 def test_decoders_load_from_diffusers_folders(tmp_path):
     sizes = DCAEDecoderConfig(
-        channels=(8, 16), layers=(1, 1), blocks=("ResBlock", "EfficientViTBlock"), attention_kernels=((), (5,)), head_size=8
+        channels=(8, 16), layers=(1, 1), blocks=("ResBlock", "EfficientViTBlock"), attention_kernels=((), (5,)),
+        head_size=8,
     )
     same = {"block_types": sizes.blocks, "layers_per_block": (1, 1), "qkv_multiscales": ((), (5,)),
             "block_out_channels": (8, 16)}  # fmt: skip
@@ -200,7 +204,8 @@ def test_a_posterior_is_held_near_a_normal_distribution():
     distribution = torch.distributions.Normal(mean, (0.5 * logarithm).exp())
     expected = torch.distributions.kl_divergence(distribution, torch.distributions.Normal(0.0, 1.0)).sum() / 3
     torch.testing.assert_close(losses.named["divergence"].double() / 3, expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(losses.total / 3, F.mse_loss(output.images, IMAGES) + 0.5 * losses.named["divergence"] / 3)
+    whole = F.mse_loss(output.images, IMAGES) + 0.5 * losses.named["divergence"] / 3
+    torch.testing.assert_close(losses.total / 3, whole)
     tokens = recipe.tokenizer.sample(output.latents, inputs.normal)
     torch.testing.assert_close(tokens, recipe.tokenizer.tokens(output.latents) + (0.5 * recipe.tokenizer.pack(
         output.latents[:, 8:])).exp() * inputs.normal)  # fmt: skip
@@ -229,7 +234,10 @@ def test_another_tokenizer_and_the_adaptive_weight_are_refused():
 
 @pytest.mark.parametrize(
     ("path", "decoder", "millions"),
-    [("ae_stage1", None, 472.6), ("ae_qwen_stage1", None, 853.2), ("ae_stage1", "sd_vae", 363.0), ("ae_stage1", "vit", 467.2)],
+    [
+        ("ae_stage1", None, 472.6), ("ae_qwen_stage1", None, 853.2), ("ae_stage1", "sd_vae", 363.0),
+        ("ae_stage1", "vit", 467.2),
+    ],
 )
 def test_sizes_are_those_of_table_4(path, decoder, millions, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[2])
@@ -241,7 +249,9 @@ def test_sizes_are_those_of_table_4(path, decoder, millions, monkeypatch):
     assert round(count / 1e6, 1) == millions
 
 
-@pytest.mark.parametrize(("package", "config"), [("transformers", INTERN), ("transformers", QWEN), ("diffusers", INTERN)])
+@pytest.mark.parametrize(
+    ("package", "config"), [("transformers", INTERN), ("transformers", QWEN), ("diffusers", INTERN)]
+)
 def test_a_missing_package_is_one_sentence(package, config, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.setitem(sys.modules, name, None)

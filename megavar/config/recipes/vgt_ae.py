@@ -33,12 +33,12 @@ class VGTAETrainingConfig(ReconstructionConfig):
     """Local Hugging Face folder of the vision-language model: its vision encoder is what training begins with, and what
     self-distillation compares with. Default: random weights, for small demonstrations."""
     decoder_weights: PathText | None = None
-    """Local diffusers folder of the decoder (``dc-ae-f32c32-sana-1.1-diffusers``; of Stable Diffusion's VAE, whose first
-    convolution reads fewer channels and stays random), or its file. Default: random weights, the paper's Table 4 with a
-    dagger."""
+    """Local diffusers folder of the decoder (``dc-ae-f32c32-sana-1.1-diffusers``; of Stable Diffusion's VAE, whose
+    first convolution reads fewer channels and stays random), or its file. Default: random weights, as in the paper's
+    Table 4 with a dagger."""
     distillation_weight: float = Field(1.0, ge=0)
-    """Weight of the mean squared distance of the semantic vectors from those of the encoder before training, Eq. 3 and 4
-    (first stage 1.0; second stage of the released code 0.1). Without effect where the encoder is frozen."""
+    """Weight of the mean squared distance of the semantic vectors from those of the encoder before training, Eq. 3 and
+    4 (first stage 1.0; second stage of the released code 0.1). Without effect where the encoder is frozen."""
     encoder: Literal["trained", "frozen"] = "trained"
     """``frozen``: projection and decoder alone are trained (the paper's second stage; the released code trains all)."""
     encoder_lr_factor: float = Field(0.5, gt=0)
@@ -46,8 +46,8 @@ class VGTAETrainingConfig(ReconstructionConfig):
     noise: LatentNoiseConfig | None = None
     """Noise on latents; none in the first stage."""
     kl_weight: float = Field(1e-6, ge=0)
-    """Weight of the divergence from a standard normal distribution, summed over the map, for tokenizers with a posterior
-    (released: 1e-6)."""
+    """Weight of the divergence from a standard normal distribution, summed over the map, for tokenizers with a
+    posterior (released: 1e-6)."""
 
     def frozen_weights(self) -> dict[str, str]:
         """Perceptual networks, and what training begins with."""

@@ -1,4 +1,4 @@
-"""Vision encoders of local Hugging Face folders and decoders of local diffusers folders, read by the names in the files.
+"""Vision encoders of local Hugging Face folders, decoders of local diffusers folders, by the names in the files.
 
 What else such a folder holds (the language model, its head, an encoder of the decoder's) is not read into memory.
 """
@@ -36,8 +36,8 @@ def load_encoder(model: VGTAE, folder: str, *, key: str) -> None:
     path = Path(folder)
     if not is_weight_folder(path):
         raise CheckpointError(
-            f"{key}: {folder} is no Hugging Face folder (model.safetensors, or numbered files with an index). Fetch the "
-            f"vision-language model and name its folder."
+            f"{key}: {folder} is no Hugging Face folder (model.safetensors, or numbered files with an index). Fetch "
+            f"the vision-language model and name its folder."
         )
     read = read_folder(path, lambda name: name.removeprefix("model.").startswith(_VISION))
     state = apart({name.removeprefix("model."): value for name, value in read.items()})

@@ -7,5 +7,6 @@ SHIPPED = {"megavar.configs": "configs", "megavar.slurm": "slurm"}
 setup(
     packages=[*find_packages(include=["megavar*", "launchers*", "tools*"]), *SHIPPED],
     package_dir=SHIPPED,
-    package_data={name: ["**/*.yaml", "**/*.json", "**/*.sbatch", "**/*.bash"] for name in SHIPPED},
+    package_data={name: ["**/*.yaml", "**/*.json", "**/*.sbatch", "**/*.bash"] for name in SHIPPED}
+    | {"megavar.reporting": ["*.html"]},
 )

@@ -3,12 +3,14 @@
 import functools
 import hashlib
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+import yaml
 from torch import nn
 
 from megavar.assembly import (
@@ -20,16 +22,16 @@ from megavar.assembly import (
 )
 from megavar.beginning import fill_initial
 from megavar.chunks import ChunkStore
-from megavar.conditions import ClassConditions, Conditions, SourceCaptions, Unconditional
+from megavar.conditions import ClassConditions, Conditions, GivenClasses, SourceCaptions, Unconditional
 from megavar.config.loading import decode, import_stored_plugins
 from megavar.config.recipes.base import GENERATOR_MODULE
 from megavar.config.root import TEXT_TOKENIZER, Config
 from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.data.build import build_source
-from megavar.data.pixels import image_grid
 from megavar.errors import ConfigError, DataError
 from megavar.frozen import TOKENIZER, check_same, identify, identities
 from megavar.parallel.environment import Environment, choose_kernels, limit_threads
+from megavar.pictures import labelled_grid
 from megavar.sampling.sampler import TokenDecoder
 from megavar.sampling.samples import Decoder, Samples
 from megavar.storage import atomic_file, write_json_atomic
@@ -41,6 +43,10 @@ DECODER = "decoder.json"
 """Beside the chunks of samples: what decodes their tokens."""
 GRID_COLUMNS = 10
 GRID_IMAGES = 100
+SEARCHED = 1000
+"""First samples among which the overview looks for those of each class."""
+NAMED = ("guidance", "seed", "weights", "temperature", "top_k", "top_p", "number")
+"""Keys of ``sampling`` that name a directory where they differ from the run's."""
 
 
 def open_samples(
@@ -66,7 +72,7 @@ def open_samples(
     choose_kernels(config.train.precision, config.train.tf32, config.train.deterministic)
     sampling = config.sampling
     generator, tokenizer, model = _load(config, place.device, untrained)
-    settings = sampling.model_dump(mode="json", exclude={"keep_images"})  # which changes no image
+    settings = sampling.model_dump(mode="json", exclude=set(sampling.changes_no_sample))
     identity = {
         "sampling": {key: value for key, value in settings.items() if key not in ("number", "chunk_size")},
         "model": model,
@@ -77,13 +83,29 @@ def open_samples(
         identity["text"] = config.data.text.model_dump(mode="json", exclude={"tokenizer"})
     named = [identity, sampling.number, sampling.chunk_size]
     digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:8]
-    name = f"{'untrained' if untrained else model['checkpoint']}-{digest}"
-    directory = Path(config.run.path) / "generated" / name
+    directory = _directory(config, "untrained" if untrained else model["checkpoint"], conditions, digest)
     store = ChunkStore.open(directory, count=sampling.number, size=sampling.chunk_size, identity=identity)
     describe_decoder(directory, config)
     sampler = build_sampler(config, generator, tokenizer, conditions, place.device)
     keep = sampling.number if sampling.keep_images is None else sampling.keep_images
     return Samples(store, sampler.decoder, sampler=sampler, keep_images=keep)
+
+
+def _directory(config: Config, weights: str, conditions: Conditions, digest: str) -> Path:
+    """``generated/WEIGHTS[-WHAT DIFFERS]-DIGEST``: in words, what the run's own settings do not say."""
+    parent = Path(config.run.path) / "generated"
+    if drawn_before := sorted(parent.glob(f"{weights}*-{digest}")):
+        return drawn_before[0]
+    try:
+        usual = yaml.safe_load((Path(config.run.path) / "config.yaml").read_text())["sampling"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        usual = {}
+    here = config.sampling.model_dump(mode="json")
+    differing = [f"{key}_{here[key]}" for key in NAMED if key in here and key in usual and here[key] != usual[key]]
+    if isinstance(conditions, GivenClasses):
+        differing.append("classes_" + "_".join(map(str, dict.fromkeys(conditions.labels))))
+    words = re.sub(r"[^A-Za-z0-9_.-]+", "_", "-".join(differing))[:80]
+    return parent / "-".join(part for part in (weights, words, digest) if part)
 
 
 def _load(config: Config, device: torch.device, untrained: bool) -> tuple[nn.Module, Tokenizer, dict[str, Any]]:
@@ -224,10 +246,43 @@ def describe(samples: Samples) -> str:
     return f"{len(samples)} images ({len(counts)} classes, {each} of each)"
 
 
-def write_grid(samples: Samples) -> Path:
-    """Write an overview of the first 100 samples, ten in a row, beside the chunks."""
+def write_grid(samples: Samples, names: Sequence[str] = ()) -> Path:
+    """Write an overview of the first samples of each class beside the chunks: a column per class, ten at most.
+
+    Args:
+        names: of the classes, by label.
+    """
     path = samples.directory / "grid.png"
-    grid = image_grid(samples.read(0, min(GRID_IMAGES, len(samples))), GRID_COLUMNS)
+    labels = samples.labels
+    if labels is None:
+        count = min(GRID_IMAGES, len(samples))
+        rows = [list(range(row, min(row + GRID_COLUMNS, count))) for row in range(0, count, GRID_COLUMNS)]
+        columns: list[str] = []
+    else:
+        first = labels[:SEARCHED].tolist()
+        shown = list(dict.fromkeys(first))[:GRID_COLUMNS]
+        below = [[index for index, label in enumerate(first) if label == wanted] for wanted in shown]
+        height = min(GRID_COLUMNS, *map(len, below))
+        rows = [[places[row] for places in below] for row in range(height)]
+        columns = [_named(label, names) for label in shown]
+    images = [[samples.read(index, index + 1)[0].permute(1, 2, 0).numpy() for index in row] for row in rows]
+    identity = samples.identity
+    words = [str(identity["model"].get("checkpoint", "")), *(
+        f"{key} {identity['sampling'][key]}" for key in ("guidance", "seed") if key in identity["sampling"]
+    )]  # fmt: skip
     with atomic_file(path) as file:
-        Image.fromarray(grid).save(file, "PNG")
+        labelled_grid(images, columns=columns, caption=", ".join(words)).save(file, "PNG")
     return path
+
+
+def _named(label: int, names: Sequence[str]) -> str:
+    return names[label] if label < len(names) else str(label)
+
+
+def class_names(config: Config) -> tuple[str, ...]:
+    """Of the run's data, as it wrote them down; empty where it did not."""
+    try:
+        described = json.loads((Path(config.run.path) / "data.json").read_text())
+        return tuple(map(str, described.get("class_names", ())))
+    except (OSError, ValueError, AttributeError, TypeError):
+        return ()

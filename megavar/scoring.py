@@ -18,7 +18,7 @@ from megavar.evaluation.results import Result, class_histogram, write_result
 from megavar.evaluation.table import format_table, thresholds_missed
 from megavar.frozen import identify
 from megavar.parallel.environment import Environment
-from megavar.run_samples import check_conditions, default_conditions, describe, open_samples, write_grid
+from megavar.run_samples import check_conditions, class_names, default_conditions, describe, open_samples, write_grid
 from megavar.sampling.samples import Samples
 from megavar.tokenizers.base import Tokenizer
 from megavar.training.checkpoint.weights import find_checkpoint
@@ -95,14 +95,16 @@ def _score_generator(config: Config, place: Environment, untrained: bool) -> dic
         order=f"image i has condition i: {conditions.describe()}",
         extractor=scores.extractor,
         reference=scores.reference,
-        sampler=config.sampling.model_dump(mode="json", exclude={"keep_images"}) | {"conditions": conditions.identity},
+        sampler=config.sampling.model_dump(mode="json", exclude=set(config.sampling.changes_no_sample))
+        | {"conditions": conditions.identity},
         checkpoint=samples.identity["model"],
         notes=scores.notes,
     )
     label = result.suite.replace("/", "-")
     path = Path(config.run.path) / f"scores-{label}-{samples.directory.name}.json"
     _report(name, rows, scores, result, path)
-    print(f"{describe(samples)} in {samples.directory}, overview in {write_grid(samples)}", flush=True)
+    grid = write_grid(samples, class_names(config))
+    print(f"{describe(samples)} in {samples.directory}, overview in {grid}", flush=True)
     return scores.metrics
 
 

@@ -15,6 +15,7 @@ ALLOWED: dict[str, set[str]] = {
     "logs": set(),
     "paths": set(),
     "storage": set(),
+    "pictures": set(),
     "flow_matching": set(),
     "config": {"parallel"},
     "parallel": {"config"},
@@ -51,8 +52,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "beginning": {"assembly", "config", "frozen", "training", "weight_file", "weight_layout"},
     "run_samples": {
-        "assembly", "beginning", "chunks", "conditions", "config", "data", "frozen", "parallel", "sampling",
-        "tokenizers", "training",
+        "assembly", "beginning", "chunks", "conditions", "config", "data", "frozen", "parallel", "pictures",
+        "sampling", "tokenizers", "training",
     },
     "library": {
         "assembly", "conditions", "config", "frozen", "parallel", "tokenizers", "training", "weight_file",
@@ -61,19 +62,25 @@ ALLOWED: dict[str, set[str]] = {
         "assembly", "config", "evaluation", "frozen", "parallel", "run_samples", "sampling", "tokenizers", "training",
     },
     "records": set(),
+    "reporting": {"pictures", "records"},
+    "forking": {"config", "data", "generators", "library", "training", "weight_file"},
     "starting": {"data"},
     "reproduction": {"chunks", "config", "planning", "training"},
-    "analysis": {"assembly", "config", "data", "parallel", "run_samples", "training", "transformer"},
+    "analysis": {
+        "assembly", "conditions", "config", "data", "parallel", "run_samples", "sampling", "training", "transformer",
+    },
     "commands": {
-        "analysis", "assembly", "beginning", "config", "data", "parallel", "planning", "recipes", "records",
-        "reproduction", "run_samples", "scoring", "starting", "training",
+        "analysis", "assembly", "beginning", "conditions", "config", "data", "forking", "parallel", "pictures",
+        "planning", "recipes", "records", "reporting", "reproduction", "run_samples", "sampling", "scoring", "starting",
+        "training",
     },
     "__main__": set(),
 }  # fmt: skip
 KNOWN_CIRCLES = {frozenset({"config", "parallel"}), frozenset({"frozen", "training"})}
 """The second: checkpoints carry identities of frozen weights, and frozen weights may lie in a checkpoint."""
 TORCH_FREE = ("megavar", "megavar.config.loading", "megavar.config.cluster", "megavar.config.table", "megavar.frozen",
-              "megavar.records.run", "megavar.commands.status")  # fmt: skip
+              "megavar.records.run", "megavar.commands.status", "megavar.commands.report", "megavar.commands.compare",
+              "megavar.reporting.report")  # fmt: skip
 """Login nodes read configurations and compare identities of weights."""
 
 

@@ -106,7 +106,7 @@ def _drawing(result: Record) -> str:
             record["subject"], record["what"], str(record["images"]), _cell(record["images_per_second"], "{:.2f}"),
             _cell(record["seconds"] * 1e3, "{:.1f}"), _cell((record["peak_bytes"] or 0) / GIB or None, "{:.1f}"),
         )
-        for record in _of(result, "sampling", "encode", "decode")
+        for record in _of(result, "sampling", "sampling, CUDA graph", "encode", "decode")
     ]  # fmt: skip
     columns = ["model", "", "batch", "images/s", "ms", "peak GiB"]
     return _table("Sampling (guidance, decoder included), tokenizer", columns, rows)

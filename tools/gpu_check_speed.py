@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from megavar.assembly import build_generator, build_sampler
+from megavar.config.root import Config
 from megavar.planning.device_rates import copy_rate, launch_seconds, product_seconds
 from megavar.run_samples import default_conditions
+from megavar.sampling.sampler import Sampler
 from tools import benchmark_cases
 from tools.benchmark_bench import Bench, Part
 from tools.benchmark_timing import Timing, measure, synchronize
@@ -128,6 +130,22 @@ def sampling(check: Check) -> None:
             indices = torch.arange(images)
             timing = _timed(functools.partial(sampler.draw, indices), 0.1 if check.dry else TIMED_SECONDS)
             check.figure(model, "sampling", **_values(timing, images))
+            if check.device.type == "cuda":
+                _graphed(check, config, model, sampler, indices)
+
+
+def _graphed(check: Check, config: Config, model: str, plain: Sampler, indices: torch.Tensor) -> None:
+    """The same samples from a CUDA graph: are they, and how fast."""
+    settings = config.sampling.model_copy(update={"cuda_graph": True})
+    sampler = Sampler(plain.generator, plain.tokenizer, plain.procedure, plain.conditions, settings, plain.device)
+    others = indices + len(indices)
+    sampler.draw(others)  # as usual
+    sampler.draw(others)  # recorded
+    same = (sampler.draw(indices).arrays["tokens"] == plain.draw(indices).arrays["tokens"]).all()
+    check.passed(f"{model}: {len(indices)} samples from a CUDA graph are the same", bool(same))
+    check.figure(
+        model, "sampling, CUDA graph", **_values(_timed(functools.partial(sampler.draw, indices)), len(indices))
+    )
 
 
 def _parts(check: Check, model: str, part: Callable[[Bench], Part], images: int) -> None:

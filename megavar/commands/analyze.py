@@ -1,7 +1,6 @@
 """``megavar analyze KIND RUN``: look at trained runs; data and pictures go into the first run's ``analysis`` folder."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,15 +67,7 @@ def look(config: Config, words: Sequence[str], place: Environment) -> None:
 def _subject(text: str, overrides: Sequence[str], device: torch.device) -> Subject:
     """``RUN`` or ``LABEL=RUN``."""
     label, _, path = text.rpartition("=")
-    return Subject(_load(path, overrides), device, label)
-
-
-def _load(path: str, overrides: Sequence[str]) -> Config:
-    """The configuration of a run directory, whose own place it may have left, or of a file."""
-    directory = Path(path)
-    if not directory.is_dir():
-        return load_config(directory, overrides)
-    return load_config(directory / "config.yaml", [f"run.directory={json.dumps(str(directory))}", *overrides])
+    return Subject(load_config(path, overrides), device, label)
 
 
 def _choice(kind: str, words: Sequence[str]) -> AnalysisChoice:

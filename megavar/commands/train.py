@@ -42,7 +42,7 @@ from megavar.training.run import Expectation, Run, micro_batch_size, on_first_ra
 from megavar.training.run_directory import RunDirectory
 from megavar.training.trainer import Trainer
 
-PREVIEW_IMAGES = 40
+PREVIEW_IMAGES, PREVIEW_COLUMNS = 40, 10
 LOOK_AGAIN_SECONDS = 20.0
 """Between looks at a required run that another process trains."""
 
@@ -209,7 +209,7 @@ def _check_data(directory: RunDirectory, source: Source, config: Config) -> None
     described = {"source": config.data.source.name, "samples": len(source), "fingerprint": source.fingerprint}
     # The fingerprint covers classes, too; names are for readers of the run, and runs of earlier versions lack them.
     named = described | {"class_names": list(source.class_names)}
-    if path.exists() and not config.train.fresh:
+    if path.exists() and directory.begun and not config.train.fresh:
         try:
             before = json.loads(path.read_text())
         except (OSError, ValueError) as error:
@@ -264,7 +264,16 @@ def _preview(assembly: Assembly, recipe: Recipe) -> Callable[[int], Tensor | Non
         return None  # a pipeline stage cannot decode alone: sample from a checkpoint instead
     generator = recipe.modules()[GENERATOR_MODULE]
     sampler = build_sampler(config, generator, assembly.tokenizer(), default_conditions(config), assembly.device)
-    return lambda step: sampler.draw(torch.arange(PREVIEW_IMAGES)).images
+    shown = _previewed(None if config.generator is None else config.generator.class_count)
+    return lambda step: sampler.draw(shown).images
+
+
+def _previewed(classes: int | None) -> Tensor:
+    """Which samples a preview shows, ten in a row: where there are more classes, columns are the first ten."""
+    if classes is None or classes < PREVIEW_COLUMNS:
+        return torch.arange(PREVIEW_IMAGES)
+    rows = torch.arange(PREVIEW_IMAGES // PREVIEW_COLUMNS)
+    return (classes * rows[:, None] + torch.arange(PREVIEW_COLUMNS)).flatten()
 
 
 def _preview_source(config: Config) -> Source:
@@ -280,7 +289,8 @@ def _reconstructions(config: Config, tokenizer: Any, source: Source, device: tor
     """Rows of ten images, each above a row of their reconstructions: uint8 [N, 3, H, W]."""
     count = min(PREVIEW_IMAGES // 2, len(source))
     transform = build_transform(config.data, "test")
-    originals, _ = stored_images(source, transform, range(count), config.data.damaged_samples)
+    spread = [index * len(source) // count for index in range(count)]  # over all classes, which mostly come in turn
+    originals, _ = stored_images(source, transform, spread, config.data.damaged_samples)
     tokens = tokenizer.tokens(tokenizer.encode(to_float(originals).to(device)))
     reconstructed = to_uint8(tokenizer.decode(tokens)).cpu()
     rows = zip(originals.split(10), reconstructed.split(10))

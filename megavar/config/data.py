@@ -141,7 +141,7 @@ class CacheSource(Section):
     views: int = Field(1, ge=1)
     """Augmented versions of each sample, one of which is chosen in each epoch. The ten-crop transform has 10; for
     transforms with continuous randomness 8 to 16 are reasonable; without randomness there is 1."""
-    features: str | None = None
+    features: PathText | None = None
     """Folder of a teacher's features of the same views (``tools/cache_tokens.py CONFIG --teacher``), for terms that
     compare with them. None: the teacher looks at every image again, which needs images as the source."""
     images: ImagesConfig

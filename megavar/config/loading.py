@@ -20,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from megavar.config.choice import Choice
 from megavar.config.root import Config
+from megavar.config.roots import mark, place
 from megavar.config.yaml_text import parse_yaml, read_text
 from megavar.errors import ConfigError
 from megavar.paths import expanded, found
@@ -35,11 +36,21 @@ def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path} does not hold keys and values at its top level. Start from configs/quickstart.yaml.")
     base = tree.pop("base", None)
     _look_beside(path, tree)
+    if "paths" in tree:
+        root = _root(path, tree.pop("paths"))
+        tree = mark(root, tree) | {"paths": {"root": root}}
     if base is None:
         return tree
     if not isinstance(base, str):
         raise ConfigError(f"{path}: base must be the path of one YAML file, relative to this file.")
     return merge(read_tree(path.parent / _expanded(base, f"{path}: base"), (*seen, path.resolve())), tree)
+
+
+def _root(path: Path, paths: Any) -> str:
+    """The folder that ``paths`` of the file ``path`` means."""
+    if not isinstance(paths, dict) or set(paths) != {"root"} or not isinstance(paths["root"], str):
+        raise ConfigError(f"{path}: paths must be {{root: DIR}}, the folder in which this file's relative paths lie.")
+    return os.path.normpath(path.absolute().parent / _expanded(paths["root"], f"{path}: paths.root"))
 
 
 def _look_beside(path: Path, tree: dict[str, Any]) -> None:
@@ -98,18 +109,30 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Read, merge, override and check a configuration.
 
     Args:
-        path: the YAML file; one that comes with megavar (``configs/...``) is found from everywhere.
+        path: the YAML file; one that comes with megavar (``configs/...``) is found from everywhere. A run's directory
+            stands for its ``config.yaml``, wherever it has been moved.
         overrides: ``dotted.key=value``; their paths are relative to the current directory.
 
     Raises:
         ConfigError: anything is wrong; the message names key, problem and remedy for every problem found.
     """
     path = _expanded(str(path), "The configuration")
-    tree = read_tree(Path(path))
+    tree = run_tree(Path(path)) if (Path(path) / "config.yaml").is_file() else read_tree(Path(path))
     for override in overrides:
         apply_override(tree, override)
+    root, run = tree.pop("paths", None), tree.get("run")
+    if root is not None and isinstance(run, dict) and run.get("directory") is None and run.get("name"):
+        run["directory"] = os.path.join(root["root"], "runs", str(run["name"]))  # noqa: PTH118
     import_plugins(tree, str(path))
-    return decode(tree, Config, str(path))
+    return decode(place(tree, Config), Config, str(path))
+
+
+def run_tree(directory: Path) -> dict[str, Any]:
+    """The configuration of the run in ``directory``, whose own place it may have left."""
+    tree = read_tree(directory / "config.yaml")
+    if isinstance(tree.get("run"), dict):
+        tree["run"]["directory"] = str(directory)
+    return tree
 
 
 def import_plugins(tree: Mapping[str, Any], origin: str) -> None:

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from megavar.config.base import Section
+from megavar.config.base import PathText, Section
 
 
 class WandbConfig(Section):
@@ -42,7 +42,7 @@ class LoggingConfig(Section):
     """A bar on a terminal, plain lines elsewhere (``auto``), or one of them always."""
     lines_seconds: float = Field(30.0, ge=0)
     """Least time between plain progress lines."""
-    calibration: str | None = None
+    calibration: PathText | None = None
     """File of ``megavar plan --calibrate`` of this kind of device. The run's metrics compare the step time and the
     memory that a plan expects with what is measured; without it, on known GPUs, with what a plan assumes."""
     profile: ProfileConfig | None = None

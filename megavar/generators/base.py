@@ -31,7 +31,7 @@ and wait for no device (no ``.item()``).
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -51,6 +51,9 @@ __all__ = ["Embedded", "Generator", "GeneratorOutput", "Head", "Stage", "TokenSe
 
 class Generator(Backbone):
     """One pipeline stage of a generator; see the module for what a subclass says."""
+
+    class_table: ClassVar[str] = "embedding.classes.weight"
+    """Name of the parameter whose last rows are the classes and "no class", where it is asked by class."""
 
     def __init__(
         self,

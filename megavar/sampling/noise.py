@@ -5,6 +5,9 @@ Gumbel-max trick needs one per entry of the vocabulary, and the number depends o
 on the batch, the chunk, the rank or the order in which a procedure visits positions.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -100,13 +103,40 @@ class FiniteLogits:
         self._checks.append(logits.isfinite().all())
 
     def require(self) -> None:
-        """Wait for the device.
+        """Wait for the device, or leave that to :func:`postponed_checks`.
 
         Raises:
             CheckpointError: some logits were infinite or not a number.
         """
-        if not bool(torch.stack(self._checks).all()):
-            raise CheckpointError(
-                "The generator predicts logits that are not finite. Its weights are damaged or training has diverged: "
-                "name another checkpoint."
-            )
+        postponed = _postponed.get()
+        if postponed is None:
+            require_finite(self._checks)
+        else:
+            postponed.append(torch.stack(self._checks).all())
+
+
+_postponed: ContextVar[list[Tensor] | None] = ContextVar("postponed", default=None)
+
+
+@contextmanager
+def postponed_checks() -> Iterator[Sequence[Tensor]]:
+    """Inside, drawing does not wait for the device: what :func:`require_finite` should look at later is collected."""
+    checks: list[Tensor] = []
+    token = _postponed.set(checks)
+    try:
+        yield checks
+    finally:
+        _postponed.reset(token)
+
+
+def require_finite(checks: Sequence[Tensor]) -> None:
+    """Wait for the device.
+
+    Raises:
+        CheckpointError: one of ``checks`` is false: some logits were infinite or not a number.
+    """
+    if not bool(torch.stack(list(checks)).all()):
+        raise CheckpointError(
+            "The generator predicts logits that are not finite. Its weights are damaged or training has diverged: "
+            "name another checkpoint."
+        )

@@ -1,17 +1,20 @@
 """From sample indices to tokens and images, for any generator, tokenizer and procedure."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from megavar.conditions import Conditions
+from megavar.conditions import Condition, Conditions
 from megavar.config.procedures.base import SamplingChoice
 from megavar.data.pixels import Rounding, quantize
 from megavar.data.text import TextEncoder
 from megavar.errors import CheckpointError
 from megavar.sampling.base import Procedure
+from megavar.sampling.graph import RepeatedDrawing, record_on_cuda
 from megavar.sampling.noise import Noise
 from megavar.tokenizers.base import Tokenizer
 
@@ -75,7 +78,14 @@ class Sampler:
         device: torch.device,
         text: TextEncoder | None = None,
     ) -> None:
-        """Draw with ``procedure``; of ``settings``, only seed and rounding matter here. ``text`` encodes captions."""
+        """Draw with ``procedure``; of ``settings``, only seed, rounding and ``cuda_graph`` matter here.
+
+        Args:
+            text: encodes captions.
+
+        Raises:
+            ConfigError: ``cuda_graph`` with experts of which no graph can be recorded.
+        """
         self.generator = generator
         self.tokenizer = tokenizer
         self.procedure = procedure
@@ -84,6 +94,9 @@ class Sampler:
         self.seed = settings.seed
         self.device = device
         self.decoder = TokenDecoder(tokenizer, device, settings.rounding)
+        self._tokens: Callable[[Condition, Noise], Tensor] = functools.partial(procedure.draw, generator, tokenizer)
+        if settings.cuda_graph and device.type == "cuda":
+            self._tokens = RepeatedDrawing(generator, self._tokens, record_on_cuda)
 
     @torch.no_grad()
     def draw(self, indices: Tensor) -> Drawn:
@@ -93,7 +106,7 @@ class Sampler:
         indices = indices.to(self.device)
         condition = self.conditions.at(indices)
         condition = condition if self.text is None else condition.encoded(self.text)
-        drawn = self.procedure.draw(self.generator, self.tokenizer, condition, Noise(self.seed, indices))
+        drawn = self._tokens(condition, Noise(self.seed, indices))
         self.generator.train(training)
         tokens = drawn.cpu().numpy().astype(self.tokenizer.space.stored_type)
         # From what is stored, not from what decoding accumulated: chunks give the same bits later.

@@ -144,13 +144,13 @@ class RunDirectory:
         (self.path / "logs").mkdir(exist_ok=True)
         for folder in (self.path, self.samples, self.checkpoints):
             storage.remove_leftovers(folder)
-        known = self.config.exists()
+        known = self.config.exists() and self.begun
         if known:
             self.check(config, fresh)
             if self.done and not fresh:
                 return {}
         identities = {name: frozen.identify(path) for name, path in self.weights.items()}
-        if not fresh:
+        if not fresh and known:
             self._check_weights(identities)
         if known:
             (self.path / "DONE").unlink(missing_ok=True)
@@ -192,13 +192,18 @@ class RunDirectory:
         )  # fmt: skip
         differing = [key for key in differing if not self._has_moved(stored.get(key), given.get(key), fresh)]
         if differing:
-            key = differing[0]
-            more = f" (and {len(differing) - 1} more keys)" if len(differing) > 1 else ""
+            listed = "; ".join(f"{key} is {stored.get(key)!r} there and {given.get(key)!r} here" for key in differing)
             raise ConfigError(
-                f"{self.path} belongs to a run with another configuration: {key} is {stored.get(key)!r} there and "
-                f"{given.get(key)!r} here{more}. Use another directory (run.directory=... or run.name=...), or restore "
-                f"the value to continue that run."
+                f"{self.path} belongs to a run with another configuration: {listed}. Restore the values to continue "
+                f"that run; use another directory (run.directory=... or run.name=...) for a run of its own; or go on "
+                f"from its checkpoint with other settings: megavar fork {self.path} NEW {' '.join(differing[:2])} ..."
             )
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything was trained here: until then, another configuration may take the place of the first."""
+        trained = self.metrics.exists() and self.metrics.stat().st_size > 0
+        return trained or self.done or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
 
     def _stored_config(self) -> dict[str, Any]:
         """The configuration that the directory was created with.

@@ -18,9 +18,9 @@ RESOLVED = json.loads((Path(__file__).parent / "data" / "resolved_9f0263a.json")
 NEW_KEYS = {
     "data.source.one_class", "data.source.test_share", "data.text",
     "generator.head_chunks", "logging.calibration", "plugins", "recipe.convnext", "recipe.cross_entropy_weight",
-    "recipe.noise", "recipe.scale_lists", "recipe.smaller_images", "recipe.terms", "recipe.trained", "sampling.procedure", "train.compile",
-    "train.compile_backend", "train.deterministic", "train.initial_weights", "train.recovery.divergence_factor",
-    "train.tf32",
+    "recipe.noise", "recipe.scale_lists", "recipe.smaller_images", "recipe.terms", "recipe.trained",
+    "sampling.cuda_graph", "sampling.procedure", "train.compile", "train.compile_backend", "train.deterministic",
+    "train.initial_weights", "train.recovery.divergence_factor", "train.tf32",
 }  # fmt: skip
 """Keys that did not exist at commit 9f0263a."""
 

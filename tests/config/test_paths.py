@@ -171,3 +171,25 @@ def test_an_installed_package_needs_no_checkout(installed, tmp_path):
     assert sorted(path.name for path in installed.iterdir() if not path.name.endswith("dist-info")) == [
         "bin", "launchers", "megavar", "tools",
     ]  # fmt: skip
+
+
+def test_all_paths_of_a_file_lie_in_its_root(tmp_path, monkeypatch):
+    (tmp_path / "project/files").mkdir(parents=True)
+    (tmp_path / "project/files/run.yaml").write_text(
+        f"base: {ROOT / 'configs/quickstart.yaml'}\npaths: {{root: ..}}\nrun: {{name: mine}}\n"
+        "recipe: {tokenizer_weights: runs/tokens}\nlogging: {calibration: cal.json}\n"
+        "data: {source: {name: image_folder, path: photos, test_path: /else/where}}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    config, root = load_config("project/files/run.yaml"), tmp_path / "project"
+    assert config.run.path == str(root / "runs/mine")
+    assert config.recipe.tokenizer_weights == str(root / "runs/tokens")
+    assert (config.data.source.path, config.data.source.test_path) == (str(root / "photos"), "/else/where")
+    assert config.logging.calibration == str(root / "cal.json")
+    assert config.deepspeed == load_config(ROOT / "configs/quickstart.yaml").deepspeed, "named by another file"
+    given = load_config("project/files/run.yaml", ["data.source.path=here", "run.name=other"])
+    assert given.data.source.path == "here", "a command line means the current directory"
+    assert given.run.path == str(root / "runs/other")
+    (tmp_path / "wrong.yaml").write_text("paths: here\n")
+    with pytest.raises(ConfigError, match="paths must be"):
+        load_config("wrong.yaml")

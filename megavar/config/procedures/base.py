@@ -31,8 +31,14 @@ class SamplingChoice(Choice):
     ``half_up`` as LlamaGen."""
     seed: int = 0
     """Of the noise; sample i draws from (seed, i) only."""
+    cuda_graph: bool = False
+    """On a GPU, replay one CUDA graph per batch from the second batch of a size on: small batches, whose kernels are
+    over before the host has launched the next, draw faster. Without a GPU nothing changes."""
     weights: Literal["model", "ema"] = "model"
     """Which weights to sample from."""
+
+    changes_no_sample: ClassVar[frozenset[str]] = frozenset({"keep_images", "cuda_graph"})
+    """Keys that samples and their scores do not depend on."""
 
     def tokenizer_of(self, trained: TokenizerChoice) -> TokenizerChoice:
         """The section of the tokenizer whose tokens are drawn, with the weights of the one that the generator learned

@@ -11,6 +11,7 @@ Shapes: B samples, C width, V codebook size, D head size.
 """
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,8 @@ def rotary_table(prefix: int, grid: int, channels: int, device: torch.device | N
 
 class AliTok(Generator):
     """A stage of AliTok's transformer. The prediction is its logits: float32 [B, rows, V / tensor-parallel size]."""
+
+    class_table: ClassVar[str] = "embedding.weight"
 
     choice: AliTokConfig
 

@@ -9,6 +9,7 @@ Shapes: B samples, rows of the sequence, C width, V codebook size.
 """
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -112,6 +113,8 @@ class Head(nn.Module):
 
 class RAR(Generator):
     """A stage of RAR. The prediction is its logits for the rows after the start row: float32 [B, rows, V / tp]."""
+
+    class_table: ClassVar[str] = "embedding.table.weight"
 
     choice: RARConfig
 

@@ -1,9 +1,9 @@
 """Decoding of SAR's hybrid (GengzeZhou/SAR ``models/scalear.py``): masked steps for the first map, then map after map.
 
-    order = a permutation of the first map's n tokens for each sample
-    step i of S: tokens of order below b_i are known, all others masked; draw all n; take those below b_{i+1}
-                 b_i = int(n (1 - (1 + cos(pi i / S)) / 2))
-    map k: from the map before, resized; all tokens at once
+order = a permutation of the first map's n tokens for each sample
+step i of S: tokens of order below b_i are known, all others masked; draw all n; take those below b_{i+1}
+             b_i = int(n (1 - (1 + cos(pi i / S)) / 2))
+map k: from the map before, resized; all tokens at once
 """
 
 import itertools

@@ -68,6 +68,7 @@ class NextScale:
         labels = (condition.with_dropped() if guided else condition).labels
         counted = torch.arange(len(labels), device=labels.device) < len(condition)
         positions = torch.arange(tokenizer.space.length, device=labels.device)
+        uniform = None if noise is None else noise.uniform(positions)
         cache, state, start = KeyValueCache(tokenizer.space.length), None, 0
         features: Tensor | None = None
         for k, side in enumerate(sides):
@@ -76,9 +77,8 @@ class NextScale:
             if guided:
                 conditional, free = logits.chunk(2)
                 logits = self.guide(conditional, free, k, sides)
-            here = positions[start : start + side * side]
-            uniform = noise.uniform(here) if noise is not None else None
-            ids = given[k] if k < len(given) else self.choose(logits, side, uniform)
+            here = None if uniform is None else uniform[:, start : start + side * side]
+            ids = given[k] if k < len(given) else self.choose(logits, side, here)
             state, features = tokenizer.grow(state, ids, k)
             start += side * side
             yield DrawnScale(ids, logits, state)

@@ -5,8 +5,8 @@ from copy import copy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core import tensor_parallel
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
@@ -18,7 +18,7 @@ from megavar.config.choice import resolve
 from megavar.config.experts.base import ExpertsChoice
 from megavar.config.parallel import ParallelConfig
 from megavar.transformer.context import ForwardContext
-from megavar.transformer.linear import RowLinear
+from megavar.transformer.linear import ColumnLinear, RowLinear
 from megavar.transformer.moe.backends import check_installed, choose_backend
 from megavar.transformer.moe.even import EvenMixture
 from megavar.transformer.moe.experts import GroupedExperts, traceable
@@ -27,13 +27,11 @@ from megavar.transformer.moe.router import Router, Routing
 
 
 class ExpertOutputLinear(RowLinear):
-    """Second layer of an expert, which lies whole on its rank.
+    """Second layer of an expert, which lies whole on its rank: one product, without Megatron-core's reduction.
 
-    Two things in Megatron-core 0.16 are meant for layers whose output is a sum over tensor-parallel ranks. Without
-    expert parallelism it passes the output through a reduction over one rank, which returns a view that ``mlp.py:247``
-    then changes in place: autograd refuses. And it marks the bias as one whose gradient must be added up over
-    tensor-parallel ranks (``tensor_parallel/layers.py:1228``), but the ranks hold different experts, or their gradients
-    are added up with the experts' other ones.
+    Its bias is no part of it, since gates weight both (``mlp.py:247``). Megatron-core 0.16 marks the bias as one whose
+    gradient must be added up over tensor-parallel ranks (``tensor_parallel/layers.py:1228``), but the ranks hold
+    different experts, or their gradients are added up with the experts' other ones.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -41,6 +39,10 @@ class ExpertOutputLinear(RowLinear):
         self.explicit_expert_comm = True
         if self.bias is not None:
             self.bias.sequence_parallel = False
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[R, F] -> [R, C], and the bias."""
+        return F.linear(hidden, self.weight), self.bias
 
 
 class MegatronMixture(MoELayer):
@@ -78,7 +80,7 @@ def _build_mixture(backend: str, config: TransformerConfig, router: Router) -> n
         return DeepSpeedMixture(config, router)
     spec = ModuleSpec(module=GroupedExperts)
     if backend == "megatron":
-        submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=ExpertOutputLinear)
+        submodules = MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=ExpertOutputLinear)
         spec = ModuleSpec(module=SequentialMLP, submodules=submodules)  # type: ignore[arg-type]
     return MegatronMixture(config, MoESubmodules(experts=spec, router=lambda **unused: router))
 
@@ -114,7 +116,12 @@ class ExpertFeedForward(nn.Module):
     @property
     def one_graph(self) -> bool:
         """Whether Dynamo traces the layer: Megatron-core's dispatchers and other packages' layers stay outside."""
-        return self._traceable and isinstance(self.moe, LocalMixture)
+        return self._traceable and self.never_waits
+
+    @property
+    def never_waits(self) -> bool:
+        """Whether the host needs no number from the device."""
+        return isinstance(self.moe, LocalMixture)
 
     def spread_evenly(self) -> None:
         """Give all experts equal loads whatever the router says, to measure what the layer costs (see ``even.py``)."""

@@ -81,7 +81,7 @@ def of_images(config: DataConfig) -> DataConfig:
     source = config.source
     if isinstance(source, config_room.TokenFileSource) and source.images is None:
         raise ConfigError(
-            f"Images are needed, but data.source is the token file {source.path} alone. Set data.source.images to those "
+            f"Images are needed, but data.source is the token file {source.path}. Set data.source.images to those "
             f"of which it was made."
         )
     if isinstance(source, config_room.CacheSource | config_room.TokenFileSource):

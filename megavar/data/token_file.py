@@ -100,8 +100,8 @@ class TokenFile:
         if space.vocabulary is None or space.length != self.length:
             kind = f"{space.length} ids" if space.vocabulary is not None else "vectors"
             raise ConfigError(
-                f"The lines of {self.path} have {self.length} tokens, but an image is {kind} to the tokenizer. Give the "
-                f"file of this tokenizer, or the tokenizer of this file."
+                f"The lines of {self.path} have {self.length} tokens, but an image is {kind} to the tokenizer. Give "
+                f"the file of this tokenizer, or the tokenizer of this file."
             )
         self.vocabulary = space.vocabulary
 

@@ -63,6 +63,11 @@ class AliTokTrainingConfig(TokenizerTrainingConfig):
     clustering_decay: float = Field(0.99, gt=0, lt=1)
     """Decay per step of the usage that decides how far (release: 0.99)."""
 
+    @property
+    def uncounted(self) -> tuple[str, ...]:
+        """Beside the networks that judge, the decoder of the first stage."""
+        return (*super().uncounted, "the causal decoder")
+
     @model_validator(mode="after")
     def _stages_in_order(self) -> "AliTokTrainingConfig":
         stages = [phase.stage for phase in self.phases]

@@ -28,9 +28,13 @@ class InternViTConfig(VisionTowerConfig):
 
     name: Literal["intern_vit"] = "intern_vit"
     width: PositiveInt = 1024
+    """Hidden size."""
     depth: PositiveInt = 24
+    """Number of blocks."""
     heads: PositiveInt = 16
+    """Attention heads."""
     feed_forward: PositiveInt = 4096
+    """Hidden size of the feed-forward networks."""
     qkv_bias: bool = True
     """Whether queries, keys and values have biases."""
     qk_normalization: bool = False
@@ -48,9 +52,13 @@ class QwenViTConfig(VisionTowerConfig):
 
     name: Literal["qwen_vit"] = "qwen_vit"
     width: PositiveInt = 1280
+    """Hidden size."""
     depth: PositiveInt = 32
+    """Number of blocks."""
     heads: PositiveInt = 16
+    """Attention heads."""
     feed_forward: PositiveInt = 3420
+    """Hidden size of the feed-forward networks."""
     window: PositiveInt = 112
     """Side in pixels of the windows inside which most blocks attend."""
     full_attention: Annotated[tuple[int, ...], Field(strict=False)] = (7, 15, 23, 31)
@@ -124,8 +132,11 @@ class ViTDecoderConfig(VisionTransformerConfig):
 
     name: Literal["vit"] = "vit"
     width: PositiveInt = 1024
+    """Hidden size."""
     depth: PositiveInt = 12
+    """Number of blocks."""
     heads: PositiveInt = 16
+    """Attention heads."""
 
 
 class VGTAEConfig(TokenizerChoice):

@@ -67,7 +67,8 @@ ALLOWED: dict[str, set[str]] = {
     "starting": {"data"},
     "reproduction": {"chunks", "config", "planning", "training"},
     "analysis": {
-        "assembly", "conditions", "config", "data", "parallel", "run_samples", "sampling", "training", "transformer",
+        "assembly", "conditions", "config", "data", "evaluation", "parallel", "run_samples", "sampling", "tokenizers",
+        "training", "transformer",
     },
     "commands": {
         "analysis", "assembly", "beginning", "conditions", "config", "data", "forking", "parallel", "pictures",

@@ -49,9 +49,9 @@ class Subject:
         """The run's."""
         return Path(self.config.run.path)
 
-    def observer(self, checkpoint: Path | None = None) -> Observer:
+    def observer(self, checkpoint: Path | None = None, *, drop_labels: bool = True) -> Observer:
         """The generator with the weights of a checkpoint (default: the newest), to be shown images."""
-        return Observer(self.config, self.device, checkpoint or self.directory)
+        return Observer(self.config, self.device, checkpoint or self.directory, drop_labels=drop_labels)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ what passes by. B images of a batch, L tokens, C width, E experts.
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,12 @@ class Observer:
     Its contexts are clean and in the order of its end, whatever it was trained with on the way there.
     """
 
-    def __init__(self, config: Config, device: torch.device, checkpoint: Path) -> None:
+    def __init__(self, config: Config, device: torch.device, checkpoint: Path, *, drop_labels: bool = True) -> None:
         """Build it and load the weights.
 
         Args:
             checkpoint: a checkpoint or a run directory, of which the newest counts.
+            drop_labels: as often as in training; else every image has its class.
 
         Raises:
             ConfigError: the run trains no generator.
@@ -75,7 +76,11 @@ class Observer:
         self.noisy = "noise" in type(recipe).model_fields
         """Whether contexts can be made noisy (:meth:`observe`)."""
         recipe = recipe.model_copy(update={"terms": ()} | ({"noise": None} if self.noisy else {}))
-        self.config = config.model_copy(update={"recipe": recipe, "parallel": ParallelConfig()})
+        generator = config.generator
+        if generator is not None and not drop_labels and "label_drop" in type(generator).model_fields:
+            generator = generator.model_copy(update={"label_drop": 0.0})
+        changed = {"recipe": recipe, "generator": generator, "parallel": ParallelConfig()}
+        self.config = config.model_copy(update=changed)
         self.device = device
         self.source, self.split = _unseen(self.config)
         mesh = topology.initialize(ParallelConfig(), environment())
@@ -116,6 +121,19 @@ class Observer:
             pixels, labels = stored_images(source, transform, places, self.config.data.damaged_samples)
             ids = torch.tensor(places)
             yield Batch(to_float(pixels), labels, ids, torch.zeros_like(ids)).to(self.device)
+
+    @torch.no_grad()
+    def predict(self, batch: Batch, ids: Tensor) -> Tensor:
+        """Logits float32 [B, L, V] of each of the tokens ``ids`` [B, L] after those before it, under batch's classes.
+
+        Raises:
+            ConfigError: the run's recipe reads no tokens.
+        """
+        if self.tokenizer.space.vocabulary is None:
+            raise ConfigError(f"{self.config.run.name} draws vectors: this analysis is of tokens with a vocabulary.")
+        inputs = self.recipe.prepare(replace(batch, images=None, latents=None, tokens=ids), self.step)
+        logits: Tensor = self.recipe.passes(GENERATOR_MODULE, self.step)[0].forward(self.generator, inputs).prediction
+        return logits
 
     @torch.no_grad()
     def observe(self, batch: Batch, hidden: Sequence[int] = (), *, noise: float = 0.0) -> Observation:

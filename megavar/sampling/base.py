@@ -7,8 +7,9 @@ To add one, write a class with :meth:`Procedure.draw` whose constructor takes it
 Guidance, truncation and the draw itself are in :mod:`.guidance`, :mod:`.filters` and :mod:`.noise`.
 """
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from megavar.conditions import Condition
@@ -37,4 +38,29 @@ class Procedure(Protocol):
         Raises:
             ConfigError: generator or tokenizer cannot be decoded by this procedure.
         """
+        ...
+
+
+class Known(NamedTuple):
+    """Tokens of B samples that are not drawn."""
+
+    ids: Tensor
+    """int64 [B, L]."""
+    given: Tensor
+    """bool [B, L]: which of ``ids`` are known."""
+
+    def put(self, drawn: Tensor, first: int) -> Tensor:
+        """``drawn`` [B, n], the tokens from place ``first`` on, with those that are known in their places."""
+        places = slice(first, first + drawn.shape[1])
+        return torch.where(self.given[:, places], self.ids[:, places], drawn)
+
+
+@runtime_checkable
+class Completing(Procedure, Protocol):
+    """A procedure that can draw the rest of sequences of which some tokens are known."""
+
+    def complete(
+        self, generator: Any, tokenizer: Any, condition: Condition, noise: Noise | None, known: Known | None
+    ) -> Tensor:
+        """As :meth:`Procedure.draw`; a token that is known is what later ones are drawn after, and is returned."""
         ...

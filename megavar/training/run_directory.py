@@ -21,7 +21,6 @@ import json
 import logging
 import os
 import platform
-import re
 import socket
 import subprocess
 import time
@@ -188,7 +187,7 @@ class RunDirectory:
         given = _flatten(json.loads(json.dumps(config)))
         differing = sorted(
             key for key in stored.keys() | given.keys()
-            if stored.get(key) != given.get(key) and not _changeable(key)
+            if stored.get(key) != given.get(key) and not f"{key}.".startswith(CHANGEABLE)
         )  # fmt: skip
         differing = [key for key in differing if not self._has_moved(stored.get(key), given.get(key), fresh)]
         if differing:
@@ -346,14 +345,9 @@ def identity_of(config: Config) -> str:
     values = {
         key: Path(value).name if isinstance(value, str) and value in places else value
         for key, value in _flatten(json.loads(config.model_dump_json())).items()
-        if not _changeable(key)
+        if not f"{key}.".startswith(CHANGEABLE)
     }  # fmt: skip
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _changeable(key: str) -> bool:
-    """Whether a key may differ when a run continues; a part of a mixture is a source."""
-    return f"{re.sub(r'^data.source.sources.[0-9]+', 'data.source', key)}.".startswith(CHANGEABLE)
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

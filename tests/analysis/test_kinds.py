@@ -4,11 +4,17 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from megavar.analysis.kinds.convergence import Curve, smoothed, speed_up
+from megavar.analysis.kinds.embedding_replacement import nearest_others
 from megavar.analysis.kinds.expert_load import load_metrics, normalized
+from megavar.analysis.kinds.exposure_bias import given_places
 from megavar.analysis.kinds.routing_maps import as_map, map_metrics
-from megavar.analysis.kinds.scale_features import linear_cka, separation
+from megavar.analysis.kinds.scale_features import separation
+from megavar.analysis.sequences import means
+from megavar.analysis.similarity import linear_cka
+from megavar.sampling.base import Known
 
 SMOE = (11.35, 5.61, 9.13, 5.18, 5.71, 9.23, 11.32, 6.46)
 STMOE = (7.92, 7.64, 11.56, 6.91, 6.44, 7.54, 8.31, 7.67)
@@ -71,3 +77,32 @@ def test_speed_up():
     assert smoothed(slow.values)[-1] == pytest.approx(2)  # the mean of the last five
     assert speed_up(fast, slow) == pytest.approx(2, abs=0.05)
     assert math.isinf(speed_up(slow, fast))
+
+
+def test_both_contexts_have_as_many_true_tokens():
+    """reAR section 3.1: floor(r N), at the front or anywhere, other places for every sample."""
+    samples = torch.arange(200)
+    front, anywhere = (given_places(protocol, 0.45, samples, 9, seed=1) for protocol in ("perfect", "imperfect"))
+    assert front.sum(1).unique().tolist() == anywhere.sum(1).unique().tolist() == [4]
+    assert bool(front[:, :4].all()) and len(anywhere.unique(dim=0)) > 50
+    assert (anywhere.double().mean(0) - 4 / 9).abs().max() < 0.15
+    assert torch.equal(given_places("imperfect", 0.45, samples[7:9], 9, seed=1), anywhere[7:9])
+    assert given_places("perfect", 1.0, samples, 10, 0).all()
+    assert given_places("imperfect", 0.3, samples, 10, 0).sum() == 600
+    drawn = Known(torch.arange(4)[None], torch.tensor([[True, False, True, False]])).put(torch.tensor([[9, 9]]), 2)
+    assert drawn.tolist() == [[2, 9]]
+
+
+def test_replacements_are_the_nearest_other_codes():
+    vectors = torch.randn(13, 3, generator=torch.Generator().manual_seed(2))
+    found = nearest_others(vectors, at_once=4)
+    for number, vector in enumerate(vectors):
+        cosines = [-2.0 if other == number else float(torch.cosine_similarity(vector, vectors[other], dim=0))
+                   for other in range(13)]  # fmt: skip
+        assert int(found[number]) == int(np.argmax(cosines))
+
+
+def test_perplexity_is_over_all_tokens():
+    parts = [(2, {"surprise": torch.tensor(3.0), "ctr": torch.tensor(1.0)}),
+             (1, {"surprise": torch.tensor(0.0), "ctr": torch.tensor(0.5)})]  # fmt: skip
+    assert means(parts) == {"ctr": pytest.approx(0.5), "perplexity": pytest.approx(math.e)}

@@ -1,36 +1,120 @@
-"""A raster VQGAN trained on the spot, and RAR on its tokens: train, draw, reconstruct, through the command line."""
+"""A raster VQGAN trained on the spot; reAR and AliTok on its tokens: train, resume, draw, analyze, reconstruct."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from tests.end_to_end.conftest import TINY_TOKENIZER, megavar
+from megavar.__main__ import main
+from megavar.errors import ExitCode
+from megavar.training.checkpoint import read_weights
+from tests.end_to_end.conftest import ROOT, TINY_TOKENIZER, megavar, metrics
 
 pytestmark = pytest.mark.end_to_end
+DEMO = "configs/demo/maskgit_vqgan.yaml"
+REAR = (
+    "train.steps=4", "train.checkpoint={interval: 2, keep_last: 2}", "logging={interval: 1, samples_interval: 4}",
+    "optimizer.schedule.warmup_steps=2", "sampling={procedure: raster, number: 8, chunk_size: 4, guidance: 4.0}",
+)  # fmt: skip
+GENERATORS = {
+    "rar": "{name: rar, depth: 2, width: 32, heads: 4, classes: 60, dropout: 0.2, tied_codebook: both}",
+    "alitok": "{name: alitok, depth: 2, width: 32, heads: 4, classes: 60, prefix_tokens: 0, grid: 8, dropout: 0.2}",
+}
 
 
-def test_rar_learns_the_tokens_of_a_vqgan(tmp_path: Path) -> None:
-    demo = "configs/demo/maskgit_vqgan.yaml"
-    trained = megavar("train", demo, *TINY_TOKENIZER, f"run.directory={tmp_path / 'vqgan'}")
+@pytest.fixture(scope="module")
+def vqgan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("raster") / "vqgan"
+    trained = megavar("train", DEMO, *TINY_TOKENIZER, f"run.directory={directory}")
     assert trained.code == 0, trained.output
-    rar = (
-        f"run.directory={tmp_path / 'rar'}", "run.name=rar", "train.steps=4", "train.checkpoint.interval=4",
-        f"recipe={{name: rear, tokenizer_weights: {tmp_path / 'vqgan'}}}", "logging.samples_interval=4",
-        "generator={name: rar, depth: 2, width: 32, heads: 4, classes: 60}", "optimizer.schedule.warmup_steps=2",
-        "sampling={procedure: raster, number: 8, chunk_size: 4, guidance: 4.0}",
-    )  # fmt: skip
-    trained = megavar("train", demo, *rar)
-    assert trained.code == 0, trained.output
-    drawn = megavar("sample", demo, *rar)
+    return directory
+
+
+def words(kind: str, vqgan: Path, directory: Path) -> tuple[str, ...]:
+    """reAR with noise and its term; RAR also in random orders."""
+    order = ", random_order: {from_progress: 0.25, until_progress: 1.0}" if kind == "rar" else ""
+    term = "terms: [{name: codebook_embedding, hidden: 16}]"
+    recipe = f"recipe={{name: rear, tokenizer_weights: {vqgan}, noise: {{}}, {term}{order}}}"
+    return (*REAR, f"run.directory={directory}", f"run.name={kind}", f"generator={GENERATORS[kind]}", recipe)
+
+
+@pytest.fixture(scope="module", params=sorted(GENERATORS))
+def trained(request: pytest.FixtureRequest, vqgan: Path) -> tuple[str, Path]:
+    directory = vqgan.parent / request.param
+    outcome = megavar("train", DEMO, *words(request.param, vqgan, directory))
+    assert outcome.code == 0, outcome.output
+    return request.param, directory
+
+
+def test_resuming_is_bitwise(trained: tuple[str, Path], vqgan: Path, tmp_path: Path) -> None:
+    kind, directory = trained
+    again = tmp_path / "again"
+    shutil.copytree(directory, again)
+    shutil.rmtree(again / "checkpoints/step-00000004")
+    (again / "DONE").unlink()
+    outcome = megavar("train", DEMO, *words(kind, vqgan, again))
+    assert outcome.code == 0 and "Continuing after step 2" in outcome.output, outcome.output
+    expected, found = read_weights(directory), read_weights(again)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, found[name]), name
+    assert metrics(again)[4]["loss"] == metrics(directory)[4]["loss"]
+    if kind == "rar":  # the boundary handed the codebook over, and nothing trained it
+        codes = read_weights(vqgan)["quantize.embedding.weight"]
+        assert torch.equal(expected["embedding.codes.vectors"], codes)
+        assert torch.equal(expected["head.projection.weight"], codes)
+
+
+def test_samples_are_tokens_of_the_vqgan(trained: tuple[str, Path], vqgan: Path) -> None:
+    kind, directory = trained
+    drawn = megavar("sample", DEMO, *words(kind, vqgan, directory))
     assert drawn.code == 0, drawn.output
-    (chunk, *_) = sorted((tmp_path / "rar").rglob("*.npz"))
+    (chunk, *_) = sorted(directory.rglob("*.npz"))
     with np.load(chunk) as arrays:
         tokens = next(arrays[name] for name in arrays.files if arrays[name].ndim == 2)
     assert tokens.dtype == np.uint16 and tokens.shape == (4, 64) and tokens.max() < 128
-    scored = megavar("evaluate", demo, *TINY_TOKENIZER, f"run.directory={tmp_path / 'vqgan'}",
+
+
+def test_analyses(
+    trained: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers that must hold of any model: equal counts of true tokens, equal CTR, all layers, all steps."""
+    kind, directory = trained
+    monkeypatch.chdir(ROOT)
+
+    def found(analysis: str, *more: str) -> dict[str, float]:
+        assert main(["analyze", analysis, str(directory), *more, "--out", str(tmp_path)]) == ExitCode.FINISHED
+        for picture in tmp_path.glob(f"{analysis}*.png"):
+            assert Image.open(picture).width > 300
+        content: dict[str, float] = json.loads((tmp_path / f"{analysis}.json").read_text())["metrics"]
+        return content
+
+    small = ("analysis.images=6", "analysis.batch=4")
+    bias = found("exposure_bias", *small, "analysis.ratios=[0.5,1.0]")
+    assert bias["perfect_0.5_ctr"] >= 0.5 and bias["imperfect_0.5_ctr"] >= 0.5
+    assert bias["perfect_1_ctr"] == bias["imperfect_1_ctr"] == 1 and bias["perfect_1_psnr"] == 100
+    assert bias["perfect_1_perplexity"] == bias["imperfect_1_perplexity"]
+    replaced = found("embedding_replacement", *small, "analysis.ratios=[0.0,1.0]")
+    assert replaced["0_ctr"] == replaced["1_ctr"] < 1 and replaced["0_cosine"] < replaced["1_cosine"] < 1
+    same = found("generalization", *small)
+    assert {"trained", "unseen", "trained_noisy", "unseen_noisy"} <= same.keys()
+    assert same["unseen_loss"] != same["unseen_noisy_loss"]
+    alignment = found("codebook_alignment", *small)
+    assert all(0 < alignment[f"{which}_{layer}"] <= 1 for which in ("encoded", "decoded") for layer in range(3))
+    if kind == "rar":  # tied: what the first block reads is a linear map of the code, and positions
+        assert alignment["encoded_0"] > alignment["decoded_0"]
+    speed = found("step_times", "analysis.batch=4", "analysis.repeats=1", "analysis.steps=[16,64,240]")
+    assert speed["steps"] == 64 and {"seconds_at_step_16", "seconds_at_step_64"} <= speed.keys()
+    assert "seconds_at_step_240" not in speed
+
+
+def test_reconstructions_are_scored(vqgan: Path) -> None:
+    scored = megavar("evaluate", DEMO, *TINY_TOKENIZER, f"run.directory={vqgan}",
                      "evaluation.reconstruction={images: 32, chunk_size: 16}")  # fmt: skip
     assert scored.code == 0, scored.output
-    results = [json.loads(path.read_text()) for path in (tmp_path / "vqgan").rglob("*.json") if "recon" in path.name]
+    results = [json.loads(path.read_text()) for path in vqgan.rglob("*.json") if "recon" in path.name]
     assert any("psnr" in json.dumps(result) for result in results), scored.output

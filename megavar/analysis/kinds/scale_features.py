@@ -12,6 +12,7 @@ import torch
 from matplotlib.figure import Figure
 
 from megavar.analysis.base import Analysis, Report, Subject
+from megavar.analysis.similarity import linear_cka_matrix
 from megavar.config.analyses.scale_features import ScaleFeaturesAnalysis
 from megavar.errors import ConfigError
 
@@ -102,18 +103,6 @@ def separation(points: np.ndarray, scale: np.ndarray) -> dict[str, float]:
         "silhouette": float(silhouette_score(reduced, scale)),
         "same_scale_neighbours": float((scale[near] == scale[:, None]).mean()),
     }
-
-
-def linear_cka(x: np.ndarray, y: np.ndarray) -> float:
-    """Linear centred kernel alignment of [n, C] and [n, D] (Kornblith et al. 2019, Eq. 3)."""
-    x, y = (part.astype(np.float64) - part.mean(0) for part in (x, y))
-    norms = np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)
-    return float(np.linalg.norm(x.T @ y) ** 2 / norms) if norms > 0 else 0.0
-
-
-def linear_cka_matrix(features: Sequence[np.ndarray]) -> np.ndarray:
-    """[K, K] of K feature matrices of the same images."""
-    return np.array([[linear_cka(a, b) for b in features] for a in features])
 
 
 def _beside_diagonal(matrix: np.ndarray) -> float:

@@ -15,6 +15,7 @@ from megavar.conditions import Condition
 from megavar.config.procedures.raster import RasterSampling
 from megavar.generators.base import Generator
 from megavar.generators.inputs import RasterInputs
+from megavar.sampling.base import Known
 from megavar.sampling.filters import truncate
 from megavar.sampling.guidance import guide
 from megavar.sampling.noise import FiniteLogits, Noise, pick
@@ -39,9 +40,15 @@ class Raster:
 
     def draw(self, generator: Generator, tokenizer: Tokenizer, condition: Condition, noise: Noise | None) -> Tensor:
         """Ids int64 [B, L]; see :class:`megavar.sampling.base.Procedure`."""
+        return self.complete(generator, tokenizer, condition, noise, None)
+
+    def complete(
+        self, generator: Generator, tokenizer: Tokenizer, condition: Condition, noise: Noise | None, known: Known | None
+    ) -> Tensor:
+        """Ids int64 [B, L] of which some are known; see :class:`megavar.sampling.base.Completing`."""
         finite = FiniteLogits()
         ids = []
-        for step in self.steps(generator, tokenizer.space.length, condition, noise):
+        for step in self.steps(generator, tokenizer.space.length, condition, noise, known):
             finite.note(step.logits)
             ids.append(step.ids)
         finite.require()
@@ -54,7 +61,7 @@ class Raster:
 
     @torch.no_grad()
     def steps(
-        self, generator: Generator, length: int, condition: Condition, noise: Noise | None
+        self, generator: Generator, length: int, condition: Condition, noise: Noise | None, known: Known | None = None
     ) -> Iterator[DrawnToken]:
         """The tokens one by one."""
         settings = self.settings
@@ -71,5 +78,6 @@ class Raster:
                 guided = guide(conditional, free, self.scale(step, length) - 1)
             uniform = noise.uniform(positions[step : step + 1]) if noise is not None else None
             ids = pick(truncate(guided / settings.temperature, settings.top_k, settings.top_p), uniform)
+            ids = ids if known is None else known.put(ids, step)
             yield DrawnToken(ids, logits)
             newest, start = ids.repeat(2, 1) if settings.guided else ids, step + 2

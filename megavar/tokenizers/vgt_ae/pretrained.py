@@ -40,8 +40,10 @@ def load_encoder(model: VGTAE, folder: str, *, key: str) -> None:
             f"the vision-language model and name its folder."
         )
     read = read_folder(path, lambda name: name.removeprefix("model.").startswith(_VISION))
-    state = apart({name.removeprefix("model."): value for name, value in read.items()})
-    names = _names(list(model.encoder.state_dict()), isinstance(model.config.encoder, InternViTConfig))
+    state = {name.removeprefix("model."): value for name, value in read.items()}
+    internvit = isinstance(model.config.encoder, InternViTConfig)
+    state = apart(state) if internvit else state  # Qwen's own modules have one tensor of the three, too
+    names = _names(list(model.encoder.state_dict()), internvit)
     form = max(names, key=lambda form: len(form.keys() & state.keys()))
     parts = {name.partition(".")[0] for name in form}
     found = {form.get(name, name): value for name, value in state.items() if name.partition(".")[0] in parts}

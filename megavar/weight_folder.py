@@ -6,7 +6,7 @@ They are read without transformers, by the names in the files, which may differ 
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +59,18 @@ def files_of(folder: Path) -> dict[str, str]:
     return files
 
 
-def read_folder(folder: Path) -> dict[str, Tensor]:
-    """All tensors by their names in the files, on the CPU, as they are stored.
+def read_folder(folder: Path, wanted: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
+    """The tensors by their names in the files, on the CPU, as they are stored.
+
+    Args:
+        wanted: whether a tensor of that name is read; default: all.
 
     Raises:
         CheckpointError: the folder is incomplete or damaged.
     """
     tensors: dict[str, Tensor] = {}
-    for file in sorted(set(files_of(folder).values())):
-        tensors |= _load(folder / file)
+    for file in sorted({file for name, file in files_of(folder).items() if wanted is None or wanted(name)}):
+        tensors |= _load(folder / file, wanted)
     return tensors
 
 
@@ -166,8 +169,11 @@ def _names_in(path: Path) -> list[str]:
         raise CheckpointError(f"{path} is truncated or damaged ({error}): fetch it again.") from error
 
 
-def _load(path: Path) -> dict[str, Tensor]:
+def _load(path: Path, wanted: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        if wanted is None:
+            return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118  no dictionary
     except Exception as error:  # of safetensors' own kind
         raise CheckpointError(f"{path} is truncated or damaged ({error}): fetch it again.") from error

@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "weight_folder": set(),
     # Model mathematics.
     "transformer": {"config", "parallel"},
-    "tokenizers": {"config", "parallel", "weight_file", "weight_layout"},
+    "tokenizers": {"config", "parallel", "weight_file", "weight_folder", "weight_layout"},
     "generators": {"config", "parallel", "transformer", "weight_layout"},
     "teachers": {"config", "weight_layout"},
     "recipes": {

@@ -105,7 +105,7 @@ ImagesConfig = Annotated[
 class MixtureSource(Section):
     """Several sources as one, each with its share of every batch in the long run.
 
-    VGT is trained on 27 M, 5 M and 4 M pairs of three collections (``configs/vgt/data_pretraining.yaml``).
+    VGT is trained on 27 M, 5 M and 4 M pairs of three collections (``configs/vgt/base_data_pretraining.yaml``).
     """
 
     name: Literal["mixture"] = "mixture"

@@ -100,41 +100,22 @@ class CodebookConfig(Section):
     """Decay per step of the usage average (the reference's value after its first 100 steps)."""
 
 
-class TokenizerTrainingConfig(RecipeChoice):
-    """Training of a VQ tokenizer by reconstruction: VAR Eq. 5."""
+class ReconstructionConfig(RecipeChoice):
+    """What trainings of autoencoders share."""
 
-    implementation: ClassVar[str] = "megavar.recipes.tokenizer.recipe:TokenizerTraining"
-    trains: ClassVar[Literal["generator", "tokenizer"]] = "tokenizer"
-
-    name: Literal["tokenizer"] = "tokenizer"
-    initial_weights: PathText | None = None
-    """A file in VAR's published layout (``vae_ch160v4096z32.pth``), an export or a run to start from; default: fresh
-    parameters. Short for ``train.initial_weights: {path: ...}``."""
     l2_weight: float = Field(1.0, ge=0)
     """Weight of the mean squared error in pixels (VAR Eq. 5: 1)."""
     l1_weight: float = Field(0.0, ge=0)
     """Weight of the mean absolute error in pixels (VAR has none; VQGAN: 1 in place of the squared error)."""
-    quantizer_weight: float = Field(1.0, ge=0)
-    """Weight of the codebook and commitment loss (VAR Eq. 5: 1; the share of the commitment is the tokenizer's
-    ``commitment_weight``)."""
-    smaller_images: int = Field(0, ge=0)
-    """Coarser scales, drawn anew in every step, whose own smaller images are reconstructed beside the full ones, for
-    tokenizers whose scales do not depend on each other (FlexVAR's "multi-scale" training, of which nothing was
-    published; one trains all scales in turn at one more encoding per step). Losses are the mean over all images."""
     perceptual: PerceptualConfig | None = None
     """Perceptual loss; needs weights on disk, so none by default. Recommended for photographs."""
     convnext: LogitDistanceConfig | None = None
     """TiTok's perceptual loss, beside or in place of LPIPS; needs weights on disk."""
     adversarial: AdversarialConfig | None = None
     """Adversarial loss; none by default. Recommended for photographs after some 20000 steps."""
-    codebook: CodebookConfig = CodebookConfig()
-    """Dead codes."""
-    trained: Literal["all", "decoder"] = "all"
-    """``decoder``: what comes after the tokens alone (TiTok's and AliTok's second stage); encoder and codes stay as
-    ``initial_weights`` has them, and no code is replaced."""
 
     @model_validator(mode="after")
-    def _something_to_reconstruct(self) -> "TokenizerTrainingConfig":
+    def _something_to_reconstruct(self) -> "ReconstructionConfig":
         if self.l1_weight + self.l2_weight == 0:
             raise ValueError("l1_weight and l2_weight are both 0: at least one pixel loss has to be positive")
         return self
@@ -143,10 +124,6 @@ class TokenizerTrainingConfig(RecipeChoice):
     def modules(self) -> tuple[str, ...]:
         """The autoencoder, and the discriminator if there is one."""
         return super().modules if self.adversarial is None else (*super().modules, "discriminator")
-
-    def initial_weights_path(self) -> str | None:
-        """``initial_weights``."""
-        return self.initial_weights
 
     def frozen_weights(self) -> dict[str, str]:
         """The perceptual networks."""
@@ -160,3 +137,31 @@ class TokenizerTrainingConfig(RecipeChoice):
         """The networks that judge reconstructions."""
         networks = {"the discriminator": self.adversarial, "the perceptual network": self.perceptual or self.convnext}
         return tuple(name for name, section in networks.items() if section is not None)
+
+
+class TokenizerTrainingConfig(ReconstructionConfig):
+    """Training of a VQ tokenizer by reconstruction: VAR Eq. 5."""
+
+    implementation: ClassVar[str] = "megavar.recipes.tokenizer.recipe:TokenizerTraining"
+    trains: ClassVar[Literal["generator", "tokenizer"]] = "tokenizer"
+
+    name: Literal["tokenizer"] = "tokenizer"
+    initial_weights: PathText | None = None
+    """A file in VAR's published layout (``vae_ch160v4096z32.pth``), an export or a run to start from; default: fresh
+    parameters. Short for ``train.initial_weights: {path: ...}``."""
+    quantizer_weight: float = Field(1.0, ge=0)
+    """Weight of the codebook and commitment loss (VAR Eq. 5: 1; the share of the commitment is the tokenizer's
+    ``commitment_weight``)."""
+    smaller_images: int = Field(0, ge=0)
+    """Coarser scales, drawn anew in every step, whose own smaller images are reconstructed beside the full ones, for
+    tokenizers whose scales do not depend on each other (FlexVAR's "multi-scale" training, of which nothing was
+    published; one trains all scales in turn at one more encoding per step). Losses are the mean over all images."""
+    codebook: CodebookConfig = CodebookConfig()
+    """Dead codes."""
+    trained: Literal["all", "decoder"] = "all"
+    """``decoder``: what comes after the tokens alone (TiTok's and AliTok's second stage); encoder and codes stay as
+    ``initial_weights`` has them, and no code is replaced."""
+
+    def initial_weights_path(self) -> str | None:
+        """``initial_weights``."""
+        return self.initial_weights

@@ -1,5 +1,6 @@
 """VGT-AE: the vision encoder of a vision-language model, a projection to few channels, and a pixel decoder."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
@@ -105,6 +106,12 @@ class DCAEDecoderConfig(Section):
         for channels, kind in zip(self.channels, self.blocks):
             if kind == "EfficientViTBlock" and channels % self.head_size:
                 raise ValueError(f"channels {channels} is not a multiple of head_size {self.head_size}: change one")
+        for fine, coarse in itertools.pairwise(self.channels):
+            if 4 * fine % coarse:
+                raise ValueError(
+                    f"channels {coarse} do not divide four times the {fine} of the next resolution, to which DC-AE "
+                    f"repeats them: change one"
+                )
         return self
 
 

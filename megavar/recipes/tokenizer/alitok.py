@@ -25,7 +25,8 @@ from megavar.errors import ConfigError
 from megavar.parallel.parameter_rule import ParameterRule
 from megavar.recipes.base import Parts, Pass, WriteRows
 from megavar.recipes.tokenizer.clustering import ClusteredCodebook
-from megavar.recipes.tokenizer.recipe import LossWeights, TokenizerInputs, TokenizerTraining
+from megavar.recipes.tokenizer.recipe import TokenizerInputs, TokenizerTraining
+from megavar.recipes.tokenizer.reconstruction import LossWeights
 from megavar.tokenizers.alitok.stages import TwoDecoders
 
 

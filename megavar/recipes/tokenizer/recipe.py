@@ -15,36 +15,22 @@ quantizer.
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from megavar.config.choice import resolve
 from megavar.config.recipes.tokenizer import TokenizerTrainingConfig
 from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.data.batch import Batch
 from megavar.errors import ConfigError
-from megavar.parallel.parameter_rule import ParameterRule
 from megavar.parallel.seeds import generator, random_bits
-from megavar.recipes.base import BaseRecipe, KnowsRules, Losses, Parts, Pass, WriteRows, frozen
-from megavar.recipes.tokenizer.adversarial import (
-    PatchDiscriminator,
-    adaptive_weight,
-    discriminator_loss,
-    lecam_regularization,
-    reconstruction_realism_loss,
-    with_gradient,
-)
-from megavar.recipes.tokenizer.blurred import BlurredDiscriminator
+from megavar.recipes.base import Losses, Parts, Pass, WriteRows
 from megavar.recipes.tokenizer.codebook import NO_UPKEEP, CodebookUpkeep, Upkeep, usage_metrics
-from megavar.tokenizers.logit_distance import LogitDistance
-from megavar.tokenizers.perceptual import VGG16, PerceptualDistance
+from megavar.recipes.tokenizer.reconstruction import ReconstructionTraining, sums
 from megavar.tokenizers.trainable import Reconstruction, Trainable
-
-_PEAK_TO_PEAK = 2.0  # images are in [-1, 1]
 
 
 class TokenizerInputs(NamedTuple):
@@ -56,26 +42,10 @@ class TokenizerInputs(NamedTuple):
     """int64 [B]: different for every sample and epoch."""
 
 
-class LossWeights(NamedTuple):
-    """What the parts of the reconstruction's loss are multiplied by."""
-
-    l2: float
-    l1: float
-    perceptual: float
-    """Of LPIPS; nothing where it is not configured."""
-    convnext: float
-    """Of the logits' distance; nothing where it is not configured."""
-
-
-class Judgement(NamedTuple):
-    """Logits of the discriminator, [B, 1, h, w] each."""
-
-    real: Tensor
-    fake: Tensor
-
-
-class TokenizerTraining(BaseRecipe):
+class TokenizerTraining(ReconstructionTraining):
     """Trains a :class:`~megavar.tokenizers.trainable.Trainable` (attribute ``tokenizer``)."""
+
+    config: TokenizerTrainingConfig
 
     def __init__(
         self,
@@ -95,35 +65,11 @@ class TokenizerTraining(BaseRecipe):
             CheckpointError: weights of the perceptual loss are missing or wrong.
         """
         self.config = config
-        self.seed = seed
-        self.tokenizer = self.trainable(tokenizer)
-        self.tokenizer.initialize(generator(seed, "initial_autoencoder"))
-        self.tokenizer.to(device)
-        self._check_weight()
-        self.perceptual: PerceptualDistance | None = None
-        self.convnext: LogitDistance | None = None
-        if config.convnext is not None:
-            self.convnext = LogitDistance(config.convnext.weights, key="recipe.convnext.weights").to(device)
-        if config.perceptual is not None:
-            files = config.perceptual.vgg16_weights, config.perceptual.lpips_weights
-            keys = "recipe.perceptual.vgg16_weights", "recipe.perceptual.lpips_weights"
-            self.perceptual = PerceptualDistance(VGG16, *files, keys=keys).to(device)
-        self.discriminator: PatchDiscriminator | BlurredDiscriminator | None = None
-        space = tokenizer.space
-        if config.adversarial is not None:
-            self.discriminator = (
-                PatchDiscriminator(config.adversarial, space.image_channels, space.image_side)
-                if config.adversarial.network == "patchgan"
-                else BlurredDiscriminator(config.adversarial, space.image_channels)
-            )
-            self.discriminator.initialize(generator(seed, "initial_discriminator"))
-            self.discriminator.to(device)
+        built = self.trainable(tokenizer)
+        built.initialize(generator(seed, "initial_autoencoder"))
+        super().__init__(config, built.to(device), tokenizer.space, seed, device)
         upkeep = config.codebook if config.trained == "all" else NO_UPKEEP
         self.codebook: Upkeep = CodebookUpkeep(upkeep, self.tokenizer.quantizer, seed, fresh=fresh)
-        self._dimensions = {  # before an engine empties or flattens parameters
-            name: {parameter: value.ndim for parameter, value in module.named_parameters()}
-            for name, module in self.modules().items()
-        }
 
     @classmethod
     def build(cls, parts: Parts) -> "TokenizerTraining":
@@ -132,19 +78,6 @@ class TokenizerTraining(BaseRecipe):
         assert isinstance(config.recipe, TokenizerTrainingConfig)
         fresh = config.initial_weights is None
         return cls(config.recipe, config.tokenizer, config.train.seed, parts.device, fresh)
-
-    def _check_weight(self) -> None:
-        """Refuse the adaptive weight where there is no last convolution to ask.
-
-        Raises:
-            ConfigError: there is none.
-        """
-        adversarial = self.config.adversarial
-        if adversarial is not None and adversarial.adaptive and not self.tokenizer.ends_in_convolution:
-            raise ConfigError(
-                "recipe.adversarial.adaptive balances gradients at a last 3x3 convolution, and this tokenizer does not "
-                "end in one. Set recipe.adversarial.adaptive=false."
-            )
 
     def trainable(self, choice: TokenizerChoice) -> Any:
         """The tokenizer, if this recipe can train it."""
@@ -160,11 +93,6 @@ class TokenizerTraining(BaseRecipe):
                 f"{len(tokenizer.separate_scales)} coarser scales that are images by themselves. Lower it."
             )
         return tokenizer
-
-    def modules(self) -> dict[str, nn.Module]:
-        """The autoencoder, and the discriminator if there is one."""
-        modules: dict[str, nn.Module] = {"autoencoder": self.tokenizer}
-        return modules if self.discriminator is None else modules | {"discriminator": self.discriminator}
 
     def prepare(self, batch: Batch, step: int) -> TokenizerInputs:
         """Images and a key per sample."""
@@ -199,25 +127,12 @@ class TokenizerTraining(BaseRecipe):
         """Images through the autoencoder."""
         return model(inputs.images, inputs.keys) if side is None else model(inputs.images, inputs.keys, side)
 
-    def judgement(self, model: Callable[..., Tensor], inputs: TokenizerInputs) -> Judgement:
-        """Images and their reconstructions through the discriminator."""
-        with torch.no_grad():
-            reconstruction = self.reconstruction(self.tokenizer, inputs).images
-        return Judgement(*model(torch.cat([inputs.images, reconstruction])).float().chunk(2))
-
-    def weights(self, step: int) -> LossWeights:
-        """The configured ones, in every step."""
-        config = self.config
-        perceptual = 0.0 if config.perceptual is None else config.perceptual.weight
-        convnext = 0.0 if config.convnext is None else config.convnext.weight
-        return LossWeights(config.l2_weight, config.l1_weight, perceptual, convnext)
-
     def smaller_loss(
         self, output: Reconstruction, inputs: TokenizerInputs, step: int, side: int, share: float
     ) -> Losses:
         """Of the smaller images of one scale; what they should be is the area-resized original."""
         originals = F.interpolate(inputs.images, size=output.images.shape[-2:], mode="area")
-        loss, terms = self._reconstruction_loss(output.images.float(), originals, self.weights(step))
+        loss, terms = self.reconstruction_loss(output.images.float(), originals, self.weights(step))
         total = share * (loss + self.config.quantizer_weight * output.quantized.loss)
         images = len(inputs.images)
         error = terms["squared_error"].detach() * images, images
@@ -227,14 +142,7 @@ class TokenizerTraining(BaseRecipe):
         self, output: Reconstruction, inputs: TokenizerInputs, step: int, share: float = 1.0
     ) -> Losses:
         """All losses of the autoencoder on one micro-batch, ``share`` of which counts."""
-        adversarial = self.active("discriminator", step)
-        # To balance two losses their gradients at the reconstructions are needed one by one: see _add_realism.
-        images = output.images.detach().requires_grad_() if adversarial else output.images
-        reconstruction, named = self._reconstruction_loss(images.float(), inputs.images, self.weights(step))
-        total = reconstruction
-        if adversarial:
-            total, more = self._add_realism(reconstruction, images, output)
-            named |= more
+        total, named = self.image_loss(output.images, inputs.images, step, output.last_features)
         named["quantizer"] = output.quantized.loss
         total = total + self.config.quantizer_weight * output.quantized.loss
         beside, more = self.beside(output, inputs)
@@ -242,86 +150,12 @@ class TokenizerTraining(BaseRecipe):
         if torch.is_grad_enabled():
             self.codebook.observe(step, output.quantized, inputs.keys)
         named = {"loss": total} | named
-        pixels = inputs.images.numel()
-        statistics = {
-            "codebook_usage": output.quantized.usage,
-            "squared_error": named["squared_error"].detach().double() * pixels,
-            "pixels": torch.full((), pixels, dtype=torch.float64, device=total.device),
-        }
-        return _sums(share * total, named, len(inputs.images), statistics)
+        statistics = {"codebook_usage": output.quantized.usage} | self.errors(named, inputs.images)
+        return sums(share * total, named, len(inputs.images), statistics)
 
     def beside(self, output: Reconstruction, inputs: TokenizerInputs) -> tuple[Tensor | float, dict[str, Tensor]]:
         """What a tokenizer's training adds to the losses of the full images, a mean, and its unweighted terms."""
         return 0.0, {}
-
-    def _reconstruction_loss(
-        self, images: Tensor, originals: Tensor, weights: LossWeights
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Pixel plus perceptual loss of reconstructions, scalar, and its unweighted terms."""
-        error = images - originals
-        terms = {"squared_error": error.square().mean(), "absolute_error": error.abs().mean()}
-        total = weights.l2 * terms["squared_error"] + weights.l1 * terms["absolute_error"]
-        if self.perceptual is not None and weights.perceptual > 0:
-            terms["perceptual"] = self.perceptual(images, originals).mean()
-            total = total + weights.perceptual * terms["perceptual"]
-        if self.convnext is not None and weights.convnext > 0:
-            terms["logit_distance"] = self.convnext(images, originals).mean()
-            total = total + weights.convnext * terms["logit_distance"]
-        return total, terms
-
-    def _add_realism(
-        self, reconstruction: Tensor, images: Tensor, output: Reconstruction
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """``reconstruction + lambda_G * w * realism`` with its gradient at ``output.images``, and its terms.
-
-        ``images`` is a copy of ``output.images`` that ends the graph: both losses are differentiated up to it, once
-        each, and an engine's hooks on its module's output see only the backward pass of the total.
-        """
-        adversarial = self.config.adversarial
-        assert adversarial is not None and self.discriminator is not None
-        with frozen(self.discriminator):
-            realism = reconstruction_realism_loss(adversarial.loss, self.discriminator(images).float())
-        weight = realism.new_full((), adversarial.weight)
-        if torch.is_grad_enabled():
-            (of_reconstruction,) = torch.autograd.grad(reconstruction, images)
-            (of_realism,) = torch.autograd.grad(realism, images)
-            if adversarial.adaptive:
-                features = output.last_features
-                assert features is not None
-                weight = weight * adaptive_weight(of_reconstruction, of_realism, features, adversarial)
-            gradient = of_reconstruction + weight * of_realism
-            total = with_gradient(reconstruction + weight * realism, output.images, gradient)
-        else:
-            total = reconstruction + weight * realism
-        return total, {"realism": realism, "adaptive_weight": weight}
-
-    def discriminator_loss(self, output: Judgement, inputs: TokenizerInputs) -> Losses:
-        """What the discriminator minimizes on one micro-batch."""
-        adversarial = self.config.adversarial
-        assert adversarial is not None and self.discriminator is not None
-        total = discriminator_loss(adversarial.loss, output.real, output.fake)
-        named = {"discriminator": total, "logits/real": output.real.mean(), "logits/fake": output.fake.mean()}
-        if adversarial.lecam_weight > 0 and torch.is_grad_enabled():
-            named["lecam"] = lecam_regularization(self.discriminator, output.real, output.fake, adversarial.lecam_decay)
-            total = total + adversarial.lecam_weight * named["lecam"]
-        return _sums(total, named, len(inputs.images))
-
-    def active(self, module: str, step: int) -> bool:
-        """The discriminator is trained, and its loss applied, from its start step on."""
-        if module == "autoencoder":
-            return True
-        return self.config.adversarial is not None and step >= self.config.adversarial.start_step
-
-    def rule(self, module: str, parameter: str) -> ParameterRule:
-        """Weight decay applies to convolutions; not to vectors, nor to codes, which it would pull off their data.
-
-        Transformers say themselves what decays.
-        """
-        frozen = module == "autoencoder" and self.frozen_parameter(parameter)
-        own = self.modules()[module]
-        if isinstance(own, KnowsRules):
-            return replace(own.rule(parameter), frozen=frozen)
-        return ParameterRule(decays=self._dimensions[module][parameter] > 2, frozen=frozen)
 
     def frozen_parameter(self, name: str) -> bool:
         """Whether a parameter of the autoencoder is not trained at all."""
@@ -330,17 +164,10 @@ class TokenizerTraining(BaseRecipe):
     def summarize(self, statistics: dict[str, Tensor]) -> dict[str, float]:
         """Peak signal-to-noise ratio in dB, perplexity and share of used codes per scale."""
         metrics = usage_metrics(statistics["codebook_usage"], self.tokenizer.quantizer.parts)
-        mean_square = statistics["squared_error"] / statistics["pixels"]
-        return metrics | {"psnr": float(10 * torch.log10(_PEAK_TO_PEAK**2 / mean_square.clamp_min(1e-12)))}
+        return metrics | super().summarize(statistics)
 
     def after_step(self, step: int, write_rows: WriteRows) -> None:
         """Revive dead codes."""
         replacement = self.codebook.after_step(step)
         if replacement is not None:
             write_rows(self.tokenizer.quantizer.embedding.weight, replacement.rows, replacement.vectors)
-
-
-def _sums(total: Tensor, named: dict[str, Tensor], images: int, statistics: dict[str, Tensor] | None = None) -> Losses:
-    """Means over the images of a micro-batch, as sums."""
-    sums = {name: value.detach() * images for name, value in named.items()}
-    return Losses(total * images, sums, statistics=statistics or {})

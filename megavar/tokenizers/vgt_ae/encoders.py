@@ -8,7 +8,7 @@
 Dropout and dropped paths are off, as VGT turns them off. The packages are imported when an encoder is built.
 """
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +17,21 @@ from megavar.config.tokenizers.vgt_ae import MERGE, InternViTConfig, QwenViTConf
 from megavar.errors import ConfigError
 
 
-class Encoder(Protocol):
-    """Pixels to semantic vectors; an ``nn.Module``."""
+class Encoder(nn.Module):
+    """Pixels to semantic vectors."""
 
-    tower: nn.Module
+    tower: Any
     """transformers' module."""
     mean: tuple[float, float, float]
     """Of the colours in [0, 1], subtracted first."""
     deviation: tuple[float, float, float]
     """Divides afterwards."""
 
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """Normalized pixels [B, 3, H, W] to [B, H W / stride^2, d], row by row."""
-        ...
+    def semantic(self, images: Tensor) -> Tensor:
+        """Images in [-1, 1], [B, 3, H, W], to semantic vectors, float32 [B, H W / stride^2, d], row by row."""
+        mean, deviation = (images.new_tensor(value).view(3, 1, 1) for value in (self.mean, self.deviation))
+        pixels = ((images + 1) / 2 - mean) / deviation
+        return self(pixels.to(self.tower.dtype)).float()
 
 
 def need(package: str, what: str) -> ConfigError:
@@ -37,8 +39,8 @@ def need(package: str, what: str) -> ConfigError:
     return ConfigError(f"{what} needs the package {package}, which is not installed: pip install 'megavar[vlm]'.")
 
 
-class InternViT(nn.Module):
-    """See :class:`Encoder`."""
+class InternViT(Encoder):
+    """InternVL3's."""
 
     mean = (0.485, 0.456, 0.406)
     deviation = (0.229, 0.224, 0.225)
@@ -52,7 +54,7 @@ class InternViT(nn.Module):
         except ImportError as error:
             raise need("transformers", "tokenizer.encoder.name=intern_vit") from error
         side = config.image_side
-        self.tower: Any = InternVLVisionModel(
+        self.tower = InternVLVisionModel(
             InternVLVisionConfig(
                 hidden_size=sizes.width,
                 num_hidden_layers=sizes.depth,
@@ -75,14 +77,14 @@ class InternViT(nn.Module):
         self.patch = sizes.patch
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """See :class:`Encoder`."""
+        """Normalized pixels [B, 3, H, W] to [B, L, d]."""
         patches = self.tower(pixels).last_hidden_state[:, 1:]
         grid = patches.unflatten(1, (pixels.shape[2] // self.patch, pixels.shape[3] // self.patch))
         return self.projector(merge_patches(grid).flatten(1, 2))
 
 
-class QwenViT(nn.Module):
-    """See :class:`Encoder`."""
+class QwenViT(Encoder):
+    """Qwen2.5-VL's."""
 
     mean = (0.48145466, 0.4578275, 0.40821073)
     deviation = (0.26862954, 0.26130258, 0.27577711)
@@ -96,7 +98,7 @@ class QwenViT(nn.Module):
             from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
         except ImportError as error:
             raise need("transformers", "tokenizer.encoder.name=qwen_vit") from error
-        self.tower: Any = Qwen2_5_VisionTransformerPretrainedModel(
+        self.tower = Qwen2_5_VisionTransformerPretrainedModel(
             Qwen2_5_VLVisionConfig(
                 depth=sizes.depth,
                 hidden_size=sizes.width,
@@ -131,7 +133,7 @@ class QwenViT(nn.Module):
         return repeated.reshape(batch * rows * columns, -1), grid
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """See :class:`Encoder`."""
+        """Normalized pixels [B, 3, H, W] to [B, L, d]."""
         patches, grid = self.patches(pixels)
         return self.tower(patches, grid_thw=grid).pooler_output.unflatten(0, (len(pixels), -1))
 
@@ -143,7 +145,7 @@ def merge_patches(grid: Tensor) -> Tensor:
     return parts.transpose(2, 3).flatten(3)
 
 
-def build_encoder(config: VGTAEConfig) -> Any:
+def build_encoder(config: VGTAEConfig) -> Encoder:
     """The configured encoder.
 
     Raises:

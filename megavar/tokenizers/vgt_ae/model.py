@@ -75,10 +75,13 @@ class VGTAE(nn.Module):
     Latents are maps, float32 [B, c, h, w]; with a posterior means and log variances, [B, 2 c, h, w].
     """
 
+    ends_in_convolution = False
+    """What the decoder's last convolution makes is resized."""
+
     def __init__(self, config: VGTAEConfig) -> None:
         super().__init__()
         self.config, self.space, self.stride = config, config.space, config.stride
-        self.encoder: Any = build_encoder(config)
+        self.encoder = build_encoder(config)
         self.projection = Projection(config)
         self.decoder: Any = build_decoder(config)
 
@@ -94,20 +97,13 @@ class VGTAE(nn.Module):
             noise: added to the latents of Eq. 5, float32 [B, L, d_z].
             normal: standard normal numbers of a posterior's sample, float32 [B, L, d_z]; None: its mean.
         """
-        semantic = self.semantic(images)
+        semantic = self.encoder.semantic(images)
         rows, columns = (size // self.stride for size in images.shape[2:])
         latents = self.latents(semantic, rows, columns)
         tokens = self.tokens(latents) if normal is None else self.sample(latents, normal)
         tokens = tokens if noise is None else tokens + noise
         maps = tokens.mT.unflatten(2, (rows, columns))
         return AutoencoderOutput(self.decode_maps(maps), semantic, latents)
-
-    def semantic(self, images: Tensor) -> Tensor:
-        """Images in [-1, 1], [B, 3, H, W], to semantic vectors, float32 [B, L, d]."""
-        values = (self.encoder.mean, self.encoder.deviation)
-        mean, deviation = (images.new_tensor(value).view(3, 1, 1) for value in values)
-        pixels = ((images + 1) / 2 - mean) / deviation
-        return self.encoder(pixels.to(self.dtype)).float()
 
     def latents(self, semantic: Tensor, rows: int, columns: int) -> Tensor:
         """Semantic vectors to a map of latents; see the class."""
@@ -118,7 +114,7 @@ class VGTAE(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """float [B, 3, H, W] in [-1, 1], of any multiple of the stride, to latents."""
         rows, columns = (size // self.stride for size in images.shape[2:])
-        return self.latents(self.semantic(images), rows, columns)
+        return self.latents(self.encoder.semantic(images), rows, columns)
 
     def tokens(self, latents: Tensor) -> Tensor:
         """Means, float32 [B, L, c]."""

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from megavar.errors import ExitCode
-from megavar.notify import notify
+from megavar.notify import HURRY, PATIENCE, notify
 from megavar.storage import write_json_atomic
 
 NO_CHECKPOINT = -1
@@ -205,7 +205,11 @@ def tell(run_directory: Path, attempt: int, code: ExitCode, action: str) -> None
         "stopped": f"waits for a person: python -m launchers.doctor {run_directory}",
     }
     message = f"attempt {attempt}: {code.name}; {words[kind]}"
-    notify(_name_of(run_directory), str(run_directory), kind, message, attempt=attempt, outcome=code.name, step=step)
+    patience = PATIENCE if kind in ("finished", "stopped") else HURRY
+    notify(
+        _name_of(run_directory), str(run_directory), kind, message, patience=patience, attempt=attempt,
+        outcome=code.name, step=step,
+    )  # fmt: skip
 
 
 def _name_of(run_directory: Path) -> str:

@@ -20,6 +20,8 @@ from typing import Any
 VARIABLE = "MEGAVAR_NOTIFY"
 PATIENCE = 30.0
 """Seconds that a command may take."""
+HURRY = 5.0
+"""The same where the next attempt waits for it: Slurm kills batch scripts that linger after a signal."""
 
 ALERTS = (
     "loss_above_uniform", "loss_spike", "gradient_norm", "expert_collapse", "throughput_drop", "stalled_data",
@@ -30,8 +32,8 @@ ENDS = ("finished", "preempted", "failed", "stopped")
 """How an attempt ended: done; saved, and goes on; failed, and starts again; and will not go on by itself."""
 
 
-def notify(run: str, directory: str, kind: str, message: str, **facts: Any) -> bool:
-    """Run the operator's command, if there is one for this ``kind``. Never raises.
+def notify(run: str, directory: str, kind: str, message: str, *, patience: float = PATIENCE, **facts: Any) -> bool:
+    """Run the operator's command, if there is one for this ``kind``, for at most ``patience`` seconds. Never raises.
 
     Returns:
         Whether a command ran and succeeded.
@@ -50,7 +52,7 @@ def notify(run: str, directory: str, kind: str, message: str, **facts: Any) -> b
     }  # fmt: skip
     try:
         result = subprocess.run(
-            command, input=json.dumps(told) + "\n", text=True, capture_output=True, timeout=PATIENCE
+            command, input=json.dumps(told) + "\n", text=True, capture_output=True, timeout=patience
         )
     except (OSError, subprocess.SubprocessError) as error:
         print(f"notify: {command[0]} does not run: {error}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """What watches a run of ``megavar train``: banner, ledger, routing, alerts, validation, comparison with the plan."""
 
+import functools
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,6 +26,7 @@ from megavar.training.expectation import Expectation, ExpectationObserver
 from megavar.training.ledger import LedgerObserver
 from megavar.training.observers import Observer
 from megavar.training.routing import RoutingObserver
+from megavar.training.run import on_first_rank
 from megavar.training.validation import HeldOut, ValidationObserver
 
 _NAMED = 6
@@ -48,7 +50,7 @@ def watchers(config: Config, source: Source, recipe: Recipe, place: Environment,
         AlertsObserver(config.logging.alerts, guess),
         RoutingObserver(),
     ]
-    expected = _expected(config, place) if place.rank == 0 else None
+    expected = on_first_rank(functools.partial(_expected, config, place))
     if expected is not None:
         found.append(ExpectationObserver(expected, config.logging.interval))
     if config.validation is not None:

@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "conditions": {"data"},
     "frozen": {"training", "weight_file", "weight_folder", "weight_layout"},
     "training": {
-        "config", "parallel", "data", "recipes", "frozen", "weight_file", "weight_folder", "weight_layout",
+        "config", "parallel", "data", "recipes", "records", "frozen", "weight_file", "weight_folder", "weight_layout",
     },
     "sampling": {
         "config", "parallel", "data", "chunks", "conditions", "diffusion", "flow_matching", "generators",

@@ -3,9 +3,10 @@
 import argparse
 import functools
 import json
+import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from megavar.data.loader import Loader
 from megavar.data.pixels import to_float, to_uint8
 from megavar.data.reading import stored_images
 from megavar.data.source import Source
-from megavar.errors import ConfigError, DataError, ExitCode, RunInUseError
+from megavar.errors import ConfigError, DataError, ExitCode, MegavarError, RunInUseError
 from megavar.parallel import topology
 from megavar.parallel.environment import Environment, choose_kernels, environment, limit_threads
 from megavar.parallel.rules import check_compiled, check_layout
@@ -90,9 +91,16 @@ def train(config: Config, place: Environment, required_by: tuple[str, ...] = ())
         topology.initialize(ParallelConfig(), place)
         scores = score(config, place)
     if code == ExitCode.FINISHED and place.rank == 0 and (trained or scores):
-        record = RunRecord.read(Path(config.run.path))
-        Console(record.path).say(end_card(record, scores))
+        _say_the_end(Path(config.run.path), scores)
     return code
+
+
+def _say_the_end(path: Path, scores: Mapping[str, float]) -> None:
+    """The end card. What goes wrong with it must not make a failed run of a finished one."""
+    try:
+        Console(path).say(end_card(RunRecord.read(path), scores))
+    except (MegavarError, OSError) as error:
+        logging.getLogger(__name__).warning("No summary of the run: %s", error)
 
 
 def _check_scoring(config: Config) -> None:
@@ -223,7 +231,8 @@ def _keep_text_tokenizer(directory: RunDirectory, config: Config) -> None:
     encoder, folder = build_text(config.data), directory.path / "text_tokenizer"
     assert encoder is not None
     file = folder / "tokenizer.json"
-    if file.exists() and not config.train.fresh and file.read_text() != encoder.tokenizer.to_str(pretty=True):
+    kept = file.exists() and directory.begun and not config.train.fresh
+    if kept and file.read_text() != encoder.tokenizer.to_str(pretty=True):
         raise DataError(
             f"The text tokenizer that is trained on the spot is another one than that of this run, {file}: the version "
             f"of the package tokenizers may have changed. Install the former, or start again with train.fresh=true."
@@ -249,6 +258,9 @@ def _preview(assembly: Assembly, recipe: Recipe) -> Callable[[int], Tensor | Non
     if assembly.topology.config.pipeline > 1:
         return None  # a pipeline stage cannot decode alone: sample from a checkpoint instead
     generator = recipe.modules()[GENERATOR_MODULE]
+    # No graphs: in training, weights move (ZeRO-3), and memory is pinned while one would be recorded.
+    sampling = config.sampling.model_copy(update={"cuda_graph": False})
+    config = config.model_copy(update={"sampling": sampling})
     sampler = build_sampler(config, generator, assembly.tokenizer(), default_conditions(config), assembly.device)
     shown = _previewed(None if config.generator is None else config.generator.class_count)
     return lambda step: sampler.draw(shown).images

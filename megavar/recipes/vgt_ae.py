@@ -27,7 +27,7 @@ from megavar.recipes.base import Losses, Parts, Pass
 from megavar.recipes.latent_noise import disturbance
 from megavar.recipes.tokenizer.reconstruction import ReconstructionTraining, sums
 from megavar.tokenizers.vgt_ae import VGTAE
-from megavar.tokenizers.vgt_ae.model import AutoencoderOutput
+from megavar.tokenizers.vgt_ae.model import HIGHEST, LOWEST, AutoencoderOutput
 from megavar.tokenizers.vgt_ae.pretrained import load_decoder, load_encoder
 
 ENCODER, TOWER = "encoder.", "encoder.tower."
@@ -130,6 +130,7 @@ class VGTAETraining(ReconstructionTraining):
             total = total + self.config.distillation_weight * named["distillation"]
         if self.tokenizer.config.posterior:
             mean, logarithm = output.latents.chunk(2, 1)
+            logarithm = logarithm.clamp(LOWEST, HIGHEST)  # as it is sampled
             divergence = 0.5 * (mean.square() + logarithm.exp() - 1 - logarithm).flatten(1).sum(1)
             named["divergence"] = divergence.mean()
             total = total + self.config.kl_weight * named["divergence"]

@@ -71,7 +71,8 @@ def attempts_of(run_directory: Path) -> list[dict[str, Any]]:
         entry: dict[str, Any] = {
             "attempt": number,
             "nodes": list(dict.fromkeys(device["host"] for device in start.get("devices", ()))),
-            "devices": sum(device["count"] for device in start.get("devices", ())) or 1,
+            "devices": sum(device["count"] for device in start.get("devices", ()))
+            or start.get("layout", {}).get("world_size", 1),
             "started": line.get("started") or _time_of(start),
             "steps_before": [line["first_step"]] if line else before,
         }
@@ -114,7 +115,8 @@ def summarize(attempts: Iterable[dict[str, Any]], metrics: list[dict[str, Any]],
     entries, rows = list(attempts), []
     for index, entry in enumerate(entries):
         following = entries[index + 1] if index + 1 < len(entries) else None
-        began, horizon = entry["started"], following["started"] if following else now
+        began = entry["started"]
+        horizon = max(began, following["started"] if following else now)
         records = [record for record in metrics if began <= record["time"] < horizon]
         ended = entry.get("ended") or (min(horizon, records[-1]["time"]) if records and following else horizon)
         steps = entry.get("steps_after") or (following["steps_before"] if following else entry["steps_before"])

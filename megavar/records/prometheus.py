@@ -19,19 +19,24 @@ _GAUGES = {
 
 
 def exposition(rows: Sequence[dict[str, Any]]) -> str:
-    """Gauges ``megavar_<value>{run=...}``; what a run does not know is left out."""
+    """Gauges ``megavar_<value>{run=..., directory=...}``; what a run does not know is left out."""
     lines = []
     for key, help_text in _GAUGES.items():
-        found = [(row["run"], row[key]) for row in rows if row[key] is not None]
+        found = [(_labels(row), row[key]) for row in rows if row[key] is not None]
         if found:
             lines += [f"# HELP megavar_{key} {help_text}.", f"# TYPE megavar_{key} gauge"]
-            lines += [f'megavar_{key}{{run="{_escaped(run)}"}} {float(value):.10g}' for run, value in found]
+            lines += [f"megavar_{key}{{{labels}}} {float(value):.10g}" for labels, value in found]
     lines += ["# HELP megavar_state 1 for the state that a run is in.", "# TYPE megavar_state gauge"]
-    lines += [f'megavar_state{{run="{_escaped(row["run"])}",state="{row["state"]}"}} 1' for row in rows]
+    lines += [f'megavar_state{{{_labels(row)},state="{row["state"]}"}} 1' for row in rows]
     lines += ["# HELP megavar_alert 1 for every alert that lasts.", "# TYPE megavar_alert gauge"]
-    lines += [f'megavar_alert{{run="{_escaped(row["run"])}",kind="{alert["kind"]}"}} 1'
+    lines += [f'megavar_alert{{{_labels(row)},kind="{alert["kind"]}"}} 1'
               for row in rows for alert in row["alerts"]]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def _labels(row: dict[str, Any]) -> str:
+    """Runs may have one name, seeds of a demo for example."""
+    return f'run="{_escaped(row["run"])}",directory="{_escaped(str(row["directory"]))}"'
 
 
 def _escaped(text: str) -> str:

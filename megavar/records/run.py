@@ -1,8 +1,11 @@
 """One run as its directory describes it, living or not."""
 
+import contextlib
 import functools
 import os
+import stat
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import yaml
 
 from megavar.errors import DataError
 from megavar.paths import shipped
+from megavar.records.alerts import lasting
 from megavar.records.curves import Curve
 from megavar.records.history import AttemptSummary, attempts_of, read_metrics, summarize
 from megavar.records.jobs import QueuedJob, job_name
@@ -149,7 +153,8 @@ class RunRecord:
     def history(self) -> list[AttemptSummary]:
         """One row per attempt; a dead one that left no end lasted until its last sign."""
         signs = [line["time"] for line in (*self.lines, *self.events) if "time" in line]
-        now = time.time() if self.alive or not signs else max(signs) + 1e-3
+        signs += [float(attempt.get("ended") or attempt["started"]) for attempt in self.attempts]
+        now = time.time() if self.alive else max(signs, default=0.0) + 1e-3
         return summarize(self.attempts, read_metrics(self.path), now)
 
     @property
@@ -179,13 +184,7 @@ class RunRecord:
     @property
     def alerts(self) -> list[dict[str, Any]]:
         """Those that are not over, oldest first; of a run that is done, none."""
-        active: dict[str, dict[str, Any]] = {}
-        for event in self.events if not self.done else ():
-            if event["event"] == "alert":
-                active[event["kind"]] = event
-            elif event["event"] == "alert_over":
-                active.pop(event["kind"], None)
-        return list(active.values())
+        return [] if self.done else lasting(self.events)
 
     @property
     def validation_points(self) -> list[tuple[int, float]]:
@@ -221,7 +220,18 @@ class RunRecord:
     @functools.cached_property
     def disk_bytes(self) -> int:
         """Of everything in the directory."""
-        return sum(file.lstat().st_size for file in self.path.rglob("*") if file.is_file() and not file.is_symlink())
+        return sum(bytes for _, bytes in files_of(self.path))
+
+
+def files_of(run_directory: Path) -> Iterator[tuple[Path, int]]:
+    """Files of a run and their sizes; those that a living run removes meanwhile are left out."""
+    for folder, _, names in os.walk(run_directory):
+        for name in names:
+            file = Path(folder, name)
+            with contextlib.suppress(OSError):
+                found = file.lstat()
+                if stat.S_ISREG(found.st_mode):
+                    yield file, found.st_size
 
 
 def _is_alive(lock: Path) -> bool:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from megavar.records.history import STATES
+from megavar.records.run import files_of
 from megavar.reporting.facts import RunFacts
 
 FOLDERS = ("checkpoints", "generated", "samples", "logs", "analysis", "routing", "report")
@@ -40,7 +41,7 @@ def cost_of(run: RunFacts) -> Cost:
     hours = dict.fromkeys(STATES, 0.0)
     for attempt in run.attempts:
         for state, seconds in attempt.seconds.items():
-            hours[state] = hours.get(state, 0.0) + seconds / 3600 * (1 if state == "waiting" else run.devices)
+            hours[state] = hours.get(state, 0.0) + seconds / 3600 * (1 if state == "waiting" else attempt.devices)
     events = [event for event in run.record.events if event["event"] == "expectation"]
     event = events[-1] if events else {}
     expected = {"step_seconds": event.get("expected_step_seconds"), "memory_gib": event.get("expected_memory_gib")}
@@ -60,11 +61,10 @@ def cost_of(run: RunFacts) -> Cost:
 
 def _disk(run: RunFacts) -> dict[str, int]:
     sizes: dict[str, int] = {}
-    for file in run.path.rglob("*"):
-        if file.is_file() and not file.is_symlink():
-            top = file.relative_to(run.path).parts[0]
-            place = top if top in FOLDERS else "other"
-            sizes[place] = sizes.get(place, 0) + file.lstat().st_size
+    for file, size in files_of(run.path):
+        top = file.relative_to(run.path).parts[0]
+        place = top if top in FOLDERS else "other"
+        sizes[place] = sizes.get(place, 0) + size
     return dict(sorted(sizes.items(), key=lambda item: -item[1]))
 
 

@@ -3,13 +3,12 @@
 import json
 import math
 import re
-import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megavar.records.history import AttemptSummary, read_metrics, summarize
+from megavar.records.history import AttemptSummary
 from megavar.records.run import RunRecord
 from megavar.reporting.scores import Scored, latest, scores_of
 
@@ -94,9 +93,7 @@ class RunFacts:
     @cached_property
     def attempts(self) -> list[AttemptSummary]:
         """Where the time of each went."""
-        metrics = read_metrics(self.path)
-        last = metrics[-1]["time"] if metrics else max([0.0, *(entry["started"] for entry in self.record.attempts)])
-        return summarize(self.record.attempts, metrics, time.time() if self.record.alive else last + 1e-3)
+        return self.record.history
 
     @property
     def restarts(self) -> list[int]:

@@ -11,6 +11,7 @@ import jinja2
 from matplotlib.figure import Figure
 
 import megavar
+from megavar.records.alerts import lasting
 from megavar.records.history import STATES
 from megavar.reporting.cost import Cost, cost_of
 from megavar.reporting.facts import PARENT, RunFacts, differences, duration
@@ -55,9 +56,7 @@ def _run(run: RunFacts, album: Album, pictures: list[tuple[str, Path]]) -> dict[
     good, verdict = run.verdict
     grid, chosen = run.grid, _evenly(run.previews, PREVIEWS)
     names, trains = _class_names(run), _trains(run)
-    over = {event.get("kind") for event in run.record.events if event["event"] == "alert_over"}
-    alerts = [f"step {event['step']}: {event.get('message', event.get('kind'))}" for event in run.record.events
-              if event["event"] == "alert" and event.get("kind") not in over]  # fmt: skip
+    alerts = [f"step {event['step']}: {event.get('message', event['kind'])}" for event in lasting(run.record.events)]
     hero = album.address(grid) if grid else None
     what = "originals above their reconstructions" if trains == "tokenizer" else "samples"
     caption = f"{what}: {grid.relative_to(run.path)}" if grid else ""

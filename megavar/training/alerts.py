@@ -19,6 +19,8 @@ from torch import Tensor
 
 from megavar import notify
 from megavar.config.alerts import AlertsConfig
+from megavar.records.alerts import lasting
+from megavar.records.reading import json_lines
 from megavar.training.monitor import expert_load
 from megavar.training.observers import Observer
 from megavar.wording import duration, size
@@ -60,6 +62,10 @@ class AlertsObserver(Observer):
             return
         self._checkpoint_bytes = self._newest_checkpoint()
         self._last = time.monotonic()
+        # What lasted when the process before ended, or at the step that a rollback went back to.
+        written = json_lines(self.watched.directory.metrics)
+        with self._telling:
+            self._active = {alert["kind"]: alert["step"] for alert in lasting(written)}
         if self.config.stall_seconds is not None and self._thread is None:
             self._thread = threading.Thread(target=self._watch, name="alerts", daemon=True)
             self._thread.start()
@@ -105,8 +111,9 @@ class AlertsObserver(Observer):
     def ended(self, step: int, outcome: str) -> None:
         """See :meth:`Observer.ended`."""
         self._ended.set()
+        until = time.monotonic() + notify.HURRY
         for command in self._commands:
-            command.join(notify.PATIENCE)
+            command.join(max(0.0, until - time.monotonic()))
 
     # -- what is odd --------------------------------------------------------------------------------------------------
 

@@ -96,9 +96,10 @@ def test_prometheus_reads_it(runs: Path, capsys: pytest.CaptureFixture[str]) -> 
     file = runs / "textfile" / "megavar.prom"
     assert main(["status", "runs/b-lives", "runs/e-new", "--prometheus", str(file)]) == ExitCode.FINISHED
     lines = file.read_text().splitlines()
-    assert 'megavar_step{run="b-lives"} 10' in lines and 'megavar_loss{run="b-lives"} 8' in lines
-    assert 'megavar_state{run="e-new",state="new"} 1' in lines and not any("loss" in x and "e-new" in x for x in lines)
-    assert 'megavar_alert{run="b-lives",kind="disk"} 1' in lines
+    lives, new = (f'run="{name}",directory="runs/{name}"' for name in ("b-lives", "e-new"))
+    assert f"megavar_step{{{lives}}} 10" in lines and f"megavar_loss{{{lives}}} 8" in lines
+    assert f'megavar_state{{{new},state="new"}} 1' in lines and not any("loss" in x and "e-new" in x for x in lines)
+    assert f'megavar_alert{{{lives},kind="disk"}} 1' in lines
     assert all(line.startswith(("# HELP megavar_", "# TYPE megavar_", "megavar_")) for line in lines)
 
 

@@ -37,13 +37,14 @@ def run(tmp_path, monkeypatch):
     directory = RunDirectory.of(config)
     lines = []
     for ranks, speed, first in ((1, 128.0, 10), (2, 256.0, 30)):
-        directory.open(json.loads(config.model_dump_json()), {"world_size": ranks}, {}, device="a GPU")
+        devices = [{"host": "n1", "name": "a GPU", "count": ranks}]
+        directory.open(json.loads(config.model_dump_json()), {"world_size": ranks}, {}, devices=devices)
         for step in (first, first + 10):
             lines.append({"time": time.time(), "step": step, "loss": 10 - step / 10, "images_per_second": speed})
         time.sleep(1.1)  # starts are known to the second
     lines.append({"time": 0, "step": 40, "event": "spike"})
     directory.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    sampler = config.sampling.model_dump(mode="json", exclude={"keep_images"})
+    sampler = config.sampling.model_dump(mode="json", exclude={"keep_images", "cuda_graph"})
     scores = {"suite": "digits", "metrics": {"fd64": 38.5, "other": 1.0}, "count": 5, "sampler": sampler,
               "checkpoint": {"checkpoint": STEP}}  # fmt: skip
     samples = directory.path / "generated" / f"{STEP}-abcd1234"

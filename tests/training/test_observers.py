@@ -104,7 +104,9 @@ class Watched:
 
     def __init__(self, path: Path) -> None:
         self.events: list[tuple[int, str, dict]] = []
-        self.directory = SimpleNamespace(path=path, checkpoints=path / "checkpoints")
+        self.directory = SimpleNamespace(
+            path=path, checkpoints=path / "checkpoints", metrics=path / "metrics.jsonl"
+        )
         self.monitor = SimpleNamespace(is_writer=True, name="run", seconds_left=lambda: 1e6)
         self.stopwatch, self.step, self.total_steps = SimpleNamespace(inside=None), 0, 100
 

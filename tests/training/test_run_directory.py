@@ -29,6 +29,8 @@ def open_directory(path, config=CONFIG, weights=None, complete=lambda tree: tree
     directory = RunDirectory(path, weights, complete=complete)
     deepspeed = {"generator": {"zero_optimization": {"stage": 1}}}
     directory.note_weights(directory.open(config, {"world_size": 2}, deepspeed, **options), None, begins=False)
+    if not directory.metrics.exists():
+        directory.metrics.write_text('{"step": 1}\n')  # before, another configuration may take the place of this one
     return directory
 
 
@@ -247,6 +249,7 @@ def test_plugins_of_a_directory_alone_are_not_imported(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     directory = RunDirectory(tmp_path / "run", complete=lambda tree: importlib.import_module(tree["plugins"][0]))
     directory.open(CONFIG | {"plugins": ["evil_plugin"]}, {}, {})
+    directory.metrics.write_text('{"step": 1}\n')
     for given in (CONFIG, CONFIG | {"plugins": ["another"]}):
         with pytest.raises(ConfigError, match=r"plugins are 'evil_plugin' there.*no reason to run code"):
             directory.open(given, {}, {})

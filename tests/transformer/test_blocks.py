@@ -90,7 +90,8 @@ def seen_by(rule, valid):
     seen = (rows[:, None] >= rows) if rule == "causal" else torch.ones(TOKENS, TOKENS, dtype=torch.bool)
     if valid is None:
         return seen
-    return ((seen & valid[:, None]) | torch.eye(TOKENS, dtype=torch.bool))[:, None]
+    seen = seen & valid[:, None]
+    return (seen | (torch.eye(TOKENS, dtype=torch.bool) & ~seen.any(-1, keepdim=True)))[:, None]
 
 
 def build(case, parallel):

@@ -166,8 +166,8 @@ class VGTAEConfig(TokenizerChoice):
     )
     """The pixel decoder. What it makes is resized (bilinear) to the image's side."""
     semantic_width: PositiveInt = 896
-    """Channels d of a semantic vector: the language model's hidden size (InternVL3-1B 896, -2B 1536; Qwen2.5-VL-3B
-    2048)."""
+    """Channels d of a semantic vector: the hidden size of the language model that the encoder was taken from
+    (InternVL3-1B 896, which both sizes of VGT's InternVL3 use; Qwen2.5-VL-3B 2048)."""
     channels: PositiveInt = 32
     """Channels d_z of a latent vector."""
     residual_blocks: int = Field(3, ge=0)

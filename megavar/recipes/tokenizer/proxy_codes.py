@@ -73,10 +73,20 @@ class Prediction(Protocol):
 class ProxyCodes(BaseRecipe):
     """Trains a :class:`PredictsCodes`."""
 
-    def __init__(self, config: ProxyCodesConfig, tokenizer: Any, proxy: Any, seed: int, *, fresh: bool = True) -> None:
-        """``tokenizer`` is initialized here; ``fresh``: and trained from these weights."""
-        self.config, self.tokenizer, self.proxy, self.seed = config, tokenizer, proxy, seed
+    def __init__(
+        self,
+        config: ProxyCodesConfig,
+        tokenizer: Any,
+        proxy: Any,
+        seed: int,
+        *,
+        device: torch.device | str = "cpu",
+        fresh: bool = True,
+    ) -> None:
+        """``tokenizer``, on the CPU, is initialized here (same values everywhere) and moved to ``device``, where
+        ``proxy`` is; ``fresh``: and trained from these weights."""
         tokenizer.initialize(generator(seed, "initial_autoencoder"))
+        self.config, self.tokenizer, self.proxy, self.seed = config, tokenizer.to(device), proxy, seed
         tokenizer.adopt(proxy)
         self.codebook = CodebookUpkeep(config.codebook, tokenizer.quantizer, seed, fresh=fresh)
 
@@ -98,7 +108,7 @@ class ProxyCodes(BaseRecipe):
         proxy = parts.frozen_tokenizer(tokenizer.proxy, config.recipe.proxy_weights, "recipe.proxy_weights")
         assert isinstance(tokenizer, nn.Module)
         fresh = config.initial_weights is None
-        return cls(config.recipe, tokenizer.to(parts.device), proxy, config.train.seed, fresh=fresh)
+        return cls(config.recipe, tokenizer, proxy, config.train.seed, device=parts.device, fresh=fresh)
 
     def modules(self) -> dict[str, nn.Module]:
         """The one module."""

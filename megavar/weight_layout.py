@@ -144,6 +144,16 @@ class NamedLayout(ABC):
         return {name: value.contiguous() for name, value in result.items()}
 
 
+def parts_first(rows: Tensor, heads: int, parts: int = 3) -> Tensor:
+    """Rows of a fused projection from Megatron-core's order, [heads x parts x size, ...], to [parts x heads x size, ...]."""
+    return rows.unflatten(0, (heads, parts, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def heads_first(rows: Tensor, heads: int, parts: int = 3) -> Tensor:
+    """Undo :func:`parts_first`."""
+    return rows.unflatten(0, (parts, heads, -1)).transpose(0, 1).flatten(0, 2)
+
+
 def _plain(value: Tensor) -> Tensor:
     return value.detach().float() if value.is_floating_point() else value.detach()
 

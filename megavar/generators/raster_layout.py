@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from megavar.weight_layout import NamedLayout
+from megavar.weight_layout import NamedLayout, heads_first, parts_first
 
 ATTENTION = {
     "attention_norm": "norm1",
@@ -38,12 +38,12 @@ class RasterLayout(NamedLayout):
     def split(self, name: str, value: Tensor) -> Sequence[Tensor]:
         """(q, k, v) x head instead of Megatron-core's head x (q, k, v)."""
         if "attention.linear_qkv" in name:
-            return [value.unflatten(0, (self.choice.heads, 3, -1)).transpose(0, 1).flatten(0, 2)]
+            return [parts_first(value, self.choice.heads)]
         return [value]
 
     def join(self, name: str, parts: Sequence[Tensor]) -> Tensor:
         """Undo :meth:`split`."""
         (value,) = parts
         if "attention.linear_qkv" in name:
-            return value.unflatten(0, (3, self.choice.heads, -1)).transpose(0, 1).flatten(0, 2)
+            return heads_first(value, self.choice.heads)
         return value

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megavar.config.procedures.base import SamplingChoice
 from megavar.config.root import Config
 from megavar.config.table import MetricConfig
 
@@ -14,7 +15,7 @@ TAIL = 0.2
 """Share of a run, at its end, over which a logged value is averaged."""
 INITIAL = "initial weights"
 """What scores of the untrained model call their checkpoint."""
-_CHANGES_NO_IMAGE = ("number", "chunk_size", "keep_images", "conditions")
+_CHANGES_NO_IMAGE = {"number", "chunk_size", "conditions"} | SamplingChoice.changes_no_sample
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,12 @@
 """What the foreign family gets for nothing: exact resume, other layouts on the way, samples, scores, plans, exports."""
 
 import json
-import os
-import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from megavar import run_samples, scoring
-from megavar.commands.train import train
+from megavar import scoring
 from megavar.errors import ConfigError, ExitCode
 from megavar.parallel import topology
 from megavar.parallel.environment import environment
@@ -18,6 +14,7 @@ from megavar.planning.plan import plan
 from tests.boundary.runs import load, tensors_of, write_run, write_tokenizer
 from tests.boundary.toy import recipe
 from tests.distributed.harness import RankFailure, run_ranks
+from tests.distributed.whole_runs import chunks, samples_of, train_until
 from tools import benchmark, convert_checkpoint
 
 pytestmark = pytest.mark.distributed
@@ -31,15 +28,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def go(path: Path, overrides: tuple[str, ...] = (), die_at: int | None = None) -> int:
     """Runs on every rank: train to the end, or to a sudden death while step ``die_at`` is prepared."""
-    prepare = recipe.SelfTaught.prepare
-
-    def deadly(self: Any, batch: Any, step: int) -> Any:
-        if step == die_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return prepare(self, batch, step)
-
-    recipe.SelfTaught.prepare = deadly  # type: ignore[method-assign]
-    return int(train(load(path, *overrides), environment()))
+    return train_until(recipe.SelfTaught, load(path, *overrides), die_at)
 
 
 @pytest.fixture(scope="module")
@@ -84,27 +73,15 @@ def test_resumed_under_other_layouts(tokenizer: Path, tmp_path: Path) -> None:
         assert_equal(tensors_of(tmp_path / name, 8), tensors_of(tmp_path / "dense", 8), tolerance=1e-4)
 
 
-def draw(path: Path, directory: str) -> None:
-    """Runs on every rank: draw the samples of a finished run."""
-    place = environment()
-    topology.initialize(load(path).parallel, place)
-    samples = run_samples.open_samples(load(path, f"run.directory={directory}"), place)
-    samples.fill(place)
-
-
 def test_samples_are_the_same_bytes_on_one_and_two_ranks(finished: Path, tmp_path: Path) -> None:
-    chunks = []
+    found = []
     for ranks in (1, 2):
-        directory = tmp_path / f"of-{ranks}"
-        directory.mkdir()
-        (directory / "checkpoints").symlink_to(finished.with_suffix("") / "checkpoints")
-        run_ranks(ranks, draw, finished, str(directory))
-        (drawn,) = (directory / "generated").iterdir()
-        chunks.append({file.name: file.read_bytes() for file in sorted(drawn.glob("*.npz"))})
+        drawn = samples_of(finished, ranks, tmp_path / f"of-{ranks}")
+        found.append(chunks(drawn))
         manifest = json.loads((drawn / "manifest.json").read_text())
         assert manifest["space"]["kind"] == "line"
         assert manifest["conditions"] == {"kind": "class", "classes": 10}
-    assert len(chunks[0]) == 3 and chunks[0] == chunks[1]
+    assert len(found[0]) == 3 and found[0] == found[1]
 
 
 def scored(path: Path) -> dict[str, float]:

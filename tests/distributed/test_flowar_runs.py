@@ -1,8 +1,6 @@
 """Runs of FlowAR on a KL-VAE: resumed bitwise, cached, sampled the same on any number of ranks, planned, exported."""
 
 import json
-import os
-import signal
 
 import pytest
 import torch
@@ -12,9 +10,7 @@ pytest.importorskip("diffusers", reason="the package diffusers is not installed 
 
 from safetensors.torch import save_file
 
-from megavar import run_samples
 from megavar.assembly import Assembly
-from megavar.commands.train import train
 from megavar.config.loading import load_config
 from megavar.config.parallel import ParallelConfig
 from megavar.config.tokenizers.kl_vae import KLVAEConfig
@@ -33,6 +29,7 @@ from megavar.training.checkpoint.weights import tensors_of
 from tests.boundary.runs import ROOT
 from tests.boundary.runs import tensors_of as trained
 from tests.distributed.harness import RankFailure, run_ranks
+from tests.distributed.whole_runs import chunks, samples_of, train_until
 from tools import cache_tokens, convert_checkpoint
 
 pytestmark = pytest.mark.distributed
@@ -79,15 +76,7 @@ def write_run(path, weights, **sections):
 
 def go(path, die_at=None):
     """Runs on every rank: train to the end, or to a sudden death while step ``die_at`` is prepared."""
-    prepare = NextScaleFlow.prepare
-
-    def deadly(self, batch, step):
-        if step == die_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return prepare(self, batch, step)
-
-    NextScaleFlow.prepare = deadly
-    return int(train(load_config(path), environment()))
+    return train_until(NextScaleFlow, load_config(path), die_at)
 
 
 @pytest.fixture(scope="module")
@@ -107,24 +96,13 @@ def test_killed_and_resumed_bitwise(finished, weights, tmp_path):
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
-def draw(path, directory):
-    """Runs on every rank: draw the samples of a finished run."""
-    place = environment()
-    topology.initialize(load_config(path).parallel, place)
-    run_samples.open_samples(load_config(path, [f"run.directory={directory}"]), place).fill(place)
-
-
 def test_samples_are_the_same_bytes_on_one_and_two_ranks(finished, tmp_path):
-    chunks = []
+    found = []
     for ranks in (1, 2):
-        directory = tmp_path / f"of-{ranks}"
-        directory.mkdir()
-        (directory / "checkpoints").symlink_to(finished.with_suffix("") / "checkpoints")
-        run_ranks(ranks, draw, finished, str(directory))
-        (drawn,) = (directory / "generated").iterdir()
-        chunks.append({file.name: file.read_bytes() for file in sorted(drawn.glob("*.npz"))})
+        drawn = samples_of(finished, ranks, tmp_path / f"of-{ranks}")
+        found.append(chunks(drawn))
         assert json.loads((drawn / "manifest.json").read_text())["space"]["kind"] == "latent"
-    assert len(chunks[0]) == 3 and chunks[0] == chunks[1]
+    assert len(found[0]) == 3 and found[0] == found[1]
 
 
 def test_posteriors_are_cached(finished, weights, tmp_path):

@@ -1,27 +1,23 @@
 """Runs of TiTok's stages and of AliTok's phases, resumed bitwise; caches of their tokens, and generators on them."""
 
 import json
-import os
-import signal
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from megavar.commands.train import train
 from megavar.config.loading import load_config
 from megavar.config.tokenizers.titok import TiTokConfig
 from megavar.data.build import build_source
 from megavar.errors import ExitCode
-from megavar.parallel.environment import environment
 from megavar.recipes.tokenizer.recipe import TokenizerTraining
 from megavar.tokenizers.maskgit_vqgan import MaskGITVQGAN
 from megavar.tokenizers.maskgit_vqgan.published import MaskGITVQGANLayout
 from megavar.training.checkpoint.weights import read_weights
 from tests.boundary.runs import ROOT
 from tests.distributed.harness import RankFailure, run_ranks
+from tests.distributed.whole_runs import train_until
 from tests.end_to_end.conftest import megavar
 from tools import cache_tokens
 
@@ -35,15 +31,7 @@ IMAGES = "{name: shapes, conditioning: class, length: 12, test_length: 16}"
 
 def go(path: str, overrides: tuple[str, ...], die_at: int | None = None) -> int:
     """Runs on every rank: train to the end, or to a sudden death while step ``die_at`` is prepared."""
-    prepare = TokenizerTraining.prepare
-
-    def deadly(self: Any, batch: Any, step: int) -> Any:
-        if step == die_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return prepare(self, batch, step)
-
-    TokenizerTraining.prepare = deadly  # type: ignore[method-assign]
-    return int(train(load_config(ROOT / path, [*TINY, *overrides]), environment()))
+    return train_until(TokenizerTraining, load_config(ROOT / path, [*TINY, *overrides]), die_at)
 
 
 def run(path: str, *overrides: str, ranks: int = 1) -> None:

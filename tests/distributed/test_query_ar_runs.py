@@ -2,8 +2,6 @@
 a folder of a language model."""
 
 import json
-import os
-import signal
 
 import pytest
 import torch
@@ -15,12 +13,10 @@ pytest.importorskip("tokenizers", reason="the vlm extra is not installed")
 from safetensors.torch import load_file, save_file
 
 from megavar.beginning import warn_of_differences
-from megavar.commands.train import train
 from megavar.config.loading import load_config
 from megavar.config.tokenizers.kl_vae import KLVAEConfig
 from megavar.data.build import build_text
 from megavar.errors import ExitCode
-from megavar.parallel.environment import environment
 from megavar.parallel.logical import initialize_parameters
 from megavar.planning.plan import plan
 from megavar.recipes.kl_vae import initial_value
@@ -31,7 +27,7 @@ from megavar.training.checkpoint.weights import tensors_of
 from tests.boundary.runs import ROOT
 from tests.boundary.runs import tensors_of as trained
 from tests.distributed.harness import RankFailure, run_ranks
-from tests.distributed.test_flowar_runs import draw
+from tests.distributed.whole_runs import chunks, samples_of, train_until
 from tools import convert_checkpoint
 
 pytestmark = pytest.mark.distributed
@@ -107,15 +103,7 @@ def write_run(path, parts, **sections):
 
 def go(path, die_at=None):
     """Runs on every rank: train to the end, or to a sudden death while step ``die_at`` is prepared."""
-    prepare = QueryFlow.prepare
-
-    def deadly(self, batch, step):
-        if step == die_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return prepare(self, batch, step)
-
-    QueryFlow.prepare = deadly
-    return int(train(load_config(path), environment()))
+    return train_until(QueryFlow, load_config(path), die_at)
 
 
 @pytest.fixture(scope="module")
@@ -136,15 +124,11 @@ def test_killed_and_resumed_bitwise(finished, parts, tmp_path):
 
 
 def test_samples_are_the_same_bytes_on_one_and_two_ranks(finished, tmp_path):
-    chunks = []
+    found = []
     for ranks in (1, 2):
-        directory = tmp_path / f"of-{ranks}"
-        directory.mkdir()
-        (directory / "checkpoints").symlink_to(finished.with_suffix("") / "checkpoints")
-        run_ranks(ranks, draw, finished, str(directory))
-        (drawn,) = (directory / "generated").iterdir()
-        chunks.append({file.name: file.read_bytes() for file in sorted(drawn.glob("*.npz"))})
-    assert len(chunks[0]) == 3 and chunks[0] == chunks[1]
+        drawn = samples_of(finished, ranks, tmp_path / f"of-{ranks}")
+        found.append(chunks(drawn))
+    assert len(found[0]) == 3 and found[0] == found[1]
 
 
 def test_it_begins_with_the_folder_and_goes_back_to_its_names(finished, parts, tmp_path):

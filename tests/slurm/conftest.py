@@ -34,6 +34,21 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackCluste
         yield cluster
 
 
+def slow_steps(seconds: float) -> str:
+    """Lines of the batch script's trainer: each of its steps takes so much longer."""
+    return f"""\
+if [ "$3" = train ]; then
+    exec "$python" -c '
+import sys, time
+from megavar.__main__ import main
+from megavar.training.preemption import StopRequest
+agreed = StopRequest.agreed
+StopRequest.agreed = lambda self: time.sleep({seconds}) or agreed(self)
+sys.exit(main(sys.argv[1:]))
+' "${{@:3}}"
+fi"""
+
+
 class WatchedRun:
     """A run directory, its cluster file, and the jobs that were submitted for it.
 

@@ -18,7 +18,7 @@ from launchers.diagnosis import diagnose
 from megavar.training.checkpoint import find_checkpoint, read_weights
 from megavar.training.checkpoint.fault import PHASES
 from tests.launchers.stubs import OF_A_RANK
-from tests.slurm.conftest import REPOSITORY, WatchedRun
+from tests.slurm.conftest import REPOSITORY, WatchedRun, slow_steps
 
 STEPS = 160
 LOGGING = {"interval": 25, "samples_interval": None, "wandb": {"mode": "disabled"}}
@@ -39,17 +39,7 @@ fi"""
 
 # Slow steps: on any machine the run lasts longer than its jobs of two minutes, which are told 45 to 75 s after they
 # begin (Slurm looks every 30 s) that they must end.
-LINGER = """\
-if [ "$3" = train ]; then
-    exec "$python" -c '
-import sys, time
-from megavar.__main__ import main
-from megavar.training.preemption import StopRequest
-agreed = StopRequest.agreed
-StopRequest.agreed = lambda self: time.sleep(0.6) or agreed(self)
-sys.exit(main(sys.argv[1:]))
-' "${@:3}"
-fi"""
+LINGER = slow_steps(0.6)
 
 
 @pytest.fixture(scope="module")

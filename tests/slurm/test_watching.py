@@ -13,7 +13,7 @@ import yaml
 from launchers import doctor
 from megavar.errors import ExitCode
 from megavar.records.reading import json_lines
-from tests.slurm.conftest import REPOSITORY, WatchedRun
+from tests.slurm.conftest import REPOSITORY, WatchedRun, slow_steps
 
 # The trainer with a trouble planted into it: samples that do not come after step 12.
 STALL = """\
@@ -32,17 +32,7 @@ Loader.__iter__ = stalls
 sys.exit(main(sys.argv[1:]))
 ' "${@:3}"
 fi"""
-SLOW = """\
-if [ "$3" = train ]; then
-    exec "$python" -c '
-import sys, time
-from megavar.__main__ import main
-from megavar.training.preemption import StopRequest
-agreed = StopRequest.agreed
-StopRequest.agreed = lambda self: time.sleep(0.3) or agreed(self)
-sys.exit(main(sys.argv[1:]))
-' "${@:3}"
-fi"""
+SLOW = slow_steps(0.3)
 
 
 @pytest.fixture(scope="module")

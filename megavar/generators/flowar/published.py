@@ -9,7 +9,7 @@ from torch import Tensor
 from megavar.config.generators.flowar import HEAD_SIZE
 from megavar.transformer.rotary import frequencies
 from megavar.transformer.sequence import SequenceLayout, visible
-from megavar.weight_layout import NamedLayout
+from megavar.weight_layout import NamedLayout, heads_first, parts_first
 
 _LAYERS = {
     "attention.linear_qkv": "attn.qkv",
@@ -93,7 +93,7 @@ class FlowARLayout(NamedLayout):
         """Parts x head instead of Megatron-core's head x parts."""
         fused = self._fused(name)
         if fused is not None:
-            return [value.unflatten(0, (*fused, -1)).transpose(0, 1).flatten(0, 2)]
+            return [parts_first(value, *fused)]
         return [value[None] if name.endswith(".table") else value]
 
     def join(self, name: str, parts: Sequence[Tensor]) -> Tensor:
@@ -101,7 +101,7 @@ class FlowARLayout(NamedLayout):
         (value,) = parts
         fused = self._fused(name)
         if fused is not None:
-            return value.unflatten(0, (*reversed(fused), -1)).transpose(0, 1).flatten(0, 2)
+            return heads_first(value, *fused)
         return value[0] if name.endswith(".table") else value
 
     def ignores(self, published: str) -> bool:

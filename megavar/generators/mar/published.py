@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from megavar.generators.denoising_mlp import published_name
-from megavar.weight_layout import NamedLayout
+from megavar.weight_layout import NamedLayout, heads_first, parts_first
 
 _BLOCK = {
     "attention_norm": "norm1",
@@ -69,12 +69,12 @@ class MARLayout(NamedLayout):
     def split(self, name: str, value: Tensor) -> Sequence[Tensor]:
         """Parts x head instead of Megatron-core's head x parts."""
         if ".linear_qkv." in name:
-            return [value.unflatten(0, (self.choice.heads, 3, -1)).transpose(0, 1).flatten(0, 2)]
+            return [parts_first(value, self.choice.heads)]
         return [value[(None,) * self._leading(name)]]
 
     def join(self, name: str, parts: Sequence[Tensor]) -> Tensor:
         """Undo :meth:`split`."""
         (value,) = parts
         if ".linear_qkv." in name:
-            return value.unflatten(0, (3, self.choice.heads, -1)).transpose(0, 1).flatten(0, 2)
+            return heads_first(value, self.choice.heads)
         return value[(0,) * self._leading(name)]

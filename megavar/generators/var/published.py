@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megavar.errors import CheckpointError
-from megavar.weight_layout import NamedLayout
+from megavar.weight_layout import NamedLayout, heads_first, parts_first
 
 _BLOCK = {
     "attention.linear_qkv.q_bias": "attn.q_bias",
@@ -67,7 +67,7 @@ class VARLayout(NamedLayout):
         """(q, k, v) x head instead of Megatron-core's head x (q, k, v); [1, H, 1, 1] temperatures."""
         inner = _place(name)[1]
         if inner == "attention.linear_qkv.weight":
-            value = value.unflatten(0, (self.choice.attention_heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+            value = parts_first(value, self.choice.attention_heads)
         elif inner == "attention.q_layernorm.log_temperature":
             value = value.reshape(1, -1, 1, 1)
         return [value[(None,) * _LEADING_DIMENSIONS.get(inner, 0)]]
@@ -77,7 +77,7 @@ class VARLayout(NamedLayout):
         inner = _place(name)[1]
         (value,) = parts
         if inner == "attention.linear_qkv.weight":
-            return value.unflatten(0, (3, self.choice.attention_heads, -1)).transpose(0, 1).flatten(0, 2)
+            return heads_first(value, self.choice.attention_heads)
         if inner == "attention.q_layernorm.log_temperature":
             return value.flatten()
         return value[(0,) * _LEADING_DIMENSIONS.get(inner, 0)]

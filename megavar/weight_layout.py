@@ -145,7 +145,7 @@ class NamedLayout(ABC):
 
 
 def parts_first(rows: Tensor, heads: int, parts: int = 3) -> Tensor:
-    """Rows of a fused projection from Megatron-core's order, [heads x parts x size, ...], to [parts x heads x size, ...]."""
+    """Rows of a fused projection, Megatron-core's [heads x parts x size, ...], as [parts x heads x size, ...]."""
     return rows.unflatten(0, (heads, parts, -1)).transpose(0, 1).flatten(0, 2)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from megavar.config.procedures.base import SamplingChoice
 from megavar.config.root import Config
 from megavar.config.table import MetricConfig
+from megavar.records.reading import metric_lines
 
 LOG = "log/"
 TAIL = 0.2
@@ -53,15 +54,8 @@ def _belongs(content: Mapping[str, Any], config: Config) -> bool:
                if key not in _CHANGES_NO_IMAGE)  # fmt: skip
 
 
-def log_lines(directory: Path) -> list[dict[str, Any]]:
-    """Lines of ``metrics.jsonl`` with metrics; none where there is no log."""
-    path = directory / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [line for line in lines if "event" not in line]
-
-
 def _logged(directory: Path, name: str) -> float | None:
-    lines = log_lines(directory)
+    lines = metric_lines(directory)
     last = max((line["step"] for line in lines), default=0)
     values = [line[name] for line in lines if name in line and line["step"] > (1 - TAIL) * last]
     return sum(values) / len(values) if values else None

@@ -5,10 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from megavar.__main__ import main
+from megavar.analysis.base import Subject
+from megavar.analysis.kinds.convergence import began_at
+from megavar.config.loading import load_config
 from megavar.errors import ExitCode
+from megavar.records.reading import json_lines
 from tests.end_to_end.conftest import ROOT, megavar, overrides
 
 pytestmark = pytest.mark.end_to_end
@@ -65,6 +70,12 @@ def test_features_convergence_and_times(tiny_run: Path, by_scale: Path, tmp_path
     held_out = curves["quickstart"]["loss on test images"]
     assert len(held_out) == len(curves["quickstart"]["fd64"]) >= 2 and held_out[-1] < held_out[0]
     assert curves["quickstart"]["runs"] == 1 and curves["others"]["runs"] == 2
+    last = max((tiny_run / "checkpoints").glob("step-*"))
+    began = f"train.initial_weights={{path: {last}}}"
+    continued = Subject(load_config(str(tiny_run), [began]), torch.device("cpu"))
+    epochs = json_lines(tiny_run / "metrics.jsonl")[-1]["epoch"]
+    assert began_at(continued) == (int(last.name[5:]), pytest.approx(epochs))
+    assert began_at(Subject(load_config(str(tiny_run)), torch.device("cpu"))) == (0, 0.0)
     assert main([*scored, "step-00000007"]) == ExitCode.CONFIGURATION
     times = analyze("times", tmp_path, str(tiny_run), "analysis.repeats=1")
     assert times["metrics"]["seconds_per_image"] > 0 and times["metrics"]["epoch_minutes"] > 0

@@ -21,6 +21,8 @@ class Work:
     """Tokens that the former move between ranks."""
     rolled_out_tokens: float = 0.0
     """Tokens that the latter move."""
+    launched: float = 1.0
+    """Times that every kernel is launched, however few tokens it gets, over once forward and backward."""
     largest: float = 1.0
     """Tokens of the fullest pass with a loss, which decides what is kept for a backward pass."""
 
@@ -44,6 +46,7 @@ def work_of(recipe: RecipeChoice, generator: GeneratorChoice, space: TokenSpace)
         rolled_out=_total(free, rolled_out),
         trained_tokens=_total(learning, tokens),
         rolled_out_tokens=_total(free, tokens),
+        launched=sum(one.share if one.learns else one.share / 3 for one in passes),
         largest=max(one.copies * tokens[one] for one in learning),
     )
 

@@ -107,7 +107,7 @@ def step_time(
     flops = step_flops(whole, work, cost.repetition) / (parallel.tensor * parallel.pipeline)
     one_image = flops / (peak * utilization)
     blocks = len(cost.kind_of_block) / parallel.pipeline
-    launches = blocks * machine.block_floor
+    launches = blocks * machine.block_floor * work.launched
     compute = layout.micro_batches * max(layout.micro_batch * one_image, launches)
     encoding = gpu.tf32 * machine.tokenizer_utilization
     encode = 0.0 if tokenizer is None else share * tokenizer.encode_flops / encoding

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megavar.config.procedures.base import SamplingChoice
 from megavar.config.root import Config
 from megavar.config.table import MetricConfig
 from megavar.records.reading import metric_lines
@@ -16,7 +15,6 @@ TAIL = 0.2
 """Share of a run, at its end, over which a logged value is averaged."""
 INITIAL = "initial weights"
 """What scores of the untrained model call their checkpoint."""
-_CHANGES_NO_IMAGE = {"number", "chunk_size", "conditions"} | SamplingChoice.changes_no_sample
 
 
 @dataclass(frozen=True)
@@ -47,11 +45,8 @@ def _score_files(directory: Path) -> Iterator[ScoreFile]:
 
 
 def _belongs(content: Mapping[str, Any], config: Config) -> bool:
-    if str(content["suite"]).partition("/")[0] != config.evaluation.suite.name:
-        return False
-    wanted = config.sampling.model_dump(mode="json")
-    return all(content["sampler"].get(key, value) == value for key, value in wanted.items()
-               if key not in _CHANGES_NO_IMAGE)  # fmt: skip
+    suite = str(content["suite"]).partition("/")[0]
+    return suite == config.evaluation.suite.name and config.sampling.drew(content["sampler"])
 
 
 def _logged(directory: Path, name: str) -> float | None:

@@ -97,6 +97,17 @@ def test_maps_drawn_after_true_ones(kind: str, tiny_run: Path, tmp_path: Path) -
         assert arrays["quickstart/difference/4"].shape == (4, 4)
 
 
+def test_images_from_coarser_maps(tiny_run: Path, tokenizer_run: Path, tmp_path: Path) -> None:
+    """Each residual map brings the image nearer; a generator's run is asked for the tokenizer that it reads."""
+    more = ("--beside", f"tokenizer={tokenizer_run}", "analysis.shown=1", *SMALL)
+    found = analyze("reconstructions", tmp_path, str(tiny_run), *more)["values"]
+    own = found["quickstart"]
+    assert own == found["tokenizer"] and own["psnr_01"] < own["psnr_02"] < own["psnr_04"]
+    assert own["psnr_04"] > found["untrained"]["psnr_04"] and 0 < own["used_04"] <= 1
+    shown = np.load(tmp_path / "reconstructions.npz")["quickstart/4"]
+    assert shown.shape[0] == 1 and shown.std() > 0
+
+
 def test_slips_are_named(tiny_run: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["analyze", "expert_lode", str(tiny_run)]) == ExitCode.CONFIGURATION
     assert "Did you mean 'expert_load'" in capsys.readouterr().err

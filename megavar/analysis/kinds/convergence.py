@@ -70,7 +70,7 @@ class Convergence(Analysis[ConvergenceAnalysis]):
         curves = {
             f"{self.choice.logged} in training": logged,
             "loss on test images": self._held_out(run, logged),
-            self.choice.metric: _scores(run.directory, self.choice.metric, logged),
+            self.choice.metric: _scores(run, self.choice.metric, logged),
         }
         if not self.choice.continued:
             return curves
@@ -129,18 +129,29 @@ def _logged(directory: Path, name: str) -> Curve:
     return Curve(curve.steps, np.array([line["epoch"] for line in lines]), curve.values)
 
 
-def _scores(directory: Path, metric: str, logged: Curve) -> Curve:
-    """A score of every checkpoint that was scored, by its name or by what stands before ``@``."""
+def _scores(run: Subject, metric: str, logged: Curve) -> Curve:
+    found = scores_by_step(run, metric)
+    return _curve(sorted(found), [found[step] for step in sorted(found)], logged)
+
+
+def scores_by_step(run: Subject, metric: str) -> dict[int, float]:
+    """Of every checkpoint that was scored with the run's sampling.
+
+    Args:
+        metric: its name, or what stands before ``@``.
+    """
     found: dict[int, float] = {}
-    for path in sorted(directory.glob("scores-*.json")):
+    for path in sorted(run.directory.glob("scores-*.json")):
         content = json_object(path)
+        if not content or not run.config.sampling.drew(content["sampler"]):
+            continue
         name = str(content["checkpoint"].get("checkpoint", ""))
         value = next(
             (value for key, value in content["metrics"].items() if metric in (key, key.partition("@")[0])), None
         )
         if value is not None and name.startswith("step-"):
             found[step_of(Path(name))] = value
-    return _curve(sorted(found), [found[step] for step in sorted(found)], logged)
+    return found
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:

@@ -32,7 +32,6 @@ from megavar.config.loading import with_defaults
 from megavar.config.root import Config
 from megavar.errors import CheckpointError, ConfigError
 from megavar.frozen import Identity
-from megavar.training.checkpoint.lock import FILE_NAME as LOCK
 from megavar.training.checkpoint.lock import RunLock
 from megavar.training.provenance import git, now, of_this_start
 
@@ -77,7 +76,7 @@ class RunDirectory:
     def of(cls, config: Config, path: Path | None = None) -> "RunDirectory":
         """The directory of the run that ``config`` describes; ``path`` where it has been resolved."""
         path = path or Path(config.run.path)
-        initial = config.initial_weights
+        initial = config.train.initial_weights
         return cls(
             path,
             config.frozen_weights,
@@ -203,7 +202,7 @@ class RunDirectory:
     @property
     def begun(self) -> bool:
         """Whether something was trained here, or another process may be about to: then no other configuration fits."""
-        held = self._lock is None and (self.path / LOCK).exists()
+        held = self._lock is None and RunLock.in_use(self.path)
         trained = self.metrics.exists() and self.metrics.stat().st_size > 0
         return held or trained or self.done or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
 
@@ -275,7 +274,7 @@ class RunDirectory:
         """
         assert self.initial is not None
         identity = frozen.identify(self.initial)
-        if not fresh:
+        if not fresh and self.begun:  # a start that trained nothing is no beginning
             self._check_weights({INITIAL: identity})
         return identity
 

@@ -73,7 +73,7 @@ def _check_asked(config: Config, suite: Suite[Any]) -> None:
     """Whether the generator can be asked for what the suite wants, or at all."""
     asked, drawn = suite.conditions() or default_conditions(config), _with_sampling(config, suite)
     check_conditions(drawn, asked, f"evaluation.suite.name={config.evaluation.suite.name}")
-    if drawn.sampling.number < FEWEST:
+    if asked.count is None and drawn.sampling.number < FEWEST:
         raise ConfigError(
             f"sampling.number={drawn.sampling.number} images are too few to be scored. Draw {FEWEST} or more: "
             f"sampling.number={FEWEST}."

@@ -71,6 +71,8 @@ class RunDirectory:
         self.initial = initial
         self._complete = complete
         self._lock: RunLock | None = None
+        self._known = False
+        """Whether this run had begun when it was opened."""
 
     @classmethod
     def of(cls, config: Config, path: Path | None = None) -> "RunDirectory":
@@ -139,7 +141,7 @@ class RunDirectory:
         (self.path / "logs").mkdir(exist_ok=True)
         for folder in (self.path, self.samples, self.checkpoints):
             storage.remove_leftovers(folder)
-        known = self.config.exists() and self.begun
+        known = self._known = self.config.exists() and self.begun
         if known:
             self.check(config, fresh)
             if self.done and not fresh:
@@ -274,7 +276,7 @@ class RunDirectory:
         """
         assert self.initial is not None
         identity = frozen.identify(self.initial)
-        if not fresh and self.begun:  # a start that trained nothing is no beginning
+        if not fresh and self._known:  # a start that trained nothing is no beginning
             self._check_weights({INITIAL: identity})
         return identity
 

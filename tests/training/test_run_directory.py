@@ -158,6 +158,7 @@ def test_a_start_that_trained_nothing_may_be_corrected(tmp_path):
     assert yaml.safe_load(first.config.read_text())["train"]["steps"] == 20
     assert json.loads((run / "weights.json").read_text())["initial"]["file"] == "right"
     first.metrics.write_text('{"step": 1}\n')
+    first.open(changed("train", "steps", 20), {}, {})
     with pytest.raises(CheckpointError, match="were replaced"):
         first.identify_initial()
     (run / "run.lock").write_text(json.dumps(dataclasses.asdict(Owner.current())))

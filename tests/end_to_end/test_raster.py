@@ -1,5 +1,6 @@
 """A raster VQGAN trained on the spot; reAR and AliTok on its tokens: train, resume, draw, analyze, reconstruct."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,8 @@ from PIL import Image
 from megavar.__main__ import main
 from megavar.errors import ExitCode
 from megavar.training.checkpoint import read_weights
+from tests.distributed.harness import RankFailure
+from tests.distributed.whole_runs import chunks, samples_of
 from tests.end_to_end.conftest import ROOT, TINY_TOKENIZER, megavar, metrics
 
 pytestmark = pytest.mark.end_to_end
@@ -20,10 +23,8 @@ REAR = (
     "train.steps=4", "train.checkpoint={interval: 2, keep_last: 2}", "logging={interval: 1, samples_interval: 4}",
     "optimizer.schedule.warmup_steps=2", "sampling={procedure: raster, number: 8, chunk_size: 4, guidance: 4.0}",
 )  # fmt: skip
-GENERATORS = {
-    "rar": "{name: rar, depth: 2, width: 32, heads: 4, classes: 60, dropout: 0.2, tied_codebook: both}",
-    "alitok": "{name: alitok, depth: 2, width: 32, heads: 4, classes: 60, prefix_tokens: 0, grid: 8, dropout: 0.2}",
-}
+SIZES = "depth: 2, width: 32, heads: 4, classes: 60, dropout: 0.2, tied_codebook: both"
+GENERATORS = {"rar": f"{{name: rar, {SIZES}}}", "alitok": f"{{name: alitok, prefix_tokens: 0, grid: 8, {SIZES}}}"}
 
 
 @pytest.fixture(scope="module")
@@ -63,20 +64,30 @@ def test_resuming_is_bitwise(trained: tuple[str, Path], vqgan: Path, tmp_path: P
     for name, value in expected.items():
         assert torch.equal(value, found[name]), name
     assert metrics(again)[4]["loss"] == metrics(directory)[4]["loss"]
-    if kind == "rar":  # the boundary handed the codebook over, and nothing trained it
-        codes = read_weights(vqgan)["quantize.embedding.weight"]
-        assert torch.equal(expected["embedding.codes.vectors"], codes)
-        assert torch.equal(expected["head.projection.weight"], codes)
+    codes = read_weights(vqgan)["quantize.embedding.weight"]  # handed over at the boundary, and nothing trained it
+    assert torch.equal(expected["embedding.codes.vectors"], codes)
+    assert torch.equal(expected["head.projection.weight"], codes)
 
 
-def test_samples_are_tokens_of_the_vqgan(trained: tuple[str, Path], vqgan: Path) -> None:
-    kind, directory = trained
-    drawn = megavar("sample", DEMO, *words(kind, vqgan, directory))
-    assert drawn.code == 0, drawn.output
-    (chunk, *_) = sorted(directory.rglob("*.npz"))
-    with np.load(chunk) as arrays:
-        tokens = next(arrays[name] for name in arrays.files if arrays[name].ndim == 2)
-    assert tokens.dtype == np.uint16 and tokens.shape == (4, 64) and tokens.max() < 128
+def test_samples_do_not_depend_on_ranks_batches_or_interruptions(trained: tuple[str, Path], tmp_path: Path) -> None:
+    """Guided tokens of the VQGAN: the same ones from two ranks, in other batches, and after a death between chunks."""
+    finished = trained[1] / "config.yaml"
+    whole = chunks(samples_of(finished, 1, tmp_path / "whole"))
+    assert len(whole) == 2 and whole == chunks(samples_of(finished, 2, tmp_path / "ranks"))
+    uneven = samples_of(finished, 2, tmp_path / "uneven", "sampling.chunk_size=3")
+    tokens = stored_tokens(whole)
+    assert tokens.dtype == np.uint16 and tokens.shape == (8, 64) and tokens.max() < 128
+    assert len(np.unique(tokens, axis=0)) == 8 and np.array_equal(stored_tokens(chunks(uneven)), tokens)
+    with pytest.raises(RankFailure, match="exit code -9"):
+        samples_of(finished, 1, tmp_path / "dead", die_at=4)
+    (folder,) = (tmp_path / "dead/generated").iterdir()
+    (first,) = folder.glob("*.npz")
+    drawn = first.stat().st_mtime_ns
+    assert chunks(samples_of(finished, 1, tmp_path / "dead")) == whole and first.stat().st_mtime_ns == drawn
+
+
+def stored_tokens(files: dict[str, bytes]) -> np.ndarray:
+    return np.concatenate([np.load(io.BytesIO(content))["tokens"] for content in files.values()])
 
 
 def test_analyses(
@@ -105,7 +116,7 @@ def test_analyses(
     assert same["unseen_loss"] != same["unseen_noisy_loss"]
     alignment = found("codebook_alignment", *small)
     assert all(0 < alignment[f"{which}_{layer}"] <= 1 for which in ("encoded", "decoded") for layer in range(3))
-    if kind == "rar":  # tied: what the first block reads is a linear map of the code, and positions
+    if kind == "rar":  # what the first block reads is a linear map of the code, and positions
         assert alignment["encoded_0"] > alignment["decoded_0"]
     speed = found("step_times", "analysis.batch=4", "analysis.repeats=1", "analysis.steps=[16,64,240]")
     assert speed["steps"] == 64 and {"seconds_at_step_16", "seconds_at_step_64"} <= speed.keys()

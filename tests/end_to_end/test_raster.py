@@ -11,11 +11,13 @@ import torch
 from PIL import Image
 
 from megavar.__main__ import main
+from megavar.analysis.kinds.exposure_bias import PROTOCOLS
 from megavar.errors import ExitCode
 from megavar.training.checkpoint import read_weights
 from tests.distributed.harness import RankFailure
 from tests.distributed.whole_runs import chunks, samples_of
 from tests.end_to_end.conftest import ROOT, TINY_TOKENIZER, megavar, metrics
+from tests.perceptual_files import write_perceptual_files
 
 pytestmark = pytest.mark.end_to_end
 DEMO = "configs/demo/maskgit_vqgan.yaml"
@@ -105,12 +107,18 @@ def test_analyses(
         return content
 
     small = ("analysis.images=6", "analysis.batch=4")
-    bias = found("exposure_bias", *small, "analysis.ratios=[0.5,1.0]")
+    files = write_perceptual_files(tmp_path)["lpips_vgg"] if kind == "rar" else None  # LPIPS itself, random weights
+    lpips = () if files is None else (f"analysis.lpips_vgg={files.model_dump_json()}",)
+    bias = found("exposure_bias", *small, *lpips, "analysis.ratios=[0.5,1.0]")
     assert bias["perfect_0.5_ctr"] >= 0.5 and bias["imperfect_0.5_ctr"] >= 0.5
     assert bias["perfect_1_ctr"] == bias["imperfect_1_ctr"] == 1 and bias["perfect_1_psnr"] == 100
     assert bias["perfect_1_perplexity"] == bias["imperfect_1_perplexity"]
-    replaced = found("embedding_replacement", *small, "analysis.ratios=[0.0,1.0]")
+    replaced = found("embedding_replacement", *small, *lpips, "analysis.ratios=[0.0,1.0]")
     assert replaced["0_ctr"] == replaced["1_ctr"] < 1 and replaced["0_cosine"] < replaced["1_cosine"] < 1
+    assert replaced["1_perplexity_increase"] == pytest.approx(replaced["1_perplexity"] - replaced["0_perplexity"])
+    if lpips:
+        assert bias["perfect_1_lpips_vgg"] == 0 < min(bias[f"{which}_0.5_lpips_vgg"] for which in PROTOCOLS)
+        assert 0 < replaced["1_lpips_vgg"] != replaced["0_lpips_vgg"] > 0
     same = found("generalization", *small)
     assert {"trained", "unseen", "trained_noisy", "unseen_noisy"} <= same.keys()
     assert same["unseen_loss"] != same["unseen_noisy_loss"]

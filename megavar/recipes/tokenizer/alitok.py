@@ -26,7 +26,7 @@ from megavar.parallel.parameter_rule import ParameterRule
 from megavar.recipes.base import Parts, Pass, WriteRows
 from megavar.recipes.tokenizer.clustering import ClusteredCodebook
 from megavar.recipes.tokenizer.recipe import TokenizerInputs, TokenizerTraining
-from megavar.recipes.tokenizer.reconstruction import LossWeights
+from megavar.recipes.tokenizer.reconstruction import LossWeights, ReconstructionTraining
 from megavar.tokenizers.alitok.stages import TwoDecoders
 
 
@@ -144,3 +144,5 @@ class AliTokTraining(TokenizerTraining):
         """Codes move in stage 1 only."""
         if self.phase(step).stage == 1:
             super().after_step(step, write_rows)
+        else:
+            ReconstructionTraining.after_step(self, step, write_rows)

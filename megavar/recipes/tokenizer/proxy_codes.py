@@ -156,4 +156,4 @@ class ProxyCodes(BaseRecipe):
         """Revive dead codes, if that is asked for."""
         replacement = self.codebook.after_step(step)
         if replacement is not None:
-            write_rows(self.tokenizer.quantizer.embedding.weight, replacement.rows, replacement.vectors)
+            write_rows(self.tokenizer.quantizer.embedding.weight, *replacement)

@@ -17,12 +17,12 @@ from megavar.parallel import seeds
 from megavar.planning.attention_cost import attention_pairs
 from megavar.recipes.base import Recipe
 from megavar.run_samples import default_conditions
+from megavar.sampling.base import Completing
 from megavar.training.engine import Divisors, Engine
 from megavar.training.metrics import MetricAccumulator
 from megavar.training.micro_batches import MicroBatches
 from megavar.training.optimizer import build_optimizer, parameter_groups, parameter_rules, set_rates
 from megavar.training.step import train_step, valid_of_step
-from megavar.sampling.base import Completing
 from megavar.transformer.cache import KeyValueCache
 from megavar.transformer.context import ForwardContext
 from megavar.transformer.feed_forward import FeedForward

@@ -83,7 +83,7 @@ class AliTokTraining(TokenizerTraining):
         """See :meth:`Recipe.build`."""
         config = parts.config
         assert isinstance(config.recipe, AliTokTrainingConfig)
-        fresh = config.initial_weights is None
+        fresh = config.train.initial_weights is None
         return cls(config.recipe, config.tokenizer, config.train.seed, parts.device, fresh, steps=parts.steps)
 
     def trainable(self, choice: TokenizerChoice) -> Any:

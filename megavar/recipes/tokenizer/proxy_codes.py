@@ -107,7 +107,7 @@ class ProxyCodes(BaseRecipe):
             )
         proxy = parts.frozen_tokenizer(tokenizer.proxy, config.recipe.proxy_weights, "recipe.proxy_weights")
         assert isinstance(tokenizer, nn.Module)
-        fresh = config.initial_weights is None
+        fresh = config.train.initial_weights is None
         return cls(config.recipe, tokenizer, proxy, config.train.seed, device=parts.device, fresh=fresh)
 
     def modules(self) -> dict[str, nn.Module]:

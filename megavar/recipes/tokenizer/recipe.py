@@ -76,7 +76,7 @@ class TokenizerTraining(ReconstructionTraining):
         """See :meth:`Recipe.build`."""
         config = parts.config
         assert isinstance(config.recipe, TokenizerTrainingConfig)
-        fresh = config.initial_weights is None
+        fresh = config.train.initial_weights is None
         return cls(config.recipe, config.tokenizer, config.train.seed, parts.device, fresh)
 
     def trainable(self, choice: TokenizerChoice) -> Any:

@@ -57,8 +57,10 @@ class Observation:
 
 def undisturbed(recipe: GeneratorRecipeChoice) -> GeneratorRecipeChoice:
     """The recipe without terms, noise and random lists of scales, so that losses of any run and step compare."""
-    aside = [name for name in ("terms", "noise", "scale_lists") if name in type(recipe).model_fields]
-    defaults = {name: type(recipe).model_fields[name].get_default(call_default_factory=True) for name in aside}
+    fields, aside = type(recipe).model_fields, ("terms", "noise", "scale_lists")
+    defaults: dict[str, Any] = {
+        name: fields[name].get_default(call_default_factory=True) for name in aside if name in fields
+    }
     return recipe.model_copy(update=defaults)
 
 

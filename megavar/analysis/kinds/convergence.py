@@ -94,7 +94,7 @@ def began_at(run: Subject) -> tuple[int, float]:
     Raises:
         ConfigError: the run that the checkpoint is of is not here any more.
     """
-    initial = run.config.initial_weights
+    initial = run.config.train.initial_weights
     if initial is None or not is_checkpoint_name(Path(initial.path)):
         return 0, 0.0
     steps, directory = step_of(Path(initial.path)), Path(initial.path).parent.parent

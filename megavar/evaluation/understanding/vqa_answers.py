@@ -15,7 +15,7 @@ _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _FULL_STOP = re.compile(r"\.(?!\d)")
 _MOST_FULL_STOPS = 32
 """A slip of the original: the flag re.UNICODE, which is 32, stands where the number of replacements does."""
-    "_CONTRACTIONS = (
+_CONTRACTIONS = (
     "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd "
     "he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've "
     "needn't not've o'clock oughtn't 'ow's'at shan't she'd've shouldn't should've shouldn't've somebody'd've "
@@ -24,10 +24,10 @@ _MOST_FULL_STOPS = 32
     "we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's "
     "who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've "
     "you'll you're you've"
-).split()  # fmt: skip
+)  # fmt: skip
 _MENDED = {
     word[:place] + word[place + 1 :]: word
-    for word in _CONTRACTIONS for place, letter in enumerate(word) if letter == "'"
+    for word in _CONTRACTIONS.split() for place, letter in enumerate(word) if letter == "'"
 } | {"somebody'd": "somebodyd"}  # fmt: skip
 """Words that lack one apostrophe; the last is a slip of the original."""
 

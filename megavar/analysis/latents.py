@@ -38,7 +38,8 @@ class Shown:
 
 
 def show(runs: Sequence[Subject], choice: ObservedChoice) -> Shown:
-    """Latents of every run, what pretrained encoders say before, and the pixels of the first run's patches.
+    """Latents of every run, what pretrained encoders say before (once where several say the same), and the pixels of the
+    first run's patches.
 
     Raises:
         ConfigError: a run trains no tokenizer, or the first one's latents are no map.
@@ -49,7 +50,9 @@ def show(runs: Sequence[Subject], choice: ObservedChoice) -> Shown:
             raise ConfigError(f"The run {run.name} trains no tokenizer: name the run of its tokenizer.")
         images, labels = _test_images(run, choice.images)
         tokenizer = load_tokenizer(run.config.tokenizer, str(run.directory), run.device)
-        vectors |= _of(tokenizer, images, choice.batch, run)
+        for name, found in _of(tokenizer, images, choice.batch, run).items():
+            if not any(np.array_equal(found, other) for other in vectors.values()):  # frozen encoders are alike
+                vectors[name] = found
     images, labels = _test_images(runs[0], choice.images)
     places = next(iter(vectors.values())).shape[1]
     return Shown(images, labels.numpy(), vectors | {PIXELS: patches(images, places, runs[0].name)})

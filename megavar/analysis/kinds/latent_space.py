@@ -2,7 +2,8 @@
 
 Pictures of t-SNE show what one wants to see; so beside them stand, for the means of images,
 
-    nmi           k-means with as many clusters as classes, its mutual information with the classes, normalized
+    nmi, ami      k-means with as many clusters as classes: its mutual information with the classes, normalized, and
+                  corrected for chance
     silhouette    of the classes
     neighbours    share of the ten nearest that are of the same class
 
@@ -60,7 +61,7 @@ class LatentSpace(Analysis[LatentSpaceAnalysis]):
 def by_class(means: np.ndarray, labels: np.ndarray, seed: int) -> dict[str, float]:
     """How well vectors [N, C] know the classes [N]."""
     from sklearn.cluster import KMeans
-    from sklearn.metrics import normalized_mutual_info_score, silhouette_score
+    from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score, silhouette_score
     from sklearn.neighbors import NearestNeighbors
 
     reduced = principal(means)
@@ -68,6 +69,7 @@ def by_class(means: np.ndarray, labels: np.ndarray, seed: int) -> dict[str, floa
     near = NearestNeighbors(n_neighbors=min(NEIGHBOURS + 1, len(labels))).fit(reduced).kneighbors(reduced)[1][:, 1:]
     return {
         "nmi": float(normalized_mutual_info_score(labels, clusters)),
+        "ami": float(adjusted_mutual_info_score(labels, clusters)),
         "silhouette": float(silhouette_score(reduced, labels)),
         "neighbours": float((labels[near] == labels[:, None]).mean()),
     }
@@ -97,7 +99,7 @@ def _draw(places: dict[str, np.ndarray], labels: np.ndarray, values: dict[str, d
     for axes, (name, points) in zip(figure.subplots(rows, columns, squeeze=False).flat, places.items()):
         axes.scatter(*points.T, s=4, c=colours, linewidths=0)
         found = values[name]
-        said = [f"{key} {found[key]:.2f}" for key in ("nmi", "neighbours", "effective_rank") if key in found]
+        said = [f"{key} {found[key]:.2f}" for key in ("ami", "neighbours", "effective_rank") if key in found]
         axes.set_title(f"{name}\n{', '.join(said)}", fontsize=9)
     for axes in figure.axes:
         axes.set(xticks=[], yticks=[])

@@ -38,8 +38,8 @@ class Shown:
 
 
 def show(runs: Sequence[Subject], choice: ObservedChoice) -> Shown:
-    """Latents of every run, what pretrained encoders say before (once where several say the same), and the pixels of the
-    first run's patches.
+    """Latents of every run, what pretrained encoders say before (once where several say the same), and the pixels of
+    the first run's patches.
 
     Raises:
         ConfigError: a run trains no tokenizer, or the first one's latents are no map.

@@ -140,6 +140,7 @@ class Start:
                           "gradient_clipping": 2.0,
                           "schedule": {"name": "lin0"}},
             "logging": self._logging(steps),
+            "validation": self._validation(steps, batch),
             "sampling": {"number": samples, "chunk_size": 50, "guidance": 1.5, "top_k": 0, "top_p": 0.0},
             "evaluation": {"suite": suite, "after_training": True} if self.scored else {},
         }  # fmt: skip
@@ -150,6 +151,11 @@ class Start:
     @property
     def _machine(self) -> dict[str, object]:
         return {"precision": "bf16"} if self.on_gpu else {"cpu_threads": 1}
+
+    def _validation(self, steps: int, batch: int) -> dict[str, object]:
+        """On at most eight batches of what is held out, where that is a batch at all."""
+        batches = min(8, self.found.held_out // batch)
+        return {"interval": max(10, steps // 20), "samples": batches * batch} if batches else {}
 
     @staticmethod
     def _logging(steps: int) -> dict[str, object]:

@@ -106,13 +106,15 @@ def banner(
     named = ", ".join(classes[:_NAMED]) + (", ..." if len(classes) > _NAMED else "")
     side = config.data.image_size
     sides = " ".join(map(str, space.sides))
+    shape = "in a line" if not sides else f"sides {sides}" if len(space.sides) > 1 else f"{sides} x {sides}"
     vocabulary = f"{space.vocabulary} different" if space.vocabulary else f"vectors of {space.channels}"
     precision = f"{train.precision}, {place.world_size} process" + ("es" if place.world_size > 1 else "")
     rows = [
         ("data", f"{config.data.source.name}: {len(source):,} images, "
-                 + (f"{len(classes)} classes ({named}), " if classes else "") + f"{side} x {side} pixels"),
+                 + (f"{len(classes)} classes ({named}), " if classes else "")
+                 + ("with captions, " if config.data.text is not None else "") + f"{side} x {side} pixels"),
         ("model", _model(config, recipe, mesh)),
-        ("tokens", f"{space.length} per image ({f'sides {sides}' if sides else 'in a line'}), {vocabulary}"),
+        ("tokens", f"{space.length} per image ({shape}), {vocabulary}"),
         ("length", f"{steps:,} steps of {train.global_batch_size} images = "
                    f"{steps * train.global_batch_size / len(source):.3g} epochs"),
         ("device", f"{device_name()}, {precision}"),

@@ -128,7 +128,7 @@ def test_sizes_are_the_published_ones(width: int, depth: int, count: int) -> Non
 
 
 def test_any_order_where_rows_know_what_they_predict() -> None:
-    """RAR's training on AliTok's transformer: rows turn by the places of their tokens, and are told what they predict."""
+    """RAR's training on AliTok's transformer: rows turn by the places of their tokens and know what comes."""
     space = TokenSpace("grid", (3,), 9, 11, 4, image_side=12)
     sizes = {"depth": 2, "width": 16, "heads": 2, "prefix_tokens": 0, "grid": 3}
     model = AliTok(AliTokConfig(target_positions=True, **sizes), space, seed=1, taps=("embedding",)).eval()

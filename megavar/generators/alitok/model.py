@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from megavar.config.generators.alitok import AliTokConfig
 from megavar.config.parallel import ParallelConfig
+from megavar.config.token_space import TokenSpace
 from megavar.errors import ConfigError
 from megavar.generators.base import Embedded, TokenSequence
 from megavar.generators.inputs import RasterInputs

@@ -13,8 +13,10 @@ from megavar.analysis.kinds.exposure_bias import given_places
 from megavar.analysis.kinds.routing_maps import as_map, map_metrics
 from megavar.analysis.kinds.scale_features import separation
 from megavar.analysis.kinds.teacher_probe import accuracies
+from megavar.analysis.observation import undisturbed
 from megavar.analysis.sequences import means
 from megavar.analysis.similarity import linear_cka
+from megavar.config.recipes.sar import SARConfig
 from megavar.sampling.base import Known
 
 SMOE = (11.35, 5.61, 9.13, 5.18, 5.71, 9.23, 11.32, 6.46)
@@ -130,3 +132,11 @@ def test_perplexity_is_over_all_tokens():
     parts = [(2, {"surprise": torch.tensor(3.0), "ctr": torch.tensor(1.0)}),
              (1, {"surprise": torch.tensor(0.0), "ctr": torch.tensor(0.5)})]  # fmt: skip
     assert means(parts) == {"ctr": pytest.approx(0.5), "perplexity": pytest.approx(math.e)}
+
+
+def test_runs_are_compared_at_the_same_scales_and_without_noise():
+    """Random lists of scales are functions of the step: at its last one every run would be shown others."""
+    disturbed = SARConfig(tokenizer_weights="x", student_weight=0.5, scale_lists={"name": "flexvar"}, noise={})
+    assert disturbed.noise is not None
+    plain = undisturbed(disturbed)
+    assert plain == SARConfig(tokenizer_weights="x", student_weight=0.5)

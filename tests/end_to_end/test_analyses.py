@@ -13,7 +13,7 @@ from megavar.analysis.base import Subject
 from megavar.analysis.kinds.convergence import began_at
 from megavar.config.loading import load_config
 from megavar.errors import ExitCode
-from megavar.records.reading import json_lines
+from megavar.records.reading import metric_lines
 from tests.end_to_end.conftest import ROOT, megavar, overrides
 
 pytestmark = pytest.mark.end_to_end
@@ -73,7 +73,7 @@ def test_features_convergence_and_times(tiny_run: Path, by_scale: Path, tmp_path
     last = max((tiny_run / "checkpoints").glob("step-*"))
     began = f"train.initial_weights={{path: {last}}}"
     continued = Subject(load_config(str(tiny_run), [began]), torch.device("cpu"))
-    epochs = json_lines(tiny_run / "metrics.jsonl")[-1]["epoch"]
+    epochs = metric_lines(tiny_run)[-1]["epoch"]
     assert began_at(continued) == (int(last.name[5:]), pytest.approx(epochs))
     assert began_at(Subject(load_config(str(tiny_run)), torch.device("cpu"))) == (0, 0.0)
     assert main([*scored, "step-00000007"]) == ExitCode.CONFIGURATION

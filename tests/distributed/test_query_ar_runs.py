@@ -37,9 +37,9 @@ from tests.boundary.runs import ROOT
 from tests.boundary.runs import tensors_of as trained
 from tests.distributed.harness import RankFailure, run_ranks
 from tests.distributed.whole_runs import chunks, samples_of, train_until
-from tests.reporting.test_report import loads_nothing
 from tests.evaluation.official.conftest import picture
 from tests.evaluation.understanding import files, folders
+from tests.reporting.test_report import loads_nothing
 from tools import convert_checkpoint
 
 pytestmark = pytest.mark.distributed

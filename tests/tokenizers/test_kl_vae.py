@@ -1,4 +1,4 @@
-"""KL-VAEs: published sizes and names, posteriors, patches, and images of other sizes."""
+"""KL-VAEs: published sizes and names, posteriors, patches, and images of other sizes. DC-AE as a tokenizer."""
 
 import pytest
 import torch
@@ -6,7 +6,10 @@ import torch
 pytest.importorskip("diffusers", reason="the package diffusers is not installed (pip install 'megavar[vlm]')")
 
 from megavar.assembly import load_tokenizer
+from megavar.config.choice import resolve
+from megavar.config.tokenizers.dc_ae import DCAEConfig
 from megavar.config.tokenizers.kl_vae import KLVAEConfig
+from megavar.config.tokenizers.vgt_ae import DCAEDecoderConfig
 from megavar.errors import CheckpointError
 from megavar.parallel.logical import initialize_parameters
 from megavar.recipes.kl_vae import initial_value
@@ -112,3 +115,29 @@ def test_tokens_are_scaled_patches_of_the_posterior(patch):
     torch.testing.assert_close(model.decode(drawn), model.vae.decode(expected / 0.5).sample.clamp(-1, 1))
     reduced = model.encode(images[..., : model.stride, : model.stride])  # an image of one token
     assert model.tokens(reduced).shape == (2, 1, model.space.channels)
+
+
+def test_dc_ae_is_diffusers_own(tmp_path):
+    """Its folder loads; latents and images are those of diffusers; of another size, too. 312.3 M with the defaults."""
+    from diffusers import AutoencoderDC
+
+    sizes = DCAEDecoderConfig(
+        channels=(8, 16), layers=(1, 1), blocks=("ResBlock", "EfficientViTBlock"), attention_kernels=((), (5,)),
+        head_size=8,
+    )
+    config = DCAEConfig(image_side=16, channels=4, decoder=sizes, encoder_layers=(1, 2), scaling=0.5)
+    torch.manual_seed(0)
+    resolve(config)(config).vae.save_pretrained(tmp_path)
+    theirs = AutoencoderDC.from_pretrained(tmp_path).eval()
+    weights = str(tmp_path / "diffusion_pytorch_model.safetensors")
+    model = load_tokenizer(config, weights, torch.device("cpu"))
+    assert isinstance(model, LatentMap) and model.space.length == 64
+    images = torch.rand(2, 3, 24, 24) * 2 - 1
+    with torch.no_grad():
+        tokens, latents = model.tokens(model.encode(images)), theirs.encode(images).latent
+        torch.testing.assert_close(model.unpack(tokens), latents * 0.5)
+        torch.testing.assert_close(model.decode(tokens), theirs.decode(latents).sample.clamp(-1, 1))
+    with torch.device("meta"):
+        whole = resolve(DCAEConfig())(DCAEConfig())
+    assert sum(parameter.numel() for parameter in whole.vae.decoder.parameters()) == 159_240_579
+    assert round(sum(parameter.numel() for parameter in whole.parameters()) / 1e6, 1) == 312.3

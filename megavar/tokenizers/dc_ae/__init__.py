@@ -1,0 +1,5 @@
+"""The deep-compression autoencoder."""
+
+from megavar.tokenizers.dc_ae.model import DCAE
+
+__all__ = ["DCAE"]

@@ -21,10 +21,10 @@ OTHERS = {
     "tools/gpu_wheels.sh": "downloads wheels",
 }  # fmt: skip
 """Programs that are not ours, or need a network: why they do not run here."""
-OTHER_FAMILY = "a shipped configuration that is not in SMALL"
+OTHER_FAMILY = "a configuration that is not in SMALL, or a run of it"
+RUNS = re.compile(r"\bruns/(?!photos|longer|others?\b|new\b|stmoe-d16|mepa-d16|var-d16)")
 ELSEWHERE = {
     "megavar train configs/mepa/guided_digits.yaml": "tests/end_to_end/test_guidance.py",
-    OTHER_FAMILY: "tests/recipes, tests/generators, tests/distributed: short runs of each family",
     "megavar train 8 ranks": "tests/distributed: the layout is checked here, and its plan in tests/planning",
     "megavar plan --calibrate": "tests/planning/test_calibration.py",
     "megavar plan --calibration": "tests/planning/test_calibration.py",
@@ -43,6 +43,7 @@ ELSEWHERE = {
     "tools.gpu_check": GPU,
     "tools.reference_curve": "tests/tools/test_reference_curve.py: runs with three seeds",
     "tools.configuration_reference": "tests/docs/test_pages.py",
+    OTHER_FAMILY: "tests/recipes, tests/generators, tests/distributed: short runs of each family",
 }
 """What has a test of its own and is only understood here, by program, or program and an argument: where, and why."""
 ANALYSES = {"expert_load", "convergence"}
@@ -56,7 +57,8 @@ def elsewhere(command: Shown) -> str | None:
         words.add(f"{command.program} {command.ranks} ranks")
     if command.program == "megavar analyze" and (command.arguments[0] in ANALYSES or command.arguments[0] == "KIND"):
         return None
-    if any(word.startswith("configs/") and word not in SMALL and "/tables/" not in word for word in command.arguments):
+    shipped = [word for word in command.arguments if word.startswith("configs/") and "/tables/" not in word]
+    if set(shipped) - set(SMALL) or any(map(RUNS.search, command.arguments)):
         words.add(OTHER_FAMILY)
     return min(words & set(ELSEWHERE), default=None, key=list(ELSEWHERE).index)
 

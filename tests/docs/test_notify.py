@@ -1,4 +1,4 @@
-"""The programs that docs/watching.md shows for ``notify`` and for Prometheus, as printed, with stand-ins for the world."""
+"""The programs that docs/watching.md shows for ``notify`` and for Prometheus, as printed; stand-ins for the world."""
 
 import http.server
 import json

@@ -137,7 +137,7 @@ class Workshop:
         for key, more in APPENDED.items():
             program, _, option = key.partition(" --")
             if shown.program == program and (not option or f"--{option}" in words):
-                place = 2 if program == "megavar fork" else 1
+                place = {"megavar fork": 2}.get(program, 1 if program.startswith("megavar") else len(words))
                 words[place:place] = [word.format(number=self.number) for word in more]
         run = functools.partial(_as_a_person, module, [*subcommand, *words])
         # One process measures for all plans of this process; each fork would start its own.

@@ -78,6 +78,14 @@ class Samples:
             return None
         return torch.cat([torch.from_numpy(arrays["labels"]) for arrays in self.store.read_all(["labels"])])
 
+    def captions(self, count: int) -> list[str] | None:
+        """What the first ``count`` samples, which must have been drawn, were asked for; None if not by text."""
+        if "captions" not in self.store.names(0):
+            return None
+        chunks = range(min(len(self.store), -(-count // self.store.size)))
+        found = [str(text) for chunk in chunks for text in self.store.read(chunk, ["captions"])["captions"]]
+        return found[:count]
+
     def __len__(self) -> int:
         return self.store.count
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-pytest.importorskip("diffusers", reason="the package diffusers is not installed (pip install 'megavar[diffusers]')")
+pytest.importorskip("diffusers", reason="the package diffusers is not installed (pip install 'megavar[vlm]')")
 pytest.importorskip("tokenizers", reason="the vlm extra is not installed")
 
 from safetensors.torch import load_file, save_file

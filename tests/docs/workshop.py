@@ -236,7 +236,7 @@ def shrink(file: Path) -> None:
     text = re.sub(r"\b(interval|samples_interval): \d+", r"\1: 2", text)
     text = re.sub(r"checkpoint: {interval: 2", "checkpoint: {interval: 2, keep_every: 2", text)
     text = re.sub(r"warmup_steps: \d+", "warmup_steps: 1", text)
-    text = re.sub(r"after_training: true", "after_training: false", text)
+    text = re.sub(r"\bnumber: 100\b", "number: 20", text)  # of samples
     file.write_text(text)
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 
+from megavar.config.choice import resolve
 from megavar.config.loading import load_config
 from megavar.config.recipes.vgt_ae import LatentNoiseConfig, VGTAETrainingConfig
 from megavar.config.tokenizers.kl_vae import KLVAEConfig
@@ -238,25 +239,26 @@ def test_another_tokenizer_and_the_adaptive_weight_are_refused():
     ("path", "decoder", "millions"),
     [
         ("ae_stage1", None, 472.6), ("ae_qwen_stage1", None, 853.2), ("ae_stage1", "sd_vae", 363.0),
-        ("ae_stage1", "vit", 467.2),
+        ("ae_stage1", "vit", 467.2), ("ae_qwen_stage1", "sd_vae", 743.6), ("ae_qwen_stage1", "vit", 847.8),
     ],
 )
 def test_sizes_are_those_of_table_4(path, decoder, millions, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[2])
     config = load_config(f"configs/vgt/{path}.yaml").tokenizer
     if decoder is not None:
-        config = VGTAEConfig(decoder={"name": decoder})
+        config = VGTAEConfig.model_validate(config.model_dump() | {"decoder": {"name": decoder}})
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in VGTAE(config).parameters())
     assert round(count / 1e6, 1) == millions
 
 
 @pytest.mark.parametrize(
-    ("package", "config"), [("transformers", INTERN), ("transformers", QWEN), ("diffusers", INTERN)]
+    ("package", "config"),
+    [("transformers", INTERN), ("transformers", QWEN), ("diffusers", INTERN), ("diffusers", KLVAEConfig())],
 )
 def test_a_missing_package_is_one_sentence(package, config, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError, match=rf"needs the package {package}, .*pip install 'megavar\[vlm\]'\.$"):
-        VGTAE(config)
+        resolve(config)(config)

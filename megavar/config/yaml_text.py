@@ -1,7 +1,8 @@
 """YAML as configurations are written in it: what YAML 1.1 would quietly read otherwise is refused in words.
 
-``3e-4`` is a number, a key appears once, ``on`` is a word where it is a key, ``010`` is neither 8 nor 10, ``1:30`` is not 90, and whatever cannot be read
-is one sentence with file, line and remedy. Merge keys (``<<: *anchor``) and anchors work as everywhere.
+``3e-4`` is a number, a key appears once, ``on`` is a word where it is a key, ``010`` is neither 8 nor 10, ``1:30`` is
+not 90, and whatever cannot be read is one sentence with file, line and remedy. Merge keys (``<<: *anchor``) and anchors
+work as everywhere.
 """
 
 import re

@@ -39,5 +39,16 @@ def test_links_lead_somewhere(page: Path) -> None:
                 assert anchor in slugs, f"{page.name}: {target}"
 
 
+def test_every_page_can_be_found() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert not [page.name for page in PAGES[1:] if f"(docs/{page.name}" not in readme]
+
+
+def test_every_room_is_named() -> None:
+    rooms = {path.parent.name for path in (ROOT / "megavar").glob("*/__init__.py")}
+    named = set(re.findall(r"megavar/(\w+)", (ROOT / "docs/rooms.md").read_text()))
+    assert rooms <= named, rooms - named
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 130

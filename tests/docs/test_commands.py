@@ -17,7 +17,7 @@ OTHERS = {
     "venv": CI, ".": CI, "pip": CI, "pytest": CI, "apt-get": CI,
     "sbatch": SLURM, "scancel": SLURM, "scontrol": SLURM, "squeue": SLURM,
     "tail": "tests/slurm/test_digits_runs.py",
-    "torchrun ...": "VAR's own command",
+    "torchrun ...": "VAR's own command", "torchrun --nproc-per-node": "a part of a command",
     "tools/gpu_wheels.sh": "downloads wheels",
 }  # fmt: skip
 """Programs that are not ours, or need a network: why they do not run here."""
@@ -34,6 +34,7 @@ ELSEWHERE = {
     "launchers.local": "tests/launchers/test_local.py: processes of its own",
     "tools.cache_tokens --teacher": "tests/tools/test_cache_tokens.py: with a teacher",
     "tools.shard_images --existing": "tests/sources/test_webdataset.py: tars of another tool",
+    "tools.convert_checkpoint --into": "tests/distributed/test_query_ar_runs.py: runs that began with a folder",
     "tools.evaluate_fid score": "tests/tools/test_evaluate_fid.py: published weights",
     "tools.benchmark": "tests/tools/test_benchmark.py",
     "tools.benchmark_data": "tests/tools/test_benchmark_data.py",

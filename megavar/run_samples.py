@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -43,6 +44,7 @@ DECODER = "decoder.json"
 """Beside the chunks of samples: what decodes their tokens."""
 GRID_COLUMNS = 10
 GRID_IMAGES = 100
+CAPTION_ROWS = 16
 SEARCHED = 1000
 """First samples among which the overview looks for those of each class."""
 NAMED = ("guidance", "seed", "weights", "temperature", "top_k", "top_p", "number")
@@ -255,17 +257,22 @@ def describe(samples: Samples) -> str:
 
 
 def write_grid(samples: Samples, names: Sequence[str] = ()) -> Path:
-    """Write an overview of the first samples of each class beside the chunks: a column per class, ten at most.
+    """Write an overview of the samples beside the chunks: the first of each class, a column per class, ten at most; or
+    samples of captions from first to last, each caption left of its images.
 
     Args:
         names: of the classes, by label.
     """
     path = samples.directory / "grid.png"
-    labels = samples.labels
-    if labels is None:
+    labels, captions = samples.labels, samples.captions
+    columns: list[str] = []
+    beside: list[str] = []
+    if captions is not None:
+        rows = spread_over(captions)
+        beside = [captions[row[0]] for row in rows]
+    elif labels is None:
         count = min(GRID_IMAGES, len(samples))
         rows = [list(range(row, min(row + GRID_COLUMNS, count))) for row in range(0, count, GRID_COLUMNS)]
-        columns: list[str] = []
     else:
         first = labels[:SEARCHED].tolist()
         shown = list(dict.fromkeys(first))[:GRID_COLUMNS]
@@ -279,8 +286,16 @@ def write_grid(samples: Samples, names: Sequence[str] = ()) -> Path:
         f"{key} {identity['sampling'][key]}" for key in ("guidance", "seed") if key in identity["sampling"]
     )]  # fmt: skip
     with atomic_file(path) as file:
-        labelled_grid(images, columns=columns, caption=", ".join(words)).save(file, "PNG")
+        labelled_grid(images, columns=columns, names=beside, caption=", ".join(words)).save(file, "PNG")
     return path
+
+
+def spread_over(captions: Sequence[str]) -> list[list[int]]:
+    """Samples of captions that are asked for one or several times in a row, each such row of at most ten; where there
+    are more than 16 rows, 16 from first to last."""
+    runs = [[index for index, _ in run] for _, run in itertools.groupby(enumerate(captions), lambda pair: pair[1])]
+    count = min(CAPTION_ROWS, len(runs))
+    return [runs[row * len(runs) // count][:GRID_COLUMNS] for row in range(count)]
 
 
 def _named(label: int, names: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """Scores of a run: a generator's samples by the configured suite, or a tokenizer's reconstructions."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megavar.assembly import load_tokenizer, resolve
+from megavar.assembly import load_tokenizer, require_generator_recipe, resolve
 from megavar.config.root import Config
+from megavar.data.pixels import quantize, to_float
 from megavar.errors import ConfigError, check_all
 from megavar.evaluation.base import Scores, Suite
 from megavar.evaluation.reconstruction import ROUNDING
@@ -91,7 +93,7 @@ def _score_generator(
         return {}
     found = {row: suite.score(samples, place.device, samples.directory) for row, samples in drawn.items()}
     rows = {row: scores.metrics for row, scores in found.items()}
-    rows |= suite.baselines(config.sampling.number)
+    rows |= suite.baselines(config.sampling.number) | suite.ceiling(_through_tokenizer(config, place))
     samples, scores = drawn[name], found[name]
     result = Result(
         suite=suite.label,
@@ -121,6 +123,22 @@ def _with_sampling(config: Config, suite: Suite[Any]) -> Config:
     number = config.evaluation.samples if asked is None or asked.count is None else asked.count
     keep = suite.images_kept if sampling.keep_images is None else sampling.keep_images
     return config.model_copy(update={"sampling": sampling.model_copy(update={"number": number, "keep_images": keep})})
+
+
+def _through_tokenizer(config: Config, place: Environment) -> Callable[[Tensor], Tensor]:
+    """What a generator's tokenizer makes of images, uint8 [B, 3, S, S]; it is loaded when there are any."""
+
+    @functools.cache
+    def tokenizer() -> Tokenizer:
+        weights = require_generator_recipe(config).tokenizer_weights
+        found: Tokenizer = load_tokenizer(config.sampling.tokenizer_of(config.tokenizer), weights, place.device)
+        return found
+
+    def reconstruct(images: Tensor) -> Tensor:
+        decoded = _reconstruct(tokenizer(), to_float(images.to(place.device)))
+        return quantize(decoded, config.sampling.rounding).cpu()
+
+    return reconstruct
 
 
 @torch.no_grad()

@@ -72,7 +72,7 @@ def _placed(table: TableConfig, row: str, seed: int, extra: Sequence[str], folde
         path = _placed(table, first, seed, extra, folder).run.path
         extra = [f"train.initial_weights={{path: {json.dumps(path)}}}", *extra]
     config, words = table.demo_config(row, seed, extra), table.demo_words(row, seed, extra)
-    deciding = sorted({word for word in words if not word.startswith(CHANGEABLE)})
+    deciding = sorted({word for word in words if not f"{word.partition('=')[0]}.".startswith(CHANGEABLE)})
     digest = hashlib.sha256(json.dumps(deciding).encode()).hexdigest()
     name = f"{config.run.name}-seed{seed}-{digest[:8]}"
     run = config.run.model_copy(update={"name": name, "directory": str(folder / name)})

@@ -37,6 +37,7 @@ RUN_BY = {
     "tools.benchmark_recipes": "tests/tools/test_benchmark_recipes.py",
     "tools.gpu_check": "tests/tools/test_gpu_check.py",
     "tools.reference_curve": "tests/tools/test_reference_curve.py",
+    "tools.small_vlm": "tests/end_to_end/test_vgt.py",
     "tools.configuration_reference": "tests/docs/test_pages.py",
 }
 """Which test runs a command that is shown, at small size."""

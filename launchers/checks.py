@@ -105,8 +105,8 @@ def data(config: Config, world_size: int) -> str:
 def weights(config: Config, run_directory: Path) -> str:
     """Frozen weights exist, or a run that is required will make them; so do those that a new run begins with."""
     wanted = config.frozen_weights
-    if config.initial_weights is not None and not manifests_in(run_directory):
-        wanted["initial weights"] = config.initial_weights.path
+    if config.train.initial_weights is not None and not manifests_in(run_directory):
+        wanted["initial weights"] = config.train.initial_weights.path
     coming = [Path(load_config(required).run.path).absolute() for required in config.run.requires]
     for name, path in wanted.items():
         if not Path(path).exists() and Path(path).absolute() not in coming:

@@ -19,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -97,7 +98,7 @@ def run(config_path: str, overrides: Sequence[str], *, processes: int | None, ma
             directory, required, maximum=maximum, attempt=attempt, status=status,
             task_messages=ranks.messages, stop_requested=ranks.stop_requested,
         )  # fmt: skip
-        progress.tell(directory, attempt, code, action)
+        threading.Thread(target=progress.tell, args=(directory, attempt, code, action)).start()  # nobody waits for it
         print(f"Attempt {attempt} of {directory}: {code.name} ({int(code)}); logs in {logs}", flush=True)
         if action != progress.RESTART or ranks.stop_requested:
             if code not in (ExitCode.FINISHED, ExitCode.PREEMPTED):

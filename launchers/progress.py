@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from megavar.errors import ExitCode
-from megavar.notify import HURRY, PATIENCE, notify
+from megavar.notify import notify
 from megavar.storage import write_json_atomic
 
 NO_CHECKPOINT = -1
@@ -193,7 +193,10 @@ def end(
 
 
 def tell(run_directory: Path, attempt: int, code: ExitCode, action: str) -> None:
-    """Let the operator's command know how an attempt ended, if there is one (``notify`` of the cluster file)."""
+    """Let the operator's command know how an attempt ended, if there is one (``notify`` of the cluster file).
+
+    It may be slow, so nothing waits for it: ``action`` is under way already.
+    """
     kind = "finished" if code == ExitCode.FINISHED else "stopped" if action in (CANCEL, STOP, HOLD) else (
         "preempted" if code == ExitCode.PREEMPTED else "failed"
     )  # fmt: skip
@@ -205,10 +208,8 @@ def tell(run_directory: Path, attempt: int, code: ExitCode, action: str) -> None
         "stopped": f"waits for a person: python -m launchers.doctor {run_directory}",
     }
     message = f"attempt {attempt}: {code.name}; {words[kind]}"
-    patience = PATIENCE if kind in ("finished", "stopped") else HURRY
     notify(
-        _name_of(run_directory), str(run_directory), kind, message, patience=patience, attempt=attempt,
-        outcome=code.name, step=step,
+        _name_of(run_directory), str(run_directory), kind, message, attempt=attempt, outcome=code.name, step=step
     )  # fmt: skip
 
 
@@ -256,7 +257,9 @@ def exit_codes_of_tasks(task_messages: str) -> list[int]:
 
 
 def main(arguments: list[str]) -> int:
-    """``begin`` prints the attempt's number (nothing where none may start); ``end`` prints the next action."""
+    """``begin`` prints the attempt's number (nothing where none may start), ``end`` the next action; ``tell`` lets the
+    operator know when that has been taken.
+    """
     parser = argparse.ArgumentParser(prog="launchers.progress", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("begin", "end"):
@@ -270,8 +273,16 @@ def main(arguments: list[str]) -> int:
     commands.choices["end"].add_argument("--stop-requested", type=int, choices=(0, 1), default=0)
     commands.choices["end"].add_argument("--terminated", type=int, choices=(0, 1), default=0)
     commands.choices["end"].add_argument("--bad-nodes", type=Path)
+    command = commands.add_parser("tell")
+    command.add_argument("run_directory", type=Path)
+    command.add_argument("--attempt", type=int, required=True)
+    command.add_argument("--code", type=lambda text: ExitCode(int(text)), required=True)
+    command.add_argument("--action", required=True)
     given = parser.parse_args(arguments)
     try:
+        if given.command == "tell":
+            tell(given.run_directory, given.attempt, given.code, given.action)
+            return ExitCode.FINISHED
         if given.command == "begin":
             code, number = begin(
                 given.run_directory,
@@ -302,7 +313,6 @@ def main(arguments: list[str]) -> int:
             bad_nodes=bool(_text_of(given.bad_nodes).strip()),
         )
         print(action)
-        tell(given.run_directory, given.attempt, code, action)
         if code == ExitCode.FINISHED and given.status:
             print(
                 f"The run is trained, but what came after it ended with status {given.status}. To score it: "

@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 def initial_weights(config: Config) -> InitialWeights | None:
     """The weights with which the run begins; None: random ones."""
-    given = config.initial_weights
+    given = config.train.initial_weights
     if given is None:
         return None
     layouts = weight_layouts(trained_choice(config), config.tokenizer.space)
@@ -55,7 +55,7 @@ def warn_of_differences(config: Config) -> None:
 
     Some keys may well differ (dropout); others should not (the number of heads).
     """
-    given, section = config.initial_weights, config.recipe.trains
+    given, section = config.train.initial_weights, config.recipe.trains
     before = None if given is None else _made_with(Path(given.path), section)
     if given is not None and before is None:
         layouts = weight_layouts(trained_choice(config), config.tokenizer.space).values()

@@ -181,8 +181,6 @@ def _with_classes(
             f"new data have {len(names)} for {count}. Set generator.classes={len(names) or 'N'}; earlier versions did "
             f"not write names down: add class_names to their data.json."
         )
-    if after.recipe.initial_weights_path() is not None:
-        raise ConfigError("recipe.initial_weights is set: leave it out (recipe.initial_weights=null) for a fork.")
     changes = differing(before, after)
     assert after.generator is not None
     tensors = read_weights(checkpoint, GENERATOR_MODULE, verify=False)

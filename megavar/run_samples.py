@@ -2,14 +2,14 @@
 
 import functools
 import hashlib
-import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from torch import nn
@@ -32,7 +32,7 @@ from megavar.data.build import build_source
 from megavar.errors import ConfigError, DataError
 from megavar.frozen import TOKENIZER, check_same, identify, identities
 from megavar.parallel.environment import Environment, choose_kernels, limit_threads
-from megavar.pictures import labelled_grid
+from megavar.pictures import labelled_grid, overview
 from megavar.sampling.sampler import TokenDecoder
 from megavar.sampling.samples import Decoder, Samples
 from megavar.storage import atomic_file, write_json_atomic
@@ -44,9 +44,10 @@ DECODER = "decoder.json"
 """Beside the chunks of samples: what decodes their tokens."""
 GRID_COLUMNS = 10
 GRID_IMAGES = 100
-CAPTION_ROWS = 16
+GRID_CAPTIONED = 40
+"""Images with words below."""
 SEARCHED = 1000
-"""First samples among which the overview looks for those of each class."""
+"""First samples among which the overview looks for those of each class, or for different captions."""
 NAMED = ("guidance", "seed", "weights", "temperature", "top_k", "top_p", "number")
 """Keys of ``sampling`` that name a directory where they differ from the run's."""
 
@@ -257,45 +258,47 @@ def describe(samples: Samples) -> str:
 
 
 def write_grid(samples: Samples, names: Sequence[str] = ()) -> Path:
-    """Write an overview of the samples beside the chunks: the first of each class, a column per class, ten at most; or
-    samples of captions from first to last, each caption left of its images.
+    """Write an overview beside the chunks: the first samples of each class, a column per class, ten at most; or samples
+    of captions from first to last, each caption below its image.
 
     Args:
         names: of the classes, by label.
     """
     path = samples.directory / "grid.png"
-    labels, captions = samples.labels, samples.captions
-    columns: list[str] = []
-    beside: list[str] = []
-    if captions is not None:
-        rows = spread_over(captions)
-        beside = [captions[row[0]] for row in rows]
-    elif labels is None:
-        count = min(GRID_IMAGES, len(samples))
-        rows = [list(range(row, min(row + GRID_COLUMNS, count))) for row in range(0, count, GRID_COLUMNS)]
+    identity, labels, captions = samples.identity, samples.labels, samples.captions(SEARCHED)
+    caption = f"{identity['model'].get('checkpoint', '')}, {settings_in_words(identity['sampling'])}"
+    if labels is None:
+        places = list(range(min(GRID_IMAGES, len(samples))))
+        if captions is not None:  # a prompt may be asked for several times in a row, a kind of prompts before the next
+            count = min(GRID_CAPTIONED, len(captions))
+            places = [number * len(captions) // count for number in range(count)]
+        images = [samples.read(place, place + 1)[0].permute(1, 2, 0).numpy() for place in places]
+        words = [""] * len(images) if captions is None else [captions[place] for place in places]
+        picture = overview(images, words, GRID_COLUMNS if captions is None else GRID_COLUMNS // 2, caption)
     else:
         first = labels[:SEARCHED].tolist()
-        shown = list(dict.fromkeys(first))[:GRID_COLUMNS]
-        below = [[index for index, label in enumerate(first) if label == wanted] for wanted in shown]
-        height = min(GRID_COLUMNS, *map(len, below))
-        rows = [[places[row] for places in below] for row in range(height)]
-        columns = [_named(label, names) for label in shown]
-    images = [[samples.read(index, index + 1)[0].permute(1, 2, 0).numpy() for index in row] for row in rows]
-    identity = samples.identity
-    words = [str(identity["model"].get("checkpoint", "")), *(
-        f"{key} {identity['sampling'][key]}" for key in ("guidance", "seed") if key in identity["sampling"]
-    )]  # fmt: skip
+        columns = list(dict.fromkeys(first))[:GRID_COLUMNS]
+        below = [[index for index, label in enumerate(first) if label == wanted] for wanted in columns]
+        rows = [[places[row] for places in below] for row in range(min(GRID_COLUMNS, *map(len, below)))]
+        grid = [[samples.read(index, index + 1)[0].permute(1, 2, 0).numpy() for index in row] for row in rows]
+        picture = labelled_grid(grid, columns=[_named(label, names) for label in columns], caption=caption)
     with atomic_file(path) as file:
-        labelled_grid(images, columns=columns, names=beside, caption=", ".join(words)).save(file, "PNG")
+        picture.save(file, "PNG")
     return path
 
 
-def spread_over(captions: Sequence[str]) -> list[list[int]]:
-    """Samples of captions that are asked for one or several times in a row, each such row of at most ten; where there
-    are more than 16 rows, 16 from first to last."""
-    runs = [[index for index, _ in run] for _, run in itertools.groupby(enumerate(captions), lambda pair: pair[1])]
-    count = min(CAPTION_ROWS, len(runs))
-    return [runs[row * len(runs) // count][:GRID_COLUMNS] for row in range(count)]
+def settings_in_words(sampling: Mapping[str, Any]) -> str:
+    """What a person asks first of a picture: ``guidance 1.5, seed 0``."""
+    return ", ".join(f"{key} {sampling[key]:g}" for key in ("guidance", "seed") if sampling.get(key) is not None)
+
+
+def shown(arrays: Mapping[str, np.ndarray], names: Sequence[str]) -> list[str]:
+    """What each drawn sample shows: the caption, or the name of the class; empty where it was asked for nothing."""
+    if "captions" in arrays:
+        return [str(caption) for caption in arrays["captions"]]
+    if "labels" in arrays:
+        return [_named(int(label), names) for label in arrays["labels"]]
+    return [""] * len(arrays["tokens"])
 
 
 def _named(label: int, names: Sequence[str]) -> str:

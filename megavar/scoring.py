@@ -25,6 +25,9 @@ from megavar.sampling.samples import Samples
 from megavar.tokenizers.base import Tokenizer
 from megavar.training.checkpoint.weights import find_checkpoint
 
+FEWEST = 16
+"""Samples of which statistics say anything at all."""
+
 
 def check(config: Config) -> None:
     """Refuse what cannot be scored in the end, before a run is trained or sampled.
@@ -70,8 +73,13 @@ def _checked_suite(config: Config) -> Suite[Any]:
 
 def _check_asked(config: Config, suite: Suite[Any]) -> None:
     """Whether the generator can be asked for what the suite wants, or at all."""
-    asked = suite.conditions() or default_conditions(config)
-    check_conditions(_with_sampling(config, suite), asked, f"evaluation.suite.name={config.evaluation.suite.name}")
+    asked, drawn = suite.conditions() or default_conditions(config), _with_sampling(config, suite)
+    check_conditions(drawn, asked, f"evaluation.suite.name={config.evaluation.suite.name}")
+    if asked.count is None and drawn.sampling.number < FEWEST:
+        raise ConfigError(
+            f"sampling.number={drawn.sampling.number} images are too few to be scored. Draw {FEWEST} or more: "
+            f"sampling.number={FEWEST}."
+        )
 
 
 def _score_generator(
@@ -120,7 +128,7 @@ def _score_generator(
 def _with_sampling(config: Config, suite: Suite[Any]) -> Config:
     """``config`` with the number of samples that the suite asks for, and the images of it that are worth keeping."""
     asked, sampling = suite.conditions(), config.sampling
-    number = config.evaluation.samples if asked is None or asked.count is None else asked.count
+    number = sampling.number if asked is None or asked.count is None else asked.count
     keep = suite.images_kept if sampling.keep_images is None else sampling.keep_images
     return config.model_copy(update={"sampling": sampling.model_copy(update={"number": number, "keep_images": keep})})
 

@@ -140,8 +140,8 @@ class Start:
                           "gradient_clipping": 2.0,
                           "schedule": {"name": "lin0"}},
             "logging": self._logging(steps),
-            "sampling": {"chunk_size": 50, "guidance": 1.5, "top_k": 0, "top_p": 0.0},
-            "evaluation": {"samples": samples, "suite": suite, "after_training": True} if self.scored else {},
+            "sampling": {"number": samples, "chunk_size": 50, "guidance": 1.5, "top_k": 0, "top_p": 0.0},
+            "evaluation": {"suite": suite, "after_training": True} if self.scored else {},
         }  # fmt: skip
         text = f"Draws images like those of {self.found.root}."
         shared = {key: value for key, value in tree.items() if value != {}}

@@ -56,6 +56,7 @@ ALLOWED: dict[str, set[str]] = {
         "transformer", "weight_layout",
     },
     "beginning": {"assembly", "config", "frozen", "training", "weight_file", "weight_layout"},
+    "previews": {"assembly", "config", "data", "pictures", "recipes", "run_samples"},
     "run_samples": {
         "assembly", "beginning", "chunks", "conditions", "config", "data", "frozen", "parallel", "pictures",
         "sampling", "tokenizers", "training",
@@ -78,8 +79,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "commands": {
         "analysis", "assembly", "beginning", "conditions", "config", "data", "forking", "parallel", "pictures",
-        "planning", "recipes", "records", "reporting", "reproduction", "run_samples", "sampling", "scoring", "starting",
-        "training", "watchers",
+        "planning", "previews", "records", "reporting", "reproduction", "run_samples", "sampling", "scoring",
+        "starting", "training", "watchers",
     },
     "__main__": set(),
 }  # fmt: skip

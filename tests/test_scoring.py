@@ -57,7 +57,7 @@ def overrides(inputs, directory):
     return [
         f"run.directory={directory}", f"recipe.tokenizer_weights={inputs / 'vae.pth'}", "generator.depth=1",
         "generator.width=16", "generator.heads=2", "generator.experts=null", f"evaluation.suite={json.dumps(chosen)}",
-        f"evaluation.samples={COUNT}", f"sampling.chunk_size={CHUNK}", f"sampling.keep_images={KEEP}",
+        f"sampling.number={COUNT}", f"sampling.chunk_size={CHUNK}", f"sampling.keep_images={KEEP}",
     ]  # fmt: skip
 
 

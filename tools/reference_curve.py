@@ -14,7 +14,9 @@ from megavar.paths import as_path
 from megavar.records.curves import Curve
 from megavar.records.reading import json_lines
 from megavar.records.run import RunRecord
+from megavar.reporting.facts import flatten
 from megavar.storage import write_text_atomic
+from megavar.training.run_directory import CHANGEABLE
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -48,8 +50,11 @@ def band(runs: Sequence[Path]) -> Curve:
             raise DataError(f"{record.path} is not finished: let it train to its end first.")
         if seed in points:
             raise DataError(f"{record.path} has the seed {seed} of another one: give runs of different train.seed.")
-        if _without_seed(record) != _without_seed(records[0]):
-            raise DataError(f"{record.path} and {records[0].path} differ in more than their seed.")
+        ours, theirs = _without_seed(record), _without_seed(records[0])
+        if differing := sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)):
+            raise DataError(
+                f"{record.path} and {records[0].path} differ in more than their seed: {', '.join(differing)}."
+            )
         points[seed] = dict(record.validation_points)
     starts = json_lines(records[0].path / "attempts.jsonl")
     commit = str(starts[0].get("commit", ""))[:10] if starts else ""
@@ -58,10 +63,12 @@ def band(runs: Sequence[Path]) -> Curve:
 
 
 def _without_seed(record: RunRecord) -> dict[str, object]:
-    """What decides the curve, wherever the run and its weights lie."""
-    sections = ("generator", "tokenizer", "data", "optimizer")
-    train = {key: record.config["train"].get(key) for key in ("steps", "epochs", "global_batch_size", "precision")}
-    return {**{section: record.config.get(section) for section in sections}, "train": train}
+    """What decides the curve, wherever the run, its data and its weights lie."""
+    return {
+        key: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+        for key, value in flatten(record.config).items()
+        if key != "train.seed" and (key == "validation.samples" or not f"{key}.".startswith(CHANGEABLE))
+    }
 
 
 if __name__ == "__main__":

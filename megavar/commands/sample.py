@@ -27,7 +27,9 @@ from megavar.sampling.samples import Samples
 FEW = 8
 """Images of each guidance where nobody says how many."""
 ACROSS = 10
-"""Images in a row of the picture."""
+"""Images in a row of the picture; half as many with prompts below."""
+LONGEST = 60
+"""Letters of a class or prompt in a file's name."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -129,23 +131,29 @@ def labels_of(classes: Sequence[str], config: Config) -> list[int]:
 def _shown(samples: Samples, names: Sequence[str]) -> list[str]:
     """What each sample shows."""
     if samples.labels is None:
-        return [""] * len(samples)
+        return samples.captions(len(samples)) or [""] * len(samples)
     return [names[label] if label < len(names) else str(label) for label in samples.labels.tolist()]
 
 
 def _picture(drawn: dict[str, Samples], names: Sequence[str], config: Config) -> Image.Image:
     """Rows by guidance; columns are samples of the same noise, named after their classes."""
-    rows, left = [], []
+    rows, left, words = [], [], []
     first = next(iter(drawn.values()))
     shown = _shown(first, names)
+    prompted = first.labels is None and any(shown)
+    across = ACROSS // 2 if prompted else ACROSS
     for guidance, samples in drawn.items():
         images = [image.permute(1, 2, 0).numpy() for image in samples.read(0, min(len(samples), 10 * ACROSS))]
-        for start in range(0, len(images), ACROSS):
-            rows.append(images[start : start + ACROSS])
+        for start in range(0, len(images), across):
+            rows.append(images[start : start + across])
+            words.append(shown[start : start + across])
             left.append(guidance if start == 0 else "")
-    repeats = len(shown) <= ACROSS or all(name == shown[i % ACROSS] for i, name in enumerate(shown))
+    repeats = not prompted and (
+        len(shown) <= across or all(name == shown[i % across] for i, name in enumerate(shown))
+    )
     caption = f"{config.run.name}, {first.identity['model'].get('checkpoint')}, seed {config.sampling.seed}"
-    return labelled_grid(rows, columns=shown[:ACROSS] if repeats else (), names=left, caption=caption)
+    above, below = (shown[:across], ()) if repeats else ((), words)
+    return labelled_grid(rows, columns=above, names=left, below=below, caption=caption)
 
 
 def _write_images(drawn: dict[str, Samples], names: Sequence[str], directory: Path) -> None:
@@ -153,6 +161,6 @@ def _write_images(drawn: dict[str, Samples], names: Sequence[str], directory: Pa
     for guidance, samples in drawn.items():
         folder = directory / guidance.replace(" ", "-") if guidance else directory
         for index, (image, name) in enumerate(zip(samples.read(0, len(samples)), _shown(samples, names))):
-            safe = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
+            safe = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)[:LONGEST]
             with storage.atomic_file(folder / f"{index:04d}{'-' if safe else ''}{safe}.png") as file:
                 Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "PNG")

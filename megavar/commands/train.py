@@ -6,26 +6,21 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from megavar import logs
-from megavar.assembly import Assembly, build_sampler
+from megavar.assembly import Assembly
 from megavar.beginning import initial_weights, warn_of_differences
 from megavar.config.deepspeed import load_deepspeed_json
 from megavar.config.loading import load_config
 from megavar.config.parallel import ParallelConfig
-from megavar.config.recipes.base import GENERATOR_MODULE, TOKENIZER_MODULE
 from megavar.config.root import Config
 from megavar.data import text_training
-from megavar.data.build import build_loader, build_source, build_text, build_transform, of_images
+from megavar.data.build import build_loader, build_source, build_text
 from megavar.data.loader import Loader
-from megavar.data.pixels import to_float, to_uint8
-from megavar.data.reading import stored_images
 from megavar.data.source import Source
 from megavar.errors import ConfigError, DataError, ExitCode, MegavarError, RunInUseError
 from megavar.parallel import topology
@@ -33,10 +28,9 @@ from megavar.parallel.environment import Environment, choose_kernels, environmen
 from megavar.parallel.rules import check_compiled, check_layout
 from megavar.planning.efficiency import flops_per_image
 from megavar.planning.hardware import peak_of_device
-from megavar.recipes.base import Recipe
+from megavar.previews import preview
 from megavar.records.cards import end_card
 from megavar.records.run import RunRecord
-from megavar.run_samples import default_conditions
 from megavar.storage import write_json_atomic
 from megavar.training.console import Console
 from megavar.training.run import Run, micro_batch_size, on_first_rank
@@ -44,7 +38,6 @@ from megavar.training.run_directory import RunDirectory
 from megavar.training.trainer import Trainer
 from megavar.watchers import watchers
 
-PREVIEW_IMAGES, PREVIEW_COLUMNS = 40, 10
 LOOK_AGAIN_SECONDS = 20.0
 """Between looks at a required run that another process trains."""
 
@@ -184,7 +177,7 @@ def _train_one(config: Config, place: Environment) -> ExitCode:
             loader=loader,
             topology=mesh,
             initial=initial_weights(config),
-            preview=_preview(assembly, recipe),
+            preview=preview(assembly, recipe, source.class_names),
             flops_per_image=flops_per_image(config) if place.rank == 0 and peak is not None else None,
             peak_flops=peak,
             observers=watchers(config, source, recipe, place, mesh),
@@ -245,51 +238,3 @@ def _peak_flops(config: Config) -> float | None:
     if not torch.cuda.is_available():
         return None
     return peak_of_device(torch.cuda.get_device_name(), config.train.precision)
-
-
-def _preview(assembly: Assembly, recipe: Recipe) -> Callable[[int], Tensor | None] | None:
-    """What to look at while the run goes on: samples of a generator, or originals above their reconstructions."""
-    config = assembly.config
-    if config.recipe.trains == "tokenizer":
-        tokenizer: Any = recipe.modules()[TOKENIZER_MODULE]
-        return functools.partial(_reconstructions, config, tokenizer, _preview_source(config), assembly.device)
-    if config.recipe.trains == "teacher":
-        return None  # features are nothing to look at
-    if assembly.topology.config.pipeline > 1:
-        return None  # a pipeline stage cannot decode alone: sample from a checkpoint instead
-    generator = recipe.modules()[GENERATOR_MODULE]
-    # No graphs: in training, weights move (ZeRO-3), and memory is pinned while one would be recorded.
-    sampling = config.sampling.model_copy(update={"cuda_graph": False})
-    config = config.model_copy(update={"sampling": sampling})
-    sampler = build_sampler(config, generator, assembly.tokenizer(), default_conditions(config), assembly.device)
-    shown = _previewed(None if config.generator is None else config.generator.class_count)
-    return lambda step: sampler.draw(shown).images
-
-
-def _previewed(classes: int | None) -> Tensor:
-    """Which samples a preview shows, ten in a row: where there are more classes, columns are the first ten."""
-    if classes is None or classes < PREVIEW_COLUMNS:
-        return torch.arange(PREVIEW_IMAGES)
-    rows = torch.arange(PREVIEW_IMAGES // PREVIEW_COLUMNS)
-    return (classes * rows[:, None] + torch.arange(PREVIEW_COLUMNS)).flatten()
-
-
-def _preview_source(config: Config) -> Source:
-    """Test images, or training images where there are none."""
-    try:
-        return build_source(config.data, "test")
-    except ConfigError:  # no place of test images is configured
-        return build_source(of_images(config.data))
-
-
-@torch.no_grad()
-def _reconstructions(config: Config, tokenizer: Any, source: Source, device: torch.device, step: int) -> Tensor:
-    """Rows of ten images, each above a row of their reconstructions: uint8 [N, 3, H, W]."""
-    count = min(PREVIEW_IMAGES // 2, len(source))
-    transform = build_transform(config.data, "test")
-    spread = [index * len(source) // count for index in range(count)]  # over all classes, which mostly come in turn
-    originals, _ = stored_images(source, transform, spread, config.data.damaged_samples)
-    tokens = tokenizer.tokens(tokenizer.encode(to_float(originals).to(device)))
-    reconstructed = to_uint8(tokenizer.decode(tokens)).cpu()
-    rows = zip(originals.split(10), reconstructed.split(10))
-    return torch.cat([image for pair in rows for image in pair])

@@ -44,10 +44,8 @@ class ReconstructionConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """How the images of ``sampling`` are scored."""
+    """How the ``sampling.number`` images of a generator, or a tokenizer's reconstructions, are scored."""
 
-    samples: int = Field(1000, ge=16)
-    """Number of images, of suites without prompts of their own. Takes the place of ``sampling.number``."""
     suite: SuiteChoice = DigitsSuite()
     """The set of metrics for a generator."""
     reconstruction: ReconstructionConfig = ReconstructionConfig()

@@ -19,11 +19,18 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from megavar.config.choice import Choice
+from megavar.config.earlier import RENAMED, renewed
 from megavar.config.root import Config
 from megavar.config.roots import mark, place
 from megavar.config.yaml_text import parse_yaml, read_text
 from megavar.errors import ConfigError
 from megavar.paths import expanded, found
+
+_RESOLVED = frozenset(
+    ("run", "recipe", "tokenizer", "generator", "data", "train", "optimizer", "parallel", "deepspeed", "logging",
+     "sampling", "evaluation")
+)  # fmt: skip
+"""A file with all these keys is what :func:`dump` left in a run: its paths are found already."""
 
 
 def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -34,11 +41,12 @@ def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     tree = parse_yaml(read_text(path), str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} does not hold keys and values at its top level. Start from configs/quickstart.yaml.")
-    base = tree.pop("base", None)
-    _look_beside(path, tree)
+    base, tree = tree.pop("base", None), renewed(tree)
     if "paths" in tree:
         root = _root(path, tree.pop("paths"))
-        tree = mark(root, tree) | {"paths": {"root": root}}
+        tree = mark(path.absolute().parent, tree, root) | {"paths": {"root": root}}
+    elif not tree.keys() >= _RESOLVED:
+        tree = mark(path.absolute().parent, tree)
     if base is None:
         return tree
     if not isinstance(base, str):
@@ -51,25 +59,6 @@ def _root(path: Path, paths: Any) -> str:
     if not isinstance(paths, dict) or set(paths) != {"root"} or not isinstance(paths["root"], str):
         raise ConfigError(f"{path}: paths must be {{root: DIR}}, the folder in which this file's relative paths lie.")
     return os.path.normpath(path.absolute().parent / _expanded(paths["root"], f"{path}: paths.root"))
-
-
-def _look_beside(path: Path, tree: dict[str, Any]) -> None:
-    """Let ``deepspeed`` and ``run.requires`` mean files beside the file that names them, as ``base`` does.
-
-    What does not lie there is looked for from the current directory, then among the files that come with megavar.
-    """
-
-    def beside(name: Any) -> Any:
-        if not isinstance(name, str) or name.startswith(("~", "$")):
-            return name
-        file = path.absolute().parent / name
-        return os.path.normpath(file) if file.is_file() else name
-
-    if "deepspeed" in tree:
-        tree["deepspeed"] = beside(tree["deepspeed"])
-    run = tree.get("run")
-    if isinstance(run, dict) and isinstance(run.get("requires"), list):
-        run["requires"] = [beside(name) for name in run["requires"]]
 
 
 def _expanded(text: str, origin: str) -> str:
@@ -95,10 +84,12 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(
             f"The override {override!r} is not of the form dotted.key=value, for example optimizer.lr=3e-4."
         )
-    *parents, last = key.split(".")
+    *parents, last = RENAMED.get(key, key).split(".")
     section = tree
     for parent in parents:
         below = section.setdefault(parent, {})
+        if below is None:  # a section that is left out
+            below = section[parent] = {}
         if not isinstance(below, dict):
             raise ConfigError(f"The override {override!r} goes through {parent}, which holds {below!r} and no keys.")
         section = below
@@ -124,7 +115,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     if root is not None and isinstance(run, dict) and run.get("directory") is None and run.get("name"):
         run["directory"] = os.path.join(root["root"], "runs", str(run["name"]))  # noqa: PTH118
     import_plugins(tree, str(path))
-    return decode(place(tree, Config), Config, str(path))
+    return decode(tree, Config, str(path))
 
 
 def run_tree(directory: Path) -> dict[str, Any]:
@@ -191,7 +182,8 @@ Model = typing.TypeVar("Model", bound=BaseModel)
 
 
 def decode(tree: Mapping[str, Any], model: type[Model], origin: str) -> Model:
-    """Decode a tree of plain values strictly into ``model``."""
+    """Decode a tree of plain values strictly into ``model``, its paths where :mod:`megavar.config.roots` puts them."""
+    tree = place(renewed(dict(tree)) if model is Config else tree, model)
     try:
         return model.model_validate_json(json.dumps(tree))
     except ValidationError as error:

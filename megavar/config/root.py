@@ -15,7 +15,7 @@ from megavar.config.procedures.base import SamplingChoice
 from megavar.config.procedures.next_scale import NextScaleSampling
 from megavar.config.recipes.base import RecipeChoice
 from megavar.config.tokenizers.base import TokenizerChoice
-from megavar.config.train import InitialWeightsConfig, TrainConfig
+from megavar.config.train import TrainConfig
 from megavar.config.validation import ValidationConfig
 
 TEXT_TOKENIZER = "text_tokenizer"
@@ -78,12 +78,6 @@ class Config(Section):
         return None if self.generator is None else self.generator.limits(self.tokenizer.space)
 
     @property
-    def initial_weights(self) -> InitialWeightsConfig | None:
-        """Weights with which the run begins, whichever key says so; None: random ones."""
-        path = self.recipe.initial_weights_path()
-        return self.train.initial_weights if path is None else InitialWeightsConfig(path=path)
-
-    @property
     def frozen_weights(self) -> dict[str, str]:
         """Paths of what is used and not trained, by what it is: the recipe's networks, and the text tokenizer."""
         text = None if self.data.text is None else self.data.text.tokenizer
@@ -139,12 +133,4 @@ class Config(Section):
                         f"{key} names {name!r}, but the recipe {self.recipe.name!r} trains "
                         f"{' and '.join(map(repr, trained))}{hint}"
                     )
-        return self
-
-    @model_validator(mode="after")
-    def _one_beginning(self) -> "Config":
-        if self.train.initial_weights is not None and self.recipe.initial_weights_path() is not None:
-            raise ValueError(
-                "train.initial_weights and recipe.initial_weights both say with which weights the run begins: give one"
-            )
         return self

@@ -1,7 +1,9 @@
-"""``paths: {root: DIR}`` of a file: all relative paths that this file names lie there.
+"""Where relative paths of a file lie: beside the file that names them, or in ``paths: {root: DIR}``.
 
-A file is read before anybody knows which of its texts are paths, and merged with others before it is decoded. So its
-texts are marked when it is read, and those that turn out to be paths are put under their root before decoding.
+What does not lie beside the file (or in the root) is looked for from the current directory, then among the files that
+come with megavar; with a root, only the latter. A file is read before anybody knows which of its texts are paths, and
+merged with others before it is decoded. So its texts are marked when it is read, and those that turn out to be paths
+are put in their place before decoding.
 """
 
 import os
@@ -17,27 +19,37 @@ from megavar.paths import expanded
 _SHIPPED = ("configs/", "slurm/")
 
 
-class Rooted(str):
-    """A text of a file with a root."""
+class Marked(str):
+    """A text of a file."""
 
-    root: str
+    folder: Path
+    """Of the file."""
+    root: str | None
+    """Of the file's relative paths, if it names one."""
 
 
-def mark(root: str, tree: Any) -> Any:
-    """``tree`` with all texts in it marked."""
+def mark(folder: Path, tree: Any, root: str | None = None) -> Any:
+    """``tree``, read from a file in ``folder``, with all texts in it marked."""
+    try:
+        return _mark(folder, tree, root)
+    except RecursionError:  # a list that holds itself: decoding refuses it
+        return tree
+
+
+def _mark(folder: Path, tree: Any, root: str | None) -> Any:
     if isinstance(tree, dict):
-        return {key: mark(root, value) for key, value in tree.items()}
+        return {key: _mark(folder, value, root) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [mark(root, value) for value in tree]
+        return [_mark(folder, value, root) for value in tree]
     if type(tree) is not str:
         return tree
-    text = Rooted(tree)
-    text.root = root
+    text = Marked(tree)
+    text.folder, text.root = folder, root
     return text
 
 
 def place(tree: Any, section: type[BaseModel]) -> Any:
-    """``tree`` with all marked paths under their roots; ``section`` says which texts are paths."""
+    """``tree`` with all marked paths in their places; ``section`` says which texts are paths."""
     if not isinstance(tree, dict):
         return tree
     placed = dict(tree)
@@ -46,7 +58,7 @@ def place(tree: Any, section: type[BaseModel]) -> Any:
             continue
         value, annotation = tree[name], field.annotation
         if "expanded" in f"{field.metadata} {annotation}":  # megavar.config.base.PathText
-            placed[name] = [_under(text) for text in value] if isinstance(value, list) else _under(value)
+            placed[name] = [_found(text) for text in value] if isinstance(value, list) else _found(value)
         elif isinstance(value, list):
             placed[name] = [_inside(item, annotation) for item in value]
         else:
@@ -63,8 +75,8 @@ def _inside(value: Any, annotation: Any) -> Any:
         if issubclass(kind, Choice) and kind.tag() is None:
             chosen = kind.alternatives().get(str(value.get(kind.discriminator, kind.default)))
             return value if chosen is None else place(value, chosen)
-    tags = {one: one.model_fields["name"].default for one in sections if "name" in one.model_fields}
-    named = [one for one, tag in tags.items() if tag == value.get("name")]
+    tags = {one: get_args(one.model_fields["name"].annotation) for one in sections if "name" in one.model_fields}
+    named = [one for one, tag in tags.items() if value.get("name") in tag]
     return place(value, (named or sections)[0]) if sections else value
 
 
@@ -75,10 +87,13 @@ def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _sections(argument)
 
 
-def _under(value: Any) -> Any:
-    if not isinstance(value, Rooted) or value.startswith(("~", "$")):
+def _found(value: Any) -> Any:
+    if not isinstance(value, Marked) or value.startswith(("~", "$")):
         return value
-    inside = Path(value.root) / value
-    if value.startswith(_SHIPPED) and not inside.exists():
-        return value
-    return os.path.normpath(expanded(str(inside)))
+    in_root = None if value.root is None else Path(value.root) / value
+    places = [one for one in (in_root, value.folder / value) if one is not None]
+    lies = next((one for one in places if one.exists()), None)
+    if lies is None and value.startswith(_SHIPPED):
+        return str(value)
+    lies = lies or in_root
+    return str(value) if lies is None else os.path.normpath(expanded(str(lies)))

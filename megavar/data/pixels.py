@@ -2,7 +2,6 @@
 
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,16 +43,3 @@ def quantize(images: Tensor, rule: Rounding) -> Tensor:
     if rule == "truncate":
         return ((x + 1) / 2 * 255).clamp(0, 255).to(torch.uint8)
     return (127.5 * x + 128).clamp(0, 255).to(torch.uint8)
-
-
-def image_grid(images: Tensor, columns: int) -> np.ndarray:
-    """Arrange uint8 [N, 3, H, W] in rows of ``columns``, enlarged to at least 64 pixels a side: uint8 [H', W', 3]."""
-    factor = max(1, 64 // images.shape[-1])
-    images = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    rows = -(-images.shape[0] // columns)
-    side, gap = images.shape[-1], 2
-    canvas = torch.full((rows * (side + gap) + gap, columns * (side + gap) + gap, 3), 255, dtype=torch.uint8)
-    for number, image in enumerate(images):
-        top, left = gap + (number // columns) * (side + gap), gap + (number % columns) * (side + gap)
-        canvas[top : top + side, left : left + side] = image.permute(1, 2, 0)
-    return canvas.numpy()

@@ -28,8 +28,14 @@ Count = int | Tensor
 """A number of items. An ``int`` promises that it is the same for every micro-batch of the step on every rank; a scalar
 tensor may differ, and costs one small all-reduce per step."""
 
-WriteRows = Callable[[Tensor, Tensor, Tensor], None]
-"""(parameter of a module, int64 [n] rows, [n, ...] values): replace rows wherever the optimizer keeps copies."""
+
+
+class WriteRows(Protocol):
+    """Changes rows of a parameter wherever the optimizer keeps copies."""
+
+    def __call__(self, parameter: Tensor, rows: Tensor, values: Tensor, moves: Tensor | None = None, /) -> None:
+        """Move ``rows`` (int64 [n]) of a parameter to ``values`` [n, ...]: all the way, or by ``moves`` [n]."""
+        ...
 
 
 @dataclass

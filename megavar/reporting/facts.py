@@ -169,11 +169,3 @@ def differences(configs: dict[str, dict[str, Any]]) -> list[tuple[str, list[Any]
     keys = sorted(set().union(*flat) - {"run.name", "run.directory"})
     rows = [(key, [values.get(key, "…") for values in flat]) for key in keys]
     return [(key, values) for key, values in rows if any(value != values[0] for value in values[1:])]
-
-
-def duration(seconds: float) -> str:
-    """``2 h 05 min``, ``3 min 20 s``, ``12 s``."""
-    whole = round(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{seconds:.3g} s"

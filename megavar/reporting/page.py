@@ -14,9 +14,10 @@ import megavar
 from megavar.records.alerts import lasting
 from megavar.records.history import STATES
 from megavar.reporting.cost import Cost, cost_of
-from megavar.reporting.facts import PARENT, RunFacts, differences, duration
+from megavar.reporting.facts import PARENT, RunFacts, differences
 from megavar.reporting.pictures import Album, inline_svg
 from megavar.reporting.scores import Scores, columns, latest, metrics_of, number, suites
+from megavar.wording import duration, size
 
 PREVIEWS = 9
 """Grids over time that are shown, evenly chosen."""
@@ -210,9 +211,9 @@ def _cost_rows(costs: Sequence[Cost]) -> list[tuple[str, list[str]]]:
             f"{_significant(cost.measured.get(key))} / {_significant(cost.expected.get(key))}" for cost in costs
         ]))  # fmt: skip
     rows.append(("lost steps", [str(cost.lost_steps) for cost in costs]))
-    rows.append(("disk", [_bytes(sum(cost.disk.values())) for cost in costs]))
+    rows.append(("disk", [size(sum(cost.disk.values())) for cost in costs]))
     for folder in dict.fromkeys(folder for cost in costs for folder in cost.disk):
-        rows.append((f"· {folder}", [_bytes(cost.disk.get(folder, 0)) for cost in costs]))
+        rows.append((f"· {folder}", [size(cost.disk.get(folder, 0)) for cost in costs]))
     return rows
 
 
@@ -226,13 +227,6 @@ def _significant(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.{max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0}f}"
-
-
-def _bytes(size: int) -> str:
-    for unit, amount in (("GB", 1e9), ("MB", 1e6)):
-        if size >= amount:
-            return f"{size / amount:.2f} {unit}"
-    return f"{size / 1e3:.1f} kB"
 
 
 def _commands(run: RunFacts) -> str:

@@ -78,12 +78,13 @@ class Samples:
             return None
         return torch.cat([torch.from_numpy(arrays["labels"]) for arrays in self.store.read_all(["labels"])])
 
-    @functools.cached_property
-    def captions(self) -> list[str] | None:
-        """Captions of all samples, which must have been drawn; None if they were not asked for by text."""
+    def captions(self, count: int) -> list[str] | None:
+        """What the first ``count`` samples, which must have been drawn, were asked for; None if not by text."""
         if "captions" not in self.store.names(0):
             return None
-        return [str(caption) for arrays in self.store.read_all(["captions"]) for caption in arrays["captions"]]
+        chunks = range(min(len(self.store), -(-count // self.store.size)))
+        found = [str(text) for chunk in chunks for text in self.store.read(chunk, ["captions"])["captions"]]
+        return found[:count]
 
     def __len__(self) -> int:
         return self.store.count

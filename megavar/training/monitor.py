@@ -10,10 +10,8 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from tqdm import tqdm
 
 from megavar import storage
@@ -21,6 +19,9 @@ from megavar.config.logging import LoggingConfig
 from megavar.training.console import Console
 from megavar.training.run_directory import RunDirectory
 from megavar.wording import duration
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _log = logging.getLogger(__name__)
 
@@ -200,15 +201,15 @@ class Monitor:
             self._bar.set_postfix_str(self._latest, refresh=False)
         self.log_to_wandb(record["step"], {k: v for k, v in record.items() if k not in ("step", "time")})
 
-    def log_to_wandb(self, step: int, values: dict[str, Any], grid: np.ndarray | None = None) -> None:
-        """Send values, or a grid of samples, to W&B, if it is there."""
+    def log_to_wandb(self, step: int, values: dict[str, Any], picture: "Image.Image | None" = None) -> None:
+        """Send values, or a picture of samples, to W&B, if it is there."""
         if self._wandb is None:
             return
         try:
-            if grid is not None:  # making the picture writes a file of W&B's own
+            if picture is not None:  # its copy is a file of W&B's own
                 import wandb
 
-                values = {"samples": wandb.Image(grid)}
+                values = {"samples": wandb.Image(picture)}
             self._wandb.log(values, step=step)
         except Exception as error:  # its service is a process of its own, and SIGTERM reaches all processes of a job
             _log.warning("W&B is lost (%s); metrics go to %s only.", error, self.directory.metrics)
@@ -221,23 +222,18 @@ class Monitor:
         if self.is_writer and self._metrics is not None:
             self._metrics.write({"time": round(time.time(), 3), "step": step, "event": event, **facts})
 
-    def save_grid(self, step: int, images: torch.Tensor) -> None:
-        """Write uint8 [N, 3, H, W] as ``samples/step-<step>.png``. A picture that cannot be written ends no run."""
+    def save_picture(self, step: int, picture: "Image.Image") -> None:
+        """Write ``samples/step-<step>.png``. A picture that cannot be written ends no run."""
         if not self.is_writer:
             return
-        from PIL import Image
-
-        from megavar.data.pixels import image_grid
-
-        grid = image_grid(images, columns=10)
         path = self.directory.samples / f"step-{step:08d}.png"
         try:
             with storage.atomic_file(path) as file:
-                Image.fromarray(grid).save(file, format="PNG")
+                picture.save(file, format="PNG")
         except OSError as error:
             _log.warning("The preview %s cannot be written: %s", path, error)
         if self._wandb is not None:
-            self.log_to_wandb(step, {}, grid)
+            self.log_to_wandb(step, {}, picture)
 
     def close(self) -> None:
         """Finish all outputs."""

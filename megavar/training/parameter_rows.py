@@ -10,8 +10,10 @@ from megavar.training.engine import Engine
 
 
 @torch.no_grad()
-def write_rows(engines: Iterable[Engine], parameter: Tensor, rows: Tensor, values: Tensor) -> None:
-    """Replace rows of ``parameter`` in the float32 master weights and in the module. Collective.
+def write_rows(
+    engines: Iterable[Engine], parameter: Tensor, rows: Tensor, values: Tensor, moves: Tensor | None = None
+) -> None:
+    """Move rows of ``parameter`` in the float32 master weights and in the module. Collective.
 
     Writing into the module alone would be undone by the next step, which copies the master weights over it. Moments are
     left as they are.
@@ -21,6 +23,8 @@ def write_rows(engines: Iterable[Engine], parameter: Tensor, rows: Tensor, value
         parameter: shape [n, ...], the same object as in that engine's module.
         rows: int64 [m], equal on all ranks.
         values: [m, ...], equal on all ranks.
+        moves: float32 [m] in [0, 1], equal on all ranks: how far the rows go towards ``values``; by default 1. Moves
+            start from the master weights: those of the module may be rounded.
     """
     for engine in engines:
         for held, (_, candidate) in zip(holdings(engine.deepspeed), engine.module.named_parameters(), strict=True):
@@ -33,7 +37,11 @@ def write_rows(engines: Iterable[Engine], parameter: Tensor, rows: Tensor, value
                 places = places.flatten() - held.piece.start
                 inside = (places >= 0) & (places < held.piece.numel)
                 master = held.piece.of(master_tensors(engine.deepspeed))
-                master[places[inside]] = values.flatten()[inside].to(master)
+                targets = values.flatten()[inside].to(master)
+                if moves is not None:
+                    share = moves.to(master).repeat_interleave(row_size)[inside]
+                    targets = torch.lerp(master[places[inside]], targets, share)
+                master[places[inside]] = targets
             refresh_module(engine.deepspeed)
             return
     raise AssertionError("no engine trains this parameter")

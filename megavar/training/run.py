@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megavar.config.logging import LoggingConfig
 from megavar.config.optimizer import OptimizerConfig
@@ -18,6 +17,9 @@ from megavar.recipes.base import Recipe
 from megavar.training.checkpoint.initial import InitialWeights
 from megavar.training.observers import Observer
 from megavar.training.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 T = TypeVar("T")
 
@@ -46,9 +48,9 @@ class Run:
     topology: Topology
     initial: InitialWeights | None = None
     """Weights with which a new run begins."""
-    preview: Callable[[int], Tensor | None] | None = None
-    """step -> sample images uint8 [N, 3, H, W] on rank 0, None elsewhere. Called on all ranks at the same steps, while
-    the modules hold the averaged weights if there are any."""
+    preview: "Callable[[int], Image.Image | None] | None" = None
+    """step -> a picture of samples on rank 0, None elsewhere. Called on all ranks at the same steps, while the modules
+    hold the averaged weights if there are any."""
     flops_per_image: float | None = None
     """Floating-point operations of forward and backward, for the model's FLOPs utilization."""
     peak_flops: float | None = None

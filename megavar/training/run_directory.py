@@ -32,7 +32,6 @@ from megavar.config.loading import with_defaults
 from megavar.config.root import Config
 from megavar.errors import CheckpointError, ConfigError
 from megavar.frozen import Identity
-from megavar.training.checkpoint.lock import FILE_NAME as LOCK
 from megavar.training.checkpoint.lock import RunLock
 from megavar.training.provenance import git, now, of_this_start
 
@@ -72,12 +71,14 @@ class RunDirectory:
         self.initial = initial
         self._complete = complete
         self._lock: RunLock | None = None
+        self._known = False
+        """Whether this run had begun when it was opened."""
 
     @classmethod
     def of(cls, config: Config, path: Path | None = None) -> "RunDirectory":
         """The directory of the run that ``config`` describes; ``path`` where it has been resolved."""
         path = path or Path(config.run.path)
-        initial = config.initial_weights
+        initial = config.train.initial_weights
         return cls(
             path,
             config.frozen_weights,
@@ -140,7 +141,7 @@ class RunDirectory:
         (self.path / "logs").mkdir(exist_ok=True)
         for folder in (self.path, self.samples, self.checkpoints):
             storage.remove_leftovers(folder)
-        known = self.config.exists() and self.begun
+        known = self._known = self.config.exists() and self.begun
         if known:
             self.check(config, fresh)
             if self.done and not fresh:
@@ -203,7 +204,7 @@ class RunDirectory:
     @property
     def begun(self) -> bool:
         """Whether something was trained here, or another process may be about to: then no other configuration fits."""
-        held = self._lock is None and (self.path / LOCK).exists()
+        held = self._lock is None and RunLock.in_use(self.path)
         trained = self.metrics.exists() and self.metrics.stat().st_size > 0
         return held or trained or self.done or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
 
@@ -275,7 +276,7 @@ class RunDirectory:
         """
         assert self.initial is not None
         identity = frozen.identify(self.initial)
-        if not fresh:
+        if not fresh and self._known:  # a start that trained nothing is no beginning
             self._check_weights({INITIAL: identity})
         return identity
 

@@ -302,13 +302,13 @@ class Trainer:
         with self.watchdog.pause(), self.stopwatch.part("preview"), contextlib.ExitStack() as stack, torch.no_grad():
             for average in self.averages.values():
                 stack.enter_context(average.as_weights())
-            images = None
+            picture = None
             try:
-                images = self.setup.preview(self.step)
+                picture = self.setup.preview(self.step)
             except (MegavarError, OSError) as error:  # no run ends for a picture
                 _log.warning("No preview of step %d: %s", self.step, error)
-        if images is not None:
-            self.monitor.save_grid(self.step, images)
+        if picture is not None:
+            self.monitor.save_picture(self.step, picture)
 
     # -- state --------------------------------------------------------------------------------------------------------
 

@@ -45,8 +45,8 @@ def write_run(path: Path, tokenizer: Path, **sections: Any) -> Path:
         "deepspeed": str(ROOT / "configs/deepspeed/zero1.json"),
         "train": {"steps": 8, "global_batch_size": 16, "checkpoint": {"interval": 4}, "cpu_threads": 1},
         "optimizer": {"lr": 0.003, "schedule": {"name": "constant"}, "gradient_clipping": 0.5},
-        "sampling": {"procedure": "toy_line", "chunk_size": 16, "number": 40},
-        "evaluation": {"samples": 64, "suite": {"name": "toy_class_means"}},
+        "sampling": {"procedure": "toy_line", "chunk_size": 16, "number": 64},
+        "evaluation": {"suite": {"name": "toy_class_means"}},
     }
     for name, section in sections.items():
         tree[name] = tree[name] | section if isinstance(section, dict) else section

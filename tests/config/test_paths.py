@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from megavar.config.base import Section
 from megavar.config.choice import Choice
 from megavar.config.cluster import ClusterConfig
 from megavar.config.deepspeed import load_deepspeed_json
-from megavar.config.loading import load_config
+from megavar.config.loading import dump, load_config
 from megavar.config.root import Config
+from megavar.config.roots import mark, place
 from megavar.errors import ConfigError
 from tools.shard_images import main as shard_images
 
@@ -44,7 +46,7 @@ def test_home_and_variables_mean_what_they_do_in_a_shell(tmp_path):
     config = load_config("~/a.yaml", ["train.initial_weights={path: ~/vae.pth}", "deepspeed=~/z.json"])
     assert config.run.path == f"{tmp_path}/home/runs/a"
     assert (config.data.source.path, config.data.source.test_path) == ("/scratch/data/train", "/scratch/data/val")
-    assert config.initial_weights.path == f"{tmp_path}/home/vae.pth"
+    assert config.train.initial_weights.path == f"{tmp_path}/home/vae.pth"
     assert config.deepspeed == f"{tmp_path}/home/z.json"
     assert load_config(path, ["run.directory=runs/a"]).run.path == "runs/a", "others stay as they are"
 
@@ -177,15 +179,12 @@ def test_all_paths_of_a_file_lie_in_its_root(tmp_path, monkeypatch):
     (tmp_path / "project/files").mkdir(parents=True)
     (tmp_path / "project/files/run.yaml").write_text(
         f"base: {ROOT / 'configs/quickstart.yaml'}\npaths: {{root: ..}}\nrun: {{name: mine}}\n"
-        "recipe: {tokenizer_weights: runs/tokens}\nlogging: {calibration: cal.json}\n"
         "data: {source: {name: image_folder, path: photos, test_path: /else/where}}\n"
     )
     monkeypatch.chdir(tmp_path)
     config, root = load_config("project/files/run.yaml"), tmp_path / "project"
     assert config.run.path == str(root / "runs/mine")
-    assert config.recipe.tokenizer_weights == str(root / "runs/tokens")
     assert (config.data.source.path, config.data.source.test_path) == (str(root / "photos"), "/else/where")
-    assert config.logging.calibration == str(root / "cal.json")
     assert config.deepspeed == load_config(ROOT / "configs/quickstart.yaml").deepspeed, "named by another file"
     given = load_config("project/files/run.yaml", ["data.source.path=here", "run.name=other"])
     assert given.data.source.path == "here", "a command line means the current directory"
@@ -193,3 +192,61 @@ def test_all_paths_of_a_file_lie_in_its_root(tmp_path, monkeypatch):
     (tmp_path / "wrong.yaml").write_text("paths: here\n")
     with pytest.raises(ConfigError, match="paths must be"):
         load_config("wrong.yaml")
+
+
+WRITTEN = "files/mine"
+
+
+def trees(section: type[Section], key: str = "") -> Iterator[tuple[str, dict[str, object]]]:
+    """For every path key of a section and of those in it, whichever alternatives: a tree that holds nothing else."""
+    for name, field in section.model_fields.items():
+        if "expanded" in f"{field.metadata} {field.annotation}":
+            several = typing.get_origin(field.annotation) is tuple
+            yield f"{key}{name}", {name: [WRITTEN] if several else WRITTEN}
+            continue
+        for below in sections_in(field.annotation):
+            chosen = {below.discriminator: below.tag()} if issubclass(below, Choice) else {}
+            if not chosen and "name" in below.model_fields:
+                chosen = dict(zip(["name"], typing.get_args(below.model_fields["name"].annotation)))
+            several = typing.get_origin(field.annotation) is tuple
+            for where, tree in trees(below, f"{key}{name}."):
+                tree = {**chosen, **tree}
+                yield where, {name: [tree] if several else tree}
+
+
+def sections_in(annotation: object) -> list[type[Section]]:
+    found = [leaf for leaf in _leaves(annotation) if isinstance(leaf, type) and issubclass(leaf, Section)]
+    kinds = [one for one in found if issubclass(one, Choice) and one.tag() is None]
+    return [one for one in found if one not in kinds] + [one for kind in kinds for one in kind.alternatives().values()]
+
+
+def plain(tree: object) -> list[str]:
+    if isinstance(tree, dict | list):
+        return [leaf for value in (tree.values() if isinstance(tree, dict) else tree) for leaf in plain(value)]
+    return [str(tree)]
+
+
+def test_every_path_key_of_every_section_is_relative_to_its_file_or_root(tmp_path):
+    """Walked mechanically, so that a section that somebody adds is walked, too."""
+    beside, root, folder = tmp_path / "beside", tmp_path / "root", tmp_path / "nothing"
+    written(beside / WRITTEN, "")
+    keys = set()
+    for section in (Config, ClusterConfig):
+        for key, tree in trees(section):
+            keys.add(key)
+            for marked, expected in (
+                (mark(beside, tree), str(beside / WRITTEN)),
+                (mark(folder, tree), WRITTEN),  # from the current directory
+                (mark(folder, tree, str(root)), str(root / WRITTEN)),
+            ):
+                assert expected in plain(place(marked, section)), (key, expected)
+    assert keys >= {"run.requires", "deepspeed", "data.source.sources.path", "recipe.terms.teacher.weights",
+                    "evaluation.reconstruction.lpips_alex.linear", "exclude_file", "train.initial_weights.path"}, keys
+
+
+def test_paths_of_a_run_are_found_already(tmp_path):
+    """A run's own files are none that its configuration means, and neither are those beside a copy of it."""
+    config = load_config(ROOT / "configs/quickstart.yaml", ["recipe.tokenizer_weights=samples"])
+    written(tmp_path / "run/config.yaml", dump(config))
+    (tmp_path / "run/samples").mkdir()
+    assert load_config(tmp_path / "run").recipe.tokenizer_weights == "samples"

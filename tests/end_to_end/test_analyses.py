@@ -58,7 +58,7 @@ def test_features_convergence_and_times(tiny_run: Path, by_scale: Path, tmp_path
     features = analyze("scale_features", tmp_path, str(tiny_run), "analysis.points=24", *SMALL)
     assert 0 < features["metrics"]["explained"] < 1
     assert len(np.load(tmp_path / "scale_features.npz")["quickstart/places"]) == 3 * 24
-    scored = ("evaluate", str(tiny_run / "config.yaml"), "evaluation.samples=20", "--checkpoint")
+    scored = ("evaluate", str(tiny_run / "config.yaml"), "sampling.number=20", "--checkpoint")
     assert main([*scored, "all"]) == ExitCode.FINISHED
     more = ("--beside", f"others={by_scale}", "--beside", f"others={by_scale}", "analysis.metric=fd64")
     curves = analyze("convergence", tmp_path, str(tiny_run), *more, *SMALL)["values"]

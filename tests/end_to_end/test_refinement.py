@@ -106,7 +106,7 @@ def test_the_hybrid_killed_between_calls_continues_bitwise(tokenizer: str, tmp_p
 def test_experts_flexvar_sar_and_guidance_from_one_file(combined: tuple[Path, tuple[str, ...]], tmp_path: Path) -> None:
     """Trained: every part has a loss of its own. On two ranks: the same losses. Sampled and scored."""
     whole, given = combined
-    more = ("evaluation.after_training=true", "evaluation.samples=60", "evaluation.suite.reference_images=64",
+    more = ("evaluation.after_training=true", "sampling.number=60", "evaluation.suite.reference_images=64",
             f"evaluation.suite.extractor_cache={tmp_path / 'cache'}", "sampling.chunk_size=30")  # fmt: skip
     run(COMBINED, *given, *more, f"run.directory={tmp_path / 'two'}", ranks=2)
     one, two = metrics(whole), metrics(tmp_path / "two")

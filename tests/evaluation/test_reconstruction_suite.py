@@ -23,13 +23,12 @@ ONE = Environment(0, 1, 0, "single")
 
 def test_configuration_is_decoded_strictly():
     tree = {
-        "samples": 64,
         "suite": {"name": "adm", "inception_weights": "w.pth", "reference": "r.npz"},
         "reconstruction": {"protocol": "vgt", "lpips_alex": {"backbone": "a", "linear": "b"}},
     }
     config = decode(tree, EvaluationConfig, "test")
     assert isinstance(config.suite, ADMSuite) and config.reconstruction.protocol == "vgt"
-    for wrong in ({"suite": {"name": "fid"}}, {"reconstruction": {"protocol": "mine"}}, {"samples": 2}):
+    for wrong in ({"suite": {"name": "fid"}}, {"reconstruction": {"protocol": "mine"}}, {"chunks": 2}):
         with pytest.raises(ConfigError):
             decode(wrong, EvaluationConfig, "test")
     assert json.loads(config.model_dump_json())["suite"]["backend"] == "megavar"

@@ -100,6 +100,21 @@ def test_a_crashed_run_is_requeued(tmp_path):
     assert ["requeue", "4711"] in stubs.calls("scontrol"), output
 
 
+def test_the_operator_is_told_when_the_requeue_is_under_way(tmp_path):
+    """A command that is slow, or hangs, keeps no run from going on; and Slurm's SIGTERM does not silence it."""
+    stubs = Stubs(tmp_path / "bin")
+    told = tmp_path / "told.json"
+    command = ["/bin/sh", "-c", f"kill -TERM $PPID; cat {stubs.calls_file} - >{told}"]
+    settings = {
+        "python": fake_python(tmp_path / "python", f"sys.exit({ExitCode.PREEMPTED:d})"), "host_python": sys.executable,
+        "notify": {"command": command},
+    }  # fmt: skip
+    assert stubs.run(write_script(local_job(tmp_path, settings))).returncode == ExitCode.PREEMPTED
+    *calls, message = map(json.loads, told.read_text().splitlines())
+    assert ["scontrol", "requeue", "4711"] in calls
+    assert (message["kind"], message["outcome"], message["attempt"]) == ("preempted", "PREEMPTED", 1)
+
+
 def test_a_link_of_a_chain_is_not_requeued(tmp_path):
     stubs, code, _ = run_with_exit(tmp_path, ExitCode.PREEMPTED, continue_by="chain")
     assert code == ExitCode.PREEMPTED

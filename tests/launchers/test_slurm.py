@@ -227,8 +227,8 @@ def test_cluster_file_errors(site, tmp_path, monkeypatch, capsys):
 
 
 def test_evaluation_job(site, tmp_path):
-    assert slurm.main(["evaluate", str(CONFIG), "--nodes", "1", "run.directory=here", "evaluation.samples=100"]) == 0
-    assert yaml.safe_load((tmp_path / "here/evaluate.yaml").read_text())["evaluation"]["samples"] == 100
+    assert slurm.main(["evaluate", str(CONFIG), "--nodes", "1", "run.directory=here", "sampling.number=100"]) == 0
+    assert yaml.safe_load((tmp_path / "here/evaluate.yaml").read_text())["sampling"]["number"] == 100
     assert site.calls("sbatch") == [["--parsable", str(tmp_path / "here/evaluate.sbatch")]]
     assert f"arguments=({tmp_path}/here/evaluate.yaml)" in (tmp_path / "here/evaluate.sbatch").read_text()
 

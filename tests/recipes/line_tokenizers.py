@@ -1,6 +1,5 @@
 """Small TiTok and AliTok on digits of 16 pixels, and short training loops of their recipes."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,10 +52,11 @@ def staged(steps: int, config: AliTokTrainingConfig = STAGED, seed: int = 0) -> 
     return AliTokTraining(config, ALITOK, seed, CPU, steps=steps)
 
 
-Write = Callable[[torch.nn.Parameter, torch.Tensor, torch.Tensor], None]
 
-
-def write_rows(parameter: torch.nn.Parameter, rows: torch.Tensor, values: torch.Tensor) -> None:
+def write_rows(
+    parameter: torch.Tensor, rows: torch.Tensor, values: torch.Tensor, moves: torch.Tensor | None = None
+) -> None:
     """Into the module alone, which has no copies here."""
     with torch.no_grad():
-        parameter[rows] = values
+        share = torch.ones(len(rows)) if moves is None else moves
+        parameter[rows] = torch.lerp(parameter[rows], values, share[:, None])

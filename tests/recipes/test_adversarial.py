@@ -6,7 +6,7 @@ from megavar.config.recipes.tokenizer import AdversarialConfig
 from megavar.errors import ConfigError
 from megavar.recipes.base import frozen
 from megavar.recipes.tokenizer import adversarial
-from megavar.recipes.tokenizer.adversarial import PatchDiscriminator, adaptive_weight, lecam_regularization
+from megavar.recipes.tokenizer.adversarial import LeCam, PatchDiscriminator, adaptive_weight
 from tests.distributed.harness import run_ranks
 
 CONFIG = AdversarialConfig(layers=2, base_channels=8, norm_groups=4)
@@ -106,11 +106,15 @@ def test_frozen_module_passes_gradients_to_its_input_only():
 def test_lecam_pulls_logits_towards_the_running_mean_of_the_other_kind():
     judge = discriminator()
     real, fake = torch.full((2, 1, 2, 2), 3.0), torch.full((2, 1, 2, 2), -1.0)
-    value = lecam_regularization(judge, real, fake, decay=0.75)
-    assert judge.mean_logits.tolist() == [0.75, -0.25]
-    assert value.item() == pytest.approx((3 + 0.25) ** 2 + (0.75 + 1) ** 2)
-    lecam_regularization(judge, real, fake, decay=0.75)
-    assert judge.mean_logits.tolist() == [0.75 * 0.75 + 0.75, -0.75 * 0.25 - 0.25]
+    lecam = LeCam(judge, decay=0.75)
+    assert lecam.loss(real, fake, 0).item() == pytest.approx(3**2 + 1)
+    assert lecam.loss(real[:1] + 4, fake[:1], 1).item() == 7**2 + 1, "a step that was not applied leaves nothing"
+    lecam.after_step(1)
+    assert judge.mean_logits.tolist() == [0.25 * 7, -0.25]
+    assert lecam.loss(real, fake, 2).item() == pytest.approx((3 + 0.25) ** 2 + (1.75 + 1) ** 2)
+    assert lecam.loss(real[:1] - 6, fake[:1] - 3, 2).item() == pytest.approx((1.75 + 4) ** 2), "the step's means stay"
+    lecam.after_step(2)
+    assert judge.mean_logits.tolist() == pytest.approx([0.75 * 1.75 + 0.25 * 1, -0.75 * 0.25 - 0.25 * 2])
 
 
 def test_fresh_discriminator():

@@ -96,7 +96,7 @@ def clustered(rank: int, world: int) -> list[torch.Tensor]:
             upkeep.observe(step, quantizer.watched(quantizer(part)), torch.arange(1))
         moved = upkeep.after_step(step)
         assert moved is not None
-        write_rows(quantizer.embedding.weight, moved.rows, moved.vectors)
+        write_rows(quantizer.embedding.weight, *moved)
         codes.append(quantizer.embedding())
     return codes
 

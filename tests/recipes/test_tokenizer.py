@@ -38,7 +38,8 @@ def means(made: TokenizerTraining, batch, name: str, step: int) -> Losses:
     return dataclasses.replace(losses, total=losses.total / count, named=named)
 
 
-def write_rows(parameter, rows, values):
+def write_rows(parameter, rows, values, moves=None):
+    assert moves is None
     with torch.no_grad():
         parameter[rows] = values
 
@@ -101,8 +102,9 @@ def test_step_0_draws_the_codebook_from_data():
 def test_the_trainer_decides_how_codes_are_written():
     made, written = recipe(), []
     losses_of(made, "autoencoder", 0, count=32)
-    made.after_step(0, lambda parameter, rows, values: written.append((parameter, rows, values)))
-    ((parameter, rows, values),) = written
+    made.after_step(0, lambda *given: written.append(given))
+    ((parameter, rows, values, moves),) = written
+    assert moves is None
     assert parameter is made.tokenizer.quantizer.embedding.weight
     assert rows.tolist() == list(range(32))
     assert values.shape == (32, 8)
@@ -187,6 +189,7 @@ def test_discriminator_learns_from_images_and_reconstructions_without_touching_t
         optimizer.zero_grad()
         losses.total.backward()
         optimizer.step()
+        made.after_step(3, write_rows)
         values.append(float(losses.named["discriminator"]))
     assert values[-1] < 0.5 * values[0]
     assert losses.named["logits/real"] > 0 > losses.named["logits/fake"]

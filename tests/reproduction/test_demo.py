@@ -68,7 +68,7 @@ def test_runs_are_named_after_what_they_train(monkeypatch, tmp_path):
     assert len(set(places)) == 6 and all(place.startswith(str(tmp_path)) for place in places)
     other = table(rows={"x": ["optimizer.lr=1e-3"]})
     assert demo_runs(other, 1, (), tmp_path)[0].config.run.path == places[1]
-    assert demo_runs(other, 1, ("evaluation.samples=32",), tmp_path)[0].config.run.path == places[1]
+    assert demo_runs(other, 1, ("sampling.number=32",), tmp_path)[0].config.run.path == places[1]
 
 
 def test_rows_may_begin_with_the_first_one_of_their_seed(monkeypatch, tmp_path):

@@ -31,7 +31,9 @@ def train(stage: int, precision: str):
 
     step(tiny.LEARNING_RATE)
     before = weight()
-    write_rows([engine], engine.module.first.weight, torch.tensor(ROWS), torch.full((2, 5), VALUE))
+    rows, far = torch.tensor(ROWS), torch.full((2, 5), 2 * VALUE)
+    write_rows([engine], engine.module.first.weight, rows, far)
+    write_rows([engine], engine.module.first.weight, rows, torch.zeros(2, 5), torch.tensor([0.5, 0.5]))
     at_once = weight()
     step(0.0)
     return before, at_once, weight()

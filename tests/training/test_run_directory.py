@@ -1,7 +1,9 @@
+import dataclasses
 import hashlib
 import importlib
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import yaml
 from launchers.provenance import allowed_environment, note_submission
 from megavar.config.loading import load_config
 from megavar.errors import CheckpointError, ClusterError, ConfigError
+from megavar.training.checkpoint.lock import Owner
 from megavar.training.monitor import MetricsFile
 from megavar.training.run_directory import RunDirectory
 
@@ -135,6 +138,42 @@ def test_done_is_kept_unless_the_run_starts_anew(tmp_path):
     assert directory.done
     open_directory(tmp_path, fresh=True)
     assert not directory.done
+
+
+def test_a_start_that_trained_nothing_may_be_corrected(tmp_path):
+    """Whatever it wrote down: its settings, the weights that it was to begin with, a lock that it left behind."""
+    for name in ("wrong", "right"):
+        (tmp_path / name).write_bytes(name.encode())
+    run = tmp_path / "run"
+    first = RunDirectory(run, initial=str(tmp_path / "wrong"))
+    with subprocess.Popen(["true"]) as dead:
+        pass
+    for weights, steps in (("wrong", 10), ("right", 20)):
+        directory = RunDirectory(run, initial=str(tmp_path / weights))
+        directory.open(changed("train", "steps", steps), {}, {})
+        directory.note_weights({}, directory.identify_initial(), begins=True)
+        left = dataclasses.replace(Owner.current(), pid=dead.pid, started="1")
+        (run / "run.lock").write_text(json.dumps(dataclasses.asdict(left)))
+        assert not directory.begun
+    assert yaml.safe_load(first.config.read_text())["train"]["steps"] == 20
+    assert json.loads((run / "weights.json").read_text())["initial"]["file"] == "right"
+    first.metrics.write_text('{"step": 1}\n')
+    first.open(changed("train", "steps", 20), {}, {})
+    with pytest.raises(CheckpointError, match="were replaced"):
+        first.identify_initial()
+    (run / "run.lock").write_text(json.dumps(dataclasses.asdict(Owner.current())))
+    first.metrics.unlink()
+    assert first.begun, "somebody else is about to train here"
+
+
+def test_all_that_differs_is_named(tmp_path):
+    open_directory(tmp_path)
+    other = CONFIG | {"train": CONFIG["train"] | {"steps": 20, "seed": 1}, "scales": [1], "logging": {"interval": 1}}
+    with pytest.raises(ConfigError) as caught:
+        open_directory(tmp_path, other)
+    assert [key for key in ("train.steps", "train.seed", "scales", "logging") if f"{key} is" in str(caught.value)] == [
+        "train.steps", "train.seed", "scales",
+    ]  # fmt: skip
 
 
 def test_one_process_at_a_time(tmp_path):

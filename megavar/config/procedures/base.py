@@ -18,7 +18,8 @@ class SamplingChoice(Choice):
     procedure: str
     """How tokens are drawn one after the other."""
     number: int = Field(50_000, ge=1)
-    """Samples to draw. Sample i has class i modulo the number of classes, or the caption of test sample i."""
+    """Samples that ``sample`` draws and ``evaluate`` scores; suites with prompts of their own say themselves how many.
+    Sample i has class i modulo the number of classes, or the caption of test sample i."""
     chunk_size: int = Field(64, ge=1)
     """Samples decoded together: the unit of work and of resuming, the same for any number of ranks."""
     keep_images: int | None = Field(None, ge=0)

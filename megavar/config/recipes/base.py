@@ -39,10 +39,6 @@ class RecipeChoice(Choice):
         named = {"generator": GENERATOR_MODULE, "tokenizer": TOKENIZER_MODULE, "teacher": TEACHER_MODULE}
         return (named[self.trains],)
 
-    def initial_weights_path(self) -> str | None:
-        """Weights to begin with, where the recipe has a key of its own for them beside ``train.initial_weights``."""
-        return None
-
     def trained_choice(self) -> Choice | None:
         """What a run of it results in, where no section of its own says so (``generator``, ``tokenizer``)."""
         return None

@@ -87,7 +87,7 @@ class CodebookConfig(Section):
 
     draw_from_data: bool = True
     """At step 0 replace the fresh random codebook by vectors of the first batch (k-means style seeding). A codebook
-    that came with ``initial_weights`` is kept."""
+    that came with ``train.initial_weights`` is kept."""
     revive_every: int = Field(100, ge=0)
     """Every so many steps dead codes are replaced by vectors of the current batch; 0 never. 100 steps are the memory of
     the usage average below, so a revived code is judged by its own usage the next time."""
@@ -146,9 +146,6 @@ class TokenizerTrainingConfig(ReconstructionConfig):
     trains: ClassVar[Literal["generator", "tokenizer"]] = "tokenizer"
 
     name: Literal["tokenizer"] = "tokenizer"
-    initial_weights: PathText | None = None
-    """A file in VAR's published layout (``vae_ch160v4096z32.pth``), an export or a run to start from; default: fresh
-    parameters. Short for ``train.initial_weights: {path: ...}``."""
     quantizer_weight: float = Field(1.0, ge=0)
     """Weight of the codebook and commitment loss (VAR Eq. 5: 1; the share of the commitment is the tokenizer's
     ``commitment_weight``)."""
@@ -160,8 +157,4 @@ class TokenizerTrainingConfig(ReconstructionConfig):
     """Dead codes."""
     trained: Literal["all", "decoder"] = "all"
     """``decoder``: what comes after the tokens alone (TiTok's and AliTok's second stage); encoder and codes stay as
-    ``initial_weights`` has them, and no code is replaced."""
-
-    def initial_weights_path(self) -> str | None:
-        """``initial_weights``."""
-        return self.initial_weights
+    ``train.initial_weights`` has them, and no code is replaced."""

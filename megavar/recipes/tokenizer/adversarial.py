@@ -13,7 +13,7 @@ from torch.nn.grad import conv2d_weight
 
 from megavar.config.recipes.tokenizer import AdversarialConfig
 from megavar.errors import ConfigError
-from megavar.recipes.ranks import mean_over_ranks
+from megavar.recipes.ranks import mean_over_ranks, sum_over_ranks
 
 _INITIAL_STD = 0.02
 """Standard deviation of fresh convolutions (pix2pix)."""
@@ -121,9 +121,34 @@ class Judge(Protocol):
     """Running means of the logits of real and reconstructed images, [2]: a persistent buffer."""
 
 
-def lecam_regularization(discriminator: Judge, real: Tensor, fake: Tensor, decay: float) -> Tensor:
-    """LeCam Eq. 3, scalar: keeps logits near the running means of the opposite kind, which are updated here."""
-    means = mean_over_ranks(torch.stack([real.detach().float().mean(), fake.detach().float().mean()]))
-    discriminator.mean_logits.mul_(decay).add_(means.to(discriminator.mean_logits), alpha=1 - decay)
-    mean_real, mean_fake = discriminator.mean_logits.clone()
-    return F.relu(real - mean_fake).square().mean() + F.relu(mean_real - fake).square().mean()
+class LeCam:
+    """Regularization of a discriminator (LeCam Eq. 3): logits stay near the running means of the opposite kind.
+
+    The means of a step are those of the steps before it, and move once a step by the logits of the global batch, so
+    that neither ranks nor micro-batches matter. (Public code moves them in every forward pass, before they are used.)
+    """
+
+    def __init__(self, discriminator: Judge, decay: float) -> None:
+        self.discriminator, self.decay = discriminator, decay
+        self._step = -1
+        self._said: list[Tensor] = []
+        """Of each micro-batch: sums of the logits of real and of reconstructed images, and how many, [3]."""
+
+    def loss(self, real: Tensor, fake: Tensor, step: int) -> Tensor:
+        """Eq. 3 of a micro-batch's logits [B, 1, h, w], scalar; notes what was said."""
+        if step != self._step:
+            self._step, self._said = step, []
+        count = real.new_full((), real.numel())
+        self._said.append(torch.stack([real.detach().sum(), fake.detach().sum(), count]).double())
+        mean_real, mean_fake = self.discriminator.mean_logits.clone()
+        return F.relu(real - mean_fake).square().mean() + F.relu(mean_real - fake).square().mean()
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Move the means. Collective."""
+        if step != self._step or not self._said:
+            return
+        *sums, count = sum_over_ranks(torch.stack(self._said).sum(0))
+        self._said = []
+        means = self.discriminator.mean_logits
+        means.lerp_((torch.stack(sums) / count).to(means), 1 - self.decay)

@@ -26,7 +26,7 @@ from megavar.parallel.parameter_rule import ParameterRule
 from megavar.recipes.base import Parts, Pass, WriteRows
 from megavar.recipes.tokenizer.clustering import ClusteredCodebook
 from megavar.recipes.tokenizer.recipe import TokenizerInputs, TokenizerTraining
-from megavar.recipes.tokenizer.reconstruction import LossWeights
+from megavar.recipes.tokenizer.reconstruction import LossWeights, ReconstructionTraining
 from megavar.tokenizers.alitok.stages import TwoDecoders
 
 
@@ -83,7 +83,7 @@ class AliTokTraining(TokenizerTraining):
         """See :meth:`Recipe.build`."""
         config = parts.config
         assert isinstance(config.recipe, AliTokTrainingConfig)
-        fresh = config.initial_weights is None
+        fresh = config.train.initial_weights is None
         return cls(config.recipe, config.tokenizer, config.train.seed, parts.device, fresh, steps=parts.steps)
 
     def trainable(self, choice: TokenizerChoice) -> Any:
@@ -144,3 +144,5 @@ class AliTokTraining(TokenizerTraining):
         """Codes move in stage 1 only."""
         if self.phase(step).stage == 1:
             super().after_step(step, write_rows)
+        else:
+            ReconstructionTraining.after_step(self, step, write_rows)

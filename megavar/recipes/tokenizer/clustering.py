@@ -16,9 +16,6 @@ from megavar.recipes.tokenizer.codebook import Replacement
 from megavar.tokenizers.nearest import nearest
 from megavar.tokenizers.trainable import Quantizer, QuantizerOutput
 
-_SMALLEST_MOVE = 1e-6
-"""Codes that would move less stay: a copy of rounded weights must not replace those that the optimizer keeps."""
-
 
 class ClusteredCodebook:
     """The upkeep; the shares live in the quantizer's buffer ``usage_average``."""
@@ -46,13 +43,13 @@ class ClusteredCodebook:
         shares.copy_(self.decay * shares + (1 - self.decay) * usage / usage.sum())
         codes = self.quantizer.embedding()
         exponent = 10 * len(codes) * shares.float().sum(0) / (1 - self.decay) + 1e-3
-        move = torch.exp(-exponent)[:, None]
-        moved = codes + move * (self._nearest_of_all(codes) - codes)
+        move = torch.exp(-exponent)
+        found = self._nearest_of_all(codes)
         self._usage, self._vectors = [], []
-        rows = (move[:, 0] > _SMALLEST_MOVE).nonzero().flatten()
-        if len(rows) == 0 or not bool(moved.isfinite().all()):
+        rows = move.nonzero().flatten()
+        if len(rows) == 0 or not bool(found.isfinite().all()):
             return None
-        return Replacement(rows, moved[rows])
+        return Replacement(rows, found[rows], move[rows])
 
     def _nearest_of_all(self, codes: Tensor) -> Tensor:
         """For each code the nearest vector of all ranks: float32 [V, C]. In float64: vectors are near each other."""

@@ -23,12 +23,14 @@ NO_UPKEEP = CodebookConfig(draw_from_data=False, revive_every=0)
 
 
 class Replacement(NamedTuple):
-    """New values of some codes, equal on all ranks."""
+    """New values of some codes, equal on all ranks: what :class:`WriteRows` takes."""
 
     rows: Tensor
     """int64 [n]: which codes."""
     vectors: Tensor
     """float32 [n, C]."""
+    moves: Tensor | None = None
+    """float32 [n] in [0, 1]: how far the codes go there; by default all the way."""
 
 
 class Upkeep(Protocol):

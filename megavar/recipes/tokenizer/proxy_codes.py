@@ -107,7 +107,7 @@ class ProxyCodes(BaseRecipe):
             )
         proxy = parts.frozen_tokenizer(tokenizer.proxy, config.recipe.proxy_weights, "recipe.proxy_weights")
         assert isinstance(tokenizer, nn.Module)
-        fresh = config.initial_weights is None
+        fresh = config.train.initial_weights is None
         return cls(config.recipe, tokenizer, proxy, config.train.seed, device=parts.device, fresh=fresh)
 
     def modules(self) -> dict[str, nn.Module]:
@@ -156,4 +156,4 @@ class ProxyCodes(BaseRecipe):
         """Revive dead codes, if that is asked for."""
         replacement = self.codebook.after_step(step)
         if replacement is not None:
-            write_rows(self.tokenizer.quantizer.embedding.weight, replacement.rows, replacement.vectors)
+            write_rows(self.tokenizer.quantizer.embedding.weight, *replacement)

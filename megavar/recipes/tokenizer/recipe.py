@@ -76,7 +76,7 @@ class TokenizerTraining(ReconstructionTraining):
         """See :meth:`Recipe.build`."""
         config = parts.config
         assert isinstance(config.recipe, TokenizerTrainingConfig)
-        fresh = config.initial_weights is None
+        fresh = config.train.initial_weights is None
         return cls(config.recipe, config.tokenizer, config.train.seed, parts.device, fresh)
 
     def trainable(self, choice: TokenizerChoice) -> Any:
@@ -113,7 +113,7 @@ class TokenizerTraining(ReconstructionTraining):
                 for side in sides
             ]
             return [full, *smaller]
-        return [Pass(self.judgement, self.discriminator_loss)]
+        return [Pass(self.judgement, functools.partial(self.discriminator_loss, step=step))]
 
     def smaller_sides(self, step: int) -> list[int]:
         """Scales whose own images are reconstructed in a step, beside the last one: drawn without repetition."""
@@ -167,7 +167,8 @@ class TokenizerTraining(ReconstructionTraining):
         return metrics | super().summarize(statistics)
 
     def after_step(self, step: int, write_rows: WriteRows) -> None:
-        """Revive dead codes."""
+        """Revive dead codes; remember what the discriminator said."""
+        super().after_step(step, write_rows)
         replacement = self.codebook.after_step(step)
         if replacement is not None:
-            write_rows(self.tokenizer.quantizer.embedding.weight, replacement.rows, replacement.vectors)
+            write_rows(self.tokenizer.quantizer.embedding.weight, *replacement)

@@ -16,12 +16,12 @@ from megavar.config.token_space import TokenSpace
 from megavar.errors import ConfigError
 from megavar.parallel.parameter_rule import ParameterRule
 from megavar.parallel.seeds import generator
-from megavar.recipes.base import BaseRecipe, KnowsRules, Losses, frozen
+from megavar.recipes.base import BaseRecipe, KnowsRules, Losses, WriteRows, frozen
 from megavar.recipes.tokenizer.adversarial import (
+    LeCam,
     PatchDiscriminator,
     adaptive_weight,
     discriminator_loss,
-    lecam_regularization,
     reconstruction_realism_loss,
     with_gradient,
 )
@@ -82,6 +82,7 @@ class ReconstructionTraining(BaseRecipe):
             keys = "recipe.perceptual.vgg16_weights", "recipe.perceptual.lpips_weights"
             self.perceptual = PerceptualDistance(VGG16, *files, keys=keys).to(device)
         self.discriminator: PatchDiscriminator | BlurredDiscriminator | None = None
+        self.lecam: LeCam | None = None
         if config.adversarial is not None:
             self.discriminator = (
                 PatchDiscriminator(config.adversarial, space.image_channels, space.image_side)
@@ -90,6 +91,8 @@ class ReconstructionTraining(BaseRecipe):
             )
             self.discriminator.initialize(generator(seed, "initial_discriminator"))
             self.discriminator.to(device)
+            if config.adversarial.lecam_weight > 0:
+                self.lecam = LeCam(self.discriminator, config.adversarial.lecam_decay)
         self.dimensions = {  # before an engine empties or flattens parameters
             name: {parameter: value.ndim for parameter, value in module.named_parameters()}
             for name, module in self.modules().items()
@@ -182,16 +185,21 @@ class ReconstructionTraining(BaseRecipe):
             total = loss + weight * realism
         return total, {"realism": realism, "adaptive_weight": weight}
 
-    def discriminator_loss(self, output: Judgement, inputs: HasImages) -> Losses:
+    def discriminator_loss(self, output: Judgement, inputs: HasImages, step: int) -> Losses:
         """What the discriminator minimizes on one micro-batch."""
         adversarial = self.config.adversarial
         assert adversarial is not None and self.discriminator is not None
         total = discriminator_loss(adversarial.loss, output.real, output.fake)
         named = {"discriminator": total, "logits/real": output.real.mean(), "logits/fake": output.fake.mean()}
-        if adversarial.lecam_weight > 0 and torch.is_grad_enabled():
-            named["lecam"] = lecam_regularization(self.discriminator, output.real, output.fake, adversarial.lecam_decay)
+        if self.lecam is not None and torch.is_grad_enabled():
+            named["lecam"] = self.lecam.loss(output.real, output.fake, step)
             total = total + adversarial.lecam_weight * named["lecam"]
         return sums(total, named, len(inputs.images))
+
+    def after_step(self, step: int, write_rows: WriteRows) -> None:
+        """Remember what the discriminator said."""
+        if self.lecam is not None:
+            self.lecam.after_step(step)
 
     def active(self, module: str, step: int) -> bool:
         """The discriminator is trained, and its loss applied, from its start step on."""

@@ -160,6 +160,16 @@ class RunLock:
                 )
         return cls(path, mine)
 
+    @staticmethod
+    def in_use(run_directory: Path) -> bool:
+        """Whether somebody seems to hold ``run_directory``; a lock that a dead process left does not count."""
+        path = run_directory / FILE_NAME
+        owner = _read_owner(path)
+        if owner is None:
+            return False
+        alive = _is_alive(owner, Owner.current())
+        return _age(path) <= STALE_AFTER if alive is None else alive
+
     def check(self) -> None:
         """Call before writing to the run directory.
 

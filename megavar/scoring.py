@@ -11,11 +11,10 @@ from torch import Tensor
 
 from megavar.assembly import load_tokenizer, require_generator_recipe, resolve
 from megavar.config.root import Config
-from megavar.data.pixels import quantize, to_float
 from megavar.errors import ConfigError, check_all
 from megavar.evaluation.base import Scores, Suite
 from megavar.evaluation.reconstruction import ROUNDING
-from megavar.evaluation.reconstruction_suite import check_reconstruction, score_tokenizer
+from megavar.evaluation.reconstruction_suite import check_reconstruction, on_bytes, score_tokenizer
 from megavar.evaluation.results import Result, class_histogram, write_result
 from megavar.evaluation.table import format_table, thresholds_missed
 from megavar.frozen import identify
@@ -82,9 +81,7 @@ def _check_asked(config: Config, suite: Suite[Any]) -> None:
         )
 
 
-def _score_generator(
-    config: Config, place: Environment, untrained: bool, checkpoint: Path | None
-) -> dict[str, float]:
+def _score_generator(config: Config, place: Environment, untrained: bool, checkpoint: Path | None) -> dict[str, float]:
     """Draw the images that the suite asks for and score them beside its baselines."""
     suite = _checked_suite(config)
     config = _with_sampling(config, suite)
@@ -142,11 +139,7 @@ def _through_tokenizer(config: Config, place: Environment) -> Callable[[Tensor],
         found: Tokenizer = load_tokenizer(config.sampling.tokenizer_of(config.tokenizer), weights, place.device)
         return found
 
-    def reconstruct(images: Tensor) -> Tensor:
-        decoded = _reconstruct(tokenizer(), to_float(images.to(place.device)))
-        return quantize(decoded, config.sampling.rounding).cpu()
-
-    return reconstruct
+    return on_bytes(lambda images: _reconstruct(tokenizer(), images), place.device, config.sampling.rounding)
 
 
 @torch.no_grad()

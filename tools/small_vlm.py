@@ -2,10 +2,9 @@
 
     python -m tools.small_vlm configs/vgt/demo.yaml [key=value ...]
 
-writes the Hugging Face folder that ``train.initial_weights.path`` of the configuration names: InternVL as transformers
-builds it, with the sizes of ``tokenizer.encoder`` and ``generator.language_model``, and a text tokenizer of the captions.
-It learns for a few minutes to name what scenes show, which is all that it understands. A finished folder is left as it
-is.
+writes the Hugging Face folder that ``train.initial_weights.path`` of the configuration names, InternVL as transformers
+builds it, with the sizes of ``tokenizer.encoder`` and ``generator.language_model``, and a text tokenizer; it
+learns for two minutes to name what scenes show, which is all that it understands. A finished folder is left as it is.
 """
 
 import argparse
@@ -20,11 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megavar.config.generators.query_ar import QueryARConfig
 from megavar.config.loading import load_config
 from megavar.config.root import Config
 from megavar.config.shapes import TAGS, ShapesSource
-from megavar.config.tokenizers.vgt_ae import InternViTConfig, VGTAEConfig
 from megavar.data import text_training
 from megavar.data.build import build_source
 from megavar.data.pixels import to_float
@@ -33,13 +30,14 @@ from megavar.errors import ConfigError, ExitCode
 from megavar.parallel.environment import limit_threads
 from megavar.paths import as_path
 from megavar.storage import write_json_atomic
-from megavar.tokenizers.vgt_ae.encoders import InternViT, need
 from tools.outcome import outcome
 
 RECORD = "understanding.json"
 """Written last: what the model has learned."""
 _CAPTIONS = 20_000
 _CONTEXT, _END = (text_training.SPECIAL.index(token) for token in ("<IMG_CONTEXT>", text_training.END))
+_COLOURS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Mean and deviation of colours in [0, 1], by which InternVL's encoder sees them."""
 _IGNORED = -100
 """Of labels that do not count (transformers)."""
 
@@ -49,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.small_vlm", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("config", type=as_path, metavar="CONFIG", help="of the run that begins with the model")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--steps", type=int, default=1000, help="of learning (default: 1000); 0 leaves random weights")
+    parser.add_argument("--steps", type=int, default=500, help="of learning (default: 500); 0 leaves random weights")
     parser.add_argument("--batch", type=int, default=64, help="scenes of a step (default: 64)")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate (default: 0.001)")
     options = parser.parse_args(arguments)
@@ -96,13 +94,15 @@ def build(config: Config) -> Any:
     try:
         from transformers import InternVLConfig, InternVLForConditionalGeneration
     except ImportError as error:
-        raise need("transformers", "tools.small_vlm") from error
-    images, generator = config.tokenizer, config.generator
-    if not (isinstance(images, VGTAEConfig) and isinstance(images.encoder, InternViTConfig)
-            and isinstance(generator, QueryARConfig)):  # fmt: skip
-        raise ConfigError("tools.small_vlm makes InternVL: it needs tokenizer.name=vgt_ae with encoder.name=intern_vit, "
-                          "and generator.name=query_ar.")  # fmt: skip
-    sizes, words = images.encoder, generator.language_model
+        raise ConfigError(
+            "tools.small_vlm needs the package transformers, which is not installed: pip install 'megavar[vlm]'."
+        ) from error
+    images: Any = config.tokenizer
+    sizes: Any = getattr(images, "encoder", None)
+    words: Any = getattr(config.generator, "language_model", None)
+    if not hasattr(sizes, "qk_normalization") or words is None:
+        raise ConfigError("tools.small_vlm makes InternVL: set tokenizer.name=vgt_ae with encoder.name=intern_vit, and "
+                          "generator.name=query_ar.")  # fmt: skip
     if images.semantic_width != words.width:
         raise ConfigError("tokenizer.semantic_width is the width that generator.language_model reads: make them equal.")
     vision = {
@@ -135,7 +135,8 @@ def build(config: Config) -> Any:
 def teach(model: Any, tokenizer: Any, source: Source, options: argparse.Namespace) -> None:
     """Captions of scenes, by AdamW with a cosine."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.rate, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.rate, total_steps=options.steps + 1, pct_start=0.1)
+    total = options.steps + 1
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.rate, total_steps=total, pct_start=0.1)
     order = torch.randint(len(source), (options.steps, options.batch))
     for step, indices in enumerate(order.tolist()):
         pixels, ids, labels, seen = _batch(tokenizer, [source.read(index) for index in indices], model)
@@ -152,7 +153,7 @@ def teach(model: Any, tokenizer: Any, source: Source, options: argparse.Namespac
 def _batch(tokenizer: Any, samples: Sequence[Any], model: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Pixels as the encoder reads them; ids int64 [B, T]: places of the image, caption, end, padding; labels; mask."""
     images = to_float(torch.stack([torch.from_numpy(sample.image).permute(2, 0, 1) for sample in samples]))
-    mean, deviation = (torch.tensor(value).view(3, 1, 1) for value in (InternViT.mean, InternViT.deviation))
+    mean, deviation = (torch.tensor(value).view(3, 1, 1) for value in _COLOURS)
     texts = [[*encoded.ids, _END] for encoded in tokenizer.encode_batch([sample.caption for sample in samples])]
     places, longest = [_CONTEXT] * model.config.image_seq_length, max(map(len, texts))
     ids = torch.tensor([[*places, *text, *[0] * (longest - len(text))] for text in texts])
@@ -168,12 +169,12 @@ def test(model: Any, tokenizer: Any, source: Source, count: int = 256) -> dict[s
     model.eval()
     samples = [source.read(index) for index in range(min(count, len(source)))]
     pixels, ids, labels, seen = _batch(tokenizer, samples, model)
-    found = {}
-    for name, given in (("", pixels), ("of_another_scene", pixels.roll(1, 0))):
+    found: dict[str, float] = {}
+    for name, given in (("", pixels), ("_of_another_scene", pixels.roll(1, 0))):
         output = model(input_ids=ids, pixel_values=given, attention_mask=seen, labels=labels)
         counted = labels[:, 1:] != _IGNORED
         right = (output.logits[:, :-1].argmax(-1) == labels[:, 1:])[counted].float().mean()
-        found |= {f"loss_{name}".rstrip("_"): round(float(output.loss), 4), f"right_{name}".rstrip("_"): round(float(right), 4)}
+        found |= {f"loss{name}": round(float(output.loss), 4), f"right{name}": round(float(right), 4)}
     return found
 
 

@@ -16,8 +16,8 @@ _VERSION = 1  # raise when the same index would show another scene
 class Shapes:
     """A fixed number of scenes; scene i is a function of (seed, split, i) alone.
 
-    With captions, training scenes are drawn from prompts without reserved combinations (all kinds alike) and test
-    scenes from prompts with them; ``tags`` are the kinds of prompts. With classes, scene i shows one object of class ``i % num_classes``, all
+    With captions, training scenes are drawn from prompts without reserved combinations (kinds of ``tags`` alike) and
+    test scenes from prompts with them. With classes, scene i shows one object of class ``i % num_classes``, all
     combinations in both splits.
     """
 

@@ -19,7 +19,10 @@ from tests.distributed.harness import run_ranks
 from tools import small_vlm
 
 pytestmark = pytest.mark.end_to_end
-FEW = ["run.requires=[]", "train.steps=2", "train.global_batch_size=4", "optimizer.schedule.warmup_steps=1", "evaluation.reconstruction.images=8"]
+FEW = [
+    "run.requires=[]", "train.steps=2", "train.global_batch_size=4", "optimizer.schedule.warmup_steps=1",
+    "evaluation.reconstruction.images=8",
+]  # fmt: skip
 LITTLE = ["evaluation.suite.per_tag=1", "evaluation.suite.per_prompt=2", "sampling.steps=2"]
 
 

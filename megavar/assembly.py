@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ from megavar.sampling.sampler import Sampler
 from megavar.tokenizers.base import Codebook, Tokenizer
 from megavar.transformer.compilation import compile_blocks
 from megavar.transformer.moe.backends import check_installed
-from megavar.weight_layout import WeightLayout
+from megavar.weight_folder import write_folder
+from megavar.weight_layout import FolderPart, WeightLayout
 
 PARAMETER_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -221,6 +223,26 @@ def weight_layouts(choice: Choice, space: TokenSpace | None = None) -> dict[str,
         module, _, attribute = place.partition(":")
         layouts[name] = getattr(importlib.import_module(module), attribute)(choice, space)
     return layouts
+
+
+def write_into_folder(choice: Choice, tensors: Mapping[str, Tensor], origin: Path, folder: Path) -> None:
+    """Copy the Hugging Face folder ``origin`` to ``folder``, with trained weights in the place of those it has.
+
+    Args:
+        tensors: logical tensors of the model that ``choice`` configures.
+
+    Raises:
+        ConfigError: such a model is no part of those in folders.
+        CheckpointError: ``origin`` is not the one that it began with, or ``folder`` exists.
+    """
+    if not choice.folder_part:
+        raise ConfigError(
+            f"{choice.discriminator}={choice.tag()!r} is no part of a model in a Hugging Face folder: only a language "
+            f"model or a vision encoder that came from one goes back."
+        )
+    module, _, name = choice.folder_part.partition(":")
+    part: FolderPart = getattr(importlib.import_module(module), name)(choice, tensors, origin)
+    write_folder(origin, folder, part.tensors, part.depth)
 
 
 def trained_choice(config: Config) -> Choice:

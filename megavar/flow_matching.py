@@ -7,7 +7,7 @@ A method that counts time the other way (t = 1 is data; MAR's successors, VGT) p
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -38,19 +38,19 @@ def shifted(times: Tensor, factor: float) -> Tensor:
     return factor * times / (1 + (factor - 1) * times)
 
 
-def euler(velocity_at: Callable[[Tensor, float], Tensor], start: Tensor, times: Tensor) -> Tensor:
+def euler(velocity_at: Callable[[Tensor, float], Tensor], start: Tensor, times: Sequence[float]) -> Tensor:
     """Integrate dx/dt = v from ``times[0]`` to ``times[-1]`` by Euler's method; the state is float64.
 
     Args:
         velocity_at: (x float32 [...], t) -> v [...].
         start: x at the first time, [...].
-        times: float64 [n + 1] on the CPU, falling from noise to data.
+        times: n + 1 numbers, falling from noise to data.
 
     Returns:
         float32 [...].
     """
-    state, grid = start.double(), times.tolist()
-    for now, after in itertools.pairwise(grid):
+    state = start.double()
+    for now, after in itertools.pairwise(times):
         state = state + (after - now) * velocity_at(state.float(), now).double()
     return state.float()
 
@@ -58,7 +58,7 @@ def euler(velocity_at: Callable[[Tensor, float], Tensor], start: Tensor, times: 
 def euler_maruyama(
     velocity_at: Callable[[Tensor, float], Tensor],
     start: Tensor,
-    times: Tensor,
+    times: Sequence[float],
     normal_at: Callable[[int], Tensor],
     *,
     plain_last: bool = True,
@@ -71,17 +71,17 @@ def euler_maruyama(
     Args:
         velocity_at: (x float32 [...], t) -> v [...].
         start: x at the first time, [...].
-        times: float64 [n + 1] on the CPU, falling from noise to data.
+        times: n + 1 numbers, falling from noise to data.
         normal_at: standard normal numbers w [...] of step 1, 2 ...
         plain_last: the last step is Euler's, without noise.
 
     Returns:
         float32 [...].
     """
-    state, grid = start.double(), times.tolist()
-    for step, (now, after) in enumerate(itertools.pairwise(grid), 1):
+    state = start.double()
+    for step, (now, after) in enumerate(itertools.pairwise(times), 1):
         size, towards_data = now - after, -velocity_at(state.float(), now).double()
-        if plain_last and step == len(grid) - 1:
+        if plain_last and step == len(times) - 1:
             state = state + size * towards_data
             continue
         drift = (2 - now) * towards_data - state

@@ -116,7 +116,7 @@ def _score_generator(config: Config, place: Environment, untrained: bool, checkp
     )
     label = result.suite.replace("/", "-")
     path = Path(config.run.path) / f"scores-{label}-{samples.directory.name}.json"
-    _report(name, rows, scores, result, path)
+    report_scores(name, rows, scores, result, path)
     grid = write_grid(samples, class_names(config))
     print(f"{describe(samples)} in {samples.directory}, overview in {grid}", flush=True)
     return scores.metrics
@@ -178,11 +178,12 @@ def _score_tokenizer(config: Config, place: Environment, named: Path | None) -> 
         notes=scores.notes,
     )
     path = directory / f"scores-reconstruction-{settings.protocol}-{checkpoint.name}.json"
-    _report(config.run.name, {config.run.name: scores.metrics}, scores, result, path)
+    report_scores(config.run.name, {config.run.name: scores.metrics}, scores, result, path)
     return scores.metrics
 
 
-def _report(name: str, rows: dict[str, dict[str, float]], scores: Scores, result: Result, path: Path) -> None:
+def report_scores(name: str, rows: dict[str, dict[str, float]], scores: Scores, result: Result, path: Path) -> None:
+    """Write the file of ``result`` and print it: what is scored is the row ``name``, the others are baselines."""
     missed = thresholds_missed(rows[name], scores.table)
     baselines = {row: dict(metrics) for row, metrics in rows.items() if row != name}
     write_result(path, replace(result, baselines=baselines, table=list(map(asdict, scores.table)), missed=missed))

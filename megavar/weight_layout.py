@@ -15,9 +15,9 @@ table of names and, for those tensors, how to take ours apart and put it togethe
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,19 @@ from torch import Tensor
 from megavar.errors import CheckpointError
 
 Shape = tuple[int, ...]
+
+
+class FolderPart(NamedTuple):
+    """What goes into a Hugging Face folder in the place of what is there."""
+
+    tensors: Mapping[str, Tensor]
+    """By their names in the folder, perhaps without a prefix, which is then the same for all."""
+    depth: int | None = None
+    """Blocks of theirs that are kept; None: all."""
+
+
+FolderPartOf = Callable[[Any, Mapping[str, Tensor], Path], FolderPart]
+"""Of a choice, the logical tensors of its model, and the folder that the model began with."""
 
 
 class WeightLayout(Protocol):

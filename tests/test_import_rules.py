@@ -53,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     # What puts them together.
     "assembly": {
         "config", "parallel", "data", "conditions", "frozen", "generators", "recipes", "sampling", "tokenizers",
-        "transformer", "weight_layout",
+        "transformer", "weight_folder", "weight_layout",
     },
     "beginning": {"assembly", "config", "frozen", "training", "weight_file", "weight_layout"},
     "previews": {"assembly", "config", "data", "pictures", "recipes", "run_samples"},
@@ -67,6 +67,7 @@ ALLOWED: dict[str, set[str]] = {
     "scoring": {
         "assembly", "config", "evaluation", "frozen", "parallel", "run_samples", "sampling", "tokenizers", "training",
     },
+    "retention": {"assembly", "config", "evaluation", "frozen", "parallel", "scoring", "training"},
     "records": set(),
     "reporting": {"pictures", "records"},
     "forking": {"config", "data", "generators", "library", "training", "weight_file"},
@@ -79,8 +80,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "commands": {
         "analysis", "assembly", "beginning", "conditions", "config", "data", "forking", "parallel", "pictures",
-        "planning", "previews", "records", "reporting", "reproduction", "run_samples", "sampling", "scoring",
-        "starting", "training", "watchers",
+        "planning", "previews", "records", "reporting", "reproduction", "retention", "run_samples", "sampling",
+        "scoring", "starting", "training", "watchers",
     },
     "__main__": set(),
 }  # fmt: skip

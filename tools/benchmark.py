@@ -5,8 +5,9 @@
     python -m tools.benchmark CONFIG --parts train --trace traces       with profiler traces, too
 
 ``attention`` compares kernels, ``experts`` backends, ``overhead`` the trainer with a bare loop of forward, backward and
-AdamW; ``train`` and ``sampling`` give images per second. Alternatives of a part are measured in turn, so that their
-ratios, taken round by round, hold on a busy machine. Numbers are medians and quartiles. Weights and images are random.
+AdamW; ``train`` and ``sampling`` give images per second, ``decoding`` times an early and a late step of drawing token
+by token. Alternatives of a part are measured in turn: their ratios, taken round by round, hold on a busy machine.
+Numbers are medians and quartiles. Weights and images are random.
 """
 
 import argparse

@@ -12,15 +12,18 @@ from megavar.assembly import build_generator, build_sampler
 from megavar.config.experts.base import ExpertsChoice
 from megavar.data.batch import Batch
 from megavar.errors import ConfigError
+from megavar.generators.inputs import RasterInputs
 from megavar.parallel import seeds
 from megavar.planning.attention_cost import attention_pairs
 from megavar.recipes.base import Recipe
 from megavar.run_samples import default_conditions
+from megavar.sampling.base import Completing
 from megavar.training.engine import Divisors, Engine
 from megavar.training.metrics import MetricAccumulator
 from megavar.training.micro_batches import MicroBatches
 from megavar.training.optimizer import build_optimizer, parameter_groups, parameter_rules, set_rates
 from megavar.training.step import train_step, valid_of_step
+from megavar.transformer.cache import KeyValueCache
 from megavar.transformer.context import ForwardContext
 from megavar.transformer.feed_forward import FeedForward
 from megavar.transformer.kernels import KERNELS, Visibility
@@ -197,15 +200,54 @@ def _bare_passes(recipe: Recipe, name: str, model: nn.Module, batch: Batch, inpu
 
 
 def sampling(bench: Bench) -> Part:
-    """Drawing images with the configured procedure and guidance, decoder included."""
+    """Drawing images with the configured procedure, decoder included, with and without its guidance."""
     model = build_generator(bench.config, None, device=bench.device)
     conditions, tokenizer = default_conditions(bench.config), bench.assembly().tokenizer()
-    sampler = build_sampler(bench.config, model, tokenizer, conditions, bench.device)
-    indices = torch.arange(bench.batch)
-    flops = bench.known({"drawing": bench.operations.drawing})
-    return Part("sampling", {"drawing": lambda: sampler.draw(indices)}, images=bench.batch, flops=flops)
+    indices, settings = torch.arange(bench.batch), {"drawing": bench.config.sampling}
+    if bench.config.sampling.guided:
+        settings["drawing without guidance"] = bench.config.sampling.model_copy(update={"guidance": 0.0})
+    part = Part("sampling", images=bench.batch, flops=bench.known({"drawing": bench.operations.drawing}))
+    for name, one in settings.items():
+        config = bench.config.model_copy(update={"sampling": one})
+        sampler = build_sampler(config, model, tokenizer, conditions, bench.device)
+        part.alternatives[name] = functools.partial(sampler.draw, indices)
+    return part
+
+
+def decoding(bench: Bench) -> Part:
+    """One early and one late step of decoding token by token, on the keys and values of the steps before."""
+    part, settings, length = Part("one step of decoding", images=bench.batch), bench.config.sampling, bench.space.length
+    model = build_generator(bench.config, None, device=bench.device).eval()
+    tokenizer, conditions = bench.assembly().tokenizer(), default_conditions(bench.config)
+    procedure = build_sampler(bench.config, model, tokenizer, conditions, bench.device).procedure
+    if not isinstance(procedure, Completing):
+        part.skipped["steps"] = f"sampling.procedure={settings.procedure} does not draw token by token"
+        return part
+    for words, together in ((", guided", 2), ("", 1))[0 if settings.guided else 1 :]:
+        for number in (length // 16, length - length // 16):
+            name = f"step {number}{words}"
+            part.baseline = part.baseline or name
+            part.alternatives[name] = _step_of_decoding(model, together * bench.batch, number, bench.device)
+    return part
+
+
+@torch.no_grad()
+def _step_of_decoding(model: Any, rows: int, number: int, device: torch.device) -> Callable[[], None]:
+    """Step ``number``, from 3, again and again: it reads token ``number`` - 1."""
+    cache, labels = KeyValueCache(model.space.length + 1), torch.zeros(rows, dtype=torch.int64, device=device)
+    ids = labels[:, None].expand(rows, number - 2)
+    model.step(RasterInputs(labels, ids), cache)
+    before, newest = cache.length(0), RasterInputs(labels, ids[:, :1], start=number)
+
+    @torch.no_grad()
+    def step() -> None:
+        model.step(newest, cache)
+        cache.crop(before)
+
+    return step
 
 
 PARTS: dict[str, Callable[[Bench], Part]] = {
     "attention": attention, "experts": experts, "train": train, "overhead": overhead, "sampling": sampling,
+    "decoding": decoding,
 }  # fmt: skip

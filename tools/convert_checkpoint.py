@@ -4,6 +4,7 @@
     python -m tools.convert_checkpoint runs/var-d16/checkpoints/step-00250000 var_d16.pth
     python -m tools.convert_checkpoint runs/tokenizer vae.pth                      VAR's VQVAE layout
     python -m tools.convert_checkpoint var_d16.pth weights.safetensors --config configs/mepa/var_d16.yaml
+    python -m tools.convert_checkpoint runs/queryar tuned --ema --into weights/InternVL3-1B-hf      back into its folder
 
 An export (``.safetensors`` without --layout) holds our names, the configuration, class names and a generator's
 tokenizer, and ``megavar.load`` opens it; with --layout, or as ``.pth``, a file holds the names of a public weight
@@ -28,6 +29,7 @@ from megavar.assembly import (
     load_tokenizer,
     trained_choice,
     weight_layouts,
+    write_into_folder,
 )
 from megavar.config.loading import load_config, read_tree, stored_config
 from megavar.config.parallel import ParallelConfig
@@ -67,7 +69,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="convert_checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("input", type=as_path, help="run, checkpoint, or file of weights")
-    parser.add_argument("output", type=as_path, help="file (.safetensors, .pth)")
+    parser.add_argument("output", type=as_path, help="file (.safetensors, .pth); with --into a folder")
+    parser.add_argument(
+        "--into", type=as_path, metavar="FOLDER",
+        help="write a copy of this Hugging Face folder with the model in the place of what it began with",
+    )
     parser.add_argument("--layout", help=f"weight layout to write (default: {OURS}; for .pth the model's public one)")
     parser.add_argument("--input-layout", default=AUTO, metavar="LAYOUT", help="weight layout of an input file")
     parser.add_argument("--module", help="module of the checkpoint (default: the one that the run was for)")
@@ -80,7 +86,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _run(options: argparse.Namespace) -> int:
-    if options.output.suffix not in (".safetensors", ".pth", ".pt"):
+    if options.into is None and options.output.suffix not in (".safetensors", ".pth", ".pt"):
         raise ConfigError(f"{options.output} ends neither in .safetensors nor in .pth. Name the file to write so.")
     if not options.input.exists():
         raise CheckpointError(f"{options.input} does not exist. Give a run, a checkpoint, or a file of weights.")
@@ -195,6 +201,9 @@ def _tokenizer(options: argparse.Namespace, config: Config | None, about: About)
 
 
 def _write(options: argparse.Namespace, config: Config | None, tensors: dict[str, Tensor], about: About) -> None:
+    if options.into is not None and config is not None:
+        write_into_folder(trained_choice(config), tensors, options.into, options.output)
+        return
     layout = _layout_to_write(options, config)
     if layout == OURS:
         if options.output.suffix != ".safetensors":

@@ -8,6 +8,7 @@ from megavar.config.parallel import ParallelConfig
 from megavar.errors import ConfigError, ExitCode
 from megavar.parallel import topology
 from megavar.parallel.environment import environment
+from megavar.retention import score_understanding
 from megavar.scoring import score
 from megavar.training.checkpoint.store import list_checkpoints, step_of
 
@@ -19,16 +20,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument(
         "--checkpoint", metavar="STEP", help="score this one, such as step-00001000, or each that is kept: all"
     )
+    parser.add_argument(
+        "--understanding", action="store_true",
+        help="score what the vision-language model that it began with still understands (evaluation.understanding)",
+    )
 
 
 def run(options: argparse.Namespace) -> ExitCode:
     """Entry point of the command."""
     config = load_config(options.config, options.overrides)
+    if options.understanding and options.untrained:
+        raise ConfigError("--understanding stands beside the original model anyway: leave --untrained out.")
     wanted = _wanted(Path(config.run.path), options.checkpoint)
     place = environment()
     topology.initialize(ParallelConfig(), place)
     for checkpoint in wanted:
-        score(config, place, untrained=options.untrained, checkpoint=checkpoint)
+        if options.understanding:
+            score_understanding(config, place, checkpoint)
+        else:
+            score(config, place, untrained=options.untrained, checkpoint=checkpoint)
     topology.shutdown()
     return ExitCode.FINISHED
 

@@ -52,6 +52,9 @@ class Choice(Section):
     weight_layouts: ClassVar[Mapping[str, str]] = {}
     """On an alternative: public checkpoint layouts that it can be loaded from and saved in, by name, each the
     ``module:Class`` of a :class:`megavar.weight_layout.WeightLayout`."""
+    folder_part: ClassVar[str] = ""
+    """On an alternative that is a part of models in Hugging Face folders: the ``module:function`` that says by which
+    names, a :data:`megavar.weight_layout.FolderPartOf`."""
 
     @classmethod
     def tag(cls) -> str | None:

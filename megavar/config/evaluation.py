@@ -7,6 +7,7 @@ from pydantic import Field
 from megavar.config.base import PathText, Section
 from megavar.config.suites.base import SuiteChoice
 from megavar.config.suites.digits import DigitsSuite
+from megavar.config.understanding import UnderstandingConfig
 
 
 class PerceptualWeights(Section):
@@ -50,5 +51,7 @@ class EvaluationConfig(Section):
     """The set of metrics for a generator."""
     reconstruction: ReconstructionConfig = ReconstructionConfig()
     """The metrics for a tokenizer."""
+    understanding: UnderstandingConfig | None = None
+    """Benchmarks for a vision-language model of which the run trained a part; ``megavar evaluate --understanding``."""
     after_training: bool = False
     """Sample and score the run when ``train`` reaches its last step."""

@@ -74,6 +74,23 @@ class _Attention(torch.autograd.Function):
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None, None, None, None
 
 
+def continued_attention(ledger: Callable[[], Ledger]) -> Callable[..., Tensor]:
+    """What stands for attention to a cache, ``AttentionCore._continue``: all pairs, as torch's attention computes them.
+
+    Args:
+        ledger: gives the one that is kept at the time of a call.
+    """
+
+    def attend(core: Any, query: Tensor, keys: Tensor, values: Tensor, past: int, context: Any) -> Tensor:
+        """[L, B, H, D] to keys and values [B, G, past + L, D] -> [L, B, H D]."""
+        rows, batch, heads, size = query.shape
+        operations = 2.0 * rows * batch * heads * keys.shape[2] * (size + values.shape[3])
+        ledger().count(operations, operations)
+        return query.new_empty(rows, batch, heads * values.shape[3])
+
+    return attend
+
+
 def attention_kernel(name: str, ledger: Callable[[], Ledger]) -> Callable[..., Tensor]:
     """What stands for the kernel ``name`` of ``transformer/kernels.py``.
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -20,6 +21,7 @@ from megavar.planning.fake_model import (
     follow,
     kinds_of_blocks,
     spread_experts,
+    tensors_in,
 )
 from megavar.planning.ledger import Ledger
 from megavar.planning.measure import DrawRequest, Request
@@ -52,6 +54,27 @@ def _without_statistics(step: Any) -> Any:
     return lambda inputs, cache, counted=None: step(inputs, cache)
 
 
+class _Repetitions:
+    """Of a function whose operations follow from the shapes of its tensors: what it took is added at the next call."""
+
+    def __init__(self, function: Callable[..., Any], ledger: Ledger) -> None:
+        self._function, self._ledger = function, ledger
+        self._known: dict[Any, tuple[Any, dict[str, float]]] = {}
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        given = [value for value in (*arguments, *options.values()) if not isinstance(value, nn.Module)]
+        shapes = tuple(tuple(tensor.shape) for tensor in tensors_in(given))
+        spent = self._ledger.forward
+        if shapes not in self._known:
+            before = dict(spent)
+            result = self._function(*arguments, **options)
+            self._known[shapes] = result, {name: flops - before.get(name, 0.0) for name, flops in spent.items()}
+        else:
+            for name, flops in self._known[shapes][1].items():
+                spent[name] += flops
+        return self._known[shapes][0]
+
+
 def drawing_flops(request: DrawRequest, keep: Callable[[Ledger], None]) -> float:
     """Operations of one drawn image, without those of the tokenizer.
 
@@ -59,6 +82,7 @@ def drawing_flops(request: DrawRequest, keep: Callable[[Ledger], None]) -> float
         keep: is told the ledger of what comes next.
     """
     space, classes = request.tokenizer.space, request.choice.class_count
+    procedure = resolve(request.sampling)(request.sampling)  # outside: grids of times have values
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         kinds, kind_of_block = kinds_of_blocks(request.choice, space)
         tokenizer = resolve(request.tokenizer)(request.tokenizer).eval()
@@ -76,7 +100,9 @@ def drawing_flops(request: DrawRequest, keep: Callable[[Ledger], None]) -> float
             follow(model, Observation(ledger, 1))
             model.step = _without_statistics(model.step)
             with ledger:
-                procedure = resolve(request.sampling)(request.sampling)
+                model.forward = _Repetitions(model.forward, ledger)
+                for name in getattr(procedure, "repeated", ()):
+                    setattr(procedure, name, _Repetitions(getattr(type(procedure), name).__get__(procedure), ledger))
                 procedure.draw(model, _Apart(tokenizer, ledger), condition, Noise(0, indices))
             drawn.append(ledger.forward)
     blocks = sum(drawn[kind][BLOCK] + drawn[kind][EXPERTS] for kind in kind_of_block)

@@ -74,7 +74,7 @@ class Laboratory:
 
     def _stand_in(self) -> None:
         """Replace what fake tensors cannot run by what only costs the same. This process computes nothing else."""
-        from megavar.planning.attention_cost import attention_kernel
+        from megavar.planning.attention_cost import attention_kernel, continued_attention
         from megavar.sampling.noise import FiniteLogits
         from megavar.transformer import attention, kernels
         from megavar.transformer.moe import layer
@@ -89,6 +89,7 @@ class Laboratory:
             return kernels.choose_kernel(name, visibility, on_gpu, **options)
 
         attention.choose_kernel = choose_kernel
+        attention.AttentionCore._continue = continued_attention(lambda: self.ledger)  # type: ignore[method-assign]
         for name, kernel in kernels.KERNELS.items():
             kernels.KERNELS[name] = replace(
                 kernel, function=attention_kernel(name, lambda: self.ledger), prepare=nothing

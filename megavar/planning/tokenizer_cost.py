@@ -12,6 +12,7 @@ from megavar.config.choice import resolve
 from megavar.config.teachers.base import TeacherChoice
 from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.planning.cost import TokenizerCost
+from megavar.planning.known_integers import KnownIntegers
 from megavar.planning.ledger import Ledger, saved_bytes
 from megavar.tokenizers.base import Pyramid
 
@@ -47,7 +48,7 @@ def measure_teacher(choice: TeacherChoice) -> TokenizerCost:
 def measure_tokenizer(config: TokenizerChoice) -> TokenizerCost:
     """Costs of the tokenizer that ``config`` describes."""
     space = config.space
-    with FakeTensorMode():
+    with FakeTensorMode(), KnownIntegers():
         tokenizer: Any = resolve(config)(config)
         images = torch.zeros(1, space.image_channels, space.image_side, space.image_side)
         parameters: list[Tensor] = list(tokenizer.parameters())

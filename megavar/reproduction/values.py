@@ -13,6 +13,8 @@ from megavar.config.table import MetricConfig
 LOG = "log/"
 TAIL = 0.2
 """Share of a run, at its end, over which a logged value is averaged."""
+UNDERSTANDING = "understanding"
+"""What scores of a vision-language model with what the run trained in it call their suite."""
 INITIAL = "initial weights"
 """What scores of the untrained model call their checkpoint."""
 _CHANGES_NO_IMAGE = {"number", "chunk_size", "conditions"} | SamplingChoice.changes_no_sample
@@ -33,7 +35,8 @@ class ScoreFile:
 
 
 def scores_of(config: Config) -> ScoreFile | None:
-    """The scores of the run's last scored checkpoint by the suite and the sampling that ``config`` asks for."""
+    """The scores of the run's last scored checkpoint by the suite and the sampling that ``config`` asks for; of a
+    tokenizer those of its reconstructions by the protocol."""
     found = [file for file in _score_files(Path(config.run.path)) if _belongs(file.content, config)]
     return max(found, key=lambda file: str(file.content["checkpoint"].get("checkpoint")), default=None)
 
@@ -46,6 +49,12 @@ def _score_files(directory: Path) -> Iterator[ScoreFile]:
 
 
 def _belongs(content: Mapping[str, Any], config: Config) -> bool:
+    if config.generator is None:
+        asked = config.evaluation.reconstruction
+        return bool(
+            content["suite"] == f"reconstruction/{asked.protocol}"
+            and content["sampler"].get("model_size") == asked.model_size
+        )
     if str(content["suite"]).partition("/")[0] != config.evaluation.suite.name:
         return False
     wanted = config.sampling.model_dump(mode="json")
@@ -76,6 +85,9 @@ def values_of(config: Config, metrics: Mapping[str, MetricConfig]) -> dict[str, 
     """Our values by the name of their metric; what the run has not given is left out."""
     directory = Path(config.run.path)
     scores = scores_of(config)
+    measured = {} if scores is None else dict(scores.content["metrics"])
+    measured |= next((dict(file.content["metrics"]) for file in reversed(list(_score_files(directory)))
+                      if file.content["suite"] == UNDERSTANDING), {})  # fmt: skip
     found: dict[str, float | None] = {}
     for name, metric in metrics.items():
         kind, separator, rest = (metric.key or "").partition("/")
@@ -83,8 +95,8 @@ def values_of(config: Config, metrics: Mapping[str, MetricConfig]) -> dict[str, 
             continue
         if metric.key.startswith(LOG):
             found[name] = _logged(directory, metric.key.removeprefix(LOG))
-        elif scores is not None and metric.key in scores.content["metrics"]:
-            found[name] = scores.content["metrics"][metric.key]
+        elif metric.key in measured:
+            found[name] = measured[metric.key]
         elif separator:
             found[name] = _analysed(directory, kind, rest)
     return {name: value for name, value in found.items() if value is not None}

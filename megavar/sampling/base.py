@@ -22,6 +22,9 @@ class Procedure(Protocol):
 
     A sample may depend on its own condition and noise only: neither on the other samples of the batch nor on
     ``torch``'s generators. There should be no synchronization with the device per step.
+
+    A class may name in ``repeated`` those of its methods that draw runs often and whose work follows from the shapes of
+    their tensors alone, such as the flow to one token: a plan counts each shape once.
     """
 
     def draw(self, generator: Any, tokenizer: Any, condition: Condition, noise: Noise | None) -> Tensor:

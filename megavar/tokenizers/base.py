@@ -117,6 +117,15 @@ class Normalized(Continuous, Protocol):
 
 
 @runtime_checkable
+class Semantic(Tokenizer, Protocol):
+    """A tokenizer on an encoder that was pretrained for something else (VGT-AE: on a vision-language model's)."""
+
+    def semantic(self, images: Tensor) -> Tensor:
+        """What the encoder says before it is projected to latents, float32 [B, L, d]."""
+        ...
+
+
+@runtime_checkable
 class LatentMap(Continuous, Protocol):
     """Tokens that are the p x p patches of a square map [B, c, h, w], row by row: C = c p p, L = h w / p / p.
 

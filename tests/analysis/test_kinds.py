@@ -10,11 +10,16 @@ from megavar.analysis.kinds.convergence import Curve, smoothed, speed_up, togeth
 from megavar.analysis.kinds.embedding_replacement import nearest_others
 from megavar.analysis.kinds.expert_load import load_metrics, normalized
 from megavar.analysis.kinds.exposure_bias import given_places
+from megavar.analysis.kinds.latent_clusters import LatentClusters
+from megavar.analysis.kinds.latent_space import by_class, chance, effective_rank
 from megavar.analysis.kinds.routing_maps import as_map, map_metrics
 from megavar.analysis.kinds.scale_features import separation
 from megavar.analysis.kinds.teacher_probe import accuracies
+from megavar.analysis.latents import PIXELS, Shown, patches
 from megavar.analysis.sequences import means
 from megavar.analysis.similarity import linear_cka
+from megavar.config.analyses.latent_clusters import LatentClustersAnalysis
+from megavar.errors import ConfigError
 from megavar.sampling.base import Known
 
 SMOE = (11.35, 5.61, 9.13, 5.18, 5.71, 9.23, 11.32, 6.46)
@@ -130,3 +135,33 @@ def test_perplexity_is_over_all_tokens():
     parts = [(2, {"surprise": torch.tensor(3.0), "ctr": torch.tensor(1.0)}),
              (1, {"surprise": torch.tensor(0.0), "ctr": torch.tensor(0.5)})]  # fmt: skip
     assert means(parts) == {"ctr": pytest.approx(0.5), "perplexity": pytest.approx(math.e)}
+
+
+def test_latents_by_class_are_told_from_those_that_are_not():
+    """Chance is what unrelated classes give; ten directions of unequal size count as fewer."""
+    random = np.random.default_rng(0)
+    labels, noise = np.arange(120) % 4, random.normal(size=(120, 6))
+    apart, mixed = by_class(noise + 30 * np.eye(6)[labels], labels, 0), by_class(noise, labels, 0)
+    assert apart["nmi"] == pytest.approx(1) == apart["ami"] and abs(mixed["ami"]) < 0.05
+    assert apart["neighbours"] == 1 and apart["silhouette"] > 0.8
+    assert mixed["nmi"] < 0.1 and mixed["silhouette"] < 0.05
+    assert mixed["neighbours"] == pytest.approx(chance(labels), abs=0.06)
+    assert effective_rank(random.normal(size=(20000, 10))) == pytest.approx(10, rel=0.01)
+    assert effective_rank(random.normal(size=(500, 1)) * np.ones((1, 10))) == pytest.approx(1)
+
+
+def test_clusters_find_the_halves_of_images_whatever_their_brightness():
+    """The left halves point one way, the right halves another; lengths say nothing. The larger half is cluster 0."""
+    images = torch.zeros(5, 3, 8, 8, dtype=torch.uint8)
+    images[:, 0, :, 6:] = 200
+    pixels = patches(images, 16, "here")
+    assert pixels.shape == (5, 16, 12) and pixels[0, 3, 0] > 0.5 and pixels[0, 2, 0] == -1
+    directions = np.where(np.arange(16)[:, None] % 4 == 3, [[1.0, 0.0]], [[0.0, 1.0]])
+    vectors = directions * np.random.default_rng(0).uniform(1, 9, (5, 16, 1))
+    analysis = LatentClusters(LatentClustersAnalysis(clusters=2))
+    found = analysis.clustered(vectors)
+    assert np.array_equal(found, np.tile(np.arange(16) % 4 == 3, (5, 1)).astype(int))
+    measured = analysis.measured(vectors, found, Shown(images, np.arange(5) % 2, {PIXELS: pixels}))
+    assert measured == {"silhouette": pytest.approx(1), "colours": pytest.approx(1), "nmi": pytest.approx(0, abs=1e-9)}
+    with pytest.raises(ConfigError, match="no square map"):
+        patches(images, 15, "here")

@@ -53,6 +53,7 @@ SHARED_ROOMS = {
     "megavar.generators", "megavar.tokenizers", "megavar.recipes", "megavar.recipes.terms",
     "megavar.sampling.procedures", "megavar.evaluation.suites", "megavar.transformer.moe",
     "megavar.transformer.moe.routers", "megavar.teachers", "megavar.analysis.kinds",
+    "megavar.evaluation.understanding",
 }  # fmt: skip
 """Rooms in which several families have a file each."""
 

@@ -38,7 +38,8 @@ EMPTY = Text(torch.tensor([[1, 2, 0, 0, 0, 0]]), torch.tensor([[True, True, Fals
 class Latents:
     """A tokenizer of vectors whose latents are its tokens, row by row."""
 
-    space = SPACE
+    def __init__(self, space: TokenSpace = SPACE) -> None:
+        self.space = space
 
     def tokens(self, latents: Tensor) -> Tensor:
         return latents
@@ -54,7 +55,7 @@ def choice(setup: Setup, groups: int = 2) -> QueryARConfig:
             vocabulary=VOCABULARY, width=32, depth=DEPTH, heads=4, groups=groups, feed_forward=48,
             experts=None if setup.dense else experts,
         ),
-        query_sides=(5, 5), head=DenoisingMLPConfig(width=24, depth=2), text_length=TEXT, image_start=(7, 8),
+        query_sides=(16, 16), head=DenoisingMLPConfig(width=24, depth=2), text_length=TEXT, image_start=(7, 8),
         caption_drop=0.3,
     )  # fmt: skip
 
@@ -76,10 +77,10 @@ def terms(kind: str) -> list[Any]:
     return [FlowAlignment(section, None, width=24, depth=2)]
 
 
-def build(setup: Setup, mesh: topology.Topology, kind: str) -> QueryFlow:
+def build(setup: Setup, mesh: topology.Topology, kind: str, space: TokenSpace = SPACE) -> QueryFlow:
     config, more = choice(setup), terms(kind)
     chunks = [
-        QueryAR(config, SPACE, parallel=mesh.config, seed=11, heads=heads_of(more, SPACE), taps=taps_of(more),
+        QueryAR(config, space, parallel=mesh.config, seed=11, heads=heads_of(more, space), taps=taps_of(more),
                 stage=Stage.split(DEPTH, mesh.config, mesh.pipeline_rank, chunk))
         for chunk in range(mesh.config.virtual_pipeline)
     ]  # fmt: skip
@@ -87,7 +88,7 @@ def build(setup: Setup, mesh: topology.Topology, kind: str) -> QueryFlow:
         initialize_parameters(chunk, random_values, seed=4)
     generator = chunks[0] if len(chunks) == 1 else torch.nn.ModuleList(chunks)
     recipe = QueryFlow(
-        VGTConfig(tokenizer_weights="unused", **KINDS[kind]), generator, Latents(), classes=0,
+        VGTConfig(tokenizer_weights="unused", **KINDS[kind]), generator, Latents(space), classes=0,
         label_drop=config.caption_drop, seed=5, terms=more,
     )  # fmt: skip
     recipe.empty = EMPTY

@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-pytest.importorskip("diffusers", reason="the package diffusers is not installed (pip install 'megavar[diffusers]')")
+pytest.importorskip("diffusers", reason="the package diffusers is not installed (pip install 'megavar[vlm]')")
 
 from safetensors.torch import save_file
 

@@ -1,7 +1,8 @@
-"""Runs of TiTok's stages and of AliTok's phases, resumed bitwise; caches of their tokens, and generators on them."""
+"""Runs of TiTok's stages, AliTok's phases and VGT-AE, resumed bitwise; caches of tokens, and generators on them."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from megavar.config.tokenizers.titok import TiTokConfig
 from megavar.data.build import build_source
 from megavar.errors import ExitCode
 from megavar.recipes.tokenizer.recipe import TokenizerTraining
+from megavar.recipes.vgt_ae import VGTAETraining
 from megavar.tokenizers.maskgit_vqgan import MaskGITVQGAN
 from megavar.tokenizers.maskgit_vqgan.published import MaskGITVQGANLayout
 from megavar.training.checkpoint.weights import read_weights
@@ -29,9 +31,9 @@ TINY = (
 IMAGES = "{name: shapes, conditioning: class, length: 12, test_length: 16}"
 
 
-def go(path: str, overrides: tuple[str, ...], die_at: int | None = None) -> int:
+def go(path: str, overrides: tuple[str, ...], die_at: int | None = None, recipe: Any = TokenizerTraining) -> int:
     """Runs on every rank: train to the end, or to a sudden death while step ``die_at`` is prepared."""
-    return train_until(TokenizerTraining, load_config(ROOT / path, [*TINY, *overrides]), die_at)
+    return train_until(recipe, load_config(ROOT / path, [*TINY, *overrides]), die_at)
 
 
 def run(path: str, *overrides: str, ranks: int = 1) -> None:
@@ -112,3 +114,22 @@ def test_alitok_from_yaml_to_samples(tmp_path: Path) -> None:
     with np.load(chunk) as arrays:
         tokens = next(arrays[name] for name in arrays.files if arrays[name].ndim == 2)
     assert tokens.dtype == np.uint16 and tokens.shape == (4, 73) and tokens.max() < 256
+
+
+def test_vgts_first_stage_is_resumed_and_the_second_begins_with_it(tmp_path: Path) -> None:
+    """Killed between two saved steps, with a discriminator at work, under ZeRO-1."""
+    first, second = "configs/vgt/demo_ae_stage1.yaml", "configs/vgt/demo_ae_stage2.yaml"
+    short = ("train.steps=8", "recipe.adversarial.start_step=3", f"deepspeed={ROOT / 'configs/deepspeed/zero1.json'}")
+    whole, killed = (f"run.directory={tmp_path / name}" for name in ("whole", "killed"))
+    run(first, *short, whole)
+    with pytest.raises(RankFailure, match="exit code -9"):
+        run_ranks(1, go, first, (*short, killed), 6, VGTAETraining)
+    run(first, *short, killed)
+    one, other = (read_weights(tmp_path / name / "checkpoints" / "step-00000008") for name in ("whole", "killed"))
+    assert one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+    assert losses(tmp_path / "whole") == losses(tmp_path / "killed") and len(set(losses(tmp_path / "whole"))) == 8
+    begin = f"train.initial_weights.path={tmp_path / 'whole'}"
+    run(second, f"run.directory={tmp_path / 'second'}", "train.steps=2", begin)
+    tuned = read_weights(tmp_path / "second" / "checkpoints" / "step-00000002")
+    changed = {name.split(".")[0] for name, value in tuned.items() if not torch.equal(value, one[name])}
+    assert changed == {"projection", "decoder"}

@@ -1,9 +1,11 @@
 """QueryAR under every layout: the losses and norms of one process. Its inputs and its drawing by definition."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from megavar.conditions import Condition
@@ -53,8 +55,9 @@ def test_layouts_equal_one_process(setup):
                     assert values[kind][number][name] == pytest.approx(step[name], rel=TOLERANCE, abs=TOLERANCE), place
 
 
-def recipe_of(kind="batch"):
-    return querying.build(Setup(dense=True), topology.initialize(ParallelConfig(), environment()), kind)
+def recipe_of(kind="batch", side=querying.SIDE):
+    space = replace(SPACE, sides=(side,), length=side * side, image_side=4 * side)
+    return querying.build(Setup(dense=True), topology.initialize(ParallelConfig(), environment()), kind, space)
 
 
 @pytest.mark.usefixtures("single_process")
@@ -96,11 +99,11 @@ def drawn(recipe, noise=None, given=None, **settings):
 
 
 @pytest.mark.usefixtures("single_process")
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_the_context_of_a_group_is_the_training_sequence(size):
+@pytest.mark.parametrize(("size", "side"), [(1, 3), (2, 3), (4, 3), (16, 8)])
+def test_the_context_of_a_group_is_the_training_sequence(size, side):
     """Conditions while drawing are those of one pass over the sequence that was drawn: all of a group's first query,
     and all queries in groups of one."""
-    recipe = recipe_of()
+    recipe = recipe_of(side=side)
     steps, _ = drawn(recipe, tokens_per_step=size)
     order, data = (torch.cat([getattr(step, part) for step in steps], 1).repeat(2, *[1] * (rest - 1))
                    for part, rest in (("places", 2), ("tokens", 3)))  # fmt: skip
@@ -113,7 +116,21 @@ def test_the_context_of_a_group_is_the_training_sequence(size):
             step.condition[:, :compared], whole[:, start : start + compared], rtol=1e-5, atol=1e-5
         )
         start += step.places.shape[1]
-    assert len(steps) == max(1, SPACE.length // size)
+    assert len(steps) == side * side // size
+    assert torch.equal(order.sort(1).values, torch.arange(side * side).expand_as(order))
+
+
+@pytest.mark.usefixtures("single_process")
+def test_padding_to_the_longest_sequence_changes_nothing():
+    """1024 rows, the paper's most, of which 508 pad the text."""
+    recipe = recipe_of(side=16)
+    places = recipe.order(querying.batches(0, 0, 1, curves.BATCH)[0], 0)[:2]
+    data = torch.randn(2, 256, querying.CHANNELS, generator=torch.Generator().manual_seed(1))
+    ids = torch.tensor([[3, 4, 5], [9, 10, 11]])
+    short, long = (Text(F.pad(ids, (0, more)), F.pad(torch.ones_like(ids).bool(), (0, more))) for more in (0, 507))
+    assert long.ids.shape[1] + len(recipe.start) + 2 * 256 == 1024
+    assert_close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+    assert_close(*(training_conditions(recipe, text, places, data) for text in (short, long)))
 
 
 def training_conditions(recipe, text, order, data):

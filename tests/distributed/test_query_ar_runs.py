@@ -9,28 +9,35 @@ import pytest
 import torch
 import yaml
 
-pytest.importorskip("diffusers", reason="the package diffusers is not installed (pip install 'megavar[diffusers]')")
-pytest.importorskip("tokenizers", reason="the vlm extra is not installed")
+pytest.importorskip("diffusers", reason="the package diffusers is not installed (pip install 'megavar[vlm]')")
+pytest.importorskip("transformers", reason="the vlm extra is not installed")
 
 from safetensors.torch import load_file, save_file
 
 from megavar.beginning import warn_of_differences
 from megavar.config.loading import load_config
+from megavar.config.parallel import ParallelConfig
 from megavar.config.tokenizers.kl_vae import KLVAEConfig
 from megavar.data.text_training import SPECIAL
 from megavar.errors import ExitCode
+from megavar.parallel import topology
+from megavar.parallel.environment import environment
 from megavar.parallel.logical import initialize_parameters
 from megavar.planning.plan import plan
 from megavar.recipes.kl_vae import initial_value
 from megavar.recipes.mar import MaskedDiffusion
 from megavar.recipes.vgt import QueryFlow
+from megavar.retention import score_understanding
+from megavar.scoring import score
 from megavar.tokenizers.kl_vae import KLVAE
 from megavar.tokenizers.kl_vae.published import LDMLayout
-from megavar.training.checkpoint.weights import tensors_of
+from megavar.training.checkpoint.weights import find_checkpoint, read_weights, tensors_of
 from tests.boundary.runs import ROOT
 from tests.boundary.runs import tensors_of as trained
 from tests.distributed.harness import RankFailure, run_ranks
 from tests.distributed.whole_runs import chunks, samples_of, train_until
+from tests.evaluation.official.conftest import picture
+from tests.evaluation.understanding import files, folders
 from tools import convert_checkpoint
 
 pytestmark = pytest.mark.distributed
@@ -49,6 +56,7 @@ MAR = {
     "sampling": {"procedure": "mar", "iterations": 4, "steps": 3, "chunk_size": 4, "number": 12, "guidance": 2.0,
                  "weights": "ema"},
 }  # fmt: skip
+PLANTED = {"\n": {"Yes": 6.0, "A": 4.0, "No": 2.0}, "Yes": {"<|im_end|>": 9.0}}
 DATA = {
     "source": {"name": "shapes", "length": 64, "test_length": 32}, "image_size": 32,
     "text": {"length": 24, "vocabulary": 300},
@@ -57,27 +65,14 @@ DATA = {
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    """A random autoencoder as a file of latent diffusion, and a random language model as Hugging Face's folder."""
+    """A random autoencoder as a file of latent diffusion, and a vision-language model as Hugging Face's folder."""
     folder, config = tmp_path_factory.mktemp("parts"), KLVAEConfig(**VAE)
     model = KLVAE(config)
     initialize_parameters(model, initial_value, seed=2)
     state = LDMLayout(config, config.space).export(tensors_of(model))
     save_file({name: value.contiguous() for name, value in state.items()}, folder / "vae.safetensors")
-    width, inner, small = MODEL["width"], MODEL["feed_forward"], MODEL["width"] // MODEL["heads"] * MODEL["groups"]
-    shapes = {"embed_tokens.weight": (MODEL["vocabulary"], width), "norm.weight": (width,)}
-    for block in range(3):  # one more than is kept
-        rows = {"self_attn.q_proj": width, "self_attn.k_proj": small, "self_attn.v_proj": small}
-        for name, size in rows.items():
-            shapes |= {f"layers.{block}.{name}.weight": (size, width), f"layers.{block}.{name}.bias": (size,)}
-        more = {"self_attn.o_proj": (width, width), "mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width)}
-        more |= {"mlp.down_proj": (width, inner), "input_layernorm": (width,), "post_attention_layernorm": (width,)}
-        shapes |= {f"layers.{block}.{name}.weight": shape for name, shape in more.items()}
-    torch.manual_seed(1)
-    (folder / "model").mkdir()
-    weights = {f"model.{name}": torch.randn(shape) * 0.1 + (len(shape) == 1) for name, shape in shapes.items()}
-    save_file(weights, folder / "model/model.safetensors", metadata={"format": "pt"})
-    sizes = {"hidden_size": width, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "num_hidden_layers": 3}
-    (folder / "model/config.json").write_text(json.dumps(sizes))
+    sizes = {"num_hidden_layers": 3}  # one more than is kept
+    folders.write(folder / "model", "internvl", PLANTED, **sizes)
     return folder
 
 
@@ -172,9 +167,78 @@ def test_it_begins_with_the_folder_and_goes_back_to_its_names(finished, parts, t
     file = tmp_path / "weights.safetensors"
     assert convert_checkpoint.main([str(tmp_path / "begun"), str(file), "--layout", "vgt"]) == 0
     exported, given = load_file(file), load_file(parts / "model/model.safetensors")
-    kept = {name: value for name, value in given.items() if not name.startswith("model.layers.2.")}
+    part = "language_model.model."
+    kept = {name: value for name, value in given.items()
+            if name.startswith(part) and not name.startswith(f"{part}layers.2.")}  # fmt: skip
+    assert len(kept) == 2 + 2 * 12
     for name, value in kept.items():
-        torch.testing.assert_close(exported[f"lmm.language_model.{name}"], value, rtol=0, atol=1e-6)
+        torch.testing.assert_close(exported[f"lmm.{name}"], value, rtol=0, atol=1e-6)
+    words = [str(tmp_path / "begun"), str(tmp_path / "tuned"), "--into", str(parts / "model")]
+    assert convert_checkpoint.main(words) == 0
+    again = load_file(tmp_path / "tuned/model.safetensors")
+    assert again.keys() == {name for name in given if ".layers.2." not in name}
+    for name, value in again.items():
+        torch.testing.assert_close(value, given[name], rtol=0, atol=1e-6 if name in kept else 0)
+
+
+def understanding_of(path, overrides):
+    place = environment()
+    topology.initialize(ParallelConfig(), place)
+    return score_understanding(load_config(path, overrides), place)
+
+
+def test_what_it_still_understands_stands_beside_the_original(finished, parts, tmp_path):
+    """VGT Table 1. The original always says yes, which is right once for each image; after steps at a large rate the
+    language model says something else."""
+    benchmarks = [{"name": "mme", "path": str(files.mme(tmp_path / "MME.tsv"))},
+                  {"name": "ai2d", "path": str(files.ai2d(tmp_path / "AI2D.tsv"))}]  # fmt: skip
+    asked = {"model": str(parts / "model"), "benchmarks": benchmarks, "precision": "fp32", "answers": "likelihood"}
+    given = [f"evaluation.understanding={json.dumps(asked)}"]
+    scores, _ = run_ranks(2, understanding_of, finished, given)
+    run = finished.with_suffix("")
+    result = json.loads((run / "scores-understanding-step-00000006.json").read_text())
+    original = result["baselines"]["original"]
+    assert (original["mme_p"], original["ai2d"]) == (500, 50)
+    assert scores == result["metrics"] and scores["retained/ai2d"] == 2 * scores["ai2d"]
+    assert scores["retained/mme_p"] == pytest.approx(scores["mme_p"] / 5) and result["count"] == 24 + 4
+    tuned = load_file(run / "understanding/step-00000006/model/model.safetensors")
+    average = load_weights_of(run)
+    name = "language_model.model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(tuned[name], average["blocks.1.feed_forward.mlp.linear_fc2.weight"])
+    written = json.loads((run / "understanding/step-00000006/model/config.json").read_text())
+    assert written["text_config"]["num_hidden_layers"] == 2
+
+
+def load_weights_of(run):
+    return read_weights(find_checkpoint(run)[0], "generator", ema=True)
+
+
+def suite_of(path, suite):
+    place = environment()
+    topology.initialize(ParallelConfig(), place)
+    return score(load_config(path, [f"evaluation.suite={json.dumps(suite)}", "sampling.chunk_size=3"]), place)
+
+
+def test_it_fills_the_folders_of_public_scorers(finished, tmp_path):
+    """GenEval's file of prompts and DPG-Bench's folder of texts, four images of each, drawn on two ranks."""
+    lines = [{"tag": "colors", "include": [{"class": "bus", "count": 1}], "prompt": f"a photo of {what}"}
+             for what in ("a red bus", "two cups")]  # fmt: skip
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "dpg").mkdir()
+    (tmp_path / "dpg/whoops7.txt").write_text("a red bus beside a blue cup")
+    run = finished.with_suffix("")
+    assert run_ranks(2, suite_of, finished, {"name": "geneval", "prompts": str(tmp_path / "metadata.jsonl")})[0] == {}
+    assert run_ranks(2, suite_of, finished, {"name": "dpg", "prompts": str(tmp_path / "dpg")})[0] == {}
+    (root,) = run.glob("generated/*/geneval")
+    assert [json.loads((root / f"0000{n}/metadata.jsonl").read_text()) for n in (0, 1)] == lines
+    pictures = [picture(root / f"0000{n}/samples/0000{m}.png") for n in (0, 1) for m in range(4)]
+    assert all(one.shape == (3, 32, 32) for one in pictures) and len({one.numpy().tobytes() for one in pictures}) == 8
+    (root,) = run.glob("generated/*/dpg")
+    assert [file.name for file in root.iterdir()] == ["whoops7.png"]
+    assert picture(root / "whoops7.png").shape == (3, 64, 64)
+    results = [*run.glob("scores-dpg-*"), *run.glob("scores-geneval-*")]
+    notes = [json.loads(path.read_text())["notes"] for path in results]
+    assert all(any("nothing amiss" in note for note in found) for found in notes) and len(notes) == 2
 
 
 def test_another_rotary_base_than_the_folders_is_named(finished, parts, caplog):

@@ -1,7 +1,6 @@
 """reAR under every layout is that of one process: RAR, with experts, and AliTok, with noise, dropout and its term."""
 
 import functools
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +12,6 @@ from megavar.config.experts.base import ExpertsChoice
 from megavar.config.generators.alitok import AliTokConfig
 from megavar.config.generators.rar import RARConfig
 from megavar.config.noise import NoiseConfig
-from megavar.config.parallel import ParallelConfig
 from megavar.config.recipes.rear import RandomOrderConfig, ReARConfig
 from megavar.config.terms.codebook_embedding import CodebookEmbeddingConfig
 from megavar.config.token_space import TokenSpace
@@ -22,14 +20,12 @@ from megavar.generators.alitok import AliTok
 from megavar.generators.base import Stage
 from megavar.generators.rar import RAR
 from megavar.parallel import seeds, topology
-from megavar.parallel.environment import environment
 from megavar.recipes.rear import NextToken
 from megavar.recipes.terms.base import heads_of
 from megavar.recipes.terms.codebook_embedding import CodebookEmbedding
 from tests.distributed import curves
-from tests.distributed.curves import BATCH, Setup
+from tests.distributed.curves import Setup
 from tests.distributed.harness import run_ranks
-from tests.loops import bare_loop
 
 pytestmark = pytest.mark.distributed
 STEPS, TOLERANCE, CLASSES, VOCABULARY = 4, 1e-5, 5, 24
@@ -50,13 +46,13 @@ class Codes:
         return self.vectors[ids]
 
 
-def build(kind: str, mesh: topology.Topology) -> NextToken:
+def build(setup: Setup, mesh: topology.Topology, kind: str) -> NextToken:
     term = CodebookEmbedding(CodebookEmbeddingConfig(hidden=16, shared=False), Codes(), depth=4)
     experts = ExpertsChoice.make(router="scale_token", number=4, top_k=2) if kind == "experts" else None
     alitok = kind == "alitok"
-    tied = "both" if kind == "experts" else None
+    tied: Any = {"rar": None, "experts": "both", "alitok": "embedding"}[kind]
     choice: Any = (
-        AliTokConfig(prefix_tokens=0, grid=3, **SIZES) if alitok
+        AliTokConfig(prefix_tokens=0, grid=3, tied_codebook=tied, **SIZES) if alitok
         else RARConfig(experts=experts, tied_codebook=tied, **SIZES)
     )  # fmt: skip
     chunks = [
@@ -72,35 +68,32 @@ def build(kind: str, mesh: topology.Topology) -> NextToken:
     return NextToken(config, generator, Codes(), classes=CLASSES, label_drop=0.2, seed=5, steps=8, terms=[term])
 
 
-def batches(step: int, rank: int, size: int, micro: int) -> Iterator[Batch]:
+def batches(step: int, rank: int, size: int, micro: int) -> list[Batch]:
+    places, made = torch.arange(SPACE.length), []
     for batch in curves.batches(step, rank, size, micro):
-        places = torch.arange(SPACE.length)
         tokens = seeds.random_bits(1, "raster", batch.sample_ids[:, None], places) % VOCABULARY
-        yield replace(batch, tokens=tokens, labels=batch.labels % CLASSES)
+        made.append(replace(batch, tokens=tokens, labels=batch.labels % CLASSES))
+    return made
 
 
-def trained(setup: Setup, kind: str) -> list[dict[str, Any]]:
+def trained(setup: Setup) -> dict[str, list[dict[str, Any]]]:
     """Runs on every rank."""
-    mesh = topology.initialize(ParallelConfig(**setup.parallel), environment())
-    size = setup.micro_batch_size or BATCH // mesh.data
-    loop = curves.engine_loop(
-        setup, build(kind, mesh), mesh, lambda step: list(batches(step, mesh.data_rank, mesh.data, size))
-    )
-    return [loop.step(step) for step in range(STEPS)]
+    return curves.engine_runs(setup, KINDS, build, batches, STEPS)
 
 
-def trained_bare(setup: Setup, kind: str) -> list[dict[str, Any]]:
-    recipe = build(kind, topology.initialize(ParallelConfig(), environment()))
-    return bare_loop(recipe, "generator", lambda step: list(batches(step, 0, 1, BATCH)), STEPS,
-                     optimizer=curves.optimizer())  # fmt: skip
+def trained_bare() -> dict[str, list[dict[str, Any]]]:
+    return curves.bare_runs(Setup(), KINDS, build, batches, STEPS)
 
 
 @functools.cache
-def reference(kind: str) -> list[dict[str, Any]]:
-    return run_ranks(1, trained_bare, Setup(), kind)[0]
+def reference() -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = run_ranks(1, trained_bare)[0]
+    return found
 
 
 LAYOUTS = [
+    Setup(2, 0),
+    Setup(2, 1),
     Setup(2, 2, micro_batch_size=2),
     Setup(2, 3, parallel={"recompute": "full"}),
     Setup(2, 0, parallel={"tensor": 2}),
@@ -109,12 +102,11 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("setup", LAYOUTS, ids=str)
-def test_training_is_that_of_one_process(setup: Setup, kind: str) -> None:
-    expected = reference(kind)
-    assert all(metric in expected[0] for metric in METRICS)
-    for rank in run_ranks(setup.world_size, trained, setup, kind):
-        for found, step in zip(rank, expected, strict=True):
-            for name in METRICS:
-                assert found[name] == pytest.approx(step[name], abs=TOLERANCE), name
+def test_training_is_that_of_one_process(setup: Setup) -> None:
+    for rank in run_ranks(setup.world_size, trained, setup):
+        for kind, steps in reference().items():
+            assert all(metric in steps[0] for metric in METRICS)
+            for number, (found, step) in enumerate(zip(rank[kind], steps, strict=True)):
+                for name in METRICS:
+                    assert found[name] == pytest.approx(step[name], abs=TOLERANCE), f"{kind}, step {number}: {name}"

@@ -1,5 +1,6 @@
 """A raster VQGAN trained on the spot; reAR and AliTok on its tokens: train, resume, draw, analyze, reconstruct."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -10,9 +11,13 @@ import torch
 from PIL import Image
 
 from megavar.__main__ import main
+from megavar.analysis.kinds.exposure_bias import PROTOCOLS
 from megavar.errors import ExitCode
 from megavar.training.checkpoint import read_weights
+from tests.distributed.harness import RankFailure
+from tests.distributed.whole_runs import chunks, samples_of
 from tests.end_to_end.conftest import ROOT, TINY_TOKENIZER, megavar, metrics
+from tests.perceptual_files import write_perceptual_files
 
 pytestmark = pytest.mark.end_to_end
 DEMO = "configs/demo/maskgit_vqgan.yaml"
@@ -20,10 +25,8 @@ REAR = (
     "train.steps=4", "train.checkpoint={interval: 2, keep_last: 2}", "logging={interval: 1, samples_interval: 4}",
     "optimizer.schedule.warmup_steps=2", "sampling={procedure: raster, number: 8, chunk_size: 4, guidance: 4.0}",
 )  # fmt: skip
-GENERATORS = {
-    "rar": "{name: rar, depth: 2, width: 32, heads: 4, classes: 60, dropout: 0.2, tied_codebook: both}",
-    "alitok": "{name: alitok, depth: 2, width: 32, heads: 4, classes: 60, prefix_tokens: 0, grid: 8, dropout: 0.2}",
-}
+SIZES = "depth: 2, width: 32, heads: 4, classes: 60, dropout: 0.2, tied_codebook: both"
+GENERATORS = {"rar": f"{{name: rar, {SIZES}}}", "alitok": f"{{name: alitok, prefix_tokens: 0, grid: 8, {SIZES}}}"}
 
 
 @pytest.fixture(scope="module")
@@ -63,20 +66,30 @@ def test_resuming_is_bitwise(trained: tuple[str, Path], vqgan: Path, tmp_path: P
     for name, value in expected.items():
         assert torch.equal(value, found[name]), name
     assert metrics(again)[4]["loss"] == metrics(directory)[4]["loss"]
-    if kind == "rar":  # the boundary handed the codebook over, and nothing trained it
-        codes = read_weights(vqgan)["quantize.embedding.weight"]
-        assert torch.equal(expected["embedding.codes.vectors"], codes)
-        assert torch.equal(expected["head.projection.weight"], codes)
+    codes = read_weights(vqgan)["quantize.embedding.weight"]  # handed over at the boundary, and nothing trained it
+    assert torch.equal(expected["embedding.codes.vectors"], codes)
+    assert torch.equal(expected["head.projection.weight"], codes)
 
 
-def test_samples_are_tokens_of_the_vqgan(trained: tuple[str, Path], vqgan: Path) -> None:
-    kind, directory = trained
-    drawn = megavar("sample", DEMO, *words(kind, vqgan, directory))
-    assert drawn.code == 0, drawn.output
-    (chunk, *_) = sorted(directory.rglob("*.npz"))
-    with np.load(chunk) as arrays:
-        tokens = next(arrays[name] for name in arrays.files if arrays[name].ndim == 2)
-    assert tokens.dtype == np.uint16 and tokens.shape == (4, 64) and tokens.max() < 128
+def test_samples_do_not_depend_on_ranks_batches_or_interruptions(trained: tuple[str, Path], tmp_path: Path) -> None:
+    """Guided tokens of the VQGAN: the same ones from two ranks, in other batches, and after a death between chunks."""
+    finished = trained[1] / "config.yaml"
+    whole = chunks(samples_of(finished, 1, tmp_path / "whole"))
+    assert len(whole) == 2 and whole == chunks(samples_of(finished, 2, tmp_path / "ranks"))
+    uneven = samples_of(finished, 2, tmp_path / "uneven", "sampling.chunk_size=3")
+    tokens = stored_tokens(whole)
+    assert tokens.dtype == np.uint16 and tokens.shape == (8, 64) and tokens.max() < 128
+    assert len(np.unique(tokens, axis=0)) == 8 and np.array_equal(stored_tokens(chunks(uneven)), tokens)
+    with pytest.raises(RankFailure, match="exit code -9"):
+        samples_of(finished, 1, tmp_path / "dead", die_at=4)
+    (folder,) = (tmp_path / "dead/generated").iterdir()
+    (first,) = folder.glob("*.npz")
+    drawn = first.stat().st_mtime_ns
+    assert chunks(samples_of(finished, 1, tmp_path / "dead")) == whole and first.stat().st_mtime_ns == drawn
+
+
+def stored_tokens(files: dict[str, bytes]) -> np.ndarray:
+    return np.concatenate([np.load(io.BytesIO(content))["tokens"] for content in files.values()])
 
 
 def test_analyses(
@@ -94,18 +107,24 @@ def test_analyses(
         return content
 
     small = ("analysis.images=6", "analysis.batch=4")
-    bias = found("exposure_bias", *small, "analysis.ratios=[0.5,1.0]")
+    files = write_perceptual_files(tmp_path)["lpips_vgg"] if kind == "rar" else None  # LPIPS itself, random weights
+    lpips = () if files is None else (f"analysis.lpips_vgg={files.model_dump_json()}",)
+    bias = found("exposure_bias", *small, *lpips, "analysis.ratios=[0.5,1.0]")
     assert bias["perfect_0.5_ctr"] >= 0.5 and bias["imperfect_0.5_ctr"] >= 0.5
     assert bias["perfect_1_ctr"] == bias["imperfect_1_ctr"] == 1 and bias["perfect_1_psnr"] == 100
     assert bias["perfect_1_perplexity"] == bias["imperfect_1_perplexity"]
-    replaced = found("embedding_replacement", *small, "analysis.ratios=[0.0,1.0]")
+    replaced = found("embedding_replacement", *small, *lpips, "analysis.ratios=[0.0,1.0]")
     assert replaced["0_ctr"] == replaced["1_ctr"] < 1 and replaced["0_cosine"] < replaced["1_cosine"] < 1
+    assert replaced["1_perplexity_increase"] == pytest.approx(replaced["1_perplexity"] - replaced["0_perplexity"])
+    if lpips:
+        assert bias["perfect_1_lpips_vgg"] == 0 < min(bias[f"{which}_0.5_lpips_vgg"] for which in PROTOCOLS)
+        assert 0 < replaced["1_lpips_vgg"] != replaced["0_lpips_vgg"] > 0
     same = found("generalization", *small)
     assert {"trained", "unseen", "trained_noisy", "unseen_noisy"} <= same.keys()
     assert same["unseen_loss"] != same["unseen_noisy_loss"]
     alignment = found("codebook_alignment", *small)
     assert all(0 < alignment[f"{which}_{layer}"] <= 1 for which in ("encoded", "decoded") for layer in range(3))
-    if kind == "rar":  # tied: what the first block reads is a linear map of the code, and positions
+    if kind == "rar":  # what the first block reads is a linear map of the code, and positions
         assert alignment["encoded_0"] > alignment["decoded_0"]
     speed = found("step_times", "analysis.batch=4", "analysis.repeats=1", "analysis.steps=[16,64,240]")
     assert speed["steps"] == 64 and {"seconds_at_step_16", "seconds_at_step_64"} <= speed.keys()

@@ -5,10 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-import torchvision
 
 from megavar.config.data import DataConfig, PhotographsSource
-from megavar.config.evaluation import EvaluationConfig, PerceptualWeights, ReconstructionConfig
+from megavar.config.evaluation import EvaluationConfig, ReconstructionConfig
 from megavar.config.loading import decode
 from megavar.config.suites.adm import ADMSuite
 from megavar.errors import CheckpointError, ConfigError, DataError
@@ -17,6 +16,7 @@ from megavar.evaluation.reconstruction_suite import score_tokenizer
 from megavar.parallel.environment import Environment
 from tests.evaluation.conftest import SmallInception
 from tests.evaluation.suites.conftest import PHOTOGRAPHS, SHAPES
+from tests.perceptual_files import write_perceptual_files
 
 ONE = Environment(0, 1, 0, "single")
 
@@ -53,22 +53,7 @@ def test_tokenizer_of_captioned_shapes_has_a_ceiling_instead_of_a_classifier(tmp
 
 @pytest.fixture(scope="module")
 def perceptual_weights(tmp_path_factory):
-    """Random files in the formats of torchvision and of the LPIPS package."""
-    directory = tmp_path_factory.mktemp("lpips")
-    alexnet = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
-    convolutions = {f"{place}.weight": torch.randn(o, i, k, k) * 0.05 for place, (o, i, k) in alexnet.items()}
-    convolutions |= {f"{place}.bias": torch.zeros(shape[0]) for place, shape in alexnet.items()}
-    vgg = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"]).state_dict()
-    given = {}
-    for name, features, channels in (
-        ("lpips_vgg", vgg, (64, 128, 256, 512, 512)), ("lpips_alex", convolutions, (64, 192, 384, 256, 256))
-    ):  # fmt: skip
-        torch.save({f"features.{key}": tensor for key, tensor in features.items()}, directory / f"{name}.pth")
-        linear = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1) for i, c in enumerate(channels)}
-        torch.save(linear, directory / f"{name}-linear.pth")
-        paths = {"backbone": str(directory / f"{name}.pth"), "linear": str(directory / f"{name}-linear.pth")}
-        given[name] = PerceptualWeights(**paths)
-    return given
+    return write_perceptual_files(tmp_path_factory.mktemp("lpips"))
 
 
 def test_every_reconstruction_metric_by_configuration(tmp_path, perceptual_weights, monkeypatch):

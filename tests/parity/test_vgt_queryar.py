@@ -353,7 +353,7 @@ def test_sampler_equals_the_reference(case: Case, kind: str) -> None:
 
     with torch.no_grad():
         drawn = flow_matching.euler_maruyama(
-            velocity_at, draws[0], QueryDecoding(settings).times(), lambda step: draws[step],
+            velocity_at, draws[0], QueryDecoding(settings).grid, lambda step: draws[step],
             plain_last=settings.last_step > 0,
         )  # fmt: skip
     case.check(f"output.{kind}.sample", drawn)

@@ -1,17 +1,30 @@
 """Measured operations equal what PyTorch counts while the real generator trains and decodes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megavar.conditions import Condition
+from megavar.config.choice import resolve
+from megavar.config.denoising_mlp import DenoisingMLPConfig
 from megavar.config.experts.base import ExpertsChoice
+from megavar.config.generators.mar import MARConfig
+from megavar.config.generators.query_ar import QueryARConfig
 from megavar.config.generators.var import SCALES, VARConfig
+from megavar.config.language_model import LanguageModelConfig
 from megavar.config.parallel import ParallelConfig
+from megavar.config.procedures.mar import MARSampling
 from megavar.config.procedures.next_scale import NextScaleSampling
+from megavar.config.procedures.query_ar import QuerySampling
+from megavar.config.tokenizers.kl_vae import KLVAEConfig
 from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
+from megavar.data.text import Text
 from megavar.generators.inputs import ScaleInputs
 from megavar.planning.attention_cost import FLEX_TILE, attention_pairs
 from megavar.planning.measure import DrawRequest, Request, drawing_flops, measure, tokenizer_cost
+from megavar.sampling.noise import Noise
 from megavar.transformer.cache import KeyValueCache
 from megavar.transformer.kernels import Visibility
 from megavar.transformer.sequence import SequenceLayout
@@ -80,6 +93,44 @@ def test_sampling(single_process, options):
     plain, guided = (DrawRequest(config, tokenizer, NextScaleSampling(guidance=scale)) for scale in (0.0, 1.5))
     assert drawing_flops(plain) == counter.get_total_flops() / images
     assert drawing_flops(guided) == 2 * drawing_flops(plain)
+
+
+LATENTS = KLVAEConfig(image_side=32, latent_channels=2, base_channels=8, channel_multipliers=(1, 1, 2, 2),
+                      residual_blocks=1, norm_groups=4, patch=1)  # fmt: skip
+HEAD = DenoisingMLPConfig(width=24, depth=2)
+TEXT, DEPTH, HEADS, WIDTH = 6, 2, 4, 32
+DRAWN = {
+    "query_ar": (QueryARConfig, QuerySampling(steps=3)),
+    "query_ar, groups": (QueryARConfig, QuerySampling(steps=3, tokens_per_step=5, context="release", solver="euler")),
+    "mar": (MARConfig, MARSampling(iterations=5, steps=3, guidance=2.0)),
+}
+
+
+def drawn_model(kind):
+    if kind is MARConfig:
+        return MARConfig(width=WIDTH, encoder_depth=1, decoder_depth=DEPTH, heads=HEADS, head=HEAD, classes=None,
+                         text_vocabulary=40, buffer=TEXT)  # fmt: skip
+    sizes = LanguageModelConfig(vocabulary=40, width=WIDTH, depth=DEPTH, heads=HEADS, groups=2, feed_forward=48)
+    return QueryARConfig(language_model=sizes, query_sides=(5, 5), head=HEAD, text_length=TEXT, image_start=(7,))
+
+
+@pytest.mark.usefixtures("single_process")
+@pytest.mark.parametrize("case", DRAWN)
+def test_drawing_of_vectors(case):
+    """Repeated flows are counted once and added as often as they run; attention to the cache is counted, not run."""
+    config, sampling = drawn_model(DRAWN[case][0]), DRAWN[case][1]
+    model, procedure, space = resolve(config)(config, LATENTS.space).eval(), resolve(sampling)(sampling), LATENTS.space
+    indices, text = torch.zeros(1, dtype=torch.long), torch.zeros(1, TEXT, dtype=torch.long)
+    asked = Text(text, torch.ones_like(text, dtype=torch.bool))
+    condition = Condition(indices, ("a",), -1, asked, asked)
+    counter = models.flop_counter()
+    with counter, sdpa_kernel(SDPBackend.MATH):
+        procedure.draw(model, SimpleNamespace(space=space), condition, Noise(0, indices))
+    hidden = 0  # pairs of the first pass that a mask hides, counted by torch
+    if isinstance(config, QueryARConfig):
+        rows = TEXT + 1 + procedure.sizes(space.length)[0]
+        hidden = rows * (rows - 1) // 2 * 4 * WIDTH * DEPTH * 2
+    assert drawing_flops(DrawRequest(config, LATENTS, sampling)) == counter.get_total_flops() - hidden
 
 
 @pytest.mark.parametrize("rule", ["block_causal", "block_diagonal", "causal", "full"])

@@ -1,4 +1,4 @@
-"""QueryAR's configurations have the numbers of parameters that VGT's sizes come from, counted on the meta device."""
+"""QueryAR's configurations: parameters that VGT's sizes come from, on the meta device; plans at the paper's batch."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import torch
 
 from megavar.assembly import build_generator
 from megavar.config.loading import load_config
+from megavar.planning.plan import plan
 
 ROOT = Path(__file__).parents[2]
 COUNTS = {
@@ -30,3 +31,22 @@ def test_counts_are_those_of_the_paper(name, monkeypatch):
     inside = sum(value for part, value in counted.items() if part.startswith(("blocks.", "norm.")))
     assert inside == pytest.approx(blocks, abs=1e-6)
     assert sum(value for part, value in counted.items() if part.startswith("head.")) == pytest.approx(head, abs=0.05)
+
+
+def test_plans_at_the_papers_batch_and_longest_sequence(monkeypatch):
+    """1024 rows: 511 of text, the beginning of an image, two per latent. Costs follow from the sizes."""
+    monkeypatch.chdir(ROOT)
+    longest = ["data.text.length=511", "generator.text_length=511", "sampling.tokens_per_step=16"]
+    config = load_config("configs/vgt/queryar_qwen25vl_3b_21.yaml", longest)
+    plans = [plan(config, gpus, "h200", images=36_000_000, suggestions=0) for gpus in (8, 64)]
+    for found in plans:
+        assert found.fits and found.steps == 100_000 and found.prediction.layout.global_batch == 256
+    assert plans[1].seconds < plans[0].seconds / 6
+    width, rows, latents = 2048, 1024, 256
+    block = 2 * width * (width + 256) + 3 * width * 11008
+    forward = 21 * (2 * rows * block + 4 * width * rows * (rows + 1) // 2)
+    forward += 2 * latents * (152.4e6 + width**2)
+    assert plans[0].workload.train_flops == pytest.approx(3 * forward, rel=0.01)
+    # drawing reads every row of the image with and without caption, latents together with their queries; 30 flow steps
+    drawn = 2 * (2 * (512 + 3 * latents) * 21 * block + 2 * 30 * latents * 152.4e6)
+    assert plans[0].sample_flops == pytest.approx(drawn, rel=0.05)

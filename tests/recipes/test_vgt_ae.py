@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 
+from megavar.assembly import write_into_folder
+from megavar.config.choice import resolve
 from megavar.config.loading import load_config
 from megavar.config.recipes.vgt_ae import LatentNoiseConfig, VGTAETrainingConfig
 from megavar.config.tokenizers.kl_vae import KLVAEConfig
@@ -58,6 +60,19 @@ def step(recipe, data, at=0):
     output = recipe.reconstruction(recipe.tokenizer, inputs)
     return inputs, output, recipe.autoencoder_loss(output, inputs, at)
 
+def goes_back(config, model, origin, folder):
+    """Unchanged an encoder gives an equal folder, and trained it is where it was."""
+    tensors = dict(model.state_dict())
+    write_into_folder(config, tensors, origin, folder)
+    assert (folder / "model.safetensors").read_bytes() == (origin / "model.safetensors").read_bytes()
+    trained = folder.with_name(f"{folder.name} trained")
+    write_into_folder(config, {name: value + 1 for name, value in tensors.items()}, origin, trained)
+    tuned, given = (load_file(place / "model.safetensors") for place in (trained, origin))
+    changed = {name for name, value in tuned.items() if not torch.equal(value, given[name])}
+    assert changed == {name for name in given if "language_model" not in name and "lm_head" not in name
+                       and not name.startswith("model.")}  # fmt: skip
+
+
 TEXT = {"vocab_size": 64, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
         "num_key_value_heads": 2}  # fmt: skip
 
@@ -95,6 +110,8 @@ def test_internvl_folders_load_and_say_what_transformers_says(internvl, tmp_path
     save_file(own | {"language_model.lm_head.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     again = VGTAE(INTERN)
     load_encoder(again, str(tmp_path), key="recipe.encoder_weights")
+    goes_back(INTERN, model, folder, tmp_path / "back")
+    goes_back(INTERN, again, tmp_path, tmp_path.with_name("own back"))
     both = model.encoder.state_dict(), again.encoder.state_dict()
     assert all(torch.equal(both[0][name], both[1][name]) for name in both[0])
     deeper = INTERN.model_copy(update={"encoder": INTERN.encoder.model_copy(update={"depth": 1})})
@@ -116,6 +133,7 @@ def test_qwen_folders_load_and_say_what_transformers_says(tmp_path):
     load_encoder(model, str(tmp_path), key="recipe.encoder_weights")
     ours, other = model.encoder.tower.state_dict(), theirs.model.visual.state_dict()
     assert ours.keys() == other.keys() and all(torch.equal(ours[name], other[name]) for name in ours)
+    goes_back(QWEN, model, tmp_path, tmp_path.with_name("qwen back"))
     semantic = model.encoder.semantic(IMAGES)
     alone = torch.cat([model.encoder.semantic(image[None]) for image in IMAGES])
     torch.testing.assert_close(semantic, alone, rtol=0, atol=1e-5)
@@ -238,25 +256,26 @@ def test_another_tokenizer_and_the_adaptive_weight_are_refused():
     ("path", "decoder", "millions"),
     [
         ("ae_stage1", None, 472.6), ("ae_qwen_stage1", None, 853.2), ("ae_stage1", "sd_vae", 363.0),
-        ("ae_stage1", "vit", 467.2),
+        ("ae_stage1", "vit", 467.2), ("ae_qwen_stage1", "sd_vae", 743.6), ("ae_qwen_stage1", "vit", 847.8),
     ],
 )
 def test_sizes_are_those_of_table_4(path, decoder, millions, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[2])
     config = load_config(f"configs/vgt/{path}.yaml").tokenizer
     if decoder is not None:
-        config = VGTAEConfig(decoder={"name": decoder})
+        config = VGTAEConfig.model_validate(config.model_dump() | {"decoder": {"name": decoder}})
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in VGTAE(config).parameters())
     assert round(count / 1e6, 1) == millions
 
 
 @pytest.mark.parametrize(
-    ("package", "config"), [("transformers", INTERN), ("transformers", QWEN), ("diffusers", INTERN)]
+    ("package", "config"),
+    [("transformers", INTERN), ("transformers", QWEN), ("diffusers", INTERN), ("diffusers", KLVAEConfig())],
 )
 def test_a_missing_package_is_one_sentence(package, config, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError, match=rf"needs the package {package}, .*pip install 'megavar\[vlm\]'\.$"):
-        VGTAE(config)
+        resolve(config)(config)

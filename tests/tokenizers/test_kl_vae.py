@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-pytest.importorskip("diffusers", reason="the package diffusers is not installed (pip install 'megavar[diffusers]')")
+pytest.importorskip("diffusers", reason="the package diffusers is not installed (pip install 'megavar[vlm]')")
 
 from megavar.assembly import load_tokenizer
 from megavar.config.tokenizers.kl_vae import KLVAEConfig

@@ -25,6 +25,7 @@ def test_all_parts(tmp_path, capsys):
     names = {alternative for _, alternative in figures}
     assert {"dense", "prefix", "flex", "megatron", "grouped", "deepspeed", "tutel"} <= names
     assert {"from images", "from cached tokens", "bare loop", "engine", "engine, metrics", "drawing"} <= names
+    assert {"drawing without guidance", "steps"} <= names  # the latter skipped: it is not drawn token by token
     for row in figures.values():
         if "skipped" not in row:
             seconds = row["seconds"]
@@ -36,6 +37,17 @@ def test_all_parts(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "x bare loop" in text and "skipped: PyTorch has no CPU backward" in text
     assert not traces.exists()
+
+
+def test_steps_of_decoding(tmp_path):
+    """reAR Fig. 5: with guidance and without, early and late."""
+    out = tmp_path / "figures.json"
+    arguments = ["configs/demo/rar.yaml", "generator.depth=1", "generator.width=16", "sampling.guidance=4"]
+    options = ["--batch", "2", "--repeats", "1", "--parts", "decoding", "--json", str(out)]
+    assert benchmark.main([*arguments, *options]) == ExitCode.FINISHED
+    rows = json.loads(out.read_text())["figures"]
+    assert [row["alternative"] for row in rows] == ["step 4, guided", "step 60, guided", "step 4", "step 60"]
+    assert {row["relative_to"] for row in rows} == {"step 4, guided"}
 
 
 def test_ratios_are_taken_round_by_round():
@@ -71,4 +83,4 @@ def test_errors_help(arguments, message, capsys):
 
 
 def test_every_part_is_on_offer():
-    assert set(PARTS) == {"attention", "experts", "train", "overhead", "sampling"}
+    assert set(PARTS) == {"attention", "experts", "train", "overhead", "sampling", "decoding"}

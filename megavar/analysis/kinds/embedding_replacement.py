@@ -56,7 +56,11 @@ class EmbeddingReplacement(Analysis[EmbeddingReplacementAnalysis]):
                     pictures.append(judge.tokenizer.decode(ids[:PICTURES]).cpu())
             if number == 0:
                 pictures.insert(0, true.reference[:PICTURES].cpu())
-        return {ratio: means(found) for ratio, found in parts.items()}, pictures
+        values = {ratio: means(found) for ratio, found in parts.items()}
+        before = next(iter(values.values()))["perplexity"]
+        for found in values.values():
+            found["perplexity_increase"] = found["perplexity"] - before
+        return values, pictures
 
 
 def nearest_others(vectors: Tensor, at_once: int = 1024) -> Tensor:
@@ -69,15 +73,21 @@ def nearest_others(vectors: Tensor, at_once: int = 1024) -> Tensor:
     return torch.cat(found)
 
 
+AXES = {None: "share of wrong tokens replaced", "cosine": "cosine of code vectors with the true ones",
+        "perplexity_increase": "increase of perplexity"}  # fmt: skip
+
+
 def _draw(values: dict[str, dict[str, dict[str, float]]]) -> Figure:
-    names = [name for name in next(iter(next(iter(values.values())).values())) if name != "ctr"]
-    figure = Figure(figsize=(3.6 * len(names), 3.4), layout="constrained")
-    for axes, metric in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
-        for name, by_ratio in values.items():
-            axes.plot([float(ratio) for ratio in by_ratio], [found[metric] for found in by_ratio.values()], "o-",
-                      label=name)  # fmt: skip
-        axes.set(xlabel="share of wrong tokens replaced", ylabel=metric)
-        axes.legend(fontsize=7)
+    """Image quality over the share, over the cosine and over what replacing adds to perplexity (Fig. 7e to 7g)."""
+    names = [name for name in next(iter(next(iter(values.values())).values())) if name.startswith(("psnr", "lpips"))]
+    figure = Figure(figsize=(12, 3.4 * len(names)), layout="constrained")
+    for row, metric in zip(figure.subplots(len(names), len(AXES), squeeze=False), names):
+        for axes, (key, title) in zip(row, AXES.items()):
+            for name, by_ratio in values.items():
+                x = [float(ratio) if key is None else found[key] for ratio, found in by_ratio.items()]
+                axes.plot(x, [found[metric] for found in by_ratio.values()], "o-", label=name)
+            axes.set(xlabel=title, ylabel=metric.upper())
+            axes.legend(fontsize=7)
     return figure
 
 

@@ -12,11 +12,12 @@ import torch
 from matplotlib.figure import Figure
 
 from megavar.analysis.base import Analysis, Report, Subject
+from megavar.analysis.embedding import in_two_dimensions, principal
 from megavar.analysis.similarity import linear_cka_matrix
 from megavar.config.analyses.scale_features import ScaleFeaturesAnalysis
 from megavar.errors import ConfigError
 
-COMPONENTS, NEIGHBOURS, PERPLEXITY = 50, 10, 30
+NEIGHBOURS = 10
 
 
 class ScaleFeatures(Analysis[ScaleFeaturesAnalysis]):
@@ -29,7 +30,7 @@ class ScaleFeatures(Analysis[ScaleFeaturesAnalysis]):
         for run in runs:
             states, pooled, block = self._states(run)
             points, scale = self._chosen(states)
-            places = self._embed(points)
+            places = in_two_dimensions(points, self.choice.embedding, self.choice.seed)
             cka = linear_cka_matrix(pooled)
             values[run.name] = separation(points, scale) | {
                 "cka_between_neighbours": _beside_diagonal(cka),
@@ -70,23 +71,6 @@ class ScaleFeatures(Analysis[ScaleFeaturesAnalysis]):
             points.append(rows[chosen].numpy())
             scale.append(np.full(len(chosen), number))
         return np.concatenate(points), np.concatenate(scale)
-
-    def _embed(self, points: np.ndarray) -> np.ndarray:
-        """[N, C] -> [N, 2]."""
-        reduced = principal(points)
-        if self.choice.embedding == "pca":
-            return reduced[:, :2]
-        from sklearn.manifold import TSNE
-
-        perplexity = min(PERPLEXITY, (len(points) - 1) // 3)
-        return TSNE(perplexity=perplexity, init="pca", random_state=self.choice.seed).fit_transform(reduced)
-
-
-def principal(points: np.ndarray) -> np.ndarray:
-    """Coordinates along the first :data:`COMPONENTS` principal axes."""
-    centred = points - points.mean(0)
-    left, sizes, _ = np.linalg.svd(centred, full_matrices=False)
-    return left[:, :COMPONENTS] * sizes[:COMPONENTS]
 
 
 def separation(points: np.ndarray, scale: np.ndarray) -> dict[str, float]:

@@ -23,6 +23,7 @@ class QueryARConfig(GeneratorChoice):
         "vgt": "megavar.generators.query_ar.published:VGTLayout",
         "qwen2": "megavar.generators.language_model.published:Qwen2Layout",
     }
+    folder_part: ClassVar[str] = "megavar.generators.language_model.published:language_model_of"
 
     name: Literal["query_ar"] = "query_ar"
     language_model: LanguageModelConfig = LanguageModelConfig()

@@ -26,10 +26,6 @@ class RARConfig(RasterTransformerConfig):
     dropout: float = Field(0.1, ge=0, lt=1)
     """Dropout after attention and in and after the feed-forward network. RAR also drops attention's probabilities, at
     the same rate, which fused kernels cannot do for masks that belong to samples: left out."""
-    tied_codebook: Literal["embedding", "head", "both"] | None = None
-    """Where the tokenizer's own code vectors, frozen, and one linear layer stand in for learned tables: for the tokens
-    that are read, for the head's classes, or both (reAR Table 3, "tied codebook embedding": "in the embedding layer or
-    prediction head"; one layer each is ours). None: nowhere."""
     spare_positions: int = Field(1024, ge=2)
     """Rows of the tables of positions beyond the image's tokens: the prefix's two, the others unused (published)."""
     spare_steps: int = Field(100, ge=2)
@@ -40,11 +36,6 @@ class RARConfig(RasterTransformerConfig):
         if self.width % self.heads:
             raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}: change one of them")
         return self
-
-    @property
-    def reads_codebook(self) -> bool:
-        """Where it is tied to one."""
-        return self.tied_codebook is not None
 
     @property
     def feed_forward_size(self) -> int:

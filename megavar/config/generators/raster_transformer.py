@@ -24,8 +24,17 @@ class RasterTransformerConfig(GeneratorChoice):
     """Share of samples whose label is replaced by "no class" (classifier-free guidance)."""
     experts: ExpertsChoice | None = None
     """Mixture of experts; none means dense."""
+    tied_codebook: Literal["embedding", "head", "both"] | None = None
+    """Where the tokenizer's own code vectors, frozen, and one linear layer stand in for learned tables: for the tokens
+    that are read, for the head's classes, or both (reAR Table 3, "tied codebook embedding": "in the embedding layer or
+    prediction head"; one layer each is ours). None: nowhere."""
     attention_kernel: Literal["auto", "dense", "causal", "flex"] = "auto"
     """Kernel of causal attention."""
+
+    @property
+    def reads_codebook(self) -> bool:
+        """Where it is tied to one."""
+        return self.tied_codebook is not None
 
     @property
     def feed_forward_size(self) -> int:

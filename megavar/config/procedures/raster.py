@@ -18,8 +18,8 @@ class RasterSampling(SamplingChoice):
     procedure: Literal["raster"] = "raster"
     guidance: float = Field(16.0, ge=1)
     """Classifier-free guidance g: at step s of L, u + (c - u) (1 + (g - 1) (1 - cos(pi (s/L)^power)) / 2). 1: none."""
-    guidance_power: float = Field(2.75, gt=0)
-    """How late guidance rises."""
+    guidance_power: float = Field(2.75, ge=0)
+    """How late guidance rises. 0: not at all, it is ``guidance`` from the first token on (reAR appendix E: 4)."""
     temperature: float = Field(1.0, gt=0)
     """Divides the guided logits."""
     top_k: int = Field(0, ge=0)

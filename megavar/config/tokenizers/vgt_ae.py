@@ -155,6 +155,7 @@ class VGTAEConfig(TokenizerChoice):
 
     implementation: ClassVar[str] = "megavar.tokenizers.vgt_ae:VGTAE"
     weight_layouts: ClassVar[Mapping[str, str]] = {"vgt": "megavar.tokenizers.vgt_ae.published:VGTAELayout"}
+    folder_part: ClassVar[str] = "megavar.tokenizers.vgt_ae.pretrained:encoder_of"
 
     name: Literal["vgt_ae"] = "vgt_ae"
     image_side: PositiveInt = 448

@@ -11,20 +11,18 @@ Shapes: B samples, C width, V codebook size, D head size.
 """
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from megavar.config.generators.alitok import AliTokConfig
 from megavar.config.parallel import ParallelConfig
 from megavar.errors import ConfigError
-from megavar.generators.base import Embedded, Generator, TokenSequence
+from megavar.generators.base import Embedded, TokenSequence
 from megavar.generators.inputs import RasterInputs
-from megavar.parallel.parameter_rule import ParameterRule
+from megavar.generators.raster_transformer import RasterTransformer, TokenHead, TokenTable
 from megavar.transformer.context import ForwardContext
 from megavar.transformer.dropout import dropout, prepare_dropout
 from megavar.transformer.megatron_config import transformer_config
@@ -46,10 +44,8 @@ def rotary_table(prefix: int, grid: int, channels: int, device: torch.device | N
     return torch.cat([nothing, line[0], plane[0]]), torch.cat([nothing, line[1], plane[1]])
 
 
-class AliTok(Generator):
+class AliTok(RasterTransformer):
     """A stage of AliTok's transformer. The prediction is its logits: float32 [B, rows, V / tensor-parallel size]."""
-
-    class_table: ClassVar[str] = "embedding.weight"
 
     choice: AliTokConfig
 
@@ -72,7 +68,7 @@ class AliTok(Generator):
         )
 
     def build_first(self) -> None:
-        """One table: codes, a mask that only MaskGIT would use, classes, no class.
+        """One table.
 
         Raises:
             ConfigError: an image has more tokens than the rotary table rows.
@@ -84,8 +80,7 @@ class AliTok(Generator):
                 f"{choice.prefix_tokens} and generator.grid={choice.grid} have places for {rows}. For a grid of codes "
                 f"set prefix_tokens: 0 and grid to its side; for a line prefix_tokens to its length."
             )
-        rows = (self.space.vocabulary or 0) + choice.classes + 2
-        self.embedding = nn.Embedding(rows, choice.width, dtype=self.config.params_dtype)
+        self.embedding = TokenTable(choice, self.space, self.config.params_dtype)
 
     def spec(self, number: int) -> BlockSpec:
         """RMSNorm of hidden states and heads, rotary positions, dropout."""
@@ -101,15 +96,8 @@ class AliTok(Generator):
 
     def build_last(self) -> None:
         """Norm and head."""
-        assert self.space.vocabulary is not None
         self.norm = RMSNorm(self.choice.width, self.unsharded, EPSILON)
-        self.head = ColumnParallelLinear(
-            self.choice.width,
-            self.space.vocabulary,
-            config=self.unsharded,
-            init_method=lambda weight: weight,
-            bias=True,
-        )
+        self.head = TokenHead(self.unsharded, self.choice, self.space)
 
     def sequence(self, inputs: RasterInputs) -> TokenSequence:
         """One causal segment."""
@@ -122,10 +110,9 @@ class AliTok(Generator):
 
     def embed(self, inputs: RasterInputs) -> Embedded:
         """The class's row, then the tokens'."""
-        hidden = self.embedding(inputs.ids)
+        hidden = self.embedding.tokens(inputs.ids)
         if inputs.start == 0:
-            assert self.space.vocabulary is not None
-            hidden = torch.cat([self.embedding(self.space.vocabulary + 1 + inputs.labels)[:, None], hidden], 1)
+            hidden = torch.cat([self.embedding.classes(inputs.labels)[:, None], hidden], 1)
         rate = self.choice.token_dropout
         if self.training and inputs.sample_keys is not None and rate:
             layout = SequenceLayout((hidden.shape[1],), rule="causal")
@@ -136,25 +123,11 @@ class AliTok(Generator):
 
     def predict(self, hidden: Tensor, conditions: Mapping[str, Tensor], inputs: RasterInputs) -> Tensor:
         """[rows, B, C] -> float32 logits [B, rows, V / tensor-parallel size]."""
-        return self.head(self.norm(hidden))[0].float().transpose(0, 1)
+        return self.head(self.norm(hidden))
 
-    def initial_value(self, name: str, value: Tensor, generator: torch.Generator) -> None:
-        """Head and biases zero, as the reference's head; everything else as RAR's: normal with 0.02, cut off at two."""
-        if name.endswith("bias") or name == "head.weight":
-            value.zero_()
-        elif "norm" in name:
-            value.fill_(1.0)
-        else:
-            nn.init.trunc_normal_(value, std=0.02, generator=generator)
-
-    def own_rule(self, name: str) -> ParameterRule:
-        """Weight decay on matrices but the table, RAR's rule."""
-        return ParameterRule(decays=not ("norm" in name or name.endswith("bias") or name.startswith("embedding.")))
-
-    def example(self, images: int) -> RasterInputs:
-        """Class 0, 1, ... and zeros for all tokens but the last."""
-        ids = torch.zeros(images, self.space.length - 1, dtype=torch.int64)
-        return RasterInputs(torch.arange(images) % self.choice.classes, ids, sample_keys=torch.arange(images))
+    def starts_at_zero(self, name: str) -> bool:
+        """The head, as the reference's; where it is tied, the layer before its code vectors."""
+        return name in ("head.projection.weight", "head.to_codes.weight")
 
     def _require_raster(self, inputs: RasterInputs) -> None:
         if inputs.order is not None:

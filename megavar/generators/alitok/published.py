@@ -20,8 +20,8 @@ class AliTokLayout(RasterLayout):
         "feed_forward.mlp.linear_fc2": "mlp.w2",
     }
     outside: ClassVar[Mapping[str, str]] = {
-        "embedding.weight": "embeddings.weight",
+        "embedding.table.weight": "embeddings.weight",
         "norm.weight": "norm.weight",
-        "head.weight": "output.weight",
-        "head.bias": "output.bias",
+        "head.projection.weight": "output.weight",
+        "head.projection.bias": "output.bias",
     }

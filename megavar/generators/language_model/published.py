@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megavar.errors import CheckpointError
 from megavar.generators.language_model.model import HasLanguageModel
-from megavar.weight_layout import NamedLayout, Shape
+from megavar.weight_layout import FolderPart, NamedLayout, Shape
 
 EMBEDDING = "embed_tokens.weight"
 _BLOCK = {
@@ -113,6 +113,20 @@ class Qwen2Layout(NamedLayout):
             if name.partition(".")[0] in parts
             and ((layer := _LAYER.match(name)) is None or int(layer[1]) < depth)
         }  # fmt: skip
+
+
+def language_model_of(choice: HasLanguageModel, tensors: Mapping[str, Tensor], folder: Path) -> FolderPart:
+    """The trained language model, to be put into ``folder``, which keeps its head over text and its vision tower.
+
+    Raises:
+        CheckpointError: it has experts, for which Hugging Face's layout has no place.
+    """
+    if choice.language_model.experts is not None:
+        raise CheckpointError(
+            f"{folder} has no place for the experts of generator.language_model.experts: only dense language models "
+            f"go back into the folder that they came from."
+        )
+    return FolderPart(Qwen2Layout(choice, None).export(tensors), choice.language_model.depth)
 
 
 def prefix_in(names: Mapping[str, object]) -> str:

@@ -9,19 +9,18 @@ Shapes: B samples, rows of the sequence, C width, V codebook size.
 """
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megavar.config.generators.rar import RARConfig
 from megavar.config.parallel import ParallelConfig
 from megavar.config.token_space import TokenSpace
-from megavar.generators.base import Embedded, Generator, TokenSequence
+from megavar.generators.base import Embedded, TokenSequence
 from megavar.generators.inputs import RasterInputs
+from megavar.generators.raster_transformer import RasterTransformer, TokenHead, TokenTable
 from megavar.parallel.parameter_rule import ParameterRule
 from megavar.transformer.megatron_config import transformer_config
 from megavar.transformer.modulation import ModulationNetwork
@@ -33,32 +32,13 @@ PREFIX = 2
 """Rows before the first token: start and class."""
 
 
-class TiedCodes(nn.Module):
-    """Token ids to the tokenizer's code vectors, which are not trained, to hidden states."""
-
-    def __init__(self, vocabulary: int, channels: int, width: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.vectors = nn.Parameter(torch.empty(vocabulary, channels, dtype=dtype))
-        self.projection = nn.Linear(channels, width, dtype=dtype)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """int64 [B, n] -> [B, n, C]."""
-        return self.projection(self.vectors[ids])
-
-
-class Embedding(nn.Module):
+class Embedding(TokenTable):
     """Classes and tokens to hidden states and to the condition of each row."""
 
     def __init__(self, choice: RARConfig, space: TokenSpace, dtype: torch.dtype) -> None:
-        super().__init__()
-        assert space.vocabulary is not None
+        super().__init__(choice, space, dtype)
         self.length = space.length
         width, rows = choice.width, space.length + choice.spare_positions
-        tied = choice.tied_codebook in ("embedding", "both")
-        self.codes = TiedCodes(space.vocabulary, space.channels, width, dtype) if tied else None
-        self.before_classes = 1 if tied else space.vocabulary + 1
-        # Codes, a mask that only MaskGIT would use, classes, no class.
-        self.table = nn.Embedding(self.before_classes + choice.classes + 1, width, dtype=dtype)
         self.begin = nn.Parameter(torch.empty(width, dtype=dtype))
         self.position = nn.Parameter(torch.empty(rows, width, dtype=dtype))
         self.target = nn.Parameter(torch.empty(rows, width, dtype=dtype))
@@ -66,8 +46,7 @@ class Embedding(nn.Module):
 
     def forward(self, inputs: RasterInputs) -> tuple[Tensor, Tensor]:
         """Hidden states [B, rows, C] and conditions [B, rows, C] of the rows from ``inputs.start`` on."""
-        condition = self.table(self.before_classes + inputs.labels)
-        hidden = self.table(inputs.ids) if self.codes is None else self.codes(inputs.ids)
+        condition, hidden = self.classes(inputs.labels), self.tokens(inputs.ids)
         first = inputs.start
         if first == 0:
             prefix = torch.stack([self.begin.expand_as(condition), condition], 1)
@@ -91,30 +70,21 @@ class Embedding(nn.Module):
         return self.target[PREFIX + places] * predicts[:, None]
 
 
-class Head(nn.Module):
-    """Layer norm modulated per row, and a projection to the codebook, where it is tied on its own code vectors."""
+class Head(TokenHead):
+    """Layer norm modulated per row, and a projection to the codebook."""
 
-    def __init__(self, config: TransformerConfig, vocabulary: int, channels: int | None) -> None:
-        """Predict one of ``vocabulary`` tokens; ``channels`` of their vectors, or None where they are not tied."""
-        super().__init__()
-        width, dtype = config.hidden_size, config.params_dtype
+    def __init__(self, config: TransformerConfig, choice: RARConfig, space: TokenSpace) -> None:
+        super().__init__(config, choice, space)
         self.modulation = ModulationNetwork(config, 2)
-        self.to_codes = None if channels is None else nn.Linear(width, channels, bias=False, dtype=dtype)
-        self.projection = ColumnParallelLinear(
-            channels or width, vocabulary, config=config, init_method=lambda weight: weight, bias=channels is None
-        )  # with a frozen weight, Megatron-core's bias would get no gradient
 
-    def forward(self, hidden: Tensor, condition: Tensor) -> Tensor:
-        """[rows, B, C] twice -> float32 [rows, B, V / tensor-parallel size]."""
+    def forward(self, hidden: Tensor, condition: Tensor) -> Tensor:  # type: ignore[override]
+        """[rows, B, C] twice -> float32 [B, rows, V / tensor-parallel size]."""
         scale, shift = self.modulation(condition).unbind(-2)
-        hidden = normalize(hidden) * (1 + scale) + shift
-        return self.projection(hidden if self.to_codes is None else self.to_codes(hidden))[0].float()
+        return self.logits(normalize(hidden) * (1 + scale) + shift)
 
 
-class RAR(Generator):
+class RAR(RasterTransformer):
     """A stage of RAR. The prediction is its logits for the rows after the start row: float32 [B, rows, V / tp]."""
-
-    class_table: ClassVar[str] = "embedding.table.weight"
 
     choice: RARConfig
 
@@ -142,9 +112,7 @@ class RAR(Generator):
 
     def build_last(self) -> None:
         """The head."""
-        assert self.space.vocabulary is not None
-        tied = self.choice.tied_codebook in ("head", "both")
-        self.head = Head(self.unsharded, self.space.vocabulary, self.space.channels if tied else None)
+        self.head = Head(self.unsharded, self.choice, self.space)
 
     def sequence(self, inputs: RasterInputs) -> TokenSequence:
         """One causal segment."""
@@ -163,36 +131,15 @@ class RAR(Generator):
     def predict(self, hidden: Tensor, conditions: Mapping[str, Tensor], inputs: RasterInputs) -> Tensor:
         """[rows, B, C] -> float32 logits [B, rows without the start row, V / tensor-parallel size]."""
         first = 1 if inputs.start == 0 else 0
-        return self.head(hidden[first:], conditions["row"][first:]).transpose(0, 1)
+        return self.head(hidden[first:], conditions["row"][first:])
 
-    def initial_value(self, name: str, value: Tensor, generator: torch.Generator) -> None:
-        """The reference's: modulation and start row zero, everything else normal with 0.02, cut off at two."""
-        if self._is_code_vectors(name):
-            value.zero_() if self.codebook is None else value.copy_(self.codebook)
-        elif name.endswith("bias") or ".modulation." in name or name == "embedding.begin":
-            value.zero_()
-        elif "norm" in name:
-            value.fill_(1.0)
-        else:
-            nn.init.trunc_normal_(value, std=0.02, generator=generator)
+    def starts_at_zero(self, name: str) -> bool:
+        """Modulation and the start row."""
+        return ".modulation." in name or name == "embedding.begin"
 
     def own_rule(self, name: str) -> ParameterRule:
-        """Weight decay on matrices that are no tables, and on the start row, which RAR keeps as a tensor of three.
-
-        The head's modulation has none: RAR leaves out names that contain "ln", and ``adaln_before_head`` does. Code
-        vectors are the tokenizer's and stay what they are.
-        """
-        if self._is_code_vectors(name):
-            return ParameterRule(frozen=True)
-        free = "norm" in name or name.endswith("bias") or name.startswith("head.modulation")
-        table = name.startswith("embedding.") and name not in ("embedding.begin", "embedding.codes.projection.weight")
-        return ParameterRule(decays=not (free or table))
-
-    def _is_code_vectors(self, name: str) -> bool:
-        tied = self.choice.tied_codebook
-        return name == "embedding.codes.vectors" or (name == "head.projection.weight" and tied in ("head", "both"))
-
-    def example(self, images: int) -> RasterInputs:
-        """Class 0, 1, ... and zeros for all tokens but the last."""
-        ids = torch.zeros(images, self.space.length - 1, dtype=torch.int64)
-        return RasterInputs(torch.arange(images) % self.choice.classes, ids, sample_keys=torch.arange(images))
+        """The start row decays, too, which RAR keeps as a tensor of three; the head's modulation does not, because RAR
+        leaves out names that contain "ln", and ``adaln_before_head`` does."""
+        if name == "embedding.begin" or name.startswith("head.modulation"):
+            return ParameterRule(decays=name == "embedding.begin")
+        return super().own_rule(name)

@@ -63,6 +63,7 @@ class NextScaleFlow:
 
     def __init__(self, settings: FlowARSampling) -> None:
         self.settings = settings
+        self.grid: list[float] = self.times().tolist()
 
     def draw(self, generator: FlowGenerator, tokenizer: LatentMap, condition: Condition, noise: Noise | None) -> Tensor:
         """Tokens of the last scale, float32 [B, L, C]; see :class:`megavar.sampling.base.Procedure`."""
@@ -127,4 +128,4 @@ class NextScaleFlow:
             with_class, free = both.chunk(2)
             return free + guidance * (with_class - free)
 
-        return flow_matching.euler(velocity_at, begin, self.times())
+        return flow_matching.euler(velocity_at, begin, self.grid)

@@ -48,9 +48,12 @@ class DrawnTokens(NamedTuple):
 class MaskedDecoding:
     """Iteration by iteration."""
 
+    repeated = ("diffuse",)
+
     def __init__(self, settings: MARSampling) -> None:
         self.settings = settings
-        self.chain = Diffusion((evenly if settings.spacing == "even" else strided)(settings.steps))
+        self.kept = (evenly if settings.spacing == "even" else strided)(settings.steps)
+        self.chain = Diffusion(self.kept)
 
     def draw(
         self, generator: MaskedGenerator, tokenizer: Continuous, condition: Condition, noise: Noise | None
@@ -136,10 +139,10 @@ class MaskedDecoding:
             told: conditions [B, n, Z]; with guidance 2 B of them.
             normal: standard normal numbers [B, n, C] of the beginning (0) and of each step (1, 2 ...).
         """
-        state, kept = normal(0), self.chain.kept.tolist()
-        for number, step in enumerate(reversed(range(len(kept))), 1):
+        state = normal(0)
+        for number, step in enumerate(reversed(range(len(self.kept))), 1):
             copies = len(told) // len(state)
-            times = torch.full((*told.shape[:-1],), kept[step], device=told.device)
+            times = torch.full((*told.shape[:-1],), self.kept[step], device=told.device)
             output = denoise(state.repeat(copies, *[1] * (state.dim() - 1)), times, told)
             output = output[: len(state)] if copies == 1 else _guided(output, guidance)
             state = self.chain.step_back(output, state, step, normal(number), self.settings.temperature)

@@ -58,8 +58,11 @@ class DrawnGroup(NamedTuple):
 class QueryDecoding:
     """Group by group."""
 
+    repeated = ("flow",)
+
     def __init__(self, settings: QuerySampling) -> None:
         self.settings = settings
+        self.grid: list[float] = self.times().tolist()
 
     def draw(
         self, generator: QueryGenerator, tokenizer: Continuous, condition: Condition, noise: Noise | None
@@ -147,9 +150,9 @@ class QueryDecoding:
             return guided(generator.velocity(both, torch.full_like(both[..., 0], time), told), guidance)
 
         if self.settings.solver == "euler" or noise is None:
-            return flow_matching.euler(velocity_at, normal(0), self.times())
+            return flow_matching.euler(velocity_at, normal(0), self.grid)
         plain_last = self.settings.last_step > 0
-        return flow_matching.euler_maruyama(velocity_at, normal(0), self.times(), normal, plain_last=plain_last)
+        return flow_matching.euler_maruyama(velocity_at, normal(0), self.grid, normal, plain_last=plain_last)
 
 
 class Rows:

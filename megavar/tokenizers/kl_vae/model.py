@@ -28,8 +28,7 @@ def _build(config: KLVAEConfig) -> Any:
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     except ImportError as error:
         raise ConfigError(
-            "tokenizer.name=kl_vae needs the package diffusers, which is not installed: "
-            "pip install 'megavar[diffusers]'."
+            "tokenizer.name=kl_vae needs the package diffusers, which is not installed: pip install 'megavar[vlm]'."
         ) from error
     levels = len(config.channel_multipliers)
     down, up = ["DownEncoderBlock2D"] * levels, ["UpDecoderBlock2D"] * levels

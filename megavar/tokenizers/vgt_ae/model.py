@@ -70,7 +70,7 @@ class Projection(nn.Module):
 
 
 class VGTAE(nn.Module):
-    """See :class:`megavar.tokenizers.base.LatentMap` and :class:`megavar.tokenizers.base.Normalized`.
+    """See :class:`megavar.tokenizers.base.LatentMap`, ``Normalized`` and ``Semantic``.
 
     Latents are maps, float32 [B, c, h, w]; with a posterior means and log variances, [B, 2 c, h, w].
     """
@@ -104,6 +104,10 @@ class VGTAE(nn.Module):
         tokens = tokens if noise is None else tokens + noise
         maps = tokens.mT.unflatten(2, (rows, columns))
         return AutoencoderOutput(self.decode_maps(maps), semantic, latents)
+
+    def semantic(self, images: Tensor) -> Tensor:
+        """f = E(x), float32 [B, L, d]."""
+        return self.encoder.semantic(images)
 
     def latents(self, semantic: Tensor, rows: int, columns: int) -> Tensor:
         """Semantic vectors to a map of latents; see the class."""

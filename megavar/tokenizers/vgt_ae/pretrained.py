@@ -8,13 +8,13 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from megavar.config.tokenizers.vgt_ae import InternViTConfig, SDVAEDecoderConfig
+from megavar.config.tokenizers.vgt_ae import InternViTConfig, SDVAEDecoderConfig, VGTAEConfig
 from megavar.errors import CheckpointError
 from megavar.tokenizers.vgt_ae.model import VGTAE
-from megavar.tokenizers.vgt_ae.published import apart, internvit_name
+from megavar.tokenizers.vgt_ae.published import apart, internvit_name, joined
 from megavar.weight_file import read_state_dict
-from megavar.weight_folder import is_weight_folder, read_folder
-from megavar.weight_layout import differences
+from megavar.weight_folder import files_of, is_weight_folder, read_folder
+from megavar.weight_layout import FolderPart, differences
 
 _PROJECTOR = {"0": "layer_norm", "1": "linear_1", "3": "linear_2"}
 """Our numbers of InternVL's projector, in transformers' names."""
@@ -48,6 +48,15 @@ def load_encoder(model: VGTAE, folder: str, *, key: str) -> None:
     parts = {name.partition(".")[0] for name in form}
     found = {form.get(name, name): value for name, value in state.items() if name.partition(".")[0] in parts}
     _fill(model.encoder, found, f"{key}: {folder} does not hold the configured vision encoder")
+
+
+def encoder_of(config: VGTAEConfig, tensors: Mapping[str, Tensor], folder: Path) -> FolderPart:
+    """The trained encoder, InternVL's projector included, to be put into ``folder`` in the place of its own."""
+    there = {name.removeprefix("model.") for name in files_of(folder)}
+    own = {name.removeprefix("encoder."): value for name, value in tensors.items() if name.startswith("encoder.")}
+    forms = _names(list(own), isinstance(config.encoder, InternViTConfig))
+    named = [joined({theirs: own[ours] for theirs, ours in form.items()}) for form in forms]
+    return FolderPart(max(named, key=lambda form: len(form.keys() & there)))
 
 
 def _names(ours: list[str], internvit: bool) -> list[dict[str, str]]:

@@ -42,6 +42,7 @@ ELSEWHERE = {
     "tools.benchmark_recipes": "tests/tools/test_benchmark_recipes.py",
     "tools.benchmark_against": "tests/tools/test_benchmark_against.py: a checkout of VAR",
     "tools.gpu_check": GPU,
+    "tools.small_vlm": "tests/end_to_end/test_vgt.py: a minute for each network",
     "tools.reference_curve": "tests/tools/test_reference_curve.py: runs with three seeds",
     "tools.configuration_reference": "tests/docs/test_pages.py",
     OTHER_FAMILY: "tests/recipes, tests/generators, tests/distributed: short runs of each family",

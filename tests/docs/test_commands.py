@@ -96,7 +96,7 @@ def test_a_new_user_goes_from_photographs_to_a_report(workshop: Workshop, said: 
     assert {path.name.split("-")[1] for path in (folder / "out/guidance-4").glob("*.png")} == {"cat.png", "dog.png"}
     page = (folder / "runs/photos/report/report.html").read_text()
     assert "finished at step 4 of 4" in page and "cat, dog" in page and "Samples by guidance" in page
-    assert 'id="figure-experts"' in page and 'id="figure-routing"' in page
+    assert 'id="figure-experts"' in page and 'id="figure-routing"' in page and "label_accuracy" in page
     assert len(page) < 3e6
     assert "goes on from step 4" in said["megavar fork"] and "train.steps: 4 -> 6" in said["megavar fork"]
     assert "train.steps" in said["megavar compare"]

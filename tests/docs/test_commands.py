@@ -26,6 +26,7 @@ RUNS = re.compile(r"\bruns/(?!photos|longer|others?\b|new\b|stmoe-d16|mepa-d16|v
 ELSEWHERE = {
     "megavar train configs/mepa/guided_digits.yaml": "tests/end_to_end/test_guidance.py",
     "megavar train 8 ranks": "tests/distributed: the layout is checked here, and its plan in tests/planning",
+    "megavar evaluate --understanding": "tests/evaluation/understanding/test_models.py: a vision-language model",
     "megavar plan --calibrate": "tests/planning/test_calibration.py",
     "megavar plan --calibration": "tests/planning/test_calibration.py",
     "megavar reproduce --demo": "tests/end_to_end/test_demo.py: minutes to hours",

@@ -52,7 +52,7 @@ def build(setup: Setup, mesh: topology.Topology, kind: str) -> NextToken:
     alitok = kind == "alitok"
     tied: Any = {"rar": None, "experts": "both", "alitok": "embedding"}[kind]
     choice: Any = (
-        AliTokConfig(prefix_tokens=0, grid=3, tied_codebook=tied, **SIZES) if alitok
+        AliTokConfig(prefix_tokens=0, grid=3, tied_codebook=tied, target_positions=True, **SIZES) if alitok
         else RARConfig(experts=experts, tied_codebook=tied, **SIZES)
     )  # fmt: skip
     chunks = [
@@ -62,7 +62,7 @@ def build(setup: Setup, mesh: topology.Topology, kind: str) -> NextToken:
         )
         for chunk in range(mesh.config.virtual_pipeline)
     ]  # fmt: skip
-    order = None if alitok else RandomOrderConfig(from_progress=0.25, until_progress=1.0)
+    order = RandomOrderConfig(from_progress=0.25, until_progress=1.0)
     config = ReARConfig(tokenizer_weights="unused", noise=NoiseConfig(), random_order=order)
     generator = chunks[0] if len(chunks) == 1 else torch.nn.ModuleList(chunks)
     return NextToken(config, generator, Codes(), classes=CLASSES, label_drop=0.2, seed=5, steps=8, terms=[term])

@@ -121,8 +121,37 @@ def test_published_layout_round_trips(case: Case) -> None:
 def test_sizes_are_the_published_ones(width: int, depth: int, count: int) -> None:
     space = TokenSpace("line", (), 273, 4096, 32, image_side=256)
     with torch.device("meta"):
-        model = AliTok(AliTokConfig(width=width, depth=depth), space)
+        model, told = (AliTok(AliTokConfig(width=width, depth=depth, target_positions=target), space)
+                       for target in (False, True))  # fmt: skip
     assert sum(parameter.numel() for parameter in model.parameters()) == count
+    assert sum(parameter.numel() for parameter in told.parameters()) == count + 273 * width
+
+
+def test_any_order_where_rows_know_what_they_predict() -> None:
+    """RAR's training on AliTok's transformer: rows turn by the places of their tokens and know what comes."""
+    space = TokenSpace("grid", (3,), 9, 11, 4, image_side=12)
+    sizes = {"depth": 2, "width": 16, "heads": 2, "prefix_tokens": 0, "grid": 3}
+    model = AliTok(AliTokConfig(target_positions=True, **sizes), space, seed=1, taps=("embedding",)).eval()
+    with torch.no_grad():
+        model.head.projection.weight.normal_()
+    ids, labels = torch.arange(18).view(2, 9) % 11, torch.tensor([0, 1])
+    order = torch.stack([torch.randperm(9, generator=torch.Generator().manual_seed(n)) for n in range(2)])
+    shuffled = ids.gather(1, order)
+    straight, output = (model(RasterInputs(labels, given[:, :-1], places)) for given, places in
+                        ((ids, torch.arange(9).expand(2, 9)), (shuffled, order)))  # fmt: skip
+    torch.testing.assert_close(straight.prediction, model(RasterInputs(labels, ids[:, :-1])).prediction)
+    table, rows = rotary_table(0, 3, 8), model.sequence(RasterInputs(labels, shuffled[:, :-1], order)).rotary
+    embedding = model.embedding
+    for sample in range(2):
+        for step in range(1, 9):
+            assert torch.equal(rows[0][sample, step], table[0][1 + order[sample, step - 1]])
+            wanted = embedding.table.weight[shuffled[sample, step - 1]] + embedding.target[order[sample, step]]
+            torch.testing.assert_close(output.taps["embedding"][sample, step], wanted)
+    swapped = order.clone()
+    swapped[:, [2, 3]] = order[:, [3, 2]]
+    other = model(RasterInputs(labels, ids.gather(1, swapped)[:, :-1], swapped)).prediction
+    torch.testing.assert_close(other[:, :2], output.prediction[:, :2])
+    assert (other[:, 3] - output.prediction[:, 3]).abs().max() > 1e-4
 
 
 def test_dropped_tokens_belong_to_samples() -> None:

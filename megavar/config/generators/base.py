@@ -52,8 +52,10 @@ class GeneratorChoice(Choice):
         """Share of the training samples whose condition is replaced by none, for classifier-free guidance."""
         return 0.0
 
-    any_order: ClassVar[bool] = False
-    """Whether it can be trained on the tokens of an image in any order: its rows know which token they predict."""
+    @property
+    def any_order(self) -> bool:
+        """Whether it can be trained on the tokens of an image in any order: its rows know which token they predict."""
+        return False
 
     @property
     def reads_codebook(self) -> bool:

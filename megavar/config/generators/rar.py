@@ -18,8 +18,6 @@ class RARConfig(RasterTransformerConfig):
     implementation: ClassVar[str] = "megavar.generators.rar:RAR"
     weight_layouts: ClassVar[Mapping[str, str]] = {"rar": "megavar.generators.rar.published:RARLayout"}
 
-    any_order: ClassVar[bool] = True
-
     name: Literal["rar"] = "rar"
     feed_forward: int | None = Field(None, ge=1)
     """Hidden size of the feed-forward network. Default: 4 C."""
@@ -36,6 +34,11 @@ class RARConfig(RasterTransformerConfig):
         if self.width % self.heads:
             raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}: change one of them")
         return self
+
+    @property
+    def any_order(self) -> bool:
+        """Yes."""
+        return True
 
     @property
     def feed_forward_size(self) -> int:

@@ -53,5 +53,6 @@ class ReARConfig(GeneratorRecipeChoice):
         if self.random_order is not None and generator is not None and not generator.any_order:
             raise ValueError(
                 f"recipe.random_order reads images in random order, but rows of the generator {generator.name!r} do "
-                f"not know which token they predict. Remove recipe.random_order, or choose generator.name=rar"
+                f"not know which token they predict. Remove recipe.random_order, choose generator.name=rar, or set "
+                f"generator.target_positions=true where the generator has that key"
             )

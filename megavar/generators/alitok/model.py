@@ -3,7 +3,7 @@
     row 0 class, row 1 + i token i                     no start row, no absolute positions, no modulation
     queries and keys turn: the class not at all (zeroed), the first P tokens by their place on a line,
                            the others by row and column of a grid, both counted from P
-    row i predicts token i
+    row i predicts token i                             in any order where rows are told which place they predict
 
 It reads :class:`~megavar.generators.inputs.RasterInputs`, whose rows are one more: start row, class, tokens.
 
@@ -15,10 +15,11 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from megavar.config.generators.alitok import AliTokConfig
 from megavar.config.parallel import ParallelConfig
+from megavar.config.token_space import TokenSpace
 from megavar.errors import ConfigError
 from megavar.generators.base import Embedded, TokenSequence
 from megavar.generators.inputs import RasterInputs
@@ -42,6 +43,27 @@ def rotary_table(prefix: int, grid: int, channels: int, device: torch.device | N
     plane = plane_table(prefix + places // grid, prefix + places % grid, channels)
     nothing = torch.zeros(1, channels // 2, device=device)
     return torch.cat([nothing, line[0], plane[0]]), torch.cat([nothing, line[1], plane[1]])
+
+
+class Embedding(TokenTable):
+    """Class and tokens to hidden states, which may know the place of the token that they predict."""
+
+    def __init__(self, choice: AliTokConfig, space: TokenSpace, dtype: torch.dtype) -> None:
+        super().__init__(choice, space, dtype)
+        told = choice.target_positions
+        self.target = nn.Parameter(torch.empty(space.length, choice.width, dtype=dtype)) if told else None
+
+    def forward(self, inputs: RasterInputs) -> Tensor:
+        """[B, rows, C] of the rows from ``inputs.start`` on."""
+        hidden = self.tokens(inputs.ids)
+        if inputs.start == 0:
+            hidden = torch.cat([self.classes(inputs.labels)[:, None], hidden], 1)
+        if self.target is None:
+            return hidden
+        first, length = max(inputs.start - 1, 0), len(self.target)
+        rows = torch.arange(first, first + hidden.shape[1], device=hidden.device)
+        places = rows.clamp(max=length - 1) if inputs.order is None else inputs.order[:, rows.clamp(max=length - 1)]
+        return hidden + self.target[places] * (rows < length)[:, None]
 
 
 class AliTok(RasterTransformer):
@@ -80,7 +102,7 @@ class AliTok(RasterTransformer):
                 f"{choice.prefix_tokens} and generator.grid={choice.grid} have places for {rows}. For a grid of codes "
                 f"set prefix_tokens: 0 and grid to its side; for a line prefix_tokens to its length."
             )
-        self.embedding = TokenTable(choice, self.space, self.config.params_dtype)
+        self.embedding = Embedding(choice, self.space, self.config.params_dtype)
 
     def spec(self, number: int) -> BlockSpec:
         """RMSNorm of hidden states and heads, rotary positions, dropout."""
@@ -106,13 +128,14 @@ class AliTok(RasterTransformer):
         first, choice = max(inputs.start - 1, 0), self.choice
         cos, sin = rotary_table(choice.prefix_tokens, choice.grid, choice.width // choice.heads, inputs.labels.device)
         rotary = cos[first : first + rows], sin[first : first + rows]
+        if inputs.order is not None:
+            places = F.pad(1 + inputs.order[:, : rows - 1], (1, 0))  # the class's row stays the first
+            rotary = cos[places], sin[places]
         return TokenSequence(SequenceLayout((rows,), rule="causal"), rotary, sample_keys=inputs.sample_keys)
 
     def embed(self, inputs: RasterInputs) -> Embedded:
         """The class's row, then the tokens'."""
-        hidden = self.embedding.tokens(inputs.ids)
-        if inputs.start == 0:
-            hidden = torch.cat([self.embedding.classes(inputs.labels)[:, None], hidden], 1)
+        hidden = self.embedding(inputs)
         rate = self.choice.token_dropout
         if self.training and inputs.sample_keys is not None and rate:
             layout = SequenceLayout((hidden.shape[1],), rule="causal")
@@ -130,8 +153,8 @@ class AliTok(RasterTransformer):
         return name in ("head.projection.weight", "head.to_codes.weight")
 
     def _require_raster(self, inputs: RasterInputs) -> None:
-        if inputs.order is not None:
+        if inputs.order is not None and not self.choice.any_order:
             raise ConfigError(
                 "recipe.random_order reads images in random order, but rows of the generator 'alitok' do not know "
-                "which token they predict. Remove recipe.random_order, or choose generator.name=rar."
+                "which token they predict. Remove recipe.random_order, or set generator.target_positions=true."
             )

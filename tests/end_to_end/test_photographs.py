@@ -43,7 +43,7 @@ def test_the_commands_of_the_readme(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{' '.join(words)}:\n{done.stdout[-3000:]}"
         said[arguments[0]] = done.stdout
         if arguments[0] == "train":
-            assert "judge_accuracy" in done.stdout and "scores-classifier" in done.stdout, "it is scored by itself"
+            assert "label_accuracy" in done.stdout and "scores-classifier" in done.stdout, "it is scored by itself"
         if arguments[0] == "init":
             for file in tmp_path.glob("photos*.yaml"):
                 shrink(file)
@@ -52,7 +52,7 @@ def test_the_commands_of_the_readme(tmp_path: Path) -> None:
     assert {path.name.split("-")[1] for path in (tmp_path / "out/guidance-4").glob("*.png")} == {"cat.png", "dog.png"}
     page = (tmp_path / "runs/photos/report/report.html").read_text()
     assert "finished at step 4 of 4" in page and "cat, dog" in page and "Samples by guidance" in page
-    assert 'id="figure-experts"' in page and 'id="figure-routing"' in page and "judge_accuracy" in page
+    assert 'id="figure-experts"' in page and 'id="figure-routing"' in page and "label_accuracy" in page
     assert len(page) < 3e6
     assert "goes on from step 4" in said["fork"] and "train.steps: 4 -> 6" in said["fork"]
     assert "train.steps" in said["compare"]

@@ -24,10 +24,8 @@ from megavar.data.text_training import SPECIAL
 from megavar.errors import ExitCode
 from megavar.parallel import topology
 from megavar.parallel.environment import environment
-from megavar.parallel.logical import initialize_parameters
 from megavar.pictures import GAP, LINE
 from megavar.planning.plan import plan
-from megavar.recipes.kl_vae import initial_value
 from megavar.recipes.mar import MaskedDiffusion
 from megavar.recipes.vgt import QueryFlow
 from megavar.records.reading import json_lines
@@ -73,7 +71,7 @@ def parts(tmp_path_factory):
     """A random autoencoder as a file of latent diffusion, and a vision-language model as Hugging Face's folder."""
     folder, config = tmp_path_factory.mktemp("parts"), KLVAEConfig(**VAE)
     model = KLVAE(config)
-    initialize_parameters(model, initial_value, seed=2)
+    model.initialize(torch.Generator().manual_seed(2))
     state = LDMLayout(config, config.space).export(tensors_of(model))
     save_file({name: value.contiguous() for name, value in state.items()}, folder / "vae.safetensors")
     sizes = {"num_hidden_layers": 3}  # one more than is kept

@@ -8,8 +8,6 @@ pytest.importorskip("diffusers", reason="the package diffusers is not installed 
 from megavar.assembly import load_tokenizer
 from megavar.config.tokenizers.kl_vae import KLVAEConfig
 from megavar.errors import CheckpointError
-from megavar.parallel.logical import initialize_parameters
-from megavar.recipes.kl_vae import initial_value
 from megavar.tokenizers.base import LatentMap
 from megavar.tokenizers.kl_vae import KLVAE
 from megavar.tokenizers.kl_vae.published import DiffusersLayout, LDMLayout
@@ -21,7 +19,7 @@ F8 = {"latent_channels": 4, "channel_multipliers": (1, 2, 4, 4), "attention": "n
 
 def small(**options):
     model = KLVAE(KLVAEConfig(**SMALL, **options)).eval().requires_grad_(False)
-    initialize_parameters(model, initial_value, seed=1)
+    model.initialize(torch.Generator().manual_seed(1))
     return model
 
 

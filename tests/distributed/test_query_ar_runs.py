@@ -29,7 +29,6 @@ from megavar.planning.plan import plan
 from megavar.recipes.mar import MaskedDiffusion
 from megavar.recipes.vgt import QueryFlow
 from megavar.records.reading import json_lines
-from megavar.retention import score_understanding
 from megavar.scoring import score
 from megavar.tokenizers.kl_vae import KLVAE
 from megavar.tokenizers.kl_vae.published import LDMLayout
@@ -200,10 +199,8 @@ def test_it_begins_with_the_folder_and_goes_back_to_its_names(finished, parts, t
         torch.testing.assert_close(value, given[name], rtol=0, atol=1e-6 if name in kept else 0)
 
 
-def understanding_of(path, overrides):
-    place = environment()
-    topology.initialize(ParallelConfig(), place)
-    return score_understanding(load_config(path, overrides), place)
+def understand(path, overrides):
+    return main(["evaluate", str(path), "--understanding", *overrides])
 
 
 def test_what_it_still_understands_stands_beside_the_original(finished, parts, tmp_path):
@@ -213,12 +210,13 @@ def test_what_it_still_understands_stands_beside_the_original(finished, parts, t
                   {"name": "ai2d", "path": str(files.ai2d(tmp_path / "AI2D.tsv"))}]  # fmt: skip
     asked = {"model": str(parts / "model"), "benchmarks": benchmarks, "precision": "fp32", "answers": "likelihood"}
     given = [f"evaluation.understanding={json.dumps(asked)}"]
-    scores, _ = run_ranks(2, understanding_of, finished, given)
+    assert run_ranks(2, understand, finished, given) == [ExitCode.FINISHED] * 2
     run = finished.with_suffix("")
     result = json.loads((run / "scores-understanding-step-00000006.json").read_text())
     original = result["baselines"]["original"]
     assert (original["mme_p"], original["ai2d"]) == (500, 50)
-    assert scores == result["metrics"] and scores["retained/ai2d"] == 2 * scores["ai2d"]
+    scores = result["metrics"]
+    assert scores["retained/ai2d"] == 2 * scores["ai2d"]
     assert scores["retained/mme_p"] == pytest.approx(scores["mme_p"] / 5) and result["count"] == 24 + 4
     tuned = load_file(run / "understanding/step-00000006/model/model.safetensors")
     average = load_weights_of(run)

@@ -90,6 +90,7 @@ def run(config_path: str, overrides: Sequence[str], *, processes: int | None, ma
         try:
             logs.mkdir(parents=True, exist_ok=True)
             storage.link(logs.with_name("current"), logs.name)
+            storage.link(logs.with_name("current.log"), f"{logs.name}/rank-0000.log")  # tail -F follows links to files
         except OSError as error:
             print(f"No logs are kept: {error}", file=sys.stderr)
         with Ranks(command, world_size, logs, {"MEGAVAR_ATTEMPT": str(attempt)}) as ranks:

@@ -203,7 +203,7 @@ def _submit(given: argparse.Namespace) -> int:
         f"{job.world_size} ranks."
     )
     print(f"Watch:       python -m megavar status {run_directory} --watch")
-    print(f"Read:        tail -F {run_directory}/logs/current/rank-0000.log")
+    print(f"Read:        tail -F {run_directory}/logs/current.log")
     print(f"Stop:        scancel --signal=USR1 --batch {jobs[0]}   (saves; continues if it may)")
     print(f"Understand:  python -m launchers.doctor {run_directory}")
     return ExitCode.FINISHED

@@ -113,7 +113,7 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def link(path: Path, target: str) -> None:
-    """Let ``path`` be a link to ``target``, a name beside it; a former link is replaced."""
+    """Let ``path`` be a link to ``target``, relative to its folder; a former link is replaced."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.symlink_to(target)
     temporary.replace(path)

@@ -1,7 +1,8 @@
 """YAML as configurations are written in it: what YAML 1.1 would quietly read otherwise is refused in words.
 
-``3e-4`` is a number, a key appears once, ``010`` is neither 8 nor 10, ``1:30`` is not 90, and whatever cannot be read
-is one sentence with file, line and remedy. Merge keys (``<<: *anchor``) and anchors work as everywhere.
+``3e-4`` is a number, a key appears once, ``on`` is a word where it is a key, ``010`` is neither 8 nor 10, ``1:30`` is
+not 90, and whatever cannot be read is one sentence with file, line and remedy. Merge keys (``<<: *anchor``) and anchors
+work as everywhere.
 """
 
 import re
@@ -13,7 +14,7 @@ import yaml
 
 from megavar.errors import ConfigError
 
-_MERGE = "tag:yaml.org,2002:merge"
+_MERGE, _BOOLEAN, _TEXT = (f"tag:yaml.org,2002:{kind}" for kind in ("merge", "bool", "str"))
 _TEMPLATE = re.compile(r"\{\{|\{%|<%|\$\{\{")
 
 
@@ -23,6 +24,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[Any] = set()
         for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if key_node.tag == _BOOLEAN:  # `on`, `off`, `yes`, `no`: keys are words
+                key_node.tag = _TEXT
             key = "<<" if key_node.tag == _MERGE else self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
                 raise _problem(f"{key!r} cannot be a key", key_node)

@@ -1,13 +1,14 @@
 """The plan of a run: what it costs on given GPUs as configured, and which layouts would serve it better."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megavar.config.data import CacheSource, TokenFileSource
 from megavar.config.deepspeed import complete_deepspeed, load_deepspeed_json
 from megavar.config.root import Config
+from megavar.config.teachers.base import TeacherChoice
 from megavar.errors import ConfigError
 from megavar.parallel.rules import check_layout
 from megavar.parallel.topology import Topology, data_parallel_size
@@ -116,11 +117,6 @@ def plan(
             f"A plan needs at least one GPU and a utilization between 0 and 1, not --gpus {gpus}, --gpus-per-node "
             f"{gpus_per_node}, --mfu {mfu}."
         )
-    if config.recipe.trains == "teacher":
-        raise ConfigError(
-            f"The recipe {config.recipe.name!r} trains a teacher, which takes minutes: plans know generators and "
-            f"tokenizers."
-        )
     workload, measured = _measured_workload(config, gpu, min(gpus_per_node, gpus), calibration, mfu)
     layout, notes = configured_layout(config, gpus)
     notes += () if measured is None else measured.notes
@@ -211,7 +207,9 @@ def _workload(config: Config, machine: Machine, mfu: float | None) -> Workload:
     element = 2 if config.train.precision == "bf16" else FLOAT32
     ema, image_bytes, space = config.train.ema is not None, _image_bytes(config), config.tokenizer.space
     if config.generator is None:
-        cost = tokenizer_cost(config.tokenizer)
+        is_teacher = config.recipe.trains == "teacher"
+        cost = _teacher_in_training(config) if is_teacher else tokenizer_cost(config.tokenizer)
+        ema = ema or is_teacher  # which is the average of the network that learns
         return TokenizerWorkload(machine, mfu or TOKENIZER_UTILIZATION, element, ema, image_bytes, cost)
     has_experts = config.generator.limits(space).experts is not None
     assumed = machine.gpu.utilization * (EXPERTS_UTILIZATION if has_experts else 1.0)
@@ -228,6 +226,18 @@ def _workload(config: Config, machine: Machine, mfu: float | None) -> Workload:
         terms=config.recipe.counted_terms,
         teachers=teacher_costs(config),
         work=work_of(config.recipe, config.generator, space),
+    )
+
+
+def _teacher_in_training(config: Config) -> TokenizerCost:
+    """Per image of the data. A view that is only looked at costs a third of one with a loss."""
+    choice = config.recipe.trained_choice()
+    assert isinstance(choice, TeacherChoice)
+    cost, (learned, seen) = tokenizer_cost(choice), config.recipe.views_of_image
+    return replace(
+        cost,
+        encode_flops=cost.encode_flops * (learned + seen / 3),
+        training_bytes=learned * (cost.training_bytes or 0.0),
     )
 
 

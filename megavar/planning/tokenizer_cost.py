@@ -36,13 +36,22 @@ def _count(work: Callable[[], Any], parameters: list[Tensor]) -> tuple[float, fl
 
 
 def measure_teacher(choice: TeacherChoice) -> TokenizerCost:
-    """Costs of the teacher that ``choice`` describes: it encodes, and is not trained."""
+    """Costs of the teacher that ``choice`` describes: of its features, and of training it where it can be called."""
     with FakeTensorMode():
         teacher: Any = resolve(choice)(choice)
         images = torch.zeros(1, 3, choice.image_side, choice.image_side)
         parameters: list[Tensor] = list(teacher.parameters())
         encode_flops, encode_bytes = _count(lambda: teacher.features(images), parameters)
-    return TokenizerCost(sum(parameter.numel() for parameter in parameters), encode_flops, 0.0, encode_bytes, None)
+        training_bytes = _training_bytes(teacher, images, parameters)
+    count = sum(parameter.numel() for parameter in parameters)
+    return TokenizerCost(count, encode_flops, 0.0, encode_bytes, training_bytes)
+
+
+def _training_bytes(network: nn.Module, images: Tensor, parameters: list[Tensor]) -> int | None:
+    if type(network).forward is nn.Module.forward:  # no recipe trains it
+        return None
+    with _KnownShapes():
+        return saved_bytes(lambda: network.train().requires_grad_()(images), [*parameters, images])
 
 
 def measure_tokenizer(config: TokenizerChoice) -> TokenizerCost:
@@ -60,9 +69,6 @@ def measure_tokenizer(config: TokenizerChoice) -> TokenizerCost:
         tokens = encode()
         encode_flops, encode_bytes = _count(encode, parameters)
         decode_flops, _ = _count(lambda: tokenizer.decode(tokens), parameters)
-        training_bytes: int | None = None
-        if type(tokenizer).forward is not nn.Module.forward:  # else no recipe trains it
-            with _KnownShapes():
-                training_bytes = saved_bytes(lambda: tokenizer.train()(images), [*parameters, images])
+        training_bytes = _training_bytes(tokenizer, images, parameters)
     count = sum(parameter.numel() for parameter in parameters)
     return TokenizerCost(count, encode_flops, decode_flops, encode_bytes, training_bytes)

@@ -201,7 +201,7 @@ def count_parameters(choice: GeneratorChoice, space: TokenSpace, cost: Cost) -> 
 
 @dataclass(frozen=True)
 class TokenizerWorkload(Workload):
-    """A tokenizer in training: its autoencoder, without discriminator and perceptual network."""
+    """A tokenizer in training: its autoencoder, without discriminator and perceptual network; or a teacher."""
 
     cost: TokenizerCost
 
@@ -212,12 +212,12 @@ class TokenizerWorkload(Workload):
 
     @property
     def parameters(self) -> ParameterCount:
-        """Of the autoencoder."""
+        """Of the network."""
         return ParameterCount(self.cost.parameters, self.cost.parameters, 0, 0)
 
     @property
     def train_flops(self) -> float:
-        """Of the autoencoder."""
+        """Of the network."""
         return 3 * (self.cost.encode_flops + self.cost.decode_flops)
 
     @property

@@ -25,6 +25,11 @@ def test_merge_keys_work(tmp_path):
     assert config.logging.interval == 5 and config.train.steps == 200
 
 
+def test_keys_are_words():
+    """YAML 1.1 takes ``on`` for a truth value, and the cluster file's ``notify`` has a key of that name."""
+    assert parse_yaml("notify: {on: [failed], no: yes}\n", "x") == {"notify": {"on": ["failed"], "no": True}}
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [

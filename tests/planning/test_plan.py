@@ -5,7 +5,6 @@ import json
 import math
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import yaml
@@ -234,18 +233,3 @@ def test_a_micro_batch_is_at_most_what_is_asked_for(config_file):
     config = load_config(config_file, ["train.micro_batch_size=48"])
     layouts = [configured_layout(config, gpus)[0] for gpus in (8, 32)]
     assert [(layout.micro_batch, layout.micro_batches) for layout in layouts] == [(48, 2), (24, 1)]
-
-
-def test_the_commands_of_the_readme_fit():
-    """On H200s, as they stand there: on one, on the eight of a machine, on four such machines."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text().replace("\\\n", " ")
-    block = readme.split("## From here to a GPU")[1].split("```")[1]
-    commands = [line for line in block.splitlines() if "configs/" in line]
-    assert len(commands) == 3
-    for command in commands:
-        ranks = int((re.search(r"--nproc-per-node (\d+)", command) or [0, 1])[1])
-        nodes = int((re.search(r"--nodes (\d+)", command) or [0, 1])[1])
-        gpus = ranks if nodes == 1 else 8 * nodes
-        given = [word for word in command.split() if "=" in word and not word.endswith("=...")]
-        path = next(word for word in command.split() if word.startswith("configs/"))
-        assert plan(load_config(path, given), gpus, "h200", suggestions=0).fits, command

@@ -6,6 +6,7 @@ All runs are submitted as people do, on two nodes with one rank each, whose name
 import os
 import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -121,6 +122,9 @@ def test_a_killed_rank_and_a_signal(new_run, config, uninterrupted, unattended):
     run = new_run("tried", config)
     run.submit()
     run.wait_for_progress(1)
+    with (run.path / "followed.txt").open("w") as file:
+        follows = subprocess.Popen(["tail", f"--pid={os.getpid()}", "-n", "+1", "-F", run.path / "logs/current.log"],
+                                   stdout=file)  # fmt: skip
     killed = time.time()
     os.kill(process_of(run.job, 1), signal.SIGKILL)
     run.wait_for_progress(2)
@@ -129,10 +133,23 @@ def test_a_killed_rank_and_a_signal(new_run, config, uninterrupted, unattended):
     run.cluster.run("scancel", "--signal=USR2", run.job)
     run.wait_for_end()
     assert run.outcomes == ["FAILED", "PREEMPTED", "FINISHED"], run.story()
+    _follows_all_attempts(run, follows)
     assert {attempt["job"] for attempt in run.attempts} == {run.job}
     assert_same_weights(run, uninterrupted)
     diagnosis = diagnose(doctor.find_attempts(run.path)[0])
     assert (diagnosis.rank, diagnosis.node) == (1, "n2") and "SIGKILL" in diagnosis.cause
+
+
+def _follows_all_attempts(run, follows):
+    """What a person sees who has begun ``tail -F logs/current.log`` in the first attempt."""
+    logs = [(run.path / f"logs/attempt-{number:04d}/rank-0000.log").read_text() for number in (1, 2, 3)]
+    try:
+        run.wait(lambda: (run.path / "followed.txt").read_text().endswith(logs[-1]), seconds=20)
+    finally:
+        follows.kill()
+        follows.wait()
+    followed = (run.path / "followed.txt").read_text()
+    assert all(text and text in followed for text in logs)
 
 
 def test_a_chain_of_three(new_run, config, uninterrupted, unattended):

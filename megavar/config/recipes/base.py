@@ -71,6 +71,11 @@ class RecipeChoice(Choice):
         return (PlannedPass(),)
 
     @property
+    def views_of_image(self) -> tuple[float, float]:
+        """Whole images that a teacher's training looks at for each of the data: with a loss, and forward only."""
+        return 1.0, 0.0
+
+    @property
     def counted_terms(self) -> tuple[TermChoice, ...]:
         """Losses with heads and teachers that plans count."""
         return ()

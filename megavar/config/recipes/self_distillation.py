@@ -68,3 +68,14 @@ class SelfDistillationConfig(RecipeChoice):
     def trained_choice(self) -> Choice:
         """The teacher that a run of it results in."""
         return SelfDistilledConfig(weights="", grid=self.network.grid, network=self.network)
+
+    @property
+    def views_of_image(self) -> tuple[float, float]:
+        """Two large views and the small ones; the average sees the large ones, and once more the student (KoLeo)."""
+        small = self.crops.local_number * (self.crops.local_side / (self.network.patch * self.network.grid)) ** 2
+        return 2 + small, 4.0 if self.centering == "sinkhorn_knopp" else 2.0
+
+    @property
+    def uncounted(self) -> tuple[str, ...]:
+        """The heads, which are small beside the network."""
+        return ("projection heads",)

@@ -47,7 +47,7 @@ GRID_IMAGES = 100
 GRID_CAPTIONED = 40
 """Images with words below."""
 SEARCHED = 1000
-"""First samples among which the overview looks for those of each class."""
+"""First samples among which the overview looks for those of each class, or for different captions."""
 NAMED = ("guidance", "seed", "weights", "temperature", "top_k", "top_p", "number")
 """Keys of ``sampling`` that name a directory where they differ from the run's."""
 
@@ -258,19 +258,23 @@ def describe(samples: Samples) -> str:
 
 
 def write_grid(samples: Samples, names: Sequence[str] = ()) -> Path:
-    """Write an overview of the first samples of each class beside the chunks: a column per class, ten at most.
+    """Write an overview beside the chunks: the first samples of each class, a column per class, ten at most; or samples
+    of captions from first to last, each caption below its image.
 
     Args:
         names: of the classes, by label.
     """
     path = samples.directory / "grid.png"
-    identity, labels, captions = samples.identity, samples.labels, samples.captions(GRID_CAPTIONED)
+    identity, labels, captions = samples.identity, samples.labels, samples.captions(SEARCHED)
     caption = f"{identity['model'].get('checkpoint', '')}, {settings_in_words(identity['sampling'])}"
     if labels is None:
-        count = GRID_IMAGES if captions is None else GRID_CAPTIONED
-        images = [image.permute(1, 2, 0).numpy() for image in samples.read(0, min(count, len(samples)))]
-        across = GRID_COLUMNS if captions is None else GRID_COLUMNS // 2
-        picture = overview(images, captions or [""] * len(images), across, caption)
+        places = list(range(min(GRID_IMAGES, len(samples))))
+        if captions is not None:  # a prompt may be asked for several times in a row, a kind of prompts before the next
+            count = min(GRID_CAPTIONED, len(captions))
+            places = [number * len(captions) // count for number in range(count)]
+        images = [samples.read(place, place + 1)[0].permute(1, 2, 0).numpy() for place in places]
+        words = [""] * len(images) if captions is None else [captions[place] for place in places]
+        picture = overview(images, words, GRID_COLUMNS if captions is None else GRID_COLUMNS // 2, caption)
     else:
         first = labels[:SEARCHED].tolist()
         columns = list(dict.fromkeys(first))[:GRID_COLUMNS]

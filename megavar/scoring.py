@@ -1,6 +1,7 @@
 """Scores of a run: a generator's samples by the configured suite, or a tokenizer's reconstructions."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megavar.assembly import load_tokenizer, resolve
+from megavar.assembly import load_tokenizer, require_generator_recipe, resolve
 from megavar.config.root import Config
 from megavar.errors import ConfigError, check_all
 from megavar.evaluation.base import Scores, Suite
 from megavar.evaluation.reconstruction import ROUNDING
-from megavar.evaluation.reconstruction_suite import check_reconstruction, score_tokenizer
+from megavar.evaluation.reconstruction_suite import check_reconstruction, on_bytes, score_tokenizer
 from megavar.evaluation.results import Result, class_histogram, write_result
 from megavar.evaluation.table import format_table, thresholds_missed
 from megavar.frozen import identify
@@ -80,9 +81,7 @@ def _check_asked(config: Config, suite: Suite[Any]) -> None:
         )
 
 
-def _score_generator(
-    config: Config, place: Environment, untrained: bool, checkpoint: Path | None
-) -> dict[str, float]:
+def _score_generator(config: Config, place: Environment, untrained: bool, checkpoint: Path | None) -> dict[str, float]:
     """Draw the images that the suite asks for and score them beside its baselines."""
     suite = _checked_suite(config)
     config = _with_sampling(config, suite)
@@ -99,7 +98,7 @@ def _score_generator(
         return {}
     found = {row: suite.score(samples, place.device, samples.directory) for row, samples in drawn.items()}
     rows = {row: scores.metrics for row, scores in found.items()}
-    rows |= suite.baselines(config.sampling.number)
+    rows |= suite.baselines(config.sampling.number) | suite.ceiling(_through_tokenizer(config, place))
     samples, scores = drawn[name], found[name]
     result = Result(
         suite=suite.label,
@@ -129,6 +128,18 @@ def _with_sampling(config: Config, suite: Suite[Any]) -> Config:
     number = sampling.number if asked is None or asked.count is None else asked.count
     keep = suite.images_kept if sampling.keep_images is None else sampling.keep_images
     return config.model_copy(update={"sampling": sampling.model_copy(update={"number": number, "keep_images": keep})})
+
+
+def _through_tokenizer(config: Config, place: Environment) -> Callable[[Tensor], Tensor]:
+    """What a generator's tokenizer makes of images, uint8 [B, 3, S, S]; it is loaded when there are any."""
+
+    @functools.cache
+    def tokenizer() -> Tokenizer:
+        weights = require_generator_recipe(config).tokenizer_weights
+        found: Tokenizer = load_tokenizer(config.sampling.tokenizer_of(config.tokenizer), weights, place.device)
+        return found
+
+    return on_bytes(lambda images: _reconstruct(tokenizer(), images), place.device, config.sampling.rounding)
 
 
 @torch.no_grad()

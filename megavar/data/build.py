@@ -44,7 +44,10 @@ def build_source(config: DataConfig, split: Split = "train") -> Source:
             return Photographs(split, config.image_size, length=length, short_side=source.short_side, seed=source.seed)
         case config_room.ShapesSource():
             length = source.length if split == "train" else source.test_length
-            return Shapes(split, config.image_size, length=length, conditioning=source.conditioning, seed=source.seed)
+            return Shapes(
+                split, config.image_size, length=length, conditioning=source.conditioning, seed=source.seed,
+                tags=source.tags,
+            )  # fmt: skip
         case config_room.ImageFolderSource():
             if source.test_share is not None:
                 return ImageFolder(split, Path(source.path), source.test_share, one_class=source.one_class)

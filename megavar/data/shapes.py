@@ -1,9 +1,11 @@
 """Rendered scenes of coloured shapes: the embedded text-image data set, also class-conditional."""
 
 import hashlib
+from collections.abc import Sequence
 from typing import Literal
 
-from megavar.data.shapes_grammar import COLORS, TAGS, Prompt, all_prompts, vocabulary
+from megavar.config.shapes import TAGS, Tag
+from megavar.data.shapes_grammar import COLORS, Prompt, all_prompts, vocabulary
 from megavar.data.shapes_renderer import Draws, lay_out, render
 from megavar.data.source import Sample, Split
 from megavar.errors import ConfigError
@@ -14,8 +16,8 @@ _VERSION = 1  # raise when the same index would show another scene
 class Shapes:
     """A fixed number of scenes; scene i is a function of (seed, split, i) alone.
 
-    With captions, training scenes are drawn from prompts without reserved combinations (all six kinds alike) and test
-    scenes from prompts with them. With classes, scene i shows one object of class ``i % num_classes``, all
+    With captions, training scenes are drawn from prompts without reserved combinations (kinds of ``tags`` alike) and
+    test scenes from prompts with them. With classes, scene i shows one object of class ``i % num_classes``, all
     combinations in both splits.
     """
 
@@ -27,6 +29,7 @@ class Shapes:
         length: int,
         conditioning: Literal["caption", "class"] = "caption",
         seed: int = 0,
+        tags: Sequence[Tag] = TAGS,
     ) -> None:
         if image_size not in (32, 64):
             raise ConfigError(
@@ -42,8 +45,9 @@ class Shapes:
             self._prompts = [[prompt] for prompt in _single_objects(image_size)]
             self.class_names = tuple(f"{p.include[0].color} {p.include[0].shape}" for (p,) in self._prompts)
         else:
-            self._prompts = [all_prompts(self._words, tag, held_out=self._held_out) for tag in TAGS]
-        name = f"{_VERSION}/{conditioning}/{split}/{image_size}/{length}/{seed}"
+            self._prompts = [all_prompts(self._words, tag, held_out=self._held_out) for tag in tags]
+        kinds = "" if tuple(tags) == TAGS or self._by_class else f"/{'+'.join(tags)}"
+        name = f"{_VERSION}/{conditioning}/{split}/{image_size}/{length}/{seed}{kinds}"
         self.fingerprint = f"shapes-{split}-{image_size}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
     @property
@@ -70,7 +74,7 @@ class Shapes:
         draws = Draws(self._seed, f"shapes/{self.split}", index)
         if self._by_class:
             return self._prompts[index % self.num_classes][0], draws
-        prompts = self._prompts[draws.below(len(TAGS))]
+        prompts = self._prompts[draws.below(len(self._prompts))]
         return prompts[draws.below(len(prompts))], draws
 
 

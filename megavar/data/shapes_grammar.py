@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from megavar.config.shapes import TAGS, Tag
 from megavar.parallel.seeds import uniform
 
-Tag = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
-TAGS: tuple[Tag, ...] = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 POSITIONS = ("left of", "right of", "above", "below")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
@@ -117,11 +117,13 @@ def all_prompts(words: Vocabulary, tag: Tag, *, held_out: bool) -> list[Prompt]:
     ]
 
 
-def evaluation_prompts(image_size: int, *, per_tag: int = 100, held_out: bool = True, seed: int = 0) -> list[Prompt]:
+def evaluation_prompts(
+    image_size: int, *, per_tag: int = 100, held_out: bool = True, seed: int = 0, tags: Sequence[Tag] = TAGS
+) -> list[Prompt]:
     """Up to ``per_tag`` different prompts of each tag, drawn by ``seed``; a tag with fewer prompts gives all it has."""
     words = vocabulary(image_size)
     prompts = []
-    for tag in TAGS:
+    for tag in tags:
         prompts += _shuffled(all_prompts(words, tag, held_out=held_out), f"evaluation/{tag}", seed)[:per_tag]
     return prompts
 

@@ -7,11 +7,13 @@ To add one, write a subclass of :class:`Suite` and a ``SuiteChoice`` that names 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch import Tensor
 
 from megavar.conditions import Conditions
 from megavar.config.data import DataConfig
@@ -80,4 +82,12 @@ class Suite(ABC, Generic[C]):
 
     def baselines(self, count: int) -> dict[str, dict[str, float]]:
         """Scores of samplers that need no network, ``count`` images each, for the table beside the model."""
+        return {}
+
+    def ceiling(self, reconstruct: Callable[[Tensor], Tensor]) -> dict[str, dict[str, float]]:
+        """Scores of true images that went through the tokenizer, for the table; nothing by default.
+
+        Args:
+            reconstruct: uint8 [B, 3, S, S] on the CPU to the same.
+        """
         return {}

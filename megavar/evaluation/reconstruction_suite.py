@@ -15,7 +15,7 @@ from megavar.chunks import ChunkStore, share
 from megavar.config.data import DataConfig
 from megavar.config.evaluation import PerceptualWeights, ReconstructionConfig
 from megavar.data.build import build_source
-from megavar.data.pixels import quantize, to_float
+from megavar.data.pixels import Rounding, quantize, to_float
 from megavar.data.shapes_grammar import evaluation_prompts
 from megavar.data.source import content_fingerprint
 from megavar.errors import ConfigError, check_all
@@ -192,10 +192,13 @@ def _shapes_ceiling(
     reconstruct: Callable[[Tensor], Tensor], data: DataConfig, device: torch.device
 ) -> dict[str, float]:
     """ShapeEval of reconstructed right scenes, as ``ceiling/strict`` and so on."""
-
-    def through_tokenizer(images: Tensor) -> Tensor:
-        return quantize(reconstruct(to_float(images.to(device))), ROUNDING["standard"]).cpu()
-
     prompts = evaluation_prompts(data.image_size, per_tag=_CEILING_PROMPTS_PER_TAG, held_out=False)
-    ceiling = tokenizer_ceiling(through_tokenizer, prompts, data.image_size)
+    ceiling = tokenizer_ceiling(on_bytes(reconstruct, device, ROUNDING["standard"]), prompts, data.image_size)
     return {f"ceiling/{name}": value for name, value in ceiling.items()}
+
+
+def on_bytes(
+    reconstruct: Callable[[Tensor], Tensor], device: torch.device, rounding: Rounding
+) -> Callable[[Tensor], Tensor]:
+    """A reconstruction of float images in [-1, 1] on ``device`` as one of uint8 images on the CPU."""
+    return lambda images: quantize(reconstruct(to_float(images.to(device))), rounding).cpu()

@@ -75,7 +75,7 @@ def _placed(table: TableConfig, row: str, seed: int, extra: Sequence[str], folde
             path = path / "checkpoints" / checkpoint_name(demo.begin_at)
         begin = [f"train.initial_weights={{path: {json.dumps(str(path))}}}"]
     config, words = table.demo_config(row, seed, extra, begin), table.demo_words(row, seed, extra, begin)
-    deciding = sorted({word for word in words if not word.startswith(CHANGEABLE)})
+    deciding = sorted({word for word in words if not f"{word.partition('=')[0]}.".startswith(CHANGEABLE)})
     digest = hashlib.sha256(json.dumps(deciding).encode()).hexdigest()
     name = f"{config.run.name}-seed{seed}-{digest[:8]}"
     run = config.run.model_copy(update={"name": name, "directory": str(folder / name)})

@@ -202,12 +202,12 @@ class Backbone(nn.Module, ABC):
         return GeneratorOutput(prediction, {name: taps[name] for name in self.taps}, heads)
 
     @torch.no_grad()
-    def step(self, inputs: Any, cache: KeyValueCache, counted: Tensor | None = None) -> Any:
+    def step(self, inputs: Any, cache: KeyValueCache | None, counted: Tensor | None = None) -> Any:
         """One step of decoding: the prediction for the tokens of ``inputs``, which follow those in ``cache``.
 
         Args:
             inputs: describe the new tokens only, and where they stand.
-            cache: receives their keys and values.
+            cache: receives their keys and values; None: the inputs are the whole sequence.
             counted: bool [B], samples that routing statistics count; None records nothing.
 
         Returns:

@@ -16,7 +16,7 @@ from megavar.errors import ConfigError
 ROOT = Path(__file__).parents[2]
 RESOLVED = json.loads((Path(__file__).parent / "data" / "resolved_9f0263a.json").read_text())
 NEW_KEYS = {
-    "data.source.one_class", "data.source.test_share", "data.text", "evaluation.understanding",
+    "data.source.one_class", "data.source.tags", "data.source.test_share", "data.text", "evaluation.understanding",
     "generator.head_chunks", "logging.alerts", "logging.calibration", "plugins",
     "recipe.clustering", "recipe.clustering_decay", "recipe.convnext",
     "recipe.cross_entropy_weight", "recipe.noise", "recipe.scale_lists", "recipe.smaller_images", "recipe.terms",

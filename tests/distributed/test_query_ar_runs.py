@@ -1,7 +1,9 @@
-"""Runs of QueryAR on captions: resumed bitwise, sampled the same on any number of ranks, planned, exported; begun with
-a folder of a language model."""
+"""Runs of QueryAR and of MAR on captions: resumed bitwise, sampled the same on any number of ranks; QueryAR planned,
+exported, and begun with a folder of a language model."""
 
+import functools
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -18,12 +20,13 @@ from megavar.beginning import warn_of_differences
 from megavar.config.loading import load_config
 from megavar.config.parallel import ParallelConfig
 from megavar.config.tokenizers.kl_vae import KLVAEConfig
-from megavar.data.build import build_text
+from megavar.data.text_training import SPECIAL
 from megavar.errors import ExitCode
 from megavar.parallel import topology
 from megavar.parallel.environment import environment
 from megavar.pictures import GAP, LINE
 from megavar.planning.plan import plan
+from megavar.recipes.mar import MaskedDiffusion
 from megavar.recipes.vgt import QueryFlow
 from megavar.records.reading import json_lines
 from megavar.scoring import score
@@ -46,6 +49,15 @@ VAE = {
 }  # fmt: skip
 MODEL = {"vocabulary": 400, "width": 32, "depth": 2, "heads": 4, "groups": 2, "feed_forward": 48}
 FRESH = ["image.", "condition.", "head."]
+MAR = {
+    "recipe": {"name": "mar"},
+    "generator": {
+        "name": "mar", "width": 32, "encoder_depth": 1, "decoder_depth": 1, "heads": 4, "classes": None,
+        "text_vocabulary": 400, "buffer": 24, "head": {"width": 24, "depth": 1},
+    },
+    "sampling": {"procedure": "mar", "iterations": 4, "steps": 3, "chunk_size": 4, "number": 12, "guidance": 2.0,
+                 "weights": "ema"},
+}  # fmt: skip
 PLANTED = {"\n": {"Yes": 6.0, "A": 4.0, "No": 2.0}, "Yes": {"<|im_end|>": 9.0}}
 DATA = {
     "source": {"name": "shapes", "length": 64, "test_length": 32}, "image_size": 32,
@@ -67,14 +79,14 @@ def parts(tmp_path_factory):
 
 
 def write_run(path, parts, **sections):
-    tree = {
+    tree: dict[str, Any] = {
         "run": {"name": path.stem, "directory": str(path.with_suffix(""))},
         "data": DATA,
         "tokenizer": VAE,
         "recipe": {"name": "vgt", "tokenizer_weights": str(parts / "vae.safetensors"), "permutation": "sample"},
         "generator": {
             "name": "query_ar", "language_model": MODEL, "query_sides": [6, 6], "head": {"width": 24, "depth": 1},
-            "text_length": 24, "image_start": [0],
+            "text_length": 24, "image_start": [SPECIAL.index("<img>")],
         },
         "deepspeed": str(ROOT / "configs/deepspeed/zero1.json"),
         "train": {
@@ -93,30 +105,52 @@ def write_run(path, parts, **sections):
     for name, section in sections.items():
         tree[name] = tree[name] | section
     path.write_text(yaml.safe_dump(tree))
-    marked = build_text(load_config(path).data).id("<img>")
-    tree["generator"]["image_start"] = [marked]
-    path.write_text(yaml.safe_dump(tree))
     return path
 
 
-def go(path, die_at=None):
+def write_mar(path, parts):
+    """The same of MAR, from random weights."""
+    write_run(path, parts)
+    tree = yaml.safe_load(path.read_text())
+    del tree["train"]["initial_weights"]
+    kept = {"tokenizer_weights": tree["recipe"]["tokenizer_weights"]}
+    path.write_text(yaml.safe_dump(tree | MAR | {"recipe": MAR["recipe"] | kept}))
+    return path
+
+
+WRITERS = {QueryFlow: write_run, MaskedDiffusion: write_mar}
+
+
+def go(path, die_at=None, recipe=QueryFlow):
     """Runs on every rank: train to the end, or to a sudden death while step ``die_at`` is prepared."""
-    return train_until(QueryFlow, load_config(path), die_at)
+    return train_until(recipe, load_config(path), die_at)
 
 
 @pytest.fixture(scope="module")
-def finished(parts, tmp_path_factory):
-    path = write_run(tmp_path_factory.mktemp("run") / "whole.yaml", parts)
-    assert run_ranks(1, go, path) == [ExitCode.FINISHED]
-    return path
+def run_of(parts, tmp_path_factory):
+    """The finished run of a recipe."""
+
+    @functools.cache
+    def make(recipe):
+        path = WRITERS[recipe](tmp_path_factory.mktemp("run") / "whole.yaml", parts)
+        assert run_ranks(1, go, path, None, recipe) == [ExitCode.FINISHED]
+        return path
+
+    return make
 
 
-def test_killed_and_resumed_bitwise(finished, parts, tmp_path):
-    path = write_run(tmp_path / "killed.yaml", parts)
+@pytest.fixture
+def finished(run_of):
+    return run_of(QueryFlow)
+
+
+@pytest.mark.parametrize("recipe", WRITERS)
+def test_killed_and_resumed_bitwise(run_of, recipe, parts, tmp_path):
+    path = WRITERS[recipe](tmp_path / "killed.yaml", parts)
     with pytest.raises(RankFailure, match="exit code -9"):
-        run_ranks(1, go, path, 5)
-    assert run_ranks(1, go, path) == [ExitCode.FINISHED]
-    whole, resumed = trained(finished.with_suffix(""), 6), trained(tmp_path / "killed", 6)
+        run_ranks(1, go, path, 5, recipe)
+    assert run_ranks(1, go, path, None, recipe) == [ExitCode.FINISHED]
+    whole, resumed = trained(run_of(recipe).with_suffix(""), 6), trained(tmp_path / "killed", 6)
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
     _is_shown_to_people(tmp_path / "killed")
@@ -136,10 +170,11 @@ def _is_shown_to_people(run):
         assert text in page, text
 
 
-def test_samples_are_the_same_bytes_on_one_and_two_ranks(finished, tmp_path):
+@pytest.mark.parametrize("recipe", WRITERS)
+def test_samples_are_the_same_bytes_on_one_and_two_ranks(run_of, recipe, tmp_path):
     found = []
     for ranks in (1, 2):
-        drawn = samples_of(finished, ranks, tmp_path / f"of-{ranks}")
+        drawn = samples_of(run_of(recipe), ranks, tmp_path / f"of-{ranks}")
         found.append(chunks(drawn))
     assert len(found[0]) == 3 and found[0] == found[1]
 

@@ -44,6 +44,7 @@ ELSEWHERE = {
     "tools.benchmark_against": "tests/tools/test_benchmark_against.py: a checkout of VAR",
     "tools.gpu_check": GPU,
     "tools.reference_curve": "tests/tools/test_reference_curve.py: runs with three seeds",
+    "tools.small_vlm": "tests/end_to_end/test_vgt.py",
     "tools.configuration_reference": "tests/docs/test_pages.py",
     OTHER_FAMILY: "tests/recipes, tests/generators, tests/distributed: short runs of each family",
 }

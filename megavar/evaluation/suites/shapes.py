@@ -1,10 +1,13 @@
 """The offline text-to-image suite: ShapeEval on rendered scenes."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from megavar.conditions import Conditions, PromptConditions
+from megavar.config.shapes import ShapesSource
 from megavar.config.suites.shapes import ShapesSuite
 from megavar.data.build import build_source
 from megavar.data.shapes_grammar import Prompt, evaluation_prompts
@@ -30,7 +33,9 @@ class Shapes(Suite[ShapesSuite]):
     def prompts(self) -> list[Prompt]:
         """What is asked for, in index order."""
         choice, size = self.choice, self.data.image_size
-        return evaluation_prompts(size, per_tag=choice.per_tag, held_out=choice.held_out, seed=choice.seed)
+        assert isinstance(self.data.source, ShapesSource)
+        tags = self.data.source.tags
+        return evaluation_prompts(size, per_tag=choice.per_tag, held_out=choice.held_out, seed=choice.seed, tags=tags)
 
     def conditions(self) -> Conditions:
         """Every prompt ``per_prompt`` times."""
@@ -55,3 +60,8 @@ class Shapes(Suite[ShapesSuite]):
             "right scenes": shape_eval.summarize(shape_eval.score_scenes(true, prompts)),
             "other captions": shape_eval.summarize(shape_eval.score_scenes(true, turned)),
         }
+
+    def ceiling(self, reconstruct: Callable[[Tensor], Tensor]) -> dict[str, dict[str, float]]:
+        """Right scenes as the tokenizer renders them."""
+        prompts = self.prompts()
+        return {"tokenizer's ceiling": shape_eval.tokenizer_ceiling(reconstruct, prompts, self.data.image_size)}

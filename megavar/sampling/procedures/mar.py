@@ -17,7 +17,6 @@ from megavar.conditions import Condition
 from megavar.config.procedures.mar import MARSampling
 from megavar.diffusion import Diffusion, evenly, strided
 from megavar.errors import ConfigError
-from megavar.generators.base import GeneratorOutput
 from megavar.generators.inputs import MaskedInputs
 from megavar.parallel import seeds
 from megavar.sampling.noise import FiniteLogits, Noise
@@ -27,8 +26,8 @@ from megavar.tokenizers.base import Continuous
 class MaskedGenerator(Protocol):
     """What this procedure asks of a generator."""
 
-    def __call__(self, inputs: MaskedInputs) -> GeneratorOutput:
-        """Prediction: the diffusion head's condition of all tokens, [B, L, Z]."""
+    def step(self, inputs: MaskedInputs, cache: None) -> Tensor:
+        """The diffusion head's condition of all tokens, [B, L, Z]; nothing is kept from pass to pass."""
         ...
 
     def denoise(self, noisy: Tensor, times: Tensor, condition: Tensor) -> Tensor:
@@ -108,7 +107,7 @@ class MaskedDecoding:
         counts = self.left(space.length)
         for number, left in enumerate(counts, 1):
             known = MaskedInputs(given.labels, tokens.repeat(copies, 1, 1), (rank < masked).repeat(copies, 1), text)
-            told = generator(known).prediction
+            told = generator.step(known, None)
             after = 0 if number == len(counts) else left
             drawn = order[:, after:masked].sort(1).values
             guidance, index = self.guidance_of(left, space.length), drawn[..., None]

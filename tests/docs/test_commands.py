@@ -26,6 +26,7 @@ RUNS = re.compile(r"\bruns/(?!photos|longer|others?\b|new\b|stmoe-d16|mepa-d16|v
 ELSEWHERE = {
     "megavar train configs/mepa/guided_digits.yaml": "tests/end_to_end/test_guidance.py",
     "megavar train 8 ranks": "tests/distributed: the layout is checked here, and its plan in tests/planning",
+    "megavar evaluate --understanding": "tests/evaluation/understanding/test_models.py: a vision-language model",
     "megavar plan --calibrate": "tests/planning/test_calibration.py",
     "megavar plan --calibration": "tests/planning/test_calibration.py",
     "megavar reproduce --demo": "tests/end_to_end/test_demo.py: minutes to hours",
@@ -44,6 +45,7 @@ ELSEWHERE = {
     "tools.gpu_check": GPU,
     "tools.small_vlm": "tests/end_to_end/test_vgt.py: a minute for each network",
     "tools.reference_curve": "tests/tools/test_reference_curve.py: runs with three seeds",
+    "tools.small_vlm": "tests/end_to_end/test_vgt.py",
     "tools.configuration_reference": "tests/docs/test_pages.py",
     OTHER_FAMILY: "tests/recipes, tests/generators, tests/distributed: short runs of each family",
 }
@@ -90,14 +92,14 @@ def said(workshop: Workshop) -> dict[object, str]:
 @pytest.mark.timeout(900)
 def test_a_new_user_goes_from_photographs_to_a_report(workshop: Workshop, said: dict[str, str]) -> None:
     folder = workshop.folder
-    assert "fid@image_folder-cnn" in said["megavar train"], "it is scored by itself"
+    assert "fid" in said["megavar train"], "it is scored by itself"
     assert "photos" in said["megavar status"] and "4/4" in said["megavar status"]
     assert "finished" in said["megavar status"]
     assert len(list((folder / "out").rglob("*.png"))) == 3 * 8 + 1
     assert {path.name.split("-")[1] for path in (folder / "out/guidance-4").glob("*.png")} == {"cat.png", "dog.png"}
     page = (folder / "runs/photos/report/report.html").read_text()
     assert "finished at step 4 of 4" in page and "cat, dog" in page and "Samples by guidance" in page
-    assert 'id="figure-experts"' in page and "judge_accuracy" in page
+    assert 'id="figure-experts"' in page and 'id="figure-routing"' in page and "label_accuracy" in page
     assert len(page) < 3e6
     assert "goes on from step 4" in said["megavar fork"] and "train.steps: 4 -> 6" in said["megavar fork"]
     assert "train.steps" in said["megavar compare"]

@@ -62,12 +62,12 @@ def size(config: Config) -> int:
 
 
 def test_the_largest_of_every_kind_fits(configs: dict[Path, Config]) -> None:
-    """Without what drawing costs, and other layouts."""
+    """Without what drawing costs, and other layouts. VGT's are planned in test_vgt_parameters.py."""
     chosen: dict[tuple[object, ...], Path] = {}
     for path, config in sorted(configs.items(), key=lambda item: size(item[1])):
-        if not of_a_demo(path) or config.recipe.trains == "teacher":
+        if path.parent.name != "vgt" and (not of_a_demo(path) or config.recipe.trains == "teacher"):
             chosen[kind(config)] = path
-    assert len(chosen) > 12
+    assert len(chosen) > 9
     for path in chosen.values():
         for number in devices(path):
             predicted, _ = predict(configs[path], number, "h200", ranks_per_node=8)

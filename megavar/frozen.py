@@ -142,11 +142,26 @@ def ready(network: nn.Module, device: torch.device) -> nn.Module:
     """``network`` as it is used where it is not trained: in evaluation mode, without gradients, on ``device``.
 
     On a CPU the weights of its convolutions are put in the order in which they are used there.
+
+    Raises:
+        CheckpointError: what was loaded into it cannot be used.
     """
     import torch
 
+    check_usable(network)
     network = network.eval().requires_grad_(False).to(device)
     return network.to(memory_format=torch.channels_last) if device.type == "cpu" else network
+
+
+def check_usable(network: nn.Module) -> None:
+    """Ask ``network``, if it can tell, whether what was loaded into it can be used: its method ``check_usable``.
+
+    Raises:
+        CheckpointError: it cannot.
+    """
+    check = getattr(network, "check_usable", None)
+    if check is not None:
+        check()
 
 
 def identities(records: Mapping[str, Mapping[str, str]]) -> dict[str, Identity]:

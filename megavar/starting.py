@@ -81,6 +81,17 @@ class Start:
         return "nothing but the validation loss: scores need two classes or more, and 64 images"
 
     @property
+    def held_out_for(self) -> str:
+        """In words: losses are taken over whole batches, scores compared with as many as there are."""
+        uses = ["the validation loss"] * bool(self._validation(*self._generator)) + ["scores"] * self.scored
+        return " and ".join(uses) or f"a validation loss, once there are {self._generator[1]} of them"
+
+    @property
+    def _generator(self) -> tuple[int, int]:
+        """Steps and batch."""
+        return self.chosen.steps[1], self.chosen.batch[1]
+
+    @property
     def notes(self) -> list[str]:
         """What a person should know of these choices."""
         notes = []
@@ -124,8 +135,7 @@ class Start:
 
     def generator(self) -> str:
         """The file of the generator's run."""
-        chosen = self.chosen
-        steps, batch = chosen.steps[1], chosen.batch[1]
+        chosen, (steps, batch) = self.chosen, self._generator
         samples = min(1000, max(100, 20 * len(self.found.classes)))
         suite = {"name": "classifier", "reference_images": min(4096, max(64, self.found.count)),
                  "baselines": self.found.held_out >= HELD_OUT_FOR_BASELINES}  # fmt: skip
@@ -140,6 +150,7 @@ class Start:
                           "gradient_clipping": 2.0,
                           "schedule": {"name": "lin0"}},
             "logging": self._logging(steps),
+            "validation": self._validation(steps, batch),
             "sampling": {"number": samples, "chunk_size": 50, "guidance": 1.5, "top_k": 0, "top_p": 0.0},
             "evaluation": {"suite": suite, "after_training": True} if self.scored else {},
         }  # fmt: skip
@@ -150,6 +161,11 @@ class Start:
     @property
     def _machine(self) -> dict[str, object]:
         return {"precision": "bf16"} if self.on_gpu else {"cpu_threads": 1}
+
+    def _validation(self, steps: int, batch: int) -> dict[str, object]:
+        """On at most eight batches of what is held out, where that is a batch at all."""
+        batches = min(8, self.found.held_out // batch)
+        return {"interval": max(10, steps // 20), "samples": batches * batch} if batches else {}
 
     @staticmethod
     def _logging(steps: int) -> dict[str, object]:

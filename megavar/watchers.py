@@ -54,7 +54,9 @@ def watchers(config: Config, source: Source, recipe: Recipe, place: Environment,
     if expected is not None:
         found.append(ExpectationObserver(expected, config.logging.interval))
     if config.validation is not None:
-        found.append(ValidationObserver(config.validation.interval, held_out(config, config.validation, place, mesh)))
+        found.append(ValidationObserver(
+            config.validation.interval, config.logging.interval, held_out(config, config.validation, place, mesh)
+        ))  # fmt: skip
     return found
 
 
@@ -65,12 +67,12 @@ def held_out(config: Config, validation: ValidationConfig, place: Environment, m
         ConfigError: there are none, or not so many.
     """
     source = build_source(of_images(config.data), "test")
-    if validation.samples > len(source):
-        batch = config.train.global_batch_size
+    samples = validated(validation, config.train.global_batch_size)
+    if samples > len(source):
         raise ConfigError(
-            f"validation.samples={validation.samples}, but there are {len(source)} held-out samples. Set it to "
-            f"{len(source) // batch * batch} (a multiple of train.global_batch_size={batch})"
-            + (", or lower train.global_batch_size." if len(source) < batch else ".")
+            f"validation takes {samples} held-out samples (validation.samples={validation.samples} in whole batches of "
+            f"train.global_batch_size={config.train.global_batch_size}), but there are {len(source)}. Lower them, or "
+            f"set validation=null."
         )
 
     def batches(micro_batch_size: int) -> Iterable[list[Batch]]:
@@ -82,11 +84,16 @@ def held_out(config: Config, validation: ValidationConfig, place: Environment, m
             micro_batch_size=micro_batch_size,
             data_parallel_rank=mesh.data_rank,
             data_parallel_size=mesh.data,
-            stop_step=validation.samples // config.train.global_batch_size,
+            stop_step=samples // config.train.global_batch_size,
             device=place.device,
         )
 
     return batches
+
+
+def validated(validation: ValidationConfig, batch: int) -> int:
+    """Held-out samples that are taken: whole batches, one at least."""
+    return max(1, validation.samples // batch) * batch
 
 
 def banner(
@@ -99,20 +106,22 @@ def banner(
     named = ", ".join(classes[:_NAMED]) + (", ..." if len(classes) > _NAMED else "")
     side = config.data.image_size
     sides = " ".join(map(str, space.sides))
+    shape = "in a line" if not sides else f"sides {sides}" if len(space.sides) > 1 else f"{sides} x {sides}"
     vocabulary = f"{space.vocabulary} different" if space.vocabulary else f"vectors of {space.channels}"
     precision = f"{train.precision}, {place.world_size} process" + ("es" if place.world_size > 1 else "")
     rows = [
         ("data", f"{config.data.source.name}: {len(source):,} images, "
-                 + (f"{len(classes)} classes ({named}), " if classes else "") + f"{side} x {side} pixels"),
+                 + (f"{len(classes)} classes ({named}), " if classes else "")
+                 + ("with captions, " if config.data.text is not None else "") + f"{side} x {side} pixels"),
         ("model", _model(config, recipe, mesh)),
-        ("tokens", f"{space.length} per image ({f'sides {sides}' if sides else 'in a line'}), {vocabulary}"),
+        ("tokens", f"{space.length} per image ({shape}), {vocabulary}"),
         ("length", f"{steps:,} steps of {train.global_batch_size} images = "
                    f"{steps * train.global_batch_size / len(source):.3g} epochs"),
         ("device", f"{device_name()}, {precision}"),
     ]  # fmt: skip
     if config.validation is not None:
-        held_out = config.validation
-        rows.append(("validation", f"every {held_out.interval} steps, on {held_out.samples} held-out images"))
+        samples = validated(config.validation, train.global_batch_size)
+        rows.append(("validation", f"every {config.validation.interval} steps, on {samples} held-out images"))
     every = config.logging.samples_interval
     if config.recipe.trains != "teacher" and config.parallel.pipeline == 1:
         rows.append(("pictures", f"{path / 'samples'}, " + (f"every {every} steps" if every else "at the end")))

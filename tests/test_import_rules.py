@@ -73,10 +73,10 @@ ALLOWED: dict[str, set[str]] = {
     "forking": {"config", "data", "generators", "library", "training", "weight_file"},
     "starting": {"data"},
     "watchers": {"config", "data", "parallel", "planning", "recipes", "training"},
-    "reproduction": {"chunks", "config", "planning", "training"},
+    "reproduction": {"chunks", "config", "planning", "records", "training"},
     "analysis": {
-        "assembly", "conditions", "config", "data", "evaluation", "parallel", "run_samples", "sampling", "tokenizers",
-        "training", "transformer",
+        "assembly", "conditions", "config", "data", "evaluation", "parallel", "records", "run_samples", "sampling",
+        "tokenizers", "training", "transformer",
     },
     "commands": {
         "analysis", "assembly", "beginning", "conditions", "config", "data", "forking", "parallel", "pictures",

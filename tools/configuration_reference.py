@@ -33,11 +33,11 @@ them. One YAML file decides everything about a run. Files inherit with `base:`, 
 (`optimizer.lr=3e-4`), unknown keys are errors with the nearest valid key. Where a section has a **kind** (`name:`,
 `procedure:`, `kind:`), its keys depend on it. A key without a default must be given.
 
-**Paths.** `~` and `$VAR` mean what they do in a shell. With `paths: {{root: DIR}}` in a file, all relative paths that
-this file names lie in DIR, itself relative to the file (`root: .` is the file's own folder), and so does the run
-directory. Without it, `base:`, `deepspeed:` and `run.requires` are looked for beside the file that names them first,
-other paths are relative to the current directory, as are those on the command line; `configs/...` are found from
-everywhere.
+**Paths.** `~` and `$VAR` mean what they do in a shell. A relative path of any key is looked for beside the file that
+names it; what does not lie there (a run directory that is yet to be made, say) is relative to the current directory, as
+are paths on the command line. With `paths: {{root: DIR}}` in a file, all relative paths that this file names lie in
+DIR, itself relative to the file (`root: .` is the file's own folder), and so does the run directory. `configs/...` are
+found from everywhere.
 """
 ROOTS: tuple[tuple[str, str, type[Any]], ...] = (
     ("Run", "What `megavar train` and all other commands read.", Config),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from megavar.assembly import Assembly, require_generator_recipe
 from megavar.config.noise import NoiseConfig
 from megavar.config.parallel import ParallelConfig
-from megavar.config.recipes.base import GENERATOR_MODULE
+from megavar.config.recipes.base import GENERATOR_MODULE, GeneratorRecipeChoice
 from megavar.config.root import Config
 from megavar.data.batch import Batch
 from megavar.data.build import build_source, build_transform, of_images
@@ -55,10 +55,20 @@ class Observation:
         return list(rows.split(list(self.layout.sizes), 1))
 
 
+def undisturbed(recipe: GeneratorRecipeChoice) -> GeneratorRecipeChoice:
+    """The recipe without terms, noise and random lists of scales, so that losses of any run and step compare."""
+    fields, aside = type(recipe).model_fields, ("terms", "noise", "scale_lists")
+    defaults: dict[str, Any] = {
+        name: fields[name].get_default(call_default_factory=True) for name in aside if name in fields
+    }
+    return recipe.model_copy(update=defaults)
+
+
 class Observer:
     """A generator with trained weights, without the terms of its recipe (their heads and teachers are not needed).
 
-    Its contexts are clean and in the order of its end, whatever it was trained with on the way there.
+    Its contexts are clean, at the tokenizer's own scales and in the order of its end, whatever it was trained with on
+    the way there.
     """
 
     def __init__(self, config: Config, device: torch.device, checkpoint: Path, *, drop_labels: bool = True) -> None:
@@ -75,7 +85,7 @@ class Observer:
         recipe = require_generator_recipe(config)
         self.noisy = "noise" in type(recipe).model_fields
         """Whether contexts can be made noisy (:meth:`observe`)."""
-        recipe = recipe.model_copy(update={"terms": ()} | ({"noise": None} if self.noisy else {}))
+        recipe = undisturbed(recipe)
         generator = config.generator
         if generator is not None and not drop_labels and "label_drop" in type(generator).model_fields:
             generator = generator.model_copy(update={"label_drop": 0.0})

@@ -52,7 +52,7 @@ def describe(found: Survey, start: Start, paths: list[Path]) -> str:
     rows = [
         ("images", f"{found.count:,} in {count}: {classes}"),
         ("sizes", f"{found.smallest[0]} x {found.smallest[1]} to {found.largest[0]} x {found.largest[1]} pixels"),
-        ("held out", f"{found.held_out:,} images, never trained on: for validation and scores"),
+        ("held out", f"{found.held_out:,} images, never trained on: for {start.held_out_for}"),
         ("learned as", f"{start.size} x {start.size} pixels, cropped and mirrored by chance, {start.tokens} tokens"),
         ("scored by", start.scored_by),
     ]

@@ -31,7 +31,7 @@ class RunConfig(Section):
     """Where everything the run writes goes. Default: ``runs/<name>``."""
     requires: tuple[PathText, ...] = ()
     """Configurations of runs that must be finished first, such as the tokenizer's. ``train`` trains them if they are
-    not. Paths are relative to the repository or absolute."""
+    not."""
 
     @property
     def path(self) -> str:
@@ -98,20 +98,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _validation_fits(self) -> "Config":
-        if self.validation is None:
-            return self
-        if self.recipe.trains != "generator":
+        if self.validation is not None and self.recipe.trains != "generator":
             raise ValueError(
                 f"validation is of generators, and the recipe {self.recipe.name!r} trains a {self.recipe.trains}: "
                 f"remove it (a tokenizer's reconstructions are scored by evaluation.reconstruction)"
             )
-        for key, value, of, unit in (
-            ("interval", self.validation.interval, "logging.interval", self.logging.interval),
-            ("samples", self.validation.samples, "train.global_batch_size", self.train.global_batch_size),
-        ):
-            if value % unit:
-                near = max(1, round(value / unit)) * unit
-                raise ValueError(f"validation.{key}={value} is no multiple of {of}={unit}: set it to {near}")
         return self
 
     @model_validator(mode="after")

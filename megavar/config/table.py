@@ -76,7 +76,10 @@ class DemoConfig(Section):
     """Overrides that make a row of it, by the row's name. A name that is no row of the table is an additional control,
     which takes no part in the verdict."""
     begin_with: str | None = None
-    """Name of the first row, if all others begin with its weights, of the same seed, and a fresh optimizer."""
+    """Name of the first row, if all others begin with its weights, of the same seed, and a fresh optimizer. A row that
+    begins anew says ``train.initial_weights=null``."""
+    begin_at: int | None = Field(None, ge=1)
+    """Step of the checkpoint that they begin with (``train.checkpoint.keep_every``). None: the last one."""
     metrics: dict[str, MetricConfig] = Field({})
     """What is compared at this size, each with a verdict."""
     analyses: tuple[str, ...] = ()
@@ -102,6 +105,8 @@ class DemoConfig(Section):
             raise ValueError(f"expected names {unknown[0]!r}, which is not among the rows of the demo")
         if self.begin_with is not None and self.begin_with != next(iter(self.rows)):
             raise ValueError(f"begin_with names {self.begin_with!r}, which is not the first row of the demo")
+        if self.begin_at is not None and self.begin_with is None:
+            raise ValueError("begin_at is a step of the row that begin_with names: set begin_with, too")
         return self
 
 
@@ -196,8 +201,11 @@ class TableConfig(Section):
             raise ConfigError(f"{self.name} has no demo: its file has no section `demo`.")
         return self.demo
 
-    def demo_words(self, row: str, seed: int, extra: Sequence[str] = ()) -> list[str]:
+    def demo_words(self, row: str, seed: int, extra: Sequence[str] = (), begin: Sequence[str] = ()) -> list[str]:
         """The command line's words for a row's demo with a seed, which decides initial weights, order of data, samples.
+
+        Args:
+            begin: what it begins with, unless the row itself says otherwise.
 
         Raises:
             ConfigError: there is no such demo.
@@ -206,15 +214,15 @@ class TableConfig(Section):
         if row not in demo.rows:
             raise ConfigError(f"{self.name} has no demo of the row {row!r}.")
         seeds = [f"train.seed={seed}", f"sampling.seed={seed}"]
-        return [demo.config, *demo.overrides, *demo.rows[row], *seeds, *extra]
+        return [demo.config, *demo.overrides, *begin, *demo.rows[row], *seeds, *extra]
 
-    def demo_config(self, row: str, seed: int, extra: Sequence[str] = ()) -> Config:
-        """The resolved configuration of a row's demo.
+    def demo_config(self, row: str, seed: int, extra: Sequence[str] = (), begin: Sequence[str] = ()) -> Config:
+        """The resolved configuration of a row's demo; arguments as of :meth:`demo_words`.
 
         Raises:
             ConfigError: it is wrong, or there is no such demo.
         """
-        path, *overrides = self.demo_words(row, seed, extra)
+        path, *overrides = self.demo_words(row, seed, extra, begin)
         return _load(f"{self.name}, demo of {row!r}", path, overrides)
 
 

@@ -11,9 +11,11 @@ class ValidationConfig(Section):
     Random choices of a recipe (scales, noise) are those of the end of the run, and the same each time."""
 
     interval: int = Field(ge=1)
-    """Steps between measurements, a multiple of ``logging.interval``; the last step is measured in any case."""
+    """Steps between measurements, each at the next line of metrics (``logging.interval``); the last step is measured in
+    any case."""
     samples: int = Field(ge=1)
-    """Held-out samples, a multiple of ``train.global_batch_size``: they are computed as a training step is."""
+    """Held-out samples; whole batches (``train.global_batch_size``) of them are taken, one at least, and computed as a
+    training step is."""
     reference: PathText | None = None
     """A reference curve (``configs/tables/curves/*.json``, written by ``python -m tools.reference_curve``): status says
     whether the run is inside its band."""

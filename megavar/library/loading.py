@@ -18,7 +18,7 @@ from megavar.config.loading import load_config, read_tree, stored_config
 from megavar.config.root import Config
 from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.errors import CheckpointError, ConfigError
-from megavar.frozen import TOKENIZER, Identity, check_same, identify, identities
+from megavar.frozen import TOKENIZER, Identity, check_same, check_usable, identify, identities
 from megavar.library.model import Model
 from megavar.parallel import topology
 from megavar.paths import expanded
@@ -194,6 +194,7 @@ def _fill_whole(network: nn.Module, tensors: dict[str, Tensor], place: Path) -> 
 
 
 def _frozen(network: Any, device: torch.device) -> Any:
+    check_usable(network)
     return network.eval().requires_grad_(False).to(device)
 
 

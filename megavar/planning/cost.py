@@ -13,8 +13,8 @@ class Line:
     fixed: float = 0.0
     per_image: float = 0.0
 
-    def at(self, images: int) -> float:
-        """For a micro-batch of ``images``."""
+    def at(self, images: float) -> float:
+        """For a micro-batch of ``images``, or the like of a pass that is larger or smaller."""
         return self.fixed + self.per_image * images
 
     @staticmethod

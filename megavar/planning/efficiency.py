@@ -3,6 +3,7 @@
 from megavar.config.parallel import ParallelConfig
 from megavar.config.root import Config
 from megavar.planning.measure import Request, UnmeasurableError, measure, release, tokenizer_cost
+from megavar.planning.passes import work_of
 from megavar.planning.timing import step_flops
 
 
@@ -22,12 +23,13 @@ def flops_per_image(config: Config) -> float | None:
             tokenizer = tokenizer_cost(config.tokenizer)
             return 3 * (tokenizer.encode_flops + tokenizer.decode_flops)
         (cost,) = measure([Request(config.generator, config.tokenizer.space, terms=config.recipe.counted_terms)])
+        work = work_of(config.recipe, config.generator, config.tokenizer.space)
     except UnmeasurableError as error:
         print(f"Utilization will not be shown. {error}", flush=True)
         return None
     finally:
         release()
-    return step_flops(cost, config.recipe.passes_of_step)
+    return step_flops(cost, work)
 
 
 def trained_parameters(config: Config) -> int:

@@ -123,13 +123,16 @@ class ActivationBytes(Breakdown):
     """Inside the fullest block, beyond the room that the head leaves, which is done by then."""
 
 
-def activation_bytes(cost: Cost, layout: Layout, pipeline_rank: int, busiest: float | None = None) -> ActivationBytes:
+def activation_bytes(
+    cost: Cost, layout: Layout, pipeline_rank: int, busiest: float | None = None, largest: float = 1.0
+) -> ActivationBytes:
     """Activations of a rank.
 
     Args:
         busiest: tokens of this rank's experts over the mean; None assumes :func:`imbalance`.
+        largest: tokens of the fullest pass of a step over those of its images.
     """
-    parallel, images = layout.parallel, layout.micro_batch
+    parallel, images = layout.parallel, layout.micro_batch * largest
     spread = imbalance(parallel) if busiest is None else busiest
     is_last = pipeline_rank == parallel.pipeline - 1
     held = cost.stage(parallel, pipeline_rank)
@@ -153,6 +156,7 @@ def rank_memory(
     ema: bool,
     tokenizer: TokenizerCost | None,
     image_bytes: float,
+    largest: float = 1.0,
 ) -> Memory:
     """Memory of a rank of one pipeline stage.
 
@@ -162,10 +166,11 @@ def rank_memory(
         ema: whether a moving average of the weights is kept.
         tokenizer: costs of the frozen tokenizer; None where tokens are cached.
         image_bytes: of one prepared image: pixels, tokens, features.
+        largest: tokens of the fullest pass of a step over those of its images.
     """
     parameters = cost.parameters(layout.parallel, pipeline_rank)
     state = state_bytes(parameters, layout, element, ema=ema)
-    activations = activation_bytes(cost, layout, pipeline_rank)
+    activations = activation_bytes(cost, layout, pipeline_rank, largest=largest)
     buckets = bucket_bytes(parameters, layout, element)
     training = state.gradients + buckets + activations.total
     encoding = 0.0 if tokenizer is None else layout.micro_batch * tokenizer.encode_bytes + SEARCH_BYTES

@@ -17,6 +17,7 @@ from megavar.planning.hardware import EXPERTS_UTILIZATION, LINK_EFFICIENCY, TOKE
 from megavar.planning.layout import Layout, Zero
 from megavar.planning.measure import DrawRequest, drawing_flops, tokenizer_cost
 from megavar.planning.memory import FLOAT32
+from megavar.planning.passes import work_of
 from megavar.planning.search import allowed_candidates, suggest
 from megavar.planning.timing import Machine
 from megavar.planning.workload import GeneratorWorkload, Prediction, Progress, TokenizerWorkload, Workload
@@ -226,7 +227,7 @@ def _workload(config: Config, machine: Machine, mfu: float | None) -> Workload:
         tokenizer,
         terms=config.recipe.counted_terms,
         teachers=teacher_costs(config),
-        passes=config.recipe.passes_of_step,
+        work=work_of(config.recipe, config.generator, space),
     )
 
 

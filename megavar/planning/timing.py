@@ -17,6 +17,7 @@ from megavar.planning.hardware import (
 )
 from megavar.planning.layout import Layout
 from megavar.planning.memory import imbalance
+from megavar.planning.passes import Work
 
 _ADAM_BYTES = 30  # read and written per parameter: master, moments, gradient, weight
 
@@ -67,16 +68,15 @@ class Machine:
         return min(self.gpu.link * self.link_efficiency, self.gpu.network * members * LINK_EFFICIENCY)
 
 
-def step_flops(cost: Cost, passes: tuple[int, int], repetition: float = 1.0) -> float:
+def step_flops(cost: Cost, work: Work, repetition: float = 1.0) -> float:
     """Model FLOPs of an image in all passes of a step.
 
     Args:
         cost: of the undivided generator.
-        passes: with a loss, and forward only.
-        repetition: factor by which recomputation prolongs the former.
+        work: of its passes.
+        repetition: factor by which recomputation prolongs those with a loss.
     """
-    trained, rolled_out = passes
-    return trained * cost.model_flops * repetition + rolled_out * cost.forward_flops
+    return work.trained * cost.model_flops * repetition + work.rolled_out * cost.forward_flops
 
 
 def step_time(
@@ -85,7 +85,7 @@ def step_time(
     machine: Machine,
     *,
     whole: Cost,
-    passes: tuple[int, int],
+    work: Work,
     utilization: float,
     element: int,
     tokenizer: TokenizerCost | None,
@@ -95,7 +95,7 @@ def step_time(
     Args:
         cost: of the generator under the layout's tensor-parallel size and recomputation.
         whole: of the undivided generator.
-        passes: of a step over the generator, with a loss and forward only.
+        work: of the passes of a step over the generator.
         utilization: model FLOPs over peak while blocks compute, without communication and encoding.
         element: bytes of a weight.
         tokenizer: of the frozen tokenizer; None where tokens are cached.
@@ -104,32 +104,31 @@ def step_time(
     share = layout.micro_batch * layout.micro_batches
     peak = gpu.bf16 if element == 2 else gpu.fp32
     # Utilization counts model FLOPs; what is computed twice takes its time besides.
-    flops = step_flops(whole, passes, cost.repetition) / (parallel.tensor * parallel.pipeline)
+    flops = step_flops(whole, work, cost.repetition) / (parallel.tensor * parallel.pipeline)
     one_image = flops / (peak * utilization)
     blocks = len(cost.kind_of_block) / parallel.pipeline
-    launches = blocks * machine.block_floor
+    launches = blocks * machine.block_floor * work.launched
     compute = layout.micro_batches * max(layout.micro_batch * one_image, launches)
     encoding = gpu.tf32 * machine.tokenizer_utilization
     encode = 0.0 if tokenizer is None else share * tokenizer.encode_flops / encoding
     stages, chunks = parallel.pipeline, parallel.virtual_pipeline
     held = cost.parameters(parallel, 0)
-    exchanges = _exchanges(cost, layout, passes)
+    exchanges = _exchanges(cost, layout, work)
     return StepTime(
         compute=compute,
         encode=encode,
         bubble=compute * (stages - 1) / (layout.micro_batches * chunks),
         tensor=_tensor_seconds(cost, layout, machine) * exchanges,
         expert=_expert_seconds(cost, layout, machine) * exchanges,
-        pipeline=_pipeline_seconds(cost, layout, machine) * (passes[0] + passes[1] / 2),
+        pipeline=_pipeline_seconds(cost, layout, machine) * (work.trained_tokens + work.rolled_out_tokens / 2),
         data=data_seconds(held, layout, machine, element),
         optimizer=optimizer_seconds(held, layout, machine),
     )
 
 
-def _exchanges(cost: Cost, layout: Layout, passes: tuple[int, int]) -> float:
+def _exchanges(cost: Cost, layout: Layout, work: Work) -> float:
     """How often a rank's blocks exchange activations in a step: twice forward, twice backward, and when repeated."""
-    trained, rolled_out = passes
-    each = (6 if layout.parallel.recompute == "full" else 4) * trained + 2 * rolled_out
+    each = (6 if layout.parallel.recompute == "full" else 4) * work.trained_tokens + 2 * work.rolled_out_tokens
     return layout.micro_batches * len(cost.kind_of_block) / layout.parallel.pipeline * each
 
 

@@ -14,6 +14,7 @@ from megavar.planning.hardware import FRAGMENTATION, RESERVED
 from megavar.planning.layout import Layout
 from megavar.planning.measure import Precision, Request, measure
 from megavar.planning.memory import FLOAT32, SEARCH_BYTES, Memory, bucket_bytes, rank_memory, state_bytes
+from megavar.planning.passes import Work
 from megavar.planning.timing import Machine, StepTime, data_seconds, optimizer_seconds, step_flops, step_time
 
 HEADROOM = 0.95
@@ -108,8 +109,8 @@ class GeneratorWorkload(Workload):
     """Losses whose heads are trained with the generator."""
     teachers: tuple[TokenizerCost, ...] = ()
     """Of the terms, where their features are not cached."""
-    passes: tuple[int, int] = (1, 0)
-    """Of a step over the generator: with a loss, and forward only."""
+    work: Work = field(default_factory=Work)
+    """Of the passes of a step."""
     _costs: dict[tuple[int, bool, str], Cost] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
@@ -125,7 +126,7 @@ class GeneratorWorkload(Workload):
     @property
     def train_flops(self) -> float:
         """Of the generator; the frozen tokenizer is not counted."""
-        return step_flops(self.cost(ParallelConfig()), self.passes)
+        return step_flops(self.cost(ParallelConfig()), self.work)
 
     def _request(self, parallel: ParallelConfig) -> Request:
         precision: Precision = "bf16" if self.element == 2 else "fp32"
@@ -170,6 +171,7 @@ class GeneratorWorkload(Workload):
                 ema=self.ema,
                 tokenizer=self.frozen,
                 image_bytes=self.image_bytes,
+                largest=self.work.largest,
             )
             for stage in {0, layout.parallel.pipeline - 1}
         }
@@ -179,7 +181,7 @@ class GeneratorWorkload(Workload):
             layout,
             self.machine,
             whole=self.cost(ParallelConfig()),
-            passes=self.passes,
+            work=self.work,
             utilization=self.utilization,
             element=self.element,
             tokenizer=self.frozen,

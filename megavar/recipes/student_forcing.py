@@ -51,17 +51,6 @@ class StudentForcing(NextScale):
         uniform = uniform_of(batch, given.targets.shape[1], self.seed)
         return StudentInputs(given.model, given.targets, given.terms, uniform)
 
-    def student_scales(self, sides: Sequence[int], step: int) -> list[int]:
-        """Numbers of the scales that follow drawn tokens in this step, coarse to fine."""
-        schedule, later = self.config.schedule, range(1, len(sides))
-        if schedule == "alternate":
-            return [*later] if step % 2 else []
-        if schedule == "interleave":
-            return [*later][::2]
-        if schedule == "hybrid":
-            return [number for number in later if sides[number] > self.config.true_until]
-        return [*later]
-
     def passes(self, module: str, step: int) -> Sequence[Pass]:
         """A rollout for each student-forced scale, then all scales with their loss."""
         rollouts = [
@@ -72,7 +61,7 @@ class StudentForcing(NextScale):
                 following=functools.partial(self.with_drawn, scale=scale - 1),
                 copies=self.rollout.copies,
             )
-            for scale in self.student_scales(self.scale_lists.of_step(step), step)
+            for scale in self.config.student_scales(self.scale_lists.of_step(step), step)
         ]
         return [*rollouts, *super().passes(module, step)]
 

@@ -26,8 +26,9 @@ from megavar.parallel.parameter_rule import ParameterRule
 from megavar.recipes.base import Losses, Parts, Pass
 from megavar.recipes.latent_noise import disturbance
 from megavar.recipes.tokenizer.reconstruction import ReconstructionTraining, sums
+from megavar.tokenizers.posterior import Posterior
 from megavar.tokenizers.vgt_ae import VGTAE
-from megavar.tokenizers.vgt_ae.model import HIGHEST, LOWEST, AutoencoderOutput
+from megavar.tokenizers.vgt_ae.model import AutoencoderOutput
 from megavar.tokenizers.vgt_ae.pretrained import load_decoder, load_encoder
 
 ENCODER, TOWER = "encoder.", "encoder.tower."
@@ -129,10 +130,8 @@ class VGTAETraining(ReconstructionTraining):
             named["distillation"] = (output.semantic - inputs.semantic).square().mean()
             total = total + self.config.distillation_weight * named["distillation"]
         if self.tokenizer.config.posterior:
-            mean, logarithm = output.latents.chunk(2, 1)
-            logarithm = logarithm.clamp(LOWEST, HIGHEST)  # as it is sampled
-            divergence = 0.5 * (mean.square() + logarithm.exp() - 1 - logarithm).flatten(1).sum(1)
-            named["divergence"] = divergence.mean()
+            divergence = Posterior.of(output.latents, 1).divergence()
+            named["divergence"] = divergence.flatten(1).sum(1).mean()
             total = total + self.config.kl_weight * named["divergence"]
         named["latent_power"] = output.latents[:, : self.tokenizer.space.channels].square().mean()
         return sums(total, {"loss": total} | named, len(inputs.images), self.errors(named, inputs.images))

@@ -12,7 +12,7 @@ _SHOWN = 4
 def end_card(record: RunRecord, scores: Mapping[str, float]) -> str:
     """What came out, where it is, and what to do next."""
     spent = sum(sum(row.seconds.values()) - row.seconds["waiting"] for row in record.history)
-    restarts = f", {record.restarts} restarts" if record.restarts else ""
+    restarts = f", {record.restarts} restart{'s' if record.restarts > 1 else ''}" if record.restarts else ""
     rows = [("steps", f"{record.step:,} in {duration(spent)}{restarts}, {record.device_hours:.3g} device hours")]
     if record.loss is not None:
         held_out = record.validation_points

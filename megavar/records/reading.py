@@ -24,6 +24,11 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     return list(_objects(text))
 
 
+def metric_lines(directory: Path) -> list[dict[str, Any]]:
+    """The regular lines of a run's ``metrics.jsonl``, without events; none where there is no log."""
+    return [line for line in json_lines(directory / "metrics.jsonl") if "event" not in line]
+
+
 def _objects(text: str) -> Iterator[dict[str, Any]]:
     for line in text.splitlines():
         try:

@@ -20,6 +20,7 @@ from megavar.config.root import Config
 from megavar.config.table import MetricConfig, TableConfig
 from megavar.errors import ExitCode
 from megavar.reproduction.values import values_of
+from megavar.training.checkpoint.store import checkpoint_name
 from megavar.training.run_directory import CHANGEABLE, RunDirectory
 
 FOLDER = Path("runs/demo")
@@ -67,11 +68,13 @@ def demo_runs(table: TableConfig, seeds: int, extra: Sequence[str], folder: Path
 
 def _placed(table: TableConfig, row: str, seed: int, extra: Sequence[str], folder: Path) -> Config:
     """The configuration in a directory that is named after its words: later versions, with more keys, find it again."""
-    first = table.require_demo().begin_with
-    if first not in (None, row):
-        path = _placed(table, first, seed, extra, folder).run.path
-        extra = [f"train.initial_weights={{path: {json.dumps(path)}}}", *extra]
-    config, words = table.demo_config(row, seed, extra), table.demo_words(row, seed, extra)
+    demo, begin = table.require_demo(), []
+    if demo.begin_with not in (None, row):
+        path = Path(_placed(table, demo.begin_with, seed, extra, folder).run.path)
+        if demo.begin_at is not None:
+            path = path / "checkpoints" / checkpoint_name(demo.begin_at)
+        begin = [f"train.initial_weights={{path: {json.dumps(str(path))}}}"]
+    config, words = table.demo_config(row, seed, extra, begin), table.demo_words(row, seed, extra, begin)
     deciding = sorted({word for word in words if not word.startswith(CHANGEABLE)})
     digest = hashlib.sha256(json.dumps(deciding).encode()).hexdigest()
     name = f"{config.run.name}-seed{seed}-{digest[:8]}"

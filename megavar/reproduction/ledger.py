@@ -14,7 +14,8 @@ from megavar.chunks import ChunkStore
 from megavar.config.root import Config
 from megavar.config.table import RowConfig, TableConfig
 from megavar.errors import DataError
-from megavar.reproduction.values import log_lines, scores_of, values_of
+from megavar.records.reading import metric_lines
+from megavar.reproduction.values import scores_of, values_of
 from megavar.training.run_directory import RunDirectory, identity_of
 
 LEDGER = Path("configs/tables/ledger.jsonl")
@@ -107,7 +108,7 @@ def _entry(table: TableConfig, row: RowConfig, config: Config) -> Entry:
         device=last.get("device") or "unknown",
         ranks=max((attempt["layout"]["world_size"] for attempt in attempts), default=0),
         gpu_hours=round(gpu_hours(directory.path, config.train.global_batch_size), 4),
-        steps=max((line["step"] for line in log_lines(directory.path)), default=0),
+        steps=max((line["step"] for line in metric_lines(directory.path)), default=0),
         finished_at=finished["finished_at"],
         metrics=values_of(config, table.metrics),
         suite=content.get("suite"),
@@ -129,7 +130,7 @@ def _attempts(directory: Path) -> list[dict[str, Any]]:
 def gpu_hours(directory: Path, global_batch: int) -> float:
     """Process hours of all training steps that the log knows, each with the number of ranks that it ran on."""
     starts = [(attempt["started_at"], attempt["layout"]["world_size"]) for attempt in _attempts(directory)]
-    lines = log_lines(directory)
+    lines = metric_lines(directory)
     seconds, step = 0.0, 0
     for line in lines:
         if "images_per_second" in line:

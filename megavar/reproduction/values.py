@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megavar.config.procedures.base import SamplingChoice
 from megavar.config.root import Config
 from megavar.config.table import MetricConfig
+from megavar.records.reading import metric_lines
 
 LOG = "log/"
 TAIL = 0.2
@@ -17,7 +17,6 @@ UNDERSTANDING = "understanding"
 """What scores of a vision-language model with what the run trained in it call their suite."""
 INITIAL = "initial weights"
 """What scores of the untrained model call their checkpoint."""
-_CHANGES_NO_IMAGE = {"number", "chunk_size", "conditions"} | SamplingChoice.changes_no_sample
 
 
 @dataclass(frozen=True)
@@ -55,22 +54,12 @@ def _belongs(content: Mapping[str, Any], config: Config) -> bool:
             content["suite"] == f"reconstruction/{asked.protocol}"
             and content["sampler"].get("model_size") == asked.model_size
         )
-    if str(content["suite"]).partition("/")[0] != config.evaluation.suite.name:
-        return False
-    wanted = config.sampling.model_dump(mode="json")
-    return all(content["sampler"].get(key, value) == value for key, value in wanted.items()
-               if key not in _CHANGES_NO_IMAGE)  # fmt: skip
-
-
-def log_lines(directory: Path) -> list[dict[str, Any]]:
-    """Lines of ``metrics.jsonl`` with metrics; none where there is no log."""
-    path = directory / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [line for line in lines if "event" not in line]
+    suite = str(content["suite"]).partition("/")[0]
+    return suite == config.evaluation.suite.name and config.sampling.drew(content["sampler"])
 
 
 def _logged(directory: Path, name: str) -> float | None:
-    lines = log_lines(directory)
+    lines = metric_lines(directory)
     last = max((line["step"] for line in lines), default=0)
     values = [line[name] for line in lines if name in line and line["step"] > (1 - TAIL) * last]
     return sum(values) / len(values) if values else None

@@ -81,6 +81,30 @@ class DrawnScale(NamedTuple):
     """The tokenizer's, after it took in the ids."""
 
 
+class DrawnVectors(Protocol):
+    """One step of a procedure that draws map after map of vectors."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """float32 [B, L_k, C]."""
+        ...
+
+
+@runtime_checkable
+class FlowByScale(Protocol):
+    """A procedure that draws map after map of vectors, each after maps that may be others than those drawn."""
+
+    def flow(self, generator: Any, begin: Tensor, told: Tensor, scale: int, guidance: float) -> Tensor:
+        """From noise to the tokens of a scale, float32 [B, L_k, C]."""
+        ...
+
+    def steps(
+        self, generator: Any, tokenizer: Any, condition: Condition, noise: Noise | None, followed: Sequence[Tensor] = ()
+    ) -> Iterator[DrawnVectors]:
+        """The scales one by one; ``followed``: maps [B, L_k, C] of the first ones that later ones are drawn after."""
+        ...
+
+
 @runtime_checkable
 class ScaleByScale(Protocol):
     """A procedure that draws token map after token map, and can go on from given ones."""

@@ -121,7 +121,7 @@ class LineTokenizer(nn.Module):
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:
         """Draw fresh parameters as TiTok does: tokens and positions normal with deviation 1 / sqrt(width)."""
-        initialize_layers(self, generator)
+        initialize_layers(self, generator, self.config.initial_std)
         for part, width in ((self.encoder, self.config.encoder.width), (self.decoder, self.config.decoder.width)):
             for parameter in part.parameters(recurse=False):
                 parameter.normal_(std=width**-0.5, generator=generator)

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megavar.config.token_space import TokenSpace
+from megavar.parallel.parameter_rule import ParameterRule
+from megavar.tokenizers.posterior import Posterior
 
 
 class Codes(nn.Embedding):
@@ -118,4 +120,49 @@ class Trainable(Protocol):
 
     def parameters(self, recurse: bool = True) -> Any:
         """As ``nn.Module``'s."""
+        ...
+
+
+class PosteriorReconstruction(NamedTuple):
+    """The result of a training forward pass of a variational autoencoder."""
+
+    images: Tensor
+    """Reconstructions of a sample of the posterior, not clamped, [B, 3, H, W]."""
+    posterior: Posterior
+    """Of a map [B, c, h, w] or of tokens [B, L, C]."""
+    last_features: Tensor | None
+    """See :class:`Reconstruction`."""
+
+
+@runtime_checkable
+class Variational(Protocol):
+    """A tokenizer of vectors (an ``nn.Module``) that is trained by reconstruction of its posteriors' samples."""
+
+    @property
+    def space(self) -> TokenSpace:
+        """Its tokens."""
+        ...
+
+    ends_in_convolution: bool
+    """See :class:`Trainable`."""
+
+    def initialize(self, generator: torch.Generator | None = None) -> None:
+        """Draw fresh parameters."""
+        ...
+
+    def posterior(self, latents: Tensor) -> Posterior:
+        """What its latents mean."""
+        ...
+
+    def rule(self, name: str) -> ParameterRule:
+        """How the tensor ``name`` is trained."""
+        ...
+
+    def __call__(self, images: Tensor, *, normal: Tensor) -> PosteriorReconstruction:
+        """Training forward pass.
+
+        Args:
+            images: float [B, 3, H, W] in [-1, 1].
+            normal: standard normal numbers, float32 [B, L, C].
+        """
         ...

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from megavar.config.tokenizers.vision import VisionTransformerConfig
 
-_STD = 0.02
-
 
 class Attention(nn.Module):
     """Self-attention of all heads at once; the softmax scale is 1 / sqrt(C / heads)."""
@@ -60,12 +58,12 @@ def pixels(patches: Tensor, side: int) -> Tensor:
 
 
 @torch.no_grad()
-def initialize_layers(model: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Draw fresh layers as TiTok does: linear layers and convolutions normal with deviation 0.02, cut at twice of it,
-    and zero biases; norms one and zero."""
+def initialize_layers(model: nn.Module, generator: torch.Generator | None, std: float) -> None:
+    """Draw fresh layers as TiTok does: linear layers and convolutions normal with deviation ``std``, cut at twice of
+    it, and zero biases; norms one and zero."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.trunc_normal_(module.weight, std=_STD, a=-2 * _STD, b=2 * _STD, generator=generator)
+            nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std, generator=generator)
             if module.bias is not None:
                 module.bias.zero_()
         elif isinstance(module, nn.LayerNorm):

@@ -18,15 +18,21 @@ HeldOut = Callable[[int], Iterable[list[Batch]]]
 """micro-batch size -> this rank's micro-batches of a few global batches, the same at every call."""
 
 
+def due(step: int, *, interval: int, lines: int, total: int) -> bool:
+    """Whether the line of ``step`` is the first after a multiple of ``interval``, or the last one."""
+    return step == total or step // interval > max(0, step - lines) // interval
+
+
 class ValidationObserver(Observer):
     """Runs the recipe's passes over its first module without gradients, every ``interval`` steps and at the end."""
 
-    def __init__(self, interval: int, held_out: HeldOut) -> None:
-        self.interval, self.held_out = interval, held_out
+    def __init__(self, interval: int, lines: int, held_out: HeldOut) -> None:
+        """Measure at the first line of metrics, of which there is one every ``lines`` steps, after each interval."""
+        self.interval, self.lines, self.held_out = interval, lines, held_out
 
     def logged(self, step: int, record: Mapping[str, float], statistics: Mapping[str, Tensor]) -> None:
         """See :meth:`Observer.logged`."""
-        if step % self.interval and step != self.watched.total_steps:
+        if not due(step, interval=self.interval, lines=self.lines, total=self.watched.total_steps):
             return
         watched = self.watched
         with watched.watchdog.pause(), watched.stopwatch.part("validation"):

@@ -16,9 +16,11 @@ from megavar.analysis.kinds.routing_maps import as_map, map_metrics
 from megavar.analysis.kinds.scale_features import separation
 from megavar.analysis.kinds.teacher_probe import accuracies
 from megavar.analysis.latents import PIXELS, Shown, patches
+from megavar.analysis.observation import undisturbed
 from megavar.analysis.sequences import means
 from megavar.analysis.similarity import linear_cka
 from megavar.config.analyses.latent_clusters import LatentClustersAnalysis
+from megavar.config.recipes.sar import SARConfig
 from megavar.errors import ConfigError
 from megavar.sampling.base import Known
 
@@ -137,6 +139,12 @@ def test_perplexity_is_over_all_tokens():
     assert means(parts) == {"ctr": pytest.approx(0.5), "perplexity": pytest.approx(math.e)}
 
 
+def test_runs_are_compared_at_the_same_scales_and_without_noise():
+    """Random lists of scales are functions of the step: at its last one every run would be shown others."""
+    disturbed = SARConfig(tokenizer_weights="x", student_weight=0.5, scale_lists={"name": "flexvar"}, noise={})
+    assert disturbed.noise is not None
+    plain = undisturbed(disturbed)
+    assert plain == SARConfig(tokenizer_weights="x", student_weight=0.5)
 def test_latents_by_class_are_told_from_those_that_are_not():
     """Chance is what unrelated classes give; ten directions of unequal size count as fewer."""
     random = np.random.default_rng(0)

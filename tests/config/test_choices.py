@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[2]
 RESOLVED = json.loads((Path(__file__).parent / "data" / "resolved_9f0263a.json").read_text())
 NEW_KEYS = {
     "data.source.one_class", "data.source.test_share", "data.text", "evaluation.understanding",
-    "generator.head_chunks", "logging.alerts", "logging.calibration", "plugins", "recipe.convnext",
+    "generator.head_chunks", "logging.alerts", "logging.calibration", "plugins",
+    "recipe.clustering", "recipe.clustering_decay", "recipe.convnext",
     "recipe.cross_entropy_weight", "recipe.noise", "recipe.scale_lists", "recipe.smaller_images", "recipe.terms",
     "recipe.trained", "sampling.cuda_graph", "sampling.procedure", "train.compile", "train.compile_backend",
     "train.deterministic", "train.initial_weights", "train.recovery.divergence_factor", "train.tf32", "validation",

@@ -1,7 +1,8 @@
 """Trains a small STMoE-VAR for some steps under a layout and returns its curve; used by the layout tests."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from megavar.parallel import seeds, topology
 from megavar.parallel.environment import environment
 from megavar.parallel.logical import initialize_parameters
 from megavar.parallel.sharded import Sharding
-from megavar.recipes.base import Recipe
+from megavar.recipes.base import Pass, Recipe
 from megavar.recipes.next_scale import NextScale
 from megavar.recipes.terms.base import Term, heads_of, taps_of
 from megavar.tokenizers.multiscale_vq import MultiScaleVQ
@@ -191,31 +192,87 @@ BuildKind = Callable[[Setup, topology.Topology, str], Recipe]
 """(layout, mesh, kind) -> a recipe."""
 
 
+DrawnOf = Callable[[Any], torch.Tensor]
+"""Inputs after a rollout -> the tokens that it drew, int64 [B, L]."""
+
+
+def watch_draws(recipe: Any, drawn_of: DrawnOf) -> list[dict[int, list[list[int]]]]:
+    """For each step, filled while ``recipe`` trains: what each of its rollouts drew, by the key of the sample."""
+    found: list[dict[int, list[list[int]]]] = []
+    passes = recipe.passes
+
+    def watched(module: str, step: int) -> list[Pass]:
+        found.extend({} for _ in range(step + 1 - len(found)))
+        return [
+            replace(one, following=one.following and partial(noted, one.following, step))
+            for one in passes(module, step)
+        ]
+
+    def noted(following: Callable[[Any, Any], Any], step: int, inputs: Any, carried: torch.Tensor) -> Any:
+        after = following(inputs, carried)
+        for key, ids in zip(inputs.model.sample_keys.tolist(), drawn_of(after).tolist(), strict=True):
+            found[step].setdefault(key, []).append(ids)
+        return after
+
+    recipe.passes = watched
+    return found
+
+
 def engine_runs(
-    setup: Setup, kinds: Iterable[str], build_kind: BuildKind, batches_of: RankBatches, steps: int
+    setup: Setup,
+    kinds: Iterable[str],
+    build_kind: BuildKind,
+    batches_of: RankBatches,
+    steps: int,
+    drawn_of: DrawnOf | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Runs on every rank: metrics of every step, for each kind of recipe."""
+    """Runs on every rank: metrics of every step, for each kind of recipe; ``drawn``: see :func:`watch_draws`."""
     mesh = topology.initialize(ParallelConfig(**setup.parallel), environment())
     size, result = setup.micro_batch_size or BATCH // mesh.data, {}
     for kind in kinds:
-        loop = engine_loop(
-            setup, build_kind(setup, mesh, kind), mesh,
-            lambda step: batches_of(step, mesh.data_rank, mesh.data, size),
-        )  # fmt: skip
-        result[kind] = [loop.step(step) for step in range(steps)]
+        recipe = build_kind(setup, mesh, kind)
+        drawn = [] if drawn_of is None else watch_draws(recipe, drawn_of)
+        loop = engine_loop(setup, recipe, mesh, lambda step: batches_of(step, mesh.data_rank, mesh.data, size))
+        result[kind] = with_draws([loop.step(step) for step in range(steps)], drawn)
         loop.engines["generator"].destroy()
     return result
 
 
 def bare_runs(
-    setup: Setup, kinds: Iterable[str], build_kind: BuildKind, batches_of: RankBatches, steps: int
+    setup: Setup,
+    kinds: Iterable[str],
+    build_kind: BuildKind,
+    batches_of: RankBatches,
+    steps: int,
+    drawn_of: DrawnOf | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
     """The reference for :func:`engine_runs`: one process, no engine."""
-    mesh = topology.initialize(ParallelConfig(), environment())
-    return {
-        kind: bare_values(build_kind(setup, mesh, kind), steps, lambda step: batches_of(step, 0, 1, BATCH))
-        for kind in kinds
-    }
+    mesh, result = topology.initialize(ParallelConfig(), environment()), {}
+    for kind in kinds:
+        recipe = build_kind(setup, mesh, kind)
+        drawn = [] if drawn_of is None else watch_draws(recipe, drawn_of)
+        result[kind] = with_draws(bare_values(recipe, steps, lambda step: batches_of(step, 0, 1, BATCH)), drawn)
+    return result
+
+
+def with_draws(steps: list[dict[str, Any]], drawn: Sequence[Any]) -> list[dict[str, Any]]:
+    """Metrics with what was drawn beside them."""
+    return [metrics | ({"drawn": drawn[number]} if drawn else {}) for number, metrics in enumerate(steps)]
+
+
+def compare_draws(by_rank: Sequence[dict[str, list[dict[str, Any]]]], expected: dict[str, list[dict[str, Any]]]) -> int:
+    """Every rank drew for its samples what one process drew for them; together they have all. Returns how many ids."""
+    compared = 0
+    for kind, steps in expected.items():
+        for number, step in enumerate(steps):
+            seen = set()
+            for values in by_rank:
+                own = values[kind][number]["drawn"]
+                assert own == {key: step["drawn"][key] for key in own}, f"{kind}, step {number}"
+                seen |= own.keys()
+                compared += sum(len(ids) for rollouts in own.values() for ids in rollouts)
+            assert seen == step["drawn"].keys(), f"{kind}, step {number}: samples are missing"
+    return compared
 
 
 def engine_curve(setup: Setup) -> Curve:

@@ -7,7 +7,6 @@ import torch
 
 from megavar.config.experts.base import ExpertsChoice
 from megavar.config.generators.flexvar import FlexVARConfig
-from megavar.config.parallel import ParallelConfig
 from megavar.config.recipes.sar import SARConfig
 from megavar.config.recipes.student_forcing import StudentForcingConfig
 from megavar.config.token_space import TokenSpace
@@ -15,10 +14,9 @@ from megavar.config.tokenizers.llamagen_vq import LlamaGenVQConfig
 from megavar.generators.base import Stage
 from megavar.generators.flexvar import FlexVAR
 from megavar.parallel import seeds, topology
-from megavar.parallel.environment import environment
 from megavar.parallel.logical import initialize_parameters
-from megavar.recipes.sar import SAR, SARInputs
-from megavar.recipes.student_forcing import StudentForcing
+from megavar.recipes.sar import SAR
+from megavar.recipes.student_forcing import StudentForcing, StudentInputs
 from megavar.tokenizers.llamagen_vq import LlamaGenVQ
 from tests.distributed import curves
 from tests.distributed.curves import Setup
@@ -93,25 +91,14 @@ def batches(step: int, data_rank: int, data_size: int, micro_batch_size: int) ->
 
 def engine_values(setup: Setup) -> dict[str, list[dict[str, Any]]]:
     """Runs on every rank: metrics of every step, for each kind."""
-    return curves.engine_runs(setup, [*KINDS, *SCHEDULES], build, batches, STEPS)
+    return curves.engine_runs(setup, [*KINDS, *SCHEDULES], build, batches, STEPS, drawn_of)
 
 
 def bare_values(setup: Setup) -> dict[str, list[dict[str, Any]]]:
     """The reference: one process, no engine."""
-    return curves.bare_runs(setup, [*KINDS, *SCHEDULES], build, batches, STEPS)
+    return curves.bare_runs(setup, [*KINDS, *SCHEDULES], build, batches, STEPS, drawn_of)
 
 
-def drawn_ids(setup: Setup) -> torch.Tensor:
-    """Runs on every rank: what the first step's rollout draws for this rank's samples, in their order."""
-    mesh = topology.initialize(ParallelConfig(**setup.parallel), environment())
-    recipe = build(setup, mesh, "released")
-    found = []
-    for batch in batches(0, mesh.data_rank, mesh.data, setup.micro_batch_size or curves.BATCH // mesh.data):
-        inputs = recipe.prepare(batch, 0)
-        assert isinstance(inputs, SARInputs)
-        first = recipe.passes("generator", 0)[0]
-        with torch.no_grad():
-            output = first.forward(recipe.generator, inputs)
-            assert first.carry is not None
-            found.append(first.carry(output, inputs))
-    return torch.cat(found)
+def drawn_of(inputs: Any) -> torch.Tensor:
+    """The tokens that rollouts have drawn, true ones elsewhere."""
+    return inputs.mixed if isinstance(inputs, StudentInputs) else inputs.drawn

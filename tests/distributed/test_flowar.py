@@ -14,6 +14,7 @@ from megavar.parallel import topology
 from megavar.parallel.environment import environment
 from megavar.sampling.noise import Noise
 from megavar.sampling.procedures.flowar import NextScaleFlow as Sampler
+from megavar.tokenizers.latent_scales import next_input
 from tests.distributed import curves, flowing
 from tests.distributed.curves import Setup
 from tests.distributed.harness import run_ranks
@@ -98,5 +99,12 @@ def test_drawing_with_a_cache_equals_drawing_without(kind):
     with torch.no_grad():
         whole = model(FlowScaleInputs(both, features)).prediction
     torch.testing.assert_close(torch.cat([step.condition for step in steps], 1), whole, rtol=1e-5, atol=1e-5)
+    true = [torch.randn_like(step.tokens) for step in steps]
+    after = list(sampler.steps(model, tokenizer, Condition(labels, classes=classes), Noise(1, torch.arange(3)), true))
+    torch.testing.assert_close(after[0].tokens, steps[0].tokens)
+    for step, before, side in zip(after[1:], true, flowing.SCALES[1:]):
+        through = model.choice.scale_inputs
+        assert torch.equal(step.features, next_input(tokenizer, before, flowing.SCALES[-1], side, through))
+        assert not torch.equal(step.tokens, before[:, : step.tokens.shape[1]])
     alone = sampler.draw(model, tokenizer, Condition(labels[1:2], classes=classes), Noise(1, torch.tensor([1])))
     torch.testing.assert_close(alone[0], steps[-1].tokens[1], rtol=1e-5, atol=1e-5)

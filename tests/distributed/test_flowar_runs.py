@@ -19,10 +19,8 @@ from megavar.data.build import build_source
 from megavar.errors import ExitCode
 from megavar.parallel import topology
 from megavar.parallel.environment import environment
-from megavar.parallel.logical import initialize_parameters
 from megavar.planning.plan import plan
 from megavar.recipes.flowar import NextScaleFlow
-from megavar.recipes.kl_vae import initial_value
 from megavar.tokenizers.kl_vae import KLVAE
 from megavar.tokenizers.kl_vae.published import LDMLayout
 from megavar.training.checkpoint.weights import tensors_of
@@ -45,7 +43,7 @@ def weights(tmp_path_factory):
     """A random autoencoder as a file of latent diffusion."""
     config = KLVAEConfig(**VAE)
     model = KLVAE(config)
-    initialize_parameters(model, initial_value, seed=2)
+    model.initialize(torch.Generator().manual_seed(2))
     path = tmp_path_factory.mktemp("vae") / "vae.safetensors"
     state = LDMLayout(config, config.space).export(tensors_of(model))
     save_file({name: value.contiguous() for name, value in state.items()}, path)

@@ -12,6 +12,7 @@ from megavar.config.loading import load_config
 from megavar.config.tokenizers.titok import TiTokConfig
 from megavar.data.build import build_source
 from megavar.errors import ExitCode
+from megavar.recipes.tokenizer.proxy_codes import ProxyCodes
 from megavar.recipes.tokenizer.recipe import TokenizerTraining
 from megavar.recipes.vgt_ae import VGTAETraining
 from megavar.tokenizers.maskgit_vqgan import MaskGITVQGAN
@@ -28,6 +29,7 @@ TINY = (
     "run.requires=[]", "train.global_batch_size=8", "train.checkpoint.interval=5", "logging.interval=1",
     "logging.samples_interval=null", "logging.wandb.mode=disabled", "optimizer.schedule.warmup_steps=1",
 )  # fmt: skip
+STAGE1, STAGE2 = "configs/demo/titok_stage1.yaml", "configs/demo/titok.yaml"
 IMAGES = "{name: shapes, conditioning: class, length: 12, test_length: 16}"
 
 
@@ -40,21 +42,37 @@ def run(path: str, *overrides: str, ranks: int = 1) -> None:
     assert run_ranks(ranks, go, path, overrides) == [ExitCode.FINISHED] * ranks
 
 
+def resumes_bitwise(
+    path: str, overrides: tuple[str, ...], whole: Path, die_at: int, steps: int, recipe: Any = TokenizerTraining
+) -> None:
+    """A run that is killed at a step and continues from the checkpoint before it ends as the one that was not."""
+    killed = whole.with_name(f"{whole.name}-killed")
+    with pytest.raises(RankFailure, match="exit code -9"):
+        run_ranks(1, go, path, (*overrides, f"run.directory={killed}"), die_at, recipe)
+    run(path, *overrides, f"run.directory={killed}")
+    one, other = (read_weights(place / f"checkpoints/step-{steps:08}") for place in (whole, killed))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert losses(whole) == losses(killed)
+
+
 def losses(directory: Path) -> list[float]:
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
 
 
 def test_titoks_stages_then_rar_on_a_cache_of_their_tokens(tmp_path: Path) -> None:
-    stage1, stage2 = "configs/demo/titok_stage1.yaml", "configs/demo/titok.yaml"
-    choice = load_config(ROOT / stage1).tokenizer
+    choice = load_config(ROOT / STAGE1).tokenizer
     assert isinstance(choice, TiTokConfig)
     torch.manual_seed(0)
     proxy = MaskGITVQGAN(choice.pixel)
     torch.save(MaskGITVQGANLayout(choice.pixel, choice.pixel.space).export(proxy.state_dict()), tmp_path / "vqgan.bin")
-    run(stage1, f"run.directory={tmp_path / 'one'}", "train.steps=4", f"recipe.proxy_weights={tmp_path / 'vqgan.bin'}")
-    begin = f"train.initial_weights.path={tmp_path / 'one'}"
-    run(stage2, f"run.directory={tmp_path / 'two'}", "train.steps=4", "recipe.adversarial.start_step=2", begin)
+    short = ("train.steps=4", "train.checkpoint={interval: 2, keep_last: 2}")
+    first = (*short, f"recipe.proxy_weights={tmp_path / 'vqgan.bin'}", "recipe.codebook.revive_every=3")
+    second = (*short, "recipe.adversarial.start_step=1", f"train.initial_weights.path={tmp_path / 'one'}")
+    run(STAGE1, *first, f"run.directory={tmp_path / 'one'}")
+    resumes_bitwise(STAGE1, first, tmp_path / "one", 3, 4, ProxyCodes)  # codes are revived after the checkpoint
+    run(STAGE2, *second, f"run.directory={tmp_path / 'two'}")
     one, two = (read_weights(tmp_path / name) for name in ("one", "two"))
     for name, value in proxy.decoder.state_dict().items():
         assert torch.equal(one[f"pixel_decoder.{name}"], value)
@@ -89,15 +107,9 @@ def test_alitok_from_yaml_to_samples(tmp_path: Path) -> None:
     """The phases are cut anywhere: here in the second stage, after a checkpoint in the first."""
     tokenizer = "configs/demo/alitok_tokenizer.yaml"
     short = ("train.steps=13", "tokenizer.encoder.depth=1", "tokenizer.decoder.depth=1")
-    whole, killed = (f"run.directory={tmp_path / name}" for name in ("whole", "killed"))
-    run(tokenizer, *short, whole)
-    with pytest.raises(RankFailure, match="exit code -9"):
-        run_ranks(1, go, tokenizer, (*short, killed), 9)  # stage 2 begins at step 7; step 5 is kept
-    run(tokenizer, *short, killed)
-    one, other = (read_weights(tmp_path / name / "checkpoints" / "step-00000013") for name in ("whole", "killed"))
-    assert one.keys() == other.keys() and any(name.endswith("decoder.ln_pre.weight") for name in one)
-    assert all(torch.equal(value, other[name]) for name, value in one.items())
-    assert losses(tmp_path / "whole")[-6:] == losses(tmp_path / "killed")[-6:]
+    run(tokenizer, *short, f"run.directory={tmp_path / 'whole'}")
+    resumes_bitwise(tokenizer, short, tmp_path / "whole", 9, 13)  # stage 2 begins at step 9; step 5 is kept
+    assert "decoder.ln_pre.weight" in read_weights(tmp_path / "whole")
 
     overrides = (
         *TINY, f"run.directory={tmp_path / 'ar'}", f"recipe.tokenizer_weights={tmp_path / 'whole'}", *short[1:],
@@ -120,14 +132,10 @@ def test_vgts_first_stage_is_resumed_and_the_second_begins_with_it(tmp_path: Pat
     """Killed between two saved steps, with a discriminator at work, under ZeRO-1."""
     first, second = "configs/vgt/demo_ae_stage1.yaml", "configs/vgt/demo_ae_stage2.yaml"
     short = ("train.steps=8", "recipe.adversarial.start_step=3", f"deepspeed={ROOT / 'configs/deepspeed/zero1.json'}")
-    whole, killed = (f"run.directory={tmp_path / name}" for name in ("whole", "killed"))
-    run(first, *short, whole)
-    with pytest.raises(RankFailure, match="exit code -9"):
-        run_ranks(1, go, first, (*short, killed), 6, VGTAETraining)
-    run(first, *short, killed)
-    one, other = (read_weights(tmp_path / name / "checkpoints" / "step-00000008") for name in ("whole", "killed"))
-    assert one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
-    assert losses(tmp_path / "whole") == losses(tmp_path / "killed") and len(set(losses(tmp_path / "whole"))) == 8
+    run(first, *short, f"run.directory={tmp_path / 'whole'}")
+    resumes_bitwise(first, short, tmp_path / "whole", 6, 8, VGTAETraining)
+    one = read_weights(tmp_path / "whole")
+    assert len(set(losses(tmp_path / "whole"))) == 8
     begin = f"train.initial_weights.path={tmp_path / 'whole'}"
     run(second, f"run.directory={tmp_path / 'second'}", "train.steps=2", begin)
     tuned = read_weights(tmp_path / "second" / "checkpoints" / "step-00000002")

@@ -10,8 +10,10 @@ import yaml
 pytest.importorskip("diffusers", reason="the package diffusers is not installed (pip install 'megavar[vlm]')")
 pytest.importorskip("transformers", reason="the vlm extra is not installed")
 
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from megavar.__main__ import main
 from megavar.beginning import warn_of_differences
 from megavar.config.loading import load_config
 from megavar.config.parallel import ParallelConfig
@@ -20,10 +22,10 @@ from megavar.data.build import build_text
 from megavar.errors import ExitCode
 from megavar.parallel import topology
 from megavar.parallel.environment import environment
-from megavar.parallel.logical import initialize_parameters
+from megavar.pictures import GAP, LINE
 from megavar.planning.plan import plan
-from megavar.recipes.kl_vae import initial_value
 from megavar.recipes.vgt import QueryFlow
+from megavar.records.reading import json_lines
 from megavar.retention import score_understanding
 from megavar.scoring import score
 from megavar.tokenizers.kl_vae import KLVAE
@@ -35,6 +37,7 @@ from tests.distributed.harness import RankFailure, run_ranks
 from tests.distributed.whole_runs import chunks, samples_of, train_until
 from tests.evaluation.official.conftest import picture
 from tests.evaluation.understanding import files, folders
+from tests.reporting.test_report import loads_nothing
 from tools import convert_checkpoint
 
 pytestmark = pytest.mark.distributed
@@ -56,7 +59,7 @@ def parts(tmp_path_factory):
     """A random autoencoder as a file of latent diffusion, and a vision-language model as Hugging Face's folder."""
     folder, config = tmp_path_factory.mktemp("parts"), KLVAEConfig(**VAE)
     model = KLVAE(config)
-    initialize_parameters(model, initial_value, seed=2)
+    model.initialize(torch.Generator().manual_seed(2))
     state = LDMLayout(config, config.space).export(tensors_of(model))
     save_file({name: value.contiguous() for name, value in state.items()}, folder / "vae.safetensors")
     sizes = {"num_hidden_layers": 3}  # one more than is kept
@@ -85,7 +88,8 @@ def write_run(path, parts, **sections):
             "procedure": "query_ar", "steps": 3, "chunk_size": 4, "number": 12, "guidance": 2.0, "weights": "ema",
             "tokens_per_step": 2,
         },
-        "logging": {"wandb": {"mode": "disabled"}},
+        "logging": {"interval": 1, "wandb": {"mode": "disabled"}},
+        "validation": {"interval": 3, "samples": 20},
     }  # fmt: skip
     for name, section in sections.items():
         tree[name] = tree[name] | section
@@ -116,6 +120,21 @@ def test_killed_and_resumed_bitwise(finished, parts, tmp_path):
     whole, resumed = trained(finished.with_suffix(""), 6), trained(tmp_path / "killed", 6)
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    _is_shown_to_people(tmp_path / "killed")
+
+
+def _is_shown_to_people(run):
+    """Held-out loss and prompts below the previews; the restart in the report, which needs nothing but itself."""
+    points = [line for line in json_lines(run / "metrics.jsonl") if line.get("event") == "validation"]
+    assert [(point["step"], point["samples"]) for point in points] == [(3, 16), (6, 16)]
+    with Image.open(run / "samples/step-00000006.png") as picture:
+        assert picture.width == 5 * (160 + GAP) + GAP and picture.height > 4 * (160 + LINE) + 22
+    assert main(["report", str(run)]) == ExitCode.FINISHED
+    page = (run / "report/report.html").read_text()
+    assert loads_nothing(page) and len(page) < 3e6
+    for text in ("Attempts of killed", "<td>KILLED</td>", "Vertical lines: restart",
+                 'id="figure-validation"', "finished at step 6 of 6"):  # fmt: skip
+        assert text in page, text
 
 
 def test_samples_are_the_same_bytes_on_one_and_two_ranks(finished, tmp_path):

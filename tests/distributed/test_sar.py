@@ -41,7 +41,9 @@ def reference(dense):
 @pytest.mark.parametrize("setup", [*DENSE, *WITH_EXPERTS], ids=str)
 def test_layouts_equal_one_process(setup):
     expected = reference(setup.dense)
-    for values in run_ranks(setup.world_size, refined.engine_values, setup):
+    by_rank = run_ranks(setup.world_size, refined.engine_values, setup)
+    assert curves.compare_draws(by_rank, expected) > 4000
+    for values in by_rank:
         for kind, steps in expected.items():
             for number, step in enumerate(steps):
                 for name in {"loss", "loss/student", "gradient_norm"} & step.keys():
@@ -49,14 +51,6 @@ def test_layouts_equal_one_process(setup):
                     assert values[kind][number][name] == pytest.approx(step[name], abs=TOLERANCE), place
                 present = {name for name in step if name.startswith("loss/scale_")}
                 assert present == {name for name in values[kind][number] if name.startswith("loss/scale_")}
-
-
-def test_drawn_ids_do_not_depend_on_ranks_or_micro_batches():
-    (alone,) = run_ranks(1, refined.drawn_ids, Setup(dense=True))
-    both = run_ranks(2, refined.drawn_ids, Setup(2, dense=True, micro_batch_size=2))
-    assert torch.equal(torch.cat(both), alone)
-    for shared in run_ranks(2, refined.drawn_ids, Setup(2, dense=True, parallel={"tensor": 2})):
-        assert torch.equal(shared, alone)
 
 
 @functools.cache

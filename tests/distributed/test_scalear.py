@@ -1,4 +1,4 @@
-"""SAR's hybrid under layouts: losses and norms of one process, whatever its calls draw.
+"""SAR's hybrid under layouts: losses, norms and drawn ids of one process.
 
 Its first call uses parameters that the others do not, and the other way round: ZeRO-3 must not mix their gradients with
 those of the step before.
@@ -51,11 +51,11 @@ def build(setup, mesh, schedule):
 
 def engine_values(setup):
     """Runs on every rank."""
-    return curves.engine_runs(setup, SCHEDULES, build, refined.batches, STEPS)
+    return curves.engine_runs(setup, SCHEDULES, build, refined.batches, STEPS, refined.drawn_of)
 
 
 def bare_values(setup):
-    return curves.bare_runs(setup, SCHEDULES, build, refined.batches, STEPS)
+    return curves.bare_runs(setup, SCHEDULES, build, refined.batches, STEPS, refined.drawn_of)
 
 
 @functools.cache
@@ -66,7 +66,9 @@ def reference(dense):
 @pytest.mark.parametrize("setup", LAYOUTS, ids=str)
 def test_layouts_equal_one_process(setup):
     expected = reference(setup.dense)
-    for values in run_ranks(setup.world_size, engine_values, setup):
+    by_rank = run_ranks(setup.world_size, engine_values, setup)
+    assert curves.compare_draws(by_rank, expected) > 2000
+    for values in by_rank:
         for schedule, steps in expected.items():
             for number, step in enumerate(steps):
                 for name in ("loss", "gradient_norm"):

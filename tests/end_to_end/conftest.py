@@ -17,7 +17,7 @@ TINY_TOKENIZER = (
 TINY = (
     "run.requires=[]", "generator.depth=2", "generator.width=32", "train.steps=20", "train.global_batch_size=16",
     "train.checkpoint.interval=5", "logging.interval=1", "logging.samples_interval=20",
-    "evaluation.after_training=false", "logging.wandb.mode=disabled",
+    "evaluation.after_training=false", "logging.wandb.mode=disabled", "validation=null",
 )  # fmt: skip
 
 

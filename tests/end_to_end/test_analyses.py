@@ -5,10 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from megavar.__main__ import main
+from megavar.analysis.base import Subject
+from megavar.analysis.kinds.convergence import began_at
+from megavar.config.loading import load_config
 from megavar.errors import ExitCode
+from megavar.records.reading import metric_lines
 from tests.end_to_end.conftest import ROOT, megavar, overrides
 
 pytestmark = pytest.mark.end_to_end
@@ -65,6 +70,12 @@ def test_features_convergence_and_times(tiny_run: Path, by_scale: Path, tmp_path
     held_out = curves["quickstart"]["loss on test images"]
     assert len(held_out) == len(curves["quickstart"]["fd64"]) >= 2 and held_out[-1] < held_out[0]
     assert curves["quickstart"]["runs"] == 1 and curves["others"]["runs"] == 2
+    last = max((tiny_run / "checkpoints").glob("step-*"))
+    began = f"train.initial_weights={{path: {last}}}"
+    continued = Subject(load_config(str(tiny_run), [began]), torch.device("cpu"))
+    epochs = metric_lines(tiny_run)[-1]["epoch"]
+    assert began_at(continued) == (int(last.name[5:]), pytest.approx(epochs))
+    assert began_at(Subject(load_config(str(tiny_run)), torch.device("cpu"))) == (0, 0.0)
     assert main([*scored, "step-00000007"]) == ExitCode.CONFIGURATION
     times = analyze("times", tmp_path, str(tiny_run), "analysis.repeats=1")
     assert times["metrics"]["seconds_per_image"] > 0 and times["metrics"]["epoch_minutes"] > 0
@@ -84,6 +95,17 @@ def test_maps_drawn_after_true_ones(kind: str, tiny_run: Path, tmp_path: Path) -
         assert found["teacher_02"] == found["student_02"] > 0, "the first drawn scale follows true ones in both"
         assert found["teacher_04"] != found["student_04"]
         assert arrays["quickstart/difference/4"].shape == (4, 4)
+
+
+def test_images_from_coarser_maps(tiny_run: Path, tokenizer_run: Path, tmp_path: Path) -> None:
+    """Each residual map brings the image nearer; a generator's run is asked for the tokenizer that it reads."""
+    more = ("--beside", f"tokenizer={tokenizer_run}", "analysis.shown=1", *SMALL)
+    found = analyze("reconstructions", tmp_path, str(tiny_run), *more)["values"]
+    own = found["quickstart"]
+    assert own == found["tokenizer"] and own["psnr_01"] < own["psnr_02"] < own["psnr_04"]
+    assert own["psnr_04"] > found["untrained"]["psnr_04"] and 0 < own["used_04"] <= 1
+    shown = np.load(tmp_path / "reconstructions.npz")["quickstart/4"]
+    assert shown.shape[0] == 1 and shown.std() > 0
 
 
 def test_slips_are_named(tiny_run: Path, capsys: pytest.CaptureFixture) -> None:

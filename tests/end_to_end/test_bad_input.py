@@ -52,12 +52,9 @@ def test_unknown_key(tokenizer_run: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-VALIDATED = "validation={interval: 10, samples: 16}"
-
-
-def test_batch_that_does_not_divide(tokenizer_run: Path, tmp_path: Path) -> None:
-    given = overrides(tmp_path / "run", tokenizer_run, "train.global_batch_size=15", VALIDATED)
-    expect(*run("train", CONFIG, *given), "validation.samples=16", "train.global_batch_size=15", "set it to 15")
+def test_more_validation_than_is_held_out(tokenizer_run: Path, tmp_path: Path) -> None:
+    given = overrides(tmp_path / "run", tokenizer_run, "validation={interval: 10, samples: 4000}")
+    expect(*run("train", CONFIG, *given), "validation.samples=4000", "there are 364", "validation=null")
 
 
 def test_misspelled_deepspeed_key(tokenizer_run: Path, tmp_path: Path) -> None:

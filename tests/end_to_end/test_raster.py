@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +11,12 @@ from PIL import Image
 
 from megavar.__main__ import main
 from megavar.analysis.kinds.exposure_bias import PROTOCOLS
+from megavar.config.loading import load_config
 from megavar.errors import ExitCode
+from megavar.recipes.rear import NextToken
 from megavar.training.checkpoint import read_weights
-from tests.distributed.harness import RankFailure
-from tests.distributed.whole_runs import chunks, samples_of
+from tests.distributed.harness import RankFailure, run_ranks
+from tests.distributed.whole_runs import chunks, samples_of, train_until
 from tests.end_to_end.conftest import ROOT, TINY_TOKENIZER, megavar, metrics
 from tests.perceptual_files import write_perceptual_files
 
@@ -45,22 +46,24 @@ def words(kind: str, vqgan: Path, directory: Path) -> tuple[str, ...]:
     return (*REAR, f"run.directory={directory}", f"run.name={kind}", f"generator={GENERATORS[kind]}", recipe)
 
 
+def go(given: tuple[str, ...], die_at: int | None = None) -> int:
+    """Runs on every rank: train to the end, or to a sudden death while step ``die_at`` is prepared."""
+    return train_until(NextToken, load_config(ROOT / DEMO, given), die_at)
+
+
 @pytest.fixture(scope="module", params=sorted(GENERATORS))
 def trained(request: pytest.FixtureRequest, vqgan: Path) -> tuple[str, Path]:
     directory = vqgan.parent / request.param
-    outcome = megavar("train", DEMO, *words(request.param, vqgan, directory))
-    assert outcome.code == 0, outcome.output
+    assert run_ranks(1, go, words(request.param, vqgan, directory)) == [ExitCode.FINISHED]
     return request.param, directory
 
 
-def test_resuming_is_bitwise(trained: tuple[str, Path], vqgan: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed_bitwise(trained: tuple[str, Path], vqgan: Path, tmp_path: Path) -> None:
     kind, directory = trained
     again = tmp_path / "again"
-    shutil.copytree(directory, again)
-    shutil.rmtree(again / "checkpoints/step-00000004")
-    (again / "DONE").unlink()
-    outcome = megavar("train", DEMO, *words(kind, vqgan, again))
-    assert outcome.code == 0 and "Continuing after step 2" in outcome.output, outcome.output
+    with pytest.raises(RankFailure, match="exit code -9"):
+        run_ranks(1, go, words(kind, vqgan, again), 3)
+    assert run_ranks(1, go, words(kind, vqgan, again)) == [ExitCode.FINISHED]
     expected, found = read_weights(directory), read_weights(again)
     assert expected.keys() == found.keys()
     for name, value in expected.items():

@@ -17,13 +17,16 @@ from megavar.tokenizers.maskgit_vqgan import MaskGITVQGAN
 from megavar.tokenizers.titok import TiTok
 
 CPU = torch.device("cpu")
+STD = 0.02 * (1024 / 32) ** 0.5
+"""Fresh layers of this width as those of TiTok's."""
 SMALL = VisionTransformerConfig(width=32, depth=2, heads=2)
 PIXEL = MaskGITVQGANConfig(side=4, vocabulary_size=16, code_dimension=8, base_channels=8, norm_groups=4,
                            channel_multipliers=(1, 1, 2), residual_blocks=1)  # fmt: skip
 TITOK = TiTokConfig(tokens=8, vocabulary_size=64, code_dimension=8, encoder=SMALL, decoder=SMALL, patch=4,
-                    decoder_patch=4, image_side=16, pixel=PIXEL)  # fmt: skip
+                    decoder_patch=4, image_side=16, pixel=PIXEL, initial_std=STD)  # fmt: skip
+VECTORS = TITOK.model_copy(update={"legacy": False, "quantization": "vae"})
 ALITOK = AliTokConfig(image_side=16, patch=4, prefix=5, vocabulary_size=64, code_dimension=8, encoder=SMALL,
-                      decoder=SMALL, registers=2)  # fmt: skip
+                      decoder=SMALL, registers=2, initial_std=STD)  # fmt: skip
 BLURRED = AdversarialConfig(network="blurred", layers=2, base_channels=8, norm_groups=4, adaptive=False, weight=0.01)
 PHASES = (
     PhaseConfig(length=1, stage=1),

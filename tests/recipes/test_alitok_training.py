@@ -8,7 +8,8 @@ import torch
 
 from megavar.config.recipes.alitok import RELEASED, AliTokTrainingConfig, PhaseConfig
 from megavar.config.recipes.tokenizer import AdversarialConfig
-from megavar.errors import ConfigError
+from megavar.errors import CheckpointError, ConfigError
+from megavar.frozen import check_usable
 from megavar.recipes.tokenizer.alitok import AliTokTraining, Timetable
 from megavar.recipes.tokenizer.clustering import ClusteredCodebook
 from megavar.tokenizers.alitok import AliTok
@@ -144,7 +145,11 @@ def test_it_learns_and_stage_two_keeps_the_tokens() -> None:
         assert sum(curve[-5:]) < 0.6 * sum(curve[:5]), kind
     assert torch.equal(tokens[0], tokens[1]) and len(tokens[0].unique()) > 4
     result = AliTok(ALITOK)
+    result.trained_stage.fill_(1)
+    with pytest.raises(CheckpointError, match="in which images are made by the causal"):
+        check_usable(result)
     result.load_state_dict({n: v for n, v in made.tokenizer.state_dict().items() if not n.startswith("heads.")})
+    check_usable(result)
     assert torch.equal(result.decode(tokens[1]), made.tokenizer.decode(tokens[1]))
     assert (result.decode(tokens[1]) - held_out).square().mean() < 0.4
 

@@ -7,6 +7,7 @@ import torch
 
 from megavar.config.optimizer import OptimizerConfig
 from megavar.config.parallel import ParallelConfig
+from megavar.config.recipes.kl_vae import KLVAETrainingConfig
 from megavar.config.recipes.tokenizer import CodebookConfig, TokenizerTrainingConfig
 from megavar.config.recipes.vgt_ae import LatentNoiseConfig, VGTAETrainingConfig
 from megavar.config.tokenizers.vgt_ae import InternViTConfig, SDVAEDecoderConfig, VGTAEConfig
@@ -14,12 +15,13 @@ from megavar.data.batch import Batch
 from megavar.parallel.environment import environment
 from megavar.parallel.topology import initialize
 from megavar.recipes.base import Recipe
+from megavar.recipes.tokenizer.kl_vae import KLVAETraining
 from megavar.recipes.tokenizer.recipe import TokenizerTraining
 from megavar.recipes.vgt_ae import VGTAETraining
 from tests.distributed.harness import run_ranks
 from tests.loops import EngineLoop
 from tests.recipes.digit_images import digit_batch
-from tests.recipes.line_tokenizers import BLURRED, CPU, TITOK, first_stage, staged
+from tests.recipes.line_tokenizers import BLURRED, CPU, TITOK, VECTORS, first_stage, staged
 
 pytestmark = pytest.mark.distributed
 GLOBAL_BATCH, STEPS = 8, 8
@@ -30,7 +32,7 @@ VGT_AE = VGTAEConfig(
     decoder=SDVAEDecoderConfig(channels=(16, 16), layers=1, norm_groups=4),
     encoder=InternViTConfig(width=16, depth=2, heads=2, feed_forward=32, patch=4),
 )  # fmt: skip
-TOLERANCES = {"proxy": 1e-4, "decoder": 1e-3, "alitok": 1e-3, "vgt_first": 1e-5, "vgt_second": 1e-5}
+TOLERANCES = {"proxy": 1e-4, "decoder": 1e-3, "alitok": 1e-3, "vectors": 1e-3, "vgt_first": 1e-5, "vgt_second": 1e-5}
 """Relative, of metrics."""
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "proxy": lambda: first_stage(codebook=CodebookConfig(draw_from_data=False, revive_every=2, usage_decay=0.5)),
@@ -39,6 +41,9 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         TITOK, 0, CPU,
     ),
     "alitok": lambda: staged(STEPS),
+    "vectors": lambda: KLVAETraining(
+        KLVAETrainingConfig(kl_weight=1e-3, adversarial=BLURRED.model_copy(update={"start_step": 5})), VECTORS, 0, CPU
+    ),
     "vgt_first": lambda: VGTAETraining(
         VGTAETrainingConfig(adversarial=BLURRED.model_copy(update={"start_step": 3})),
         VGT_AE.model_copy(update={"normalize": False}), 0, CPU,

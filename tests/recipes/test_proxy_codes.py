@@ -8,7 +8,7 @@ from megavar.config.recipes.tokenizer import TokenizerTrainingConfig
 from megavar.errors import ConfigError
 from megavar.recipes.tokenizer.recipe import TokenizerTraining
 from tests.recipes.digit_images import TOKENIZER, digit_batch, digit_images
-from tests.recipes.line_tokenizers import CPU, TITOK, first_stage, proxy, write_rows
+from tests.recipes.line_tokenizers import CPU, TITOK, VECTORS, first_stage, proxy, write_rows
 from tests.recipes.test_tokenizer import means
 
 
@@ -73,11 +73,8 @@ def error(made: TokenizerTraining, images: torch.Tensor) -> float:
 
 
 def test_what_cannot_be_trained_so_is_refused() -> None:
-    pixels = TITOK.model_copy(update={"legacy": False})
-    assert TokenizerTraining(TokenizerTrainingConfig(), pixels, 0, CPU).tokenizer.proxy is None
-    vectors = pixels.model_copy(update={"quantization": "vae"})
     with pytest.raises(ConfigError, match=r"trains VQ tokenizers by reconstruction, and tokenizer\.name=titok is"):
-        TokenizerTraining(TokenizerTrainingConfig(), vectors, 0, CPU)
+        TokenizerTraining(TokenizerTrainingConfig(), VECTORS, 0, CPU)
 
 
 def test_the_second_stage_of_any_tokenizer_keeps_its_tokens() -> None:

@@ -80,6 +80,12 @@ def test_rows_may_begin_with_the_first_one_of_their_seed(monkeypatch, tmp_path):
         initial = run.config.train.initial_weights
         assert (initial is None) if run.row == "worst" else (initial.path == bases[run.seed])
     assert first.config.run.path == demo_runs(table(), 1, (), tmp_path)[0].config.run.path, "the same run as without"
+    fresh = {"worst": [], "best": ["optimizer.lr=1e-4"], "middle": ["train.initial_weights=null"]}
+    first, earlier, scratch = demo_runs(table(begin_with="worst", begin_at=800, rows=fresh), 1, (), tmp_path)
+    assert earlier.config.train.initial_weights.path == f"{first.config.run.path}/checkpoints/step-00000800"
+    assert scratch.config.train.initial_weights is None, "what a row says goes first"
+    with pytest.raises(ValueError, match="set begin_with"):
+        table(begin_at=800)
     with pytest.raises(ValueError, match="not the first row"):
         table(begin_with="best")
 

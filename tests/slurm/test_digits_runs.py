@@ -60,7 +60,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "generator": {"depth": 2, "width": 48, "heads": 2},
         "train": {"steps": STEPS, "global_batch_size": 16, "checkpoint": {"interval": 20}},
         "logging": LOGGING,
-        "evaluation": {"after_training": False},
+        "evaluation": {"after_training": False}, "validation": None,
     }))  # fmt: skip
     return generator
 

@@ -11,8 +11,6 @@ from megavar.config.tokenizers.dc_ae import DCAEConfig
 from megavar.config.tokenizers.kl_vae import KLVAEConfig
 from megavar.config.tokenizers.vgt_ae import DCAEDecoderConfig
 from megavar.errors import CheckpointError
-from megavar.parallel.logical import initialize_parameters
-from megavar.recipes.kl_vae import initial_value
 from megavar.tokenizers.base import LatentMap
 from megavar.tokenizers.kl_vae import KLVAE
 from megavar.tokenizers.kl_vae.published import DiffusersLayout, LDMLayout
@@ -24,7 +22,7 @@ F8 = {"latent_channels": 4, "channel_multipliers": (1, 2, 4, 4), "attention": "n
 
 def small(**options):
     model = KLVAE(KLVAEConfig(**SMALL, **options)).eval().requires_grad_(False)
-    initialize_parameters(model, initial_value, seed=1)
+    model.initialize(torch.Generator().manual_seed(1))
     return model
 
 

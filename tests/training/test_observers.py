@@ -42,7 +42,7 @@ def _train(directory, stage=1, validates=True, dies_at=None):
     run = tiny.build_run(directory, stage=stage, train=CHECKPOINTS | {"micro_batch_size": 2})
     observers = [LedgerObserver(), BannerObserver("tiny: trains", [("data", "none")]), AlertsObserver(AlertsConfig())]
     if validates:
-        observers.append(ValidationObserver(3, lambda size: list(_first(run, size, 2))))
+        observers.append(ValidationObserver(3, 1, lambda size: list(_first(run, size, 2))))
     if dies_at is not None:
         observers.append(Dies(dies_at))
     trainer = Trainer(dataclasses.replace(run, observers=observers))

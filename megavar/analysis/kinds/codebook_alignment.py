@@ -70,5 +70,6 @@ def _draw(curves: dict[str, dict[str, np.ndarray]]) -> Figure:
         for name, found in curves.items():
             axes.plot(found[kind], "o-", label=name)
         axes.set(title=title, xlabel="layer (0: input)", ylabel="linear CKA")
+        axes.locator_params(axis="x", integer=True)
         axes.legend(fontsize=8)
     return figure

@@ -1,9 +1,9 @@
-"""Convergence of runs (MEPA Fig. 5, with and without semantic guidance): loss and scores over epochs, and speed-ups."""
+"""Convergence of runs: loss and scores over epochs, and speed-ups (MEPA Fig. 5, with and without semantic guidance; SAR
+Fig. 1a, from scratch and from a trained model)."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,10 @@ from matplotlib.figure import Figure
 
 from megavar.analysis.base import Analysis, Report, Subject
 from megavar.config.analyses.convergence import ConvergenceAnalysis
-from megavar.training.checkpoint.store import list_checkpoints, step_of
+from megavar.config.loading import load_config
+from megavar.errors import ConfigError
+from megavar.records.reading import json_object, metric_lines
+from megavar.training.checkpoint.store import is_checkpoint_name, list_checkpoints, step_of
 
 SMOOTHED = 0.05
 """Share of a run over which its logged curve is averaged before speeds are compared."""
@@ -64,11 +67,16 @@ class Convergence(Analysis[ConvergenceAnalysis]):
     def _curves(self, run: Subject) -> dict[str, Curve]:
         """Of one run by title, the logged one first."""
         logged = _logged(run.directory, self.choice.logged)
-        return {
+        curves = {
             f"{self.choice.logged} in training": logged,
             "loss on test images": self._held_out(run, logged),
-            self.choice.metric: _scores(run.directory, self.choice.metric, logged),
+            self.choice.metric: _scores(run, self.choice.metric, logged),
         }
+        if not self.choice.continued:
+            return curves
+        steps, epochs = began_at(run)
+        return {title: replace(curve, steps=curve.steps + steps, epochs=curve.epochs + epochs)
+                for title, curve in curves.items()}  # fmt: skip
 
     def _held_out(self, run: Subject, logged: Curve) -> Curve:
         """Loss per token of every kept checkpoint on test images."""
@@ -78,6 +86,23 @@ class Convergence(Analysis[ConvergenceAnalysis]):
             steps.append(step_of(checkpoint))
             values.append(sum(one.loss for one in seen) / sum(one.valid for one in seen))
         return _curve(steps, values, logged)
+
+
+def began_at(run: Subject) -> tuple[int, float]:
+    """Steps and epochs of the checkpoint with whose weights a run began, over all runs before it; 0: it began anew.
+
+    Raises:
+        ConfigError: the run that the checkpoint is of is not here any more.
+    """
+    initial = run.config.train.initial_weights
+    if initial is None or not is_checkpoint_name(Path(initial.path)):
+        return 0, 0.0
+    steps, directory = step_of(Path(initial.path)), Path(initial.path).parent.parent
+    logged = _logged(directory, "epoch")
+    if not len(logged.steps):
+        raise ConfigError(f"analysis.continued: {run.name} began with {initial.path}, but {directory} has no log.")
+    before = began_at(Subject(load_config(str(directory)), run.device))
+    return steps + before[0], float(np.interp(steps, logged.steps, logged.epochs)) + before[1]
 
 
 def together(curves: Sequence[Curve]) -> Curve:
@@ -99,24 +124,34 @@ def _curve(steps: Sequence[int], values: Sequence[float], logged: Curve | None =
 
 
 def _logged(directory: Path, name: str) -> Curve:
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if name in line and "epoch" in line]
+    lines = [line for line in metric_lines(directory) if name in line and "epoch" in line]
     curve = _curve([line["step"] for line in lines], [line[name] for line in lines])
     return Curve(curve.steps, np.array([line["epoch"] for line in lines]), curve.values)
 
 
-def _scores(directory: Path, metric: str, logged: Curve) -> Curve:
-    """A score of every checkpoint that was scored, by its name or by what stands before ``@``."""
+def _scores(run: Subject, metric: str, logged: Curve) -> Curve:
+    found = scores_by_step(run, metric)
+    return _curve(sorted(found), [found[step] for step in sorted(found)], logged)
+
+
+def scores_by_step(run: Subject, metric: str) -> dict[int, float]:
+    """Of every checkpoint that was scored with the run's sampling.
+
+    Args:
+        metric: its name, or what stands before ``@``.
+    """
     found: dict[int, float] = {}
-    for path in sorted(directory.glob("scores-*.json")):
-        content = json.loads(path.read_text())
+    for path in sorted(run.directory.glob("scores-*.json")):
+        content = json_object(path)
+        if not content or not run.config.sampling.drew(content["sampler"]):
+            continue
         name = str(content["checkpoint"].get("checkpoint", ""))
         value = next(
             (value for key, value in content["metrics"].items() if metric in (key, key.partition("@")[0])), None
         )
         if value is not None and name.startswith("step-"):
             found[step_of(Path(name))] = value
-    return _curve(sorted(found), [found[step] for step in sorted(found)], logged)
+    return found
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:

@@ -87,6 +87,7 @@ def _draw(values: dict[str, dict[str, dict[str, float]]]) -> Figure:
                 x = [float(ratio) if key is None else found[key] for ratio, found in by_ratio.items()]
                 axes.plot(x, [found[metric] for found in by_ratio.values()], "o-", label=name)
             axes.set(xlabel=title, ylabel=metric.upper())
+            axes.locator_params(axis="x", nbins=5)
             axes.legend(fontsize=7)
     return figure
 

@@ -141,7 +141,7 @@ def _values(one: Forced) -> dict[str, float]:
 
 
 def _curves(found: dict[str, Forced]) -> Figure:
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     for number, (name, one) in enumerate(found.items()):
         axes.plot(one.sides, one.teacher, "--", marker="o", color=f"C{number}", label=f"{name}, after true maps")
@@ -149,7 +149,7 @@ def _curves(found: dict[str, Forced]) -> Figure:
     axes.set(title="Distance of drawn latents from the true ones", xlabel="side of the map", ylabel="mean length")
     axes.set_xticks(next(iter(found.values())).sides)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 

@@ -1,12 +1,11 @@
 """Throughput against a score (SAR Fig. 1b): a point per run, as large as its number of parameters."""
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from megavar.analysis.base import Analysis, Report, Subject
+from megavar.analysis.kinds.convergence import scores_by_step
 from megavar.analysis.kinds.times import drawing_times
 from megavar.config.analyses.throughput import ThroughputAnalysis
 from megavar.errors import ConfigError
@@ -14,15 +13,17 @@ from megavar.parallel.environment import device_name
 
 
 class Throughput(Analysis[ThroughputAnalysis]):
-    """Drawing is timed on this device; the score is the run's last one."""
+    """Drawing is timed on this device; the score is the run's last one with the same sampling."""
 
     def look(self, runs: Sequence[Subject]) -> Report:
         """Measure and read."""
         choice, device, values = self.choice, device_name(), {}
         for run in runs:
-            score = last_score(run.directory, choice.metric)
+            score = last_score(run, choice.metric)
             if score is None:
-                raise ConfigError(f"{run.name} has no score {choice.metric!r}: run `megavar evaluate` on it first.")
+                raise ConfigError(
+                    f"{run.name} has no score {choice.metric!r} with this sampling: run `megavar evaluate` on it first."
+                )
             times = drawing_times(run, choice.batch, choice.repeats)
             values[run.name] = {
                 "images_per_second": 1 / times["seconds_per_image"],
@@ -36,16 +37,10 @@ class Throughput(Analysis[ThroughputAnalysis]):
         return Report(values[runs[0].name], values | {"device": device}, {}, {"": figure}, "\n".join(lines))
 
 
-def last_score(directory: Path, metric: str) -> float | None:
-    """Of the checkpoint with most steps that was scored, by its name or by what stands before ``@``."""
-    found: dict[str, float] = {}
-    for path in sorted(directory.glob("scores-*.json")):
-        content = json.loads(path.read_text())
-        for key, value in content["metrics"].items():
-            if metric in (key, key.partition("@")[0]):
-                found[str(content["checkpoint"].get("checkpoint", ""))] = value
-    steps = [name for name in found if name.startswith("step-")]
-    return found[max(steps)] if steps else None
+def last_score(run: Subject, metric: str) -> float | None:
+    """Of the checkpoint with most steps that was scored."""
+    found = scores_by_step(run, metric)
+    return found[max(found)] if found else None
 
 
 def _draw(values: dict[str, dict[str, float]], metric: str, label: str) -> Figure:

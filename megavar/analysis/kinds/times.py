@@ -1,6 +1,5 @@
 """Inference and epoch time (MEPA Table 7)."""
 
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from megavar.assembly import build_generator, build_sampler, load_tokenizer, req
 from megavar.config.analyses.times import TimesAnalysis
 from megavar.config.recipes.base import GENERATOR_MODULE
 from megavar.parallel.environment import device_name
+from megavar.records.reading import metric_lines
 from megavar.run_samples import default_conditions
 from megavar.training.checkpoint.weights import load_weights
 
@@ -54,8 +54,7 @@ def drawing_times(run: Subject, batch: int, repeats: int) -> dict[str, float]:
 
 def epoch_times(directory: Path) -> dict[str, float]:
     """Minutes of an epoch of steps, from the log: the median of lines, without what lies between steps."""
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if "step_seconds" in line and line.get("epoch")]
+    lines = [line for line in metric_lines(directory) if "step_seconds" in line and line.get("epoch")]
     if not lines:
         return {}
     steps = statistics.median(line["step"] / line["epoch"] for line in lines)

@@ -1,4 +1,4 @@
-"""How fast runs get better (MEPA Fig. 5)."""
+"""How fast runs get better (MEPA Fig. 5, SAR Fig. 1a)."""
 
 from typing import ClassVar, Literal
 
@@ -16,5 +16,8 @@ class ConvergenceAnalysis(ObservedChoice):
     name, or what stands before ``@``."""
     better: Literal["lower", "higher"] = "lower"
     """Direction of the score; speed-ups by scores are computed where lower is better."""
+    continued: bool = False
+    """Whether a run that began with a checkpoint of another (``train.initial_weights``) is drawn from where that stood
+    on; else from 0."""
     logged: str = "loss"
     """Logged value that is drawn, and whose speed-up is computed; lower is better."""

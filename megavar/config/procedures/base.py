@@ -1,6 +1,7 @@
 """The kind of all decoding procedures, with what every drawing of samples has."""
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -40,6 +41,12 @@ class SamplingChoice(Choice):
 
     changes_no_sample: ClassVar[frozenset[str]] = frozenset({"keep_images", "cuda_graph"})
     """Keys that samples and their scores do not depend on."""
+
+    def drew(self, stored: Mapping[str, Any]) -> bool:
+        """Whether a result file's ``sampler`` describes samples of this section, however many, in whatever portions."""
+        aside = {"number", "chunk_size", "conditions"} | self.changes_no_sample
+        wanted = self.model_dump(mode="json")
+        return all(stored.get(key, value) == value for key, value in wanted.items() if key not in aside)
 
     def tokenizer_of(self, trained: TokenizerChoice) -> TokenizerChoice:
         """The section of the tokenizer whose tokens are drawn, with the weights of the one that the generator learned

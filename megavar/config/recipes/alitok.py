@@ -58,10 +58,7 @@ class AliTokTrainingConfig(TokenizerTrainingConfig):
     """Weight of the error of the second head, which makes the first patch and the first row of patches of the prefix,
     times the patches of that strip over those of the image (release: 10)."""
     clustering: bool = True
-    """Codes move towards the nearest vector of the batch the less they are used (online clustered codebook, Zheng and
-    Vedaldi 2023, arXiv:2307.15139; the release's ``--clustering_vq``, stage 1). Off: ``codebook``."""
-    clustering_decay: float = Field(0.99, gt=0, lt=1)
-    """Decay per step of the usage that decides how far (release: 0.99)."""
+    """As the release's ``--clustering_vq``, in stage 1."""
 
     @property
     def uncounted(self) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """The kind of all recipes: which paper's algorithm a run trains, with its hyper-parameters."""
 
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from megavar.config.base import PathText
@@ -13,6 +14,20 @@ TOKENIZER_MODULE = "autoencoder"
 """Name of the module that a run of a tokenizer results in."""
 TEACHER_MODULE = "teacher"
 """Name of the module that a run of a teacher results in."""
+
+
+@dataclass(frozen=True)
+class PlannedPass:
+    """A run over the trained network, as plans and utilization count it."""
+
+    sides: tuple[int, ...] | None = None
+    """Of the token maps in its sequence; None: all tokens of the image."""
+    copies: int = 1
+    """How often each image is in its batch: twice with guidance."""
+    share: float = 1.0
+    """Of the steps that have it."""
+    learns: bool = True
+    """Whether it has a loss; else it only runs forward."""
 
 
 class RecipeChoice(Choice):
@@ -47,10 +62,13 @@ class RecipeChoice(Choice):
         """Paths of the weights that are used and not trained, by what they are: they are part of a run's identity."""
         return {}
 
-    @property
-    def passes_of_step(self) -> tuple[int, int]:
-        """Passes of a step over the trained network, for plans and utilization: with a loss, and forward only."""
-        return 1, 0
+    def passes_of_step(self, sides: tuple[int, ...]) -> tuple[PlannedPass, ...]:
+        """Passes of a step over the trained network, for plans and utilization.
+
+        Args:
+            sides: of the tokenizer's maps, coarse to fine; random lists of scales are counted as if they were these.
+        """
+        return (PlannedPass(),)
 
     @property
     def counted_terms(self) -> tuple[TermChoice, ...]:

@@ -1,9 +1,11 @@
 """Training of SAR's hybrid of masked and next-scale prediction."""
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from megavar.config.recipes.base import PlannedPass
 from megavar.config.recipes.next_scale import NextScaleConfig
 from megavar.config.rollout import RolloutConfig
 
@@ -43,9 +45,20 @@ class MaskedScalesConfig(NextScaleConfig):
             self.refuse_lists_of_ranks(f"schedule: {self.schedule}")
         return self
 
-    @property
-    def passes_of_step(self) -> tuple[int, int]:
-        """Passes with a loss: one for each map where all follow own tokens (7 published ones), each counted whole."""
-        passes = {"teacher": 1, "full": 7, "alternate": 4, "interleave": 2, "hybrid": 4}[self.schedule]
-        doubled = self.rollout.guided and self.schedule != "teacher"
-        return passes * (2 if doubled else 1), 0
+    def passes_of_step(self, sides: tuple[int, ...]) -> tuple[PlannedPass, ...]:
+        """The recipe's calls, all with a loss; all but the last of a step draw tokens, guided in twice the batch."""
+        prefixes = [sides[:count] for count in range(1, len(sides) + 1)]
+        if self.schedule == "alternate":
+            return PlannedPass(share=0.5), *self._drawing(prefixes, 0.5)
+        if self.schedule == "full":
+            return self._drawing(prefixes)
+        if self.schedule == "interleave":
+            return self._drawing([maps for maps in (sides[::2], sides[1::2]) if maps])
+        if self.schedule == "hybrid":
+            true = tuple(side for number, side in enumerate(sides) if number == 0 or side <= self.true_until)
+            return self._drawing([true, *((side,) for side in sides[len(true) :])])
+        return (PlannedPass(),)
+
+    def _drawing(self, calls: Sequence[tuple[int, ...]], share: float = 1.0) -> tuple[PlannedPass, ...]:
+        copies = 2 if self.rollout.guided else 1
+        return *(PlannedPass(maps, copies, share) for maps in calls[:-1]), PlannedPass(calls[-1], share=share)

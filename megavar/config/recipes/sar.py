@@ -4,6 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from megavar.config.recipes.base import PlannedPass
 from megavar.config.recipes.next_scale import NextScaleConfig
 from megavar.config.rollout import RolloutConfig
 
@@ -42,7 +43,13 @@ class SARConfig(NextScaleConfig):
             self.refuse_lists_of_ranks("student_scales: all with context: single_step")
         return self
 
-    @property
-    def passes_of_step(self) -> tuple[int, int]:
-        """The first pass, twice as large with guidance, and the second, counted as if it had all scales."""
-        return 3 if self.rollout.guided else 2, 0
+    def passes_of_step(self, sides: tuple[int, ...]) -> tuple[PlannedPass, ...]:
+        """The first pass, twice as large with guidance, and the second: all maps, or the first one and a later one."""
+        first = PlannedPass(copies=2 if self.rollout.guided else 1)
+        if len(sides) < 2:
+            return (PlannedPass(),)
+        if self.context == "prefix":
+            return first, PlannedPass()
+        later = sides[-1:] if self.student_scales == "last" else sides[1:]
+        share = 1 / len(later) if self.student_scales == "random" else 1.0
+        return first, *(PlannedPass((sides[0], side), share=share) for side in later)

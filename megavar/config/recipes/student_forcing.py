@@ -1,9 +1,11 @@
 """Naive student forcing."""
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from megavar.config.recipes.base import PlannedPass
 from megavar.config.recipes.next_scale import NextScaleConfig
 from megavar.config.rollout import RolloutConfig
 
@@ -32,8 +34,20 @@ class StudentForcingConfig(NextScaleConfig):
         self.refuse_lists_of_ranks(f"schedule: {self.schedule}")
         return self
 
-    @property
-    def passes_of_step(self) -> tuple[int, int]:
-        """One with a loss, and a rollout per scale: 9 of VAR's 10, each counted as if it had all scales."""
-        rollouts = {"full": 9, "alternate": 5, "interleave": 5, "hybrid": 3}[self.schedule]
-        return 1, rollouts * (2 if self.rollout.guided else 1)
+    def passes_of_step(self, sides: tuple[int, ...]) -> tuple[PlannedPass, ...]:
+        """A rollout of the scales before each one that follows drawn tokens, and one pass with a loss."""
+        share, copies = (0.5 if self.schedule == "alternate" else 1.0), (2 if self.rollout.guided else 1)
+        drawn = [number for step in (0, 1) for number in self.student_scales(sides, step)]
+        rollouts = (PlannedPass(sides[:number], copies, share, learns=False) for number in sorted(set(drawn)))
+        return *rollouts, PlannedPass()
+
+    def student_scales(self, sides: Sequence[int], step: int) -> list[int]:
+        """Numbers of the scales that follow drawn tokens in a step, coarse to fine."""
+        later = range(1, len(sides))
+        if self.schedule == "alternate":
+            return [*later] if step % 2 else []
+        if self.schedule == "interleave":
+            return [*later][::2]
+        if self.schedule == "hybrid":
+            return [number for number in later if sides[number] > self.true_until]
+        return [*later]

@@ -155,6 +155,12 @@ class TokenizerTrainingConfig(ReconstructionConfig):
     published; one trains all scales in turn at one more encoding per step). Losses are the mean over all images."""
     codebook: CodebookConfig = CodebookConfig()
     """Dead codes."""
+    clustering: bool = False
+    """In place of ``codebook``: codes move towards the nearest vector of the batch the less they are used (online
+    clustered codebook, Zheng and Vedaldi 2023, arXiv:2307.15139; AliTok's first stage and TiTok's single-stage training
+    with ``clustering_vq``)."""
+    clustering_decay: float = Field(0.99, gt=0, lt=1)
+    """Decay per step of the usage that decides how far (both releases: 0.99)."""
     trained: Literal["all", "decoder"] = "all"
     """``decoder``: what comes after the tokens alone (TiTok's and AliTok's second stage); encoder and codes stay as
     ``train.initial_weights`` has them, and no code is replaced."""

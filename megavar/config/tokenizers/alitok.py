@@ -34,6 +34,8 @@ class AliTokConfig(TokenizerChoice):
     """Compare directions: tokens and codes have unit length."""
     commitment_weight: float = Field(0.25, ge=0)
     """Weight of the commitment term of the quantizer's loss."""
+    initial_std: float = Field(0.02, gt=0)
+    """Standard deviation of fresh linear layers and convolutions (released: 0.02); see :class:`TiTokConfig`."""
     encoder: VisionTransformerConfig = VisionTransformerConfig(width=768, depth=12, heads=12)
     """Sizes of the encoder."""
     decoder: VisionTransformerConfig = VisionTransformerConfig(width=1024, depth=24, heads=16)

@@ -37,6 +37,10 @@ class TiTokConfig(TokenizerChoice):
     """Compare directions: tokens and codes have unit length."""
     commitment_weight: float = Field(0.25, ge=0)
     """Weight of the commitment term of the quantizer's loss."""
+    initial_std: float = Field(0.02, gt=0)
+    """Standard deviation of fresh linear layers and convolutions, cut at twice of it (released: 0.02, at widths of 512
+    to 1024). What such a layer does to the size of what it reads depends on the width: 0.02 sqrt(1024 / width) does the
+    same at others. With less, fresh tokens hardly depend on the image, and every position keeps one code."""
     encoder: VisionTransformerConfig = VisionTransformerConfig(width=1024, depth=24, heads=16)
     """Sizes of the encoder."""
     decoder: VisionTransformerConfig = VisionTransformerConfig(width=1024, depth=24, heads=16)

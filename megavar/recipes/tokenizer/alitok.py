@@ -24,7 +24,6 @@ from megavar.config.tokenizers.base import TokenizerChoice
 from megavar.errors import ConfigError
 from megavar.parallel.parameter_rule import ParameterRule
 from megavar.recipes.base import Parts, Pass, WriteRows
-from megavar.recipes.tokenizer.clustering import ClusteredCodebook
 from megavar.recipes.tokenizer.recipe import TokenizerInputs, TokenizerTraining
 from megavar.recipes.tokenizer.reconstruction import LossWeights, ReconstructionTraining
 from megavar.tokenizers.alitok.stages import TwoDecoders
@@ -75,8 +74,6 @@ class AliTokTraining(TokenizerTraining):
         """
         super().__init__(config, tokenizer, seed, device, fresh)
         self.timetable = Timetable(config.phases, steps)
-        if config.clustering:
-            self.codebook = ClusteredCodebook(self.tokenizer.quantizer, config.clustering_decay)
 
     @classmethod
     def build(cls, parts: Parts) -> "AliTokTraining":
@@ -128,7 +125,7 @@ class AliTokTraining(TokenizerTraining):
 
     def passes(self, module: str, step: int) -> Sequence[Pass]:
         """Those of all tokenizers, by the decoder of the stage."""
-        self.tokenizer.stage = self.phase(step).stage
+        self.tokenizer.enter(self.phase(step).stage)
         return super().passes(module, step)
 
     def beside(self, output: Any, inputs: TokenizerInputs) -> tuple[Tensor | float, dict[str, Tensor]]:

@@ -28,6 +28,7 @@ from megavar.data.batch import Batch
 from megavar.errors import ConfigError
 from megavar.parallel.seeds import generator, random_bits
 from megavar.recipes.base import Losses, Parts, Pass, WriteRows
+from megavar.recipes.tokenizer.clustering import ClusteredCodebook
 from megavar.recipes.tokenizer.codebook import NO_UPKEEP, CodebookUpkeep, Upkeep, usage_metrics
 from megavar.recipes.tokenizer.reconstruction import ReconstructionTraining, sums
 from megavar.tokenizers.trainable import Reconstruction, Trainable
@@ -68,8 +69,7 @@ class TokenizerTraining(ReconstructionTraining):
         built = self.trainable(tokenizer)
         built.initialize(generator(seed, "initial_autoencoder"))
         super().__init__(config, built.to(device), tokenizer.space, seed, device)
-        upkeep = config.codebook if config.trained == "all" else NO_UPKEEP
-        self.codebook: Upkeep = CodebookUpkeep(upkeep, self.tokenizer.quantizer, seed, fresh=fresh)
+        self.codebook = self.upkeep(fresh)
 
     @classmethod
     def build(cls, parts: Parts) -> "TokenizerTraining":
@@ -93,6 +93,15 @@ class TokenizerTraining(ReconstructionTraining):
                 f"{len(tokenizer.separate_scales)} coarser scales that are images by themselves. Lower it."
             )
         return tokenizer
+
+    def upkeep(self, fresh: bool) -> Upkeep:
+        """What keeps the codebook alive; see ``fresh`` above."""
+        config, quantizer = self.config, self.tokenizer.quantizer
+        if config.trained == "decoder":
+            return CodebookUpkeep(NO_UPKEEP, quantizer, self.seed, fresh=fresh)
+        if config.clustering:
+            return ClusteredCodebook(quantizer, config.clustering_decay)
+        return CodebookUpkeep(config.codebook, quantizer, self.seed, fresh=fresh)
 
     def prepare(self, batch: Batch, step: int) -> TokenizerInputs:
         """Images and a key per sample."""

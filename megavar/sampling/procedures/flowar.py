@@ -10,7 +10,7 @@ never meets a result. Here it is not computed.
 Source: FlowAR ``models/sampler.py``, ``models/flowar.py`` (``sample``).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -75,9 +75,18 @@ class NextScaleFlow:
 
     @torch.no_grad()
     def steps(
-        self, generator: FlowGenerator, tokenizer: LatentMap, condition: Condition, noise: Noise | None
+        self,
+        generator: FlowGenerator,
+        tokenizer: LatentMap,
+        condition: Condition,
+        noise: Noise | None,
+        followed: Sequence[Tensor] = (),
     ) -> Iterator[DrawnMap]:
-        """The scales one by one. Without ``noise`` every path starts at zero, the mean of noise."""
+        """The scales one by one. Without ``noise`` every path starts at zero, the mean of noise.
+
+        Args:
+            followed: maps [B, L_k, C] of the first scales that later ones are drawn after, instead of those drawn.
+        """
         scales, guided, channels = generator.choice.scales, self.settings.guided, tokenizer.space.channels
         labels = (condition.with_dropped() if guided else condition).labels
         counted = torch.arange(len(labels), device=labels.device) < len(condition)
@@ -97,7 +106,8 @@ class NextScaleFlow:
             start += side * side
             if number + 1 < len(scales):
                 through = generator.choice.scale_inputs
-                features = next_input(tokenizer, tokens, scales[-1], scales[number + 1], through)
+                before = followed[number] if number < len(followed) else tokens
+                features = next_input(tokenizer, before, scales[-1], scales[number + 1], through)
 
     def guidance_of(self, number: int, scales: int) -> float:
         """Of a scale: 1 at the first, ``guidance`` at the last."""

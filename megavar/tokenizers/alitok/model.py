@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from megavar.config.tokenizers.alitok import AliTokConfig
+from megavar.errors import CheckpointError
 from megavar.tokenizers.line import LineTokenizer
 from megavar.tokenizers.vision import blocks, pixels
 
@@ -91,11 +92,14 @@ class AliTok(LineTokenizer):
     """AliTok, a :class:`megavar.tokenizers.base.Codebook` of a line of tokens: the prefix, then the grid row by row."""
 
     decoder: Decoder
+    trained_stage: Tensor
+    """int64 scalar: of our training, the stage that it has reached; 2 of all other weights."""
 
     def __init__(self, config: AliTokConfig) -> None:
         super().__init__()
         self.config = config
         self.build_parts()
+        self.register_buffer("trained_stage", torch.tensor(2))
         self.initialize()
 
     def build_parts(self) -> None:
@@ -111,6 +115,15 @@ class AliTok(LineTokenizer):
         """As TiTok, but for the codes: normal with deviation 0.02, cut at twice of it."""
         super().initialize(generator)
         nn.init.trunc_normal_(self.quantize.embedding.weight, std=0.02, a=-0.04, b=0.04, generator=generator)
+
+    def check_usable(self) -> None:
+        """See :func:`megavar.frozen.check_usable`."""
+        if int(self.trained_stage) == 1:
+            raise CheckpointError(
+                "These weights are of the first stage of AliTok's training, in which images are made by the causal "
+                "decoder: the one that decodes tokens is trained in the second stage and random here. Continue the run "
+                "(recipe.phases with stage: 2), or name a later checkpoint."
+            )
 
     def picture(self, features: Tensor) -> tuple[Tensor, None]:
         """See :meth:`LineTokenizer.picture`; the last layer is a sigmoid."""

@@ -25,8 +25,12 @@ class TwoDecoders(AliTok):
 
     def __init__(self, config: AliTokConfig) -> None:
         super().__init__(config)
-        self.stage = 1
-        """Whose decoder is meant, the causal one's or that of the result."""
+        self.enter(1)
+
+    def enter(self, stage: int) -> None:
+        """Mean the causal decoder (1), or that of the result (2)."""
+        self.stage = stage
+        self.trained_stage.fill_(stage)
 
     def build_parts(self) -> None:
         """Also the causal decoder."""

@@ -8,14 +8,15 @@ are scaled, and patches of p x p positions where the configuration says so (spac
 import math
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megavar.config.tokenizers.kl_vae import KLVAEConfig
 from megavar.errors import ConfigError
-
-LOWEST, HIGHEST = -30.0, 20.0
-"""Bounds of log variances (latent diffusion)."""
+from megavar.parallel.parameter_rule import ParameterRule
+from megavar.tokenizers.posterior import Posterior
+from megavar.tokenizers.trainable import PosteriorReconstruction
 
 
 def _build(config: KLVAEConfig) -> Any:
@@ -53,25 +54,38 @@ def _build(config: KLVAEConfig) -> Any:
 class KLVAE(nn.Module):
     """See :class:`megavar.tokenizers.base.LatentMap`."""
 
+    ends_in_convolution = False
+    """It does, but diffusers' decoder does not say what that convolution reads."""
+
     def __init__(self, config: KLVAEConfig) -> None:
         super().__init__()
         self.config, self.space = config, config.space
         self.stride = config.downsample * config.patch
         self.vae = _build(config)
 
-    def forward(self, images: Tensor, normal: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Training: reconstructions of a posterior's sample (its mean without ``normal``), not clamped, and posteriors.
+    def rule(self, name: str) -> ParameterRule:
+        """Weight decay on all but biases and norms."""
+        return ParameterRule(decays=not (name.endswith("bias") or "norm" in name.split(".")[-2]))
 
-        Args:
-            images: float32 [B, 3, H, W] in [-1, 1].
-            normal: standard normal numbers, float32 [B, L, C].
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator | None = None) -> None:
+        """Fresh parameters: scales of norms one, biases zero, weights normal with variance 1 / (3 fan-in), as PyTorch's
+        convolutions."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=(3 * parameter[0].numel()) ** -0.5, generator=generator)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
-        Returns:
-            float32 [B, 3, H, W] and [B, 2 c, h, w].
-        """
+    def forward(self, images: Tensor, *, normal: Tensor) -> PosteriorReconstruction:
+        """See :class:`megavar.tokenizers.trainable.Variational`."""
         latents = self.encode(images)
-        tokens = self.tokens(latents) if normal is None else self.sample(latents, normal)
-        return self.decode_maps(self.unpack(tokens)), latents
+        made = self.decode_maps(self.unpack(self.sample(latents, normal)))
+        return PosteriorReconstruction(made, self.posterior(latents), None)
+
+    def posterior(self, latents: Tensor) -> Posterior:
+        """Of a map, unscaled: [B, 2 c, h, w] -> distributions of [B, c, h, w]."""
+        return Posterior.of(latents, 1)
 
     def encode(self, images: Tensor) -> Tensor:
         """Means and log variances, float32 [B, 2 c, h, w]; images of any multiple of the stride."""
@@ -79,12 +93,11 @@ class KLVAE(nn.Module):
 
     def tokens(self, latents: Tensor) -> Tensor:
         """Means, float32 [B, L, C]."""
-        return self.pack(latents.chunk(2, 1)[0] * self.config.scaling)
+        return self.pack(self.posterior(latents).mean * self.config.scaling)
 
     def sample(self, latents: Tensor, normal: Tensor) -> Tensor:
         """A sample of the posterior, float32 [B, L, C]; see :class:`megavar.tokenizers.base.Continuous`."""
-        deviation = (0.5 * latents.chunk(2, 1)[1].clamp(LOWEST, HIGHEST)).exp()
-        return self.tokens(latents) + self.pack(deviation * self.config.scaling) * normal
+        return self.tokens(latents) + self.pack(self.posterior(latents).deviation * self.config.scaling) * normal
 
     def decode(self, tokens: Tensor) -> Tensor:
         """float32 [B, L, C] -> [B, 3, H, W] in [-1, 1]."""

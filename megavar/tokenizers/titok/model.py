@@ -1,6 +1,6 @@
 """TiTok's encoder and decoder.
 
-    [patches of the image, K latent tokens]  -> transformer -> K vectors -> ids (or a Gaussian posterior)
+    [patches of the image, K latent tokens]  -> transformer -> K vectors -> ids (or normal distributions)
     [mask tokens of all positions, K vectors] -> transformer -> codes of a VQGAN (legacy), or pixels
 
 Images are float32 [B, 3, H, W] in [-1, 1] as everywhere; inside they are in [0, 1]. Vectors are [B, K, C].
@@ -16,24 +16,9 @@ from megavar.config.tokenizers.maskgit_vqgan import MaskGITVQGANConfig
 from megavar.config.tokenizers.titok import TiTokConfig
 from megavar.tokenizers import convolution, maskgit_vqgan
 from megavar.tokenizers.line import LineTokenizer
-from megavar.tokenizers.trainable import MixedCodes, QuantizerOutput, Reconstruction
+from megavar.tokenizers.posterior import Posterior
+from megavar.tokenizers.trainable import MixedCodes, PosteriorReconstruction, QuantizerOutput, Reconstruction
 from megavar.tokenizers.vision import blocks, pixels
-
-
-class Posterior(NamedTuple):
-    """Diagonal Gaussians of the tokens, [B, K, C]."""
-
-    mean: Tensor
-    log_variance: Tensor
-    """In [-30, 20]."""
-
-    def sample(self, noise: Tensor) -> Tensor:
-        """``mean + deviation * noise`` of standard normal noise [B, K, C]."""
-        return self.mean + (self.log_variance / 2).exp() * noise
-
-    def divergence(self) -> Tensor:
-        """Kullback-Leibler divergence from the standard normal, in nats: summed over channels, [B, K]."""
-        return 0.5 * (self.mean.square() + self.log_variance.exp() - 1 - self.log_variance).sum(-1)
 
 
 class Encoder(nn.Module):
@@ -161,10 +146,9 @@ class TiTok(LineTokenizer):
             bound = 1 / self.config.pixel.vocabulary_size
             self.pixel_quantize.embedding.weight.uniform_(-bound, bound, generator=generator)
 
-    def posterior(self, vectors: Tensor) -> Posterior:
-        """Of ``quantization=vae``: [B, K, 2 C] -> mean and logarithm of the variance."""
-        mean, log_variance = vectors.float().chunk(2, -1)
-        return Posterior(mean, log_variance.clamp(-30, 20))
+    def posterior(self, latents: Tensor) -> Posterior:
+        """Of ``quantization=vae``: means and log variances [B, K, 2 C] -> distributions of [B, K, C]."""
+        return Posterior.of(latents, -1)
 
     def picture(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`LineTokenizer.picture`."""
@@ -175,9 +159,20 @@ class TiTok(LineTokenizer):
         return self.pixel_decoder.conv_out(last_features), last_features
 
     def forward(  # type: ignore[override]
-        self, images: Tensor, keys: Tensor | None = None, side: int | None = None, *, codes: bool = False
-    ) -> Reconstruction | Predicted:
-        """See :meth:`LineTokenizer.forward`; with ``codes``, which legacy models offer, the first stage's."""
+        self,
+        images: Tensor,
+        keys: Tensor | None = None,
+        side: int | None = None,
+        *,
+        codes: bool = False,
+        normal: Tensor | None = None,
+    ) -> Reconstruction | Predicted | PosteriorReconstruction:
+        """See :meth:`LineTokenizer.forward`; with ``codes``, which legacy models offer, the first stage's; with
+        ``normal``, standard normal numbers [B, K, C], of ``quantization=vae``."""
+        if normal is not None:
+            posterior = self.posterior(self.vectors(images))
+            made, last_features = self.picture(posterior.sample(normal).to(self.dtype))
+            return PosteriorReconstruction(2 * made - 1, posterior, last_features.detach())
         if not codes:
             return super().forward(images, keys, side)
         line = self.quantize(self.vectors(images))
@@ -195,15 +190,13 @@ class TiTok(LineTokenizer):
         self.pixel_quantize.embedding.weight.copy_(proxy.quantizer.embedding.weight)
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Vectors before quantization, or the posterior's means: float [B, 3, H, W] in [-1, 1] -> float32 [B, K, C]."""
-        vectors = super().encode(images)
-        return vectors if self.config.quantization == "vq" else self.posterior(vectors).mean
-
-    @torch.no_grad()
     def tokens(self, latents: Tensor) -> Tensor:
-        """int64 [B, K]; of ``quantization=vae`` the vectors themselves."""
-        return super().tokens(latents) if self.config.quantization == "vq" else latents
+        """int64 [B, K]; of ``quantization=vae`` means, float32 [B, K, C]."""
+        return super().tokens(latents) if self.config.quantization == "vq" else self.posterior(latents).mean
+
+    def sample(self, latents: Tensor, normal: Tensor) -> Tensor:
+        """Of ``quantization=vae``: see :class:`megavar.tokenizers.base.Continuous`."""
+        return self.posterior(latents).sample(normal)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:

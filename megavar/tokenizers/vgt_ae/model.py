@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from megavar.config.tokenizers.vgt_ae import VGTAEConfig
 from megavar.parallel.logical import initialize_parameters
+from megavar.tokenizers.posterior import Posterior
 from megavar.tokenizers.vgt_ae.decoders import build_decoder
 from megavar.tokenizers.vgt_ae.encoders import build_encoder
 
-LOWEST, HIGHEST = -30.0, 20.0
-"""Bounds of log variances (latent diffusion)."""
 _EPSILON = 1e-6
 _STD = 0.02
 
@@ -128,8 +127,7 @@ class VGTAE(nn.Module):
         """A sample of the posterior, float32 [B, L, c]; the latents themselves where there is none."""
         if not self.config.posterior:
             return self.tokens(latents)
-        deviation = (0.5 * latents[:, self.config.channels :].clamp(LOWEST, HIGHEST)).exp()
-        return self.tokens(latents) + self.pack(deviation) * normal
+        return self.tokens(latents) + self.pack(Posterior.of(latents, 1).deviation) * normal
 
     def normalize(self, tokens: Tensor) -> Tensor:
         """Each vector over its channels, [..., c] -> [..., c]; unchanged where latents are not normalized."""

@@ -10,7 +10,7 @@ from pydantic import Field
 from megavar.config.experts.base import ExpertsChoice
 from megavar.config.generators.base import GeneratorChoice, Limits
 from megavar.config.procedures.base import SamplingChoice
-from megavar.config.recipes.base import GeneratorRecipeChoice
+from megavar.config.recipes.base import GeneratorRecipeChoice, PlannedPass
 from megavar.config.suites.base import SuiteChoice
 from megavar.config.terms.base import TermChoice
 from megavar.config.token_space import TokenSpace
@@ -86,10 +86,9 @@ class SelfTaughtConfig(GeneratorRecipeChoice):
     student: float = Field(0.3, ge=0)
     """Weight of the second pass."""
 
-    @property
-    def passes_of_step(self) -> tuple[int, int]:
+    def passes_of_step(self, sides: tuple[int, ...]) -> tuple[PlannedPass, ...]:
         """Two with a loss."""
-        return 2, 0
+        return PlannedPass(), PlannedPass()
 
 
 class BrightnessConfig(TermChoice):

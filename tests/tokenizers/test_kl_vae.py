@@ -116,7 +116,7 @@ def test_tokens_are_scaled_patches_of_the_posterior(patch):
 
 
 def test_dc_ae_is_diffusers_own(tmp_path):
-    """Its folder loads; latents and images are those of diffusers; of another size, too. 312.3 M with the defaults."""
+    """Its folder loads; latents and images are those of diffusers; of another size, too."""
     from diffusers import AutoencoderDC
 
     sizes = DCAEDecoderConfig(
@@ -137,5 +137,4 @@ def test_dc_ae_is_diffusers_own(tmp_path):
         torch.testing.assert_close(model.decode(tokens), theirs.decode(latents).sample.clamp(-1, 1))
     with torch.device("meta"):
         whole = resolve(DCAEConfig())(DCAEConfig())
-    assert sum(parameter.numel() for parameter in whole.vae.decoder.parameters()) == 159_240_579
-    assert round(sum(parameter.numel() for parameter in whole.parameters()) / 1e6, 1) == 312.3
+    assert round(sum(parameter.numel() for parameter in whole.vae.decoder.parameters()) / 1e6, 1) == 159.2

@@ -45,7 +45,6 @@ ELSEWHERE = {
     "tools.gpu_check": GPU,
     "tools.small_vlm": "tests/end_to_end/test_vgt.py: a minute for each network",
     "tools.reference_curve": "tests/tools/test_reference_curve.py: runs with three seeds",
-    "tools.small_vlm": "tests/end_to_end/test_vgt.py",
     "tools.configuration_reference": "tests/docs/test_pages.py",
     OTHER_FAMILY: "tests/recipes, tests/generators, tests/distributed: short runs of each family",
 }

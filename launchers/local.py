@@ -99,7 +99,8 @@ def run(config_path: str, overrides: Sequence[str], *, processes: int | None, ma
             directory, required, maximum=maximum, attempt=attempt, status=status,
             task_messages=ranks.messages, stop_requested=ranks.stop_requested,
         )  # fmt: skip
-        threading.Thread(target=progress.tell, args=(directory, attempt, code, action)).start()  # nobody waits for it
+        told = (directory, attempt, code, action)
+        threading.Thread(target=progress.tell, args=told, kwargs={"hurry": ranks.stop_requested}).start()
         print(f"Attempt {attempt} of {directory}: {code.name} ({int(code)}); logs in {logs}", flush=True)
         if action != progress.RESTART or ranks.stop_requested:
             if code not in (ExitCode.FINISHED, ExitCode.PREEMPTED):

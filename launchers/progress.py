@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from megavar.errors import ExitCode
-from megavar.notify import notify
+from megavar.notify import HURRY, PATIENCE, notify
 from megavar.storage import write_json_atomic
 
 NO_CHECKPOINT = -1
@@ -192,10 +192,10 @@ def end(
     return outcome, action
 
 
-def tell(run_directory: Path, attempt: int, code: ExitCode, action: str) -> None:
+def tell(run_directory: Path, attempt: int, code: ExitCode, action: str, *, hurry: bool = False) -> None:
     """Let the operator's command know how an attempt ended, if there is one (``notify`` of the cluster file).
 
-    It may be slow, so nothing waits for it: ``action`` is under way already.
+    It may be slow, so nothing waits for it: ``action`` is under way already. With ``hurry`` it gets a few seconds only.
     """
     kind = "finished" if code == ExitCode.FINISHED else "stopped" if action in (CANCEL, STOP, HOLD) else (
         "preempted" if code == ExitCode.PREEMPTED else "failed"
@@ -209,7 +209,8 @@ def tell(run_directory: Path, attempt: int, code: ExitCode, action: str) -> None
     }
     message = f"attempt {attempt}: {code.name}; {words[kind]}"
     notify(
-        _name_of(run_directory), str(run_directory), kind, message, attempt=attempt, outcome=code.name, step=step
+        _name_of(run_directory), str(run_directory), kind, message, attempt=attempt, outcome=code.name, step=step,
+        patience=HURRY if hurry else PATIENCE,
     )  # fmt: skip
 
 

@@ -6,6 +6,8 @@ retained  = 100 score(tuned) / score(original)
 """
 
 import functools
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from megavar.evaluation.understanding.questions import Benchmark
 from megavar.frozen import identify
 from megavar.parallel.environment import Environment
 from megavar.scoring import report_scores
+from megavar.storage import write_text_atomic
 from megavar.training.checkpoint.weights import HEADS, find_checkpoint, read_weights
 
 ORIGINAL = "original"
@@ -48,7 +51,7 @@ def score_understanding(config: Config, place: Environment, checkpoint: Path | N
     checkpoint, _ = find_checkpoint(checkpoint or directory, verify=False)  # reading verifies it
     work = directory / "understanding"
     tuned = work / checkpoint.name / "model"
-    if place.rank == 0 and not tuned.exists():
+    if place.rank == 0:
         write_tuned(config, checkpoint, Path(settings.model), tuned)
     rows = {
         name: _scores(settings, benchmarks, folder, work, place)
@@ -75,7 +78,10 @@ def score_understanding(config: Config, place: Environment, checkpoint: Path | N
         order="the files'",
         extractor=scores.extractor,
         reference=scores.reference,
-        sampler=settings.model_dump(mode="json", exclude={"model", "benchmarks", "chunk_size"}),
+        sampler={
+            **settings.model_dump(mode="json", exclude={"model", "benchmarks", "chunk_size"}),
+            "weights": "ema" if _averaged(config) else "model",
+        },
         checkpoint=identify(checkpoint).to_json(),
     )
     report_scores(config.run.name, rows, scores, result, directory / f"scores-understanding-{checkpoint.name}.json")
@@ -91,16 +97,27 @@ def read_benchmarks(settings: UnderstandingConfig) -> list[Benchmark[Any]]:
     return [resolve(choice)(choice, settings.prompts) for choice in settings.benchmarks]
 
 
+def _averaged(config: Config) -> bool:
+    return config.recipe.trains == "generator" and config.sampling.weights == "ema"
+
+
 def write_tuned(config: Config, checkpoint: Path, origin: Path, folder: Path) -> None:
     """Write the folder ``origin`` with what the run trained in the place of its own, as ``folder``.
+
+    One that is there already is kept if it was made of the same: ``made_of.json`` beside it says of what.
 
     Raises:
         ConfigError, CheckpointError: see :func:`megavar.assembly.write_into_folder`.
     """
+    record = folder.parent / "made_of.json"
+    made_of = {"checkpoint": identify(checkpoint).sha256, "ema": _averaged(config), "model": identify(origin).sha256}
+    if folder.exists() and record.exists() and record.read_text() == json.dumps(made_of):
+        return
+    shutil.rmtree(folder, ignore_errors=True)
     _, manifest = find_checkpoint(checkpoint, verify=False)
-    averaged = config.recipe.trains == "generator" and config.sampling.weights == "ema"
-    tensors = read_weights(checkpoint, next(iter(manifest.modules)), averaged)
+    tensors = read_weights(checkpoint, next(iter(manifest.modules)), _averaged(config))
     folder.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(record, json.dumps(made_of))
     own = {name: value for name, value in tensors.items() if not name.startswith(HEADS)}
     write_into_folder(trained_choice(config), own, origin, folder)
 

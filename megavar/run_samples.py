@@ -289,7 +289,8 @@ def write_grid(samples: Samples, names: Sequence[str] = ()) -> Path:
 
 def settings_in_words(sampling: Mapping[str, Any]) -> str:
     """What a person asks first of a picture: ``guidance 1.5, seed 0``."""
-    return ", ".join(f"{key} {sampling[key]:g}" for key in ("guidance", "seed") if sampling.get(key) is not None)
+    asked = [(key, sampling[key]) for key in ("guidance", "seed") if sampling.get(key) is not None]
+    return ", ".join(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in asked)
 
 
 def shown(arrays: Mapping[str, np.ndarray], names: Sequence[str]) -> list[str]:

@@ -201,7 +201,9 @@ def _tokenizer(options: argparse.Namespace, config: Config | None, about: About)
 
 
 def _write(options: argparse.Namespace, config: Config | None, tensors: dict[str, Tensor], about: About) -> None:
-    if options.into is not None and config is not None:
+    if options.into is not None:
+        if config is None:
+            raise ConfigError("--into needs the configuration of the model: name it with --config.")
         write_into_folder(trained_choice(config), tensors, options.into, options.output)
         return
     layout = _layout_to_write(options, config)

@@ -77,7 +77,9 @@ def _of(tokenizer: Tokenizer, images: Tensor, batch: int, run: Subject) -> dict[
     for part in images.split(batch):
         given = to_float(part).to(run.device)
         tokens = tokenizer.tokens(tokenizer.encode(given))
-        latents.append((tokenizer.embed(tokens) if isinstance(tokenizer, Codebook) else tokens).float().cpu())
+        if isinstance(tokenizer, Codebook) and tokenizer.space.vocabulary is not None:
+            tokens = tokenizer.embed(tokens)
+        latents.append(tokens.float().cpu())
         if isinstance(tokenizer, Semantic):
             semantic.append(tokenizer.semantic(given).float().cpu())
     found = {f"{run.name}, latents": torch.cat(latents).numpy()}

@@ -17,8 +17,11 @@ def renewed(tree: dict[str, Any]) -> dict[str, Any]:
             continue
         value = tree[section][key]
         tree = tree | {section: {name: kept for name, kept in tree[section].items() if name != key}}
+        *parents, last = new.split(".")
         if value is not None:
-            tree = _with(tree, new.split("."), value)
+            tree = _with(tree, [*parents, last], value)
+        elif len(parents) == 2 and parents[1] not in (tree.get(parents[0]) or {}):
+            tree = _with(tree, parents, None)  # no such section, whatever a base says
     return tree
 
 

@@ -85,6 +85,9 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
             f"The override {override!r} is not of the form dotted.key=value, for example optimizer.lr=3e-4."
         )
     *parents, last = RENAMED.get(key, key).split(".")
+    value = parse_yaml(text, f"the value of override {key}")
+    if value is None and key in RENAMED:  # what has a section of its own now
+        *parents, last = parents
     section = tree
     for parent in parents:
         below = section.setdefault(parent, {})
@@ -93,7 +96,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(below, dict):
             raise ConfigError(f"The override {override!r} goes through {parent}, which holds {below!r} and no keys.")
         section = below
-    section[last] = parse_yaml(text, f"the value of override {key}")
+    section[last] = value
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:

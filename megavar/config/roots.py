@@ -88,11 +88,11 @@ def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _found(value: Any) -> Any:
-    if not isinstance(value, Marked) or value.startswith(("~", "$")):
+    if not isinstance(value, Marked) or not value or value.startswith(("~", "$", "/")):
         return value
     in_root = None if value.root is None else Path(value.root) / value
     places = [one for one in (in_root, value.folder / value) if one is not None]
-    lies = next((one for one in places if one.exists()), None)
+    lies = next((one for one in places if os.path.exists(one)), None)  # noqa: PTH110 (never raises)
     if lies is None and value.startswith(_SHIPPED):
         return str(value)
     lies = lies or in_root

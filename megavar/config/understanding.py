@@ -1,8 +1,8 @@
 """What a vision-language model still understands after its parts learned to draw (VGT Table 1)."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from megavar.config.base import PathText, Section
 from megavar.config.benchmarks.base import BenchmarkChoice
@@ -31,3 +31,13 @@ class UnderstandingConfig(Section):
     """Type of weights and activations."""
     chunk_size: int = Field(32, ge=1)
     """Questions that a rank answers before it stores them; what is stored is not asked again."""
+
+    @model_validator(mode="after")
+    def _once_each(self) -> Self:
+        names = [benchmark.name for benchmark in self.benchmarks]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(
+                f"benchmarks names {repeated[0]} twice, and both would have the same scores' names. Score the second "
+                f"file in a run of `megavar evaluate` of its own."
+            )
+        return self

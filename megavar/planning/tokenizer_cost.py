@@ -15,6 +15,7 @@ from megavar.planning.cost import TokenizerCost
 from megavar.planning.known_integers import KnownIntegers
 from megavar.planning.ledger import Ledger, saved_bytes
 from megavar.tokenizers.base import Pyramid
+from megavar.tokenizers.trainable import Variational
 
 
 class _KnownShapes(TorchDispatchMode):
@@ -42,16 +43,18 @@ def measure_teacher(choice: TeacherChoice) -> TokenizerCost:
         images = torch.zeros(1, 3, choice.image_side, choice.image_side)
         parameters: list[Tensor] = list(teacher.parameters())
         encode_flops, encode_bytes = _count(lambda: teacher.features(images), parameters)
-        training_bytes = _training_bytes(teacher, images, parameters)
+        training_bytes = _training_bytes(teacher, {}, images, parameters)
     count = sum(parameter.numel() for parameter in parameters)
     return TokenizerCost(count, encode_flops, 0.0, encode_bytes, training_bytes)
 
 
-def _training_bytes(network: nn.Module, images: Tensor, parameters: list[Tensor]) -> int | None:
+def _training_bytes(
+    network: nn.Module, options: dict[str, Tensor], images: Tensor, parameters: list[Tensor]
+) -> int | None:
     if type(network).forward is nn.Module.forward:  # no recipe trains it
         return None
     with _KnownShapes():
-        return saved_bytes(lambda: network.train().requires_grad_()(images), [*parameters, images])
+        return saved_bytes(lambda: network.train().requires_grad_()(images, **options), [*parameters, images])
 
 
 def measure_tokenizer(config: TokenizerChoice) -> TokenizerCost:
@@ -69,6 +72,9 @@ def measure_tokenizer(config: TokenizerChoice) -> TokenizerCost:
         tokens = encode()
         encode_flops, encode_bytes = _count(encode, parameters)
         decode_flops, _ = _count(lambda: tokenizer.decode(tokens), parameters)
-        training_bytes = _training_bytes(tokenizer, images, parameters)
+        options = {}
+        if isinstance(tokenizer, Variational) and space.vocabulary is None:  # trained by samples of its posteriors
+            options["normal"] = torch.zeros(1, space.length, space.channels)
+        training_bytes = _training_bytes(tokenizer, options, images, parameters)
     count = sum(parameter.numel() for parameter in parameters)
     return TokenizerCost(count, encode_flops, decode_flops, encode_bytes, training_bytes)

@@ -37,11 +37,12 @@ def write_rows(
                 places = places.flatten() - held.piece.start
                 inside = (places >= 0) & (places < held.piece.numel)
                 master = held.piece.of(master_tensors(engine.deepspeed))
+                places = places[inside].to(master.device)  # an offloaded optimizer's weights lie elsewhere
                 targets = values.flatten()[inside].to(master)
                 if moves is not None:
-                    share = moves.to(master).repeat_interleave(row_size)[inside]
-                    targets = torch.lerp(master[places[inside]], targets, share)
-                master[places[inside]] = targets
+                    share = moves.repeat_interleave(row_size)[inside].to(master)
+                    targets = torch.lerp(master[places], targets, share)
+                master[places] = targets
             refresh_module(engine.deepspeed)
             return
     raise AssertionError("no engine trains this parameter")

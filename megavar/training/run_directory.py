@@ -193,7 +193,11 @@ class RunDirectory:
             key for key in stored.keys() | given.keys()
             if stored.get(key) != given.get(key) and not f"{key}.".startswith(CHANGEABLE)
         )  # fmt: skip
-        differing = [key for key in differing if not self._has_moved(stored.get(key), given.get(key), fresh)]
+        differing = [
+            key for key in differing
+            if not _same_place(stored.get(key), given.get(key))
+            and not self._has_moved(stored.get(key), given.get(key), fresh)
+        ]  # fmt: skip
         if differing:
             listed = "; ".join(f"{key} is {stored.get(key)!r} there and {given.get(key)!r} here" for key in differing)
             raise ConfigError(
@@ -331,6 +335,11 @@ class RunDirectory:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
+
+
+def _same_place(before: Any, now: Any) -> bool:
+    """Whether two values are one path, relative and in full: earlier versions stored paths as they were written."""
+    return isinstance(before, str) and isinstance(now, str) and Path(before).absolute() == Path(now).absolute()
 
 
 def identity_of(config: Config) -> str:

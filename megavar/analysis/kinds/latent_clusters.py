@@ -74,6 +74,7 @@ def explained(points: np.ndarray, groups: np.ndarray) -> float:
 
 def _draw(shown: Shown, maps: dict[str, np.ndarray], count: int, clusters: int) -> Figure:
     count = min(count, len(shown.images))
+    maps = {name: found for name, found in maps.items() if round(found.shape[1] ** 0.5) ** 2 == found.shape[1]}
     figure = Figure(figsize=(1.5 * count + 1.5, 1.6 * (len(maps) + 1)), layout="constrained")
     figure.suptitle("Places of one colour are of one cluster")
     colours = matplotlib.colormaps["tab20" if clusters > 10 else "tab10"]

@@ -10,7 +10,7 @@ from megavar.conditions import Conditions, PromptConditions
 from megavar.config.shapes import ShapesSource
 from megavar.config.suites.shapes import ShapesSuite
 from megavar.data.build import build_source
-from megavar.data.shapes_grammar import Prompt, evaluation_prompts
+from megavar.data.shapes_grammar import TAGS, Prompt, evaluation_prompts
 from megavar.errors import ConfigError
 from megavar.evaluation import shape_eval
 from megavar.evaluation.base import Scores, Suite
@@ -33,8 +33,7 @@ class Shapes(Suite[ShapesSuite]):
     def prompts(self) -> list[Prompt]:
         """What is asked for, in index order."""
         choice, size = self.choice, self.data.image_size
-        assert isinstance(self.data.source, ShapesSource)
-        tags = self.data.source.tags
+        tags = self.data.source.tags if isinstance(self.data.source, ShapesSource) else TAGS
         return evaluation_prompts(size, per_tag=choice.per_tag, held_out=choice.held_out, seed=choice.seed, tags=tags)
 
     def conditions(self) -> Conditions:

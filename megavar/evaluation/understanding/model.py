@@ -104,9 +104,12 @@ class VisionLanguageModel:
         """Logarithm of the probability of each option as the beginning of the answer, float32 [options] on the CPU."""
         before = self._inputs(question)["input_ids"].shape[1]
         inputs = self._inputs(question, question.options)
-        ids, lengths = inputs["input_ids"], inputs["attention_mask"].sum(1)
-        surprise = self.model(**inputs).logits[:, :-1].float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
-        return torch.stack([row[len(row) - int(n) + before :].sum() for row, n in zip(surprise, lengths)]).cpu()
+        ids, lengths = inputs["input_ids"][:, before:], inputs["attention_mask"].sum(1)  # padding is on the left
+        kept = ids.shape[1] + 1  # of the whole prompt they would take gigabytes
+        logits = self.model(**inputs, logits_to_keep=kept).logits[:, -kept:-1]
+        surprise = logits.float().log_softmax(-1).gather(2, ids[..., None])[..., 0]
+        longest = int(lengths.max())
+        return torch.stack([row[longest - int(n) :].sum() for row, n in zip(surprise, lengths)]).cpu()
 
 
 def check_folder(folder: Path) -> None:

@@ -134,10 +134,14 @@ class LeCam:
         self._said: list[Tensor] = []
         """Of each micro-batch: sums of the logits of real and of reconstructed images, and how many, [3]."""
 
+    def begin(self, step: int) -> None:
+        """Forget what was said in a step that was not applied, also where it is repeated after a rollback."""
+        self._step, self._said = step, []
+
     def loss(self, real: Tensor, fake: Tensor, step: int) -> Tensor:
         """Eq. 3 of a micro-batch's logits [B, 1, h, w], scalar; notes what was said."""
         if step != self._step:
-            self._step, self._said = step, []
+            self.begin(step)
         count = real.new_full((), real.numel())
         self._said.append(torch.stack([real.detach().sum(), fake.detach().sum(), count]).double())
         mean_real, mean_fake = self.discriminator.mean_logits.clone()

@@ -26,10 +26,14 @@ class ClusteredCodebook:
         self._usage: list[Tensor] = []
         self._vectors: list[Tensor] = []
 
+    def begin(self, step: int) -> None:
+        """See :class:`Upkeep`."""
+        self._step, self._usage, self._vectors = step, [], []
+
     def observe(self, step: int, quantized: QuantizerOutput, keys: Tensor) -> None:
         """Note a micro-batch."""
         if step != self._step:
-            self._step, self._usage, self._vectors = step, [], []
+            self.begin(step)
         self._usage.append(quantized.usage)
         self._vectors.append(quantized.targets.flatten(0, 1))
 

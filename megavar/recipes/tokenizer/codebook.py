@@ -36,6 +36,10 @@ class Replacement(NamedTuple):
 class Upkeep(Protocol):
     """Watches the quantizer's micro-batches of a step and says after it which codes change."""
 
+    def begin(self, step: int) -> None:
+        """Forget what was seen in a step that was not applied, also where it is repeated after a rollback."""
+        ...
+
     def observe(self, step: int, quantized: QuantizerOutput, keys: Tensor) -> None:
         """Note a micro-batch of B samples; ``keys`` are int64 [B], different for different samples."""
         ...
@@ -74,11 +78,15 @@ class CodebookUpkeep:
         revives = every > 0 and (step + 1) % every == 0 and (until is None or step < until)
         return revives or self.draws_codebook(step)
 
+    def begin(self, step: int) -> None:
+        """See :class:`Upkeep`."""
+        self._step = step
+        self._forget()
+
     def observe(self, step: int, quantized: QuantizerOutput, keys: Tensor) -> None:
         """Note a micro-batch of B samples; ``keys`` are int64 [B], different for different samples."""
         if step != self._step:
-            self._step = step
-            self._forget()
+            self.begin(step)
         self._usage.append(quantized.usage)
         if self.due(step):
             self._keys.append(keys)

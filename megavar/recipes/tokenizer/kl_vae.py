@@ -73,7 +73,7 @@ class KLVAETraining(ReconstructionTraining):
         """Reconstruct, or judge images and their reconstructions by the updated autoencoder."""
         if module == "autoencoder":
             return [Pass(self.reconstruction, functools.partial(self.autoencoder_loss, step=step))]
-        return [Pass(self.judgement, functools.partial(self.discriminator_loss, step=step))]
+        return self.judgements(step)
 
     def reconstruction(
         self, model: Callable[..., PosteriorReconstruction], inputs: KLVAEInputs

@@ -130,6 +130,7 @@ class ProxyCodes(BaseRecipe):
 
     def passes(self, module: str, step: int) -> Sequence[Pass]:
         """Predict."""
+        self.codebook.begin(step)
 
         def loss(output: Prediction, inputs: ProxyInputs) -> Losses:
             return self.loss(output, inputs, step)

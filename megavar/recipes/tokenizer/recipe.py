@@ -111,6 +111,7 @@ class TokenizerTraining(ReconstructionTraining):
     def passes(self, module: str, step: int) -> Sequence[Pass]:
         """Reconstruct, or judge images and their reconstructions by the updated autoencoder."""
         if module == "autoencoder":
+            self.codebook.begin(step)
             sides = self.smaller_sides(step)
             share = 1 / (1 + len(sides))
             full = Pass(self.reconstruction, functools.partial(self.autoencoder_loss, step=step, share=share))
@@ -122,7 +123,7 @@ class TokenizerTraining(ReconstructionTraining):
                 for side in sides
             ]
             return [full, *smaller]
-        return [Pass(self.judgement, functools.partial(self.discriminator_loss, step=step))]
+        return self.judgements(step)
 
     def smaller_sides(self, step: int) -> list[int]:
         """Scales whose own images are reconstructed in a step, beside the last one: drawn without repetition."""

@@ -5,6 +5,8 @@
     discriminator : tells image from reconstruction; w balances it against the reconstruction (VQGAN Eq. 7)
 """
 
+import functools
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -16,7 +18,7 @@ from megavar.config.token_space import TokenSpace
 from megavar.errors import ConfigError
 from megavar.parallel.parameter_rule import ParameterRule
 from megavar.parallel.seeds import generator
-from megavar.recipes.base import BaseRecipe, KnowsRules, Losses, WriteRows, frozen
+from megavar.recipes.base import BaseRecipe, KnowsRules, Losses, Pass, WriteRows, frozen
 from megavar.recipes.tokenizer.adversarial import (
     LeCam,
     PatchDiscriminator,
@@ -114,6 +116,12 @@ class ReconstructionTraining(BaseRecipe):
     def reconstruction(self, model: Any, inputs: Any) -> Any:
         """What the autoencoder makes of the inputs' images: has ``images``, not clamped, [B, C, H, W]."""
         raise NotImplementedError
+
+    def judgements(self, step: int) -> Sequence[Pass]:
+        """The passes that train the discriminator."""
+        if self.lecam is not None:
+            self.lecam.begin(step)
+        return [Pass(self.judgement, functools.partial(self.discriminator_loss, step=step))]
 
     def judgement(self, model: Any, inputs: HasImages) -> Judgement:
         """Images and their reconstructions through the discriminator."""

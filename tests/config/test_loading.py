@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megavar.config.loading import dump, load_config, merge
+from megavar.config.loading import apply_override, dump, load_config, merge, read_tree
 from megavar.errors import ConfigError
 
 QUICKSTART = Path("configs/quickstart.yaml")
@@ -141,3 +141,13 @@ def test_override_through_a_value() -> None:
 def test_unreadable_files(tmp_path: Path, text: str, expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         load_config(write(tmp_path / "run.yaml", text))
+
+
+def test_no_weights_by_the_earlier_key_means_none_whatever_a_base_says(tmp_path):
+    (tmp_path / "base.yaml").write_text("recipe: {name: tokenizer, initial_weights: runs/x}\n")
+    (tmp_path / "run.yaml").write_text("base: base.yaml\nrecipe: {initial_weights: null}\n")
+    assert read_tree(tmp_path / "base.yaml")["train"]["initial_weights"]["path"] == "runs/x"
+    assert read_tree(tmp_path / "run.yaml")["train"]["initial_weights"] is None
+    tree = read_tree(tmp_path / "base.yaml")
+    apply_override(tree, "recipe.initial_weights=null")
+    assert tree["train"]["initial_weights"] is None

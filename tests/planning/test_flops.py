@@ -20,6 +20,8 @@ from megavar.config.procedures.next_scale import NextScaleSampling
 from megavar.config.procedures.query_ar import QuerySampling
 from megavar.config.tokenizers.kl_vae import KLVAEConfig
 from megavar.config.tokenizers.multiscale_vq import MultiScaleVQConfig
+from megavar.config.tokenizers.titok import TiTokConfig
+from megavar.config.tokenizers.vision import VisionTransformerConfig
 from megavar.data.text import Text
 from megavar.generators.inputs import ScaleInputs
 from megavar.planning.attention_cost import FLEX_TILE, attention_pairs
@@ -149,3 +151,16 @@ def test_tokenizer_costs_are_those_of_the_published_one():
     assert cost.parameters == 108_948_355
     assert cost.encode_flops == pytest.approx(0.215e12, rel=0.01)
     assert cost.decode_flops > cost.encode_flops
+
+
+SMALL = {"width": 16, "depth": 1, "heads": 2}
+
+
+@pytest.mark.parametrize("choice", [
+    KLVAEConfig(image_side=16, latent_channels=2, base_channels=8, channel_multipliers=(1, 2), residual_blocks=1,
+                norm_groups=4, patch=1),
+    TiTokConfig(image_side=32, tokens=4, quantization="vae", legacy=False, code_dimension=4,
+                encoder=VisionTransformerConfig(**SMALL), decoder=VisionTransformerConfig(**SMALL)),
+], ids=lambda choice: choice.name)  # fmt: skip
+def test_training_of_vectors_is_measured(choice):
+    assert (tokenizer_cost(choice).training_bytes or 0) > 0

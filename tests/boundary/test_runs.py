@@ -81,7 +81,7 @@ def test_samples_are_the_same_bytes_on_one_and_two_ranks(finished: Path, tmp_pat
         manifest = json.loads((drawn / "manifest.json").read_text())
         assert manifest["space"]["kind"] == "line"
         assert manifest["conditions"] == {"kind": "class", "classes": 10}
-    assert len(found[0]) == 3 and found[0] == found[1]
+    assert len(found[0]) == 4 and found[0] == found[1]
 
 
 def scored(path: Path) -> dict[str, float]:

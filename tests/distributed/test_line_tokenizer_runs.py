@@ -131,13 +131,15 @@ def test_alitok_from_yaml_to_samples(tmp_path: Path) -> None:
 def test_vgts_first_stage_is_resumed_and_the_second_begins_with_it(tmp_path: Path) -> None:
     """Killed between two saved steps, with a discriminator at work, under ZeRO-1."""
     first, second = "configs/vgt/demo_ae_stage1.yaml", "configs/vgt/demo_ae_stage2.yaml"
-    short = ("train.steps=8", "recipe.adversarial.start_step=3", f"deepspeed={ROOT / 'configs/deepspeed/zero1.json'}")
+    judge = "{weight: 0.02, adaptive: false, start_step: 3, base_channels: 16, layers: 2, norm_groups: 8, lecam_weight: 1.0}"
+    own = ("recipe.encoder_weights=null", "evaluation.after_training=false")
+    short = ("train.steps=8", f"recipe.adversarial={judge}", f"deepspeed={ROOT / 'configs/deepspeed/zero1.json'}", *own)
     run(first, *short, f"run.directory={tmp_path / 'whole'}")
     resumes_bitwise(first, short, tmp_path / "whole", 6, 8, VGTAETraining)
     one = read_weights(tmp_path / "whole")
     assert len(set(losses(tmp_path / "whole"))) == 8
     begin = f"train.initial_weights.path={tmp_path / 'whole'}"
-    run(second, f"run.directory={tmp_path / 'second'}", "train.steps=2", begin)
+    run(second, f"run.directory={tmp_path / 'second'}", "train.steps=2", begin, *own)
     tuned = read_weights(tmp_path / "second" / "checkpoints" / "step-00000002")
     changed = {name.split(".")[0] for name, value in tuned.items() if not torch.equal(value, one[name])}
     assert changed == {"projection", "decoder"}

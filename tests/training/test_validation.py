@@ -22,8 +22,8 @@ FAMILIES = {
     "student forcing": (lambda setup, mesh: refined.build(setup, mesh, "full"), refined.batches),
     "hybrid": (lambda setup, mesh: test_scalear.build(setup, mesh, "hybrid"), refined.batches),
     "FlowAR": (lambda setup, mesh: flowing.build(setup, mesh, "spatial"), flowing.batches),
-    "reAR on RAR": (lambda setup, mesh: test_rear.build("rar", mesh), test_rear.batches),
-    "AliTok": (lambda setup, mesh: test_rear.build("alitok", mesh), test_rear.batches),
+    "reAR on RAR": (lambda setup, mesh: test_rear.build(setup, mesh, "rar"), test_rear.batches),
+    "AliTok": (lambda setup, mesh: test_rear.build(setup, mesh, "alitok"), test_rear.batches),
     "MAR": (lambda setup, mesh: masking.build(setup, mesh, "class"), querying.batches),
     "QueryAR": (lambda setup, mesh: querying.build(setup, mesh, "sample"), querying.batches),
 }

@@ -131,7 +131,7 @@ def test_alitok_from_yaml_to_samples(tmp_path: Path) -> None:
 def test_vgts_first_stage_is_resumed_and_the_second_begins_with_it(tmp_path: Path) -> None:
     """Killed between two saved steps, with a discriminator at work, under ZeRO-1."""
     first, second = "configs/vgt/demo_ae_stage1.yaml", "configs/vgt/demo_ae_stage2.yaml"
-    judge = "{weight: 0.02, adaptive: false, start_step: 3, base_channels: 16, layers: 2, norm_groups: 8, lecam_weight: 1.0}"
+    judge = "{adaptive: false, start_step: 3, base_channels: 16, layers: 2, norm_groups: 8, lecam_weight: 1.0}"
     own = ("recipe.encoder_weights=null", "evaluation.after_training=false")
     short = ("train.steps=8", f"recipe.adversarial={judge}", f"deepspeed={ROOT / 'configs/deepspeed/zero1.json'}", *own)
     run(first, *short, f"run.directory={tmp_path / 'whole'}")

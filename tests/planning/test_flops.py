@@ -153,14 +153,14 @@ def test_tokenizer_costs_are_those_of_the_published_one():
     assert cost.decode_flops > cost.encode_flops
 
 
-SMALL = {"width": 16, "depth": 1, "heads": 2}
+VISION = VisionTransformerConfig(width=16, depth=1, heads=2)
 
 
 @pytest.mark.parametrize("choice", [
     KLVAEConfig(image_side=16, latent_channels=2, base_channels=8, channel_multipliers=(1, 2), residual_blocks=1,
                 norm_groups=4, patch=1),
     TiTokConfig(image_side=32, tokens=4, quantization="vae", legacy=False, code_dimension=4,
-                encoder=VisionTransformerConfig(**SMALL), decoder=VisionTransformerConfig(**SMALL)),
+                encoder=VISION, decoder=VISION),
 ], ids=lambda choice: choice.name)  # fmt: skip
 def test_training_of_vectors_is_measured(choice):
     assert (tokenizer_cost(choice).training_bytes or 0) > 0

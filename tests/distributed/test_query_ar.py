@@ -32,7 +32,7 @@ LAYOUTS = [
     Setup(2, 1, dense=True, parallel={"tensor": 2, "sequence": True}),
     Setup(2, 1, dense=True, micro_batch_size=2, parallel={"pipeline": 2}),
     Setup(4, 1, dense=True, micro_batch_size=2, parallel={"tensor": 2, "sequence": True, "pipeline": 2}),
-    Setup(4, 1, dense=True, micro_batch_size=4, parallel={"tensor": 4}),
+    Setup(4, 1, dense=True, micro_batch_size=2, parallel={"tensor": 2, "pipeline": 2}),
     Setup(2, 1, parallel={"expert": 2}),
     Setup(2, 1, parallel={"tensor": 2, "sequence": True}),
 ]

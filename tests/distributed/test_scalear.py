@@ -25,6 +25,7 @@ SCHEDULES = {
     "teacher": {},
     "full": {"schedule": "full", "rollout": {"guidance": 2.0, "top_k": 20}},
     "interleave": {"schedule": "interleave", "rollout": {"guidance": 1.2, "top_k": 20}},
+    "alternate": {"schedule": "alternate", "rollout": {"guidance": 1.2, "top_k": 20}},
     "hybrid": {"schedule": "hybrid", "true_until": 3, "rollout": {"sampled": False}},
 }
 LAYOUTS = [

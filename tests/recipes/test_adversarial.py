@@ -107,12 +107,15 @@ def test_lecam_pulls_logits_towards_the_running_mean_of_the_other_kind():
     judge = discriminator()
     real, fake = torch.full((2, 1, 2, 2), 3.0), torch.full((2, 1, 2, 2), -1.0)
     lecam = LeCam(judge, decay=0.75)
-    assert lecam.loss(real, fake, 0).item() == pytest.approx(3**2 + 1)
-    assert lecam.loss(real[:1] + 4, fake[:1], 1).item() == 7**2 + 1, "a step that was not applied leaves nothing"
+    lecam.begin(1)
+    assert lecam.loss(real, fake).item() == pytest.approx(3**2 + 1)
+    lecam.begin(1)
+    assert lecam.loss(real[:1] + 4, fake[:1]).item() == 7**2 + 1, "a step that was not applied leaves nothing"
     lecam.after_step(1)
     assert judge.mean_logits.tolist() == [0.25 * 7, -0.25]
-    assert lecam.loss(real, fake, 2).item() == pytest.approx((3 + 0.25) ** 2 + (1.75 + 1) ** 2)
-    assert lecam.loss(real[:1] - 6, fake[:1] - 3, 2).item() == pytest.approx((1.75 + 4) ** 2), "the step's means stay"
+    lecam.begin(2)
+    assert lecam.loss(real, fake).item() == pytest.approx((3 + 0.25) ** 2 + (1.75 + 1) ** 2)
+    assert lecam.loss(real[:1] - 6, fake[:1] - 3).item() == pytest.approx((1.75 + 4) ** 2), "the step's means stay"
     lecam.after_step(2)
     assert judge.mean_logits.tolist() == pytest.approx([0.75 * 1.75 + 0.25 * 1, -0.75 * 0.25 - 0.25 * 2])
 

@@ -135,13 +135,11 @@ class LeCam:
         """Of each micro-batch: sums of the logits of real and of reconstructed images, and how many, [3]."""
 
     def begin(self, step: int) -> None:
-        """Forget what was said in a step that was not applied, also where it is repeated after a rollback."""
+        """A step of the discriminator begins: forget what was said in one that was not applied."""
         self._step, self._said = step, []
 
-    def loss(self, real: Tensor, fake: Tensor, step: int) -> Tensor:
+    def loss(self, real: Tensor, fake: Tensor) -> Tensor:
         """Eq. 3 of a micro-batch's logits [B, 1, h, w], scalar; notes what was said."""
-        if step != self._step:
-            self.begin(step)
         count = real.new_full((), real.numel())
         self._said.append(torch.stack([real.detach().sum(), fake.detach().sum(), count]).double())
         mean_real, mean_fake = self.discriminator.mean_logits.clone()
@@ -149,7 +147,7 @@ class LeCam:
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """Move the means. Collective."""
+        """Move the means, if the discriminator was trained in ``step``. Collective."""
         if step != self._step or not self._said:
             return
         *sums, count = sum_over_ranks(torch.stack(self._said).sum(0))

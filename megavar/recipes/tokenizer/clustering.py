@@ -22,25 +22,22 @@ class ClusteredCodebook:
 
     def __init__(self, quantizer: Quantizer, decay: float) -> None:
         self.quantizer, self.decay = quantizer, decay
-        self._step = -1
         self._usage: list[Tensor] = []
         self._vectors: list[Tensor] = []
 
-    def begin(self, step: int) -> None:
+    def begin(self) -> None:
         """See :class:`Upkeep`."""
-        self._step, self._usage, self._vectors = step, [], []
+        self._usage, self._vectors = [], []
 
     def observe(self, step: int, quantized: QuantizerOutput, keys: Tensor) -> None:
         """Note a micro-batch."""
-        if step != self._step:
-            self.begin(step)
         self._usage.append(quantized.usage)
         self._vectors.append(quantized.targets.flatten(0, 1))
 
     @torch.no_grad()
     def after_step(self, step: int) -> Replacement | None:
         """Update the shares; return the codes that move. Collective."""
-        if step != self._step or not self._usage:
+        if not self._usage:
             return None
         usage = sum_over_ranks(torch.stack(self._usage).sum(0))
         shares = self.quantizer.usage_average
@@ -49,7 +46,7 @@ class ClusteredCodebook:
         exponent = 10 * len(codes) * shares.float().sum(0) / (1 - self.decay) + 1e-3
         move = torch.exp(-exponent)
         found = self._nearest_of_all(codes)
-        self._usage, self._vectors = [], []
+        self.begin()
         rows = move.nonzero().flatten()
         if len(rows) == 0 or not bool(found.isfinite().all()):
             return None

@@ -36,8 +36,8 @@ class Replacement(NamedTuple):
 class Upkeep(Protocol):
     """Watches the quantizer's micro-batches of a step and says after it which codes change."""
 
-    def begin(self, step: int) -> None:
-        """Forget what was seen in a step that was not applied, also where it is repeated after a rollback."""
+    def begin(self) -> None:
+        """A step begins: forget what was seen in one that was not applied."""
         ...
 
     def observe(self, step: int, quantized: QuantizerOutput, keys: Tensor) -> None:
@@ -63,7 +63,6 @@ class CodebookUpkeep:
         self.seed = seed
         self.fresh = fresh
         self.sizes = list(quantizer.parts.values())
-        self._step = -1
         self._usage: list[Tensor] = []
         self._keys: list[Tensor] = []
         self._vectors: list[Tensor] = []
@@ -78,15 +77,12 @@ class CodebookUpkeep:
         revives = every > 0 and (step + 1) % every == 0 and (until is None or step < until)
         return revives or self.draws_codebook(step)
 
-    def begin(self, step: int) -> None:
+    def begin(self) -> None:
         """See :class:`Upkeep`."""
-        self._step = step
-        self._forget()
+        self._usage, self._keys, self._vectors = [], [], []
 
     def observe(self, step: int, quantized: QuantizerOutput, keys: Tensor) -> None:
         """Note a micro-batch of B samples; ``keys`` are int64 [B], different for different samples."""
-        if step != self._step:
-            self.begin(step)
         self._usage.append(quantized.usage)
         if self.due(step):
             self._keys.append(keys)
@@ -95,14 +91,14 @@ class CodebookUpkeep:
     @torch.no_grad()
     def after_step(self, step: int) -> Replacement | None:
         """Update the usage averages; return the codes to replace, if any. Collective."""
-        if step != self._step or not self._usage:
+        if not self._usage:
             return None
         usage = sum_over_ranks(torch.stack(self._usage).sum(dim=0))
         average = self.quantizer.usage_average
         decay = self.config.usage_decay * average.any()  # the first step's usage is taken as it is
         average.copy_(decay * average + (1 - decay) * usage)
         replacement = self._replacement(step, average) if self.due(step) else None
-        self._forget()
+        self.begin()
         return replacement
 
     def _replacement(self, step: int, average: Tensor) -> Replacement | None:
@@ -135,9 +131,6 @@ class CodebookUpkeep:
         drawn = vectors.new_zeros(len(owner), vectors.shape[-1])
         drawn[mine] = vectors[owner[mine] % len(keys), position[mine]]
         return Replacement(dead[: len(owner)], sum_over_ranks(drawn))
-
-    def _forget(self) -> None:
-        self._usage, self._keys, self._vectors = [], [], []
 
 
 def _quotas(wanted: int, available: list[int], first: int) -> list[int]:

@@ -130,7 +130,7 @@ class ProxyCodes(BaseRecipe):
 
     def passes(self, module: str, step: int) -> Sequence[Pass]:
         """Predict."""
-        self.codebook.begin(step)
+        self.codebook.begin()
 
         def loss(output: Prediction, inputs: ProxyInputs) -> Losses:
             return self.loss(output, inputs, step)

@@ -111,7 +111,7 @@ class TokenizerTraining(ReconstructionTraining):
     def passes(self, module: str, step: int) -> Sequence[Pass]:
         """Reconstruct, or judge images and their reconstructions by the updated autoencoder."""
         if module == "autoencoder":
-            self.codebook.begin(step)
+            self.codebook.begin()
             sides = self.smaller_sides(step)
             share = 1 / (1 + len(sides))
             full = Pass(self.reconstruction, functools.partial(self.autoencoder_loss, step=step, share=share))

@@ -5,7 +5,6 @@
     discriminator : tells image from reconstruction; w balances it against the reconstruction (VQGAN Eq. 7)
 """
 
-import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
@@ -121,7 +120,7 @@ class ReconstructionTraining(BaseRecipe):
         """The passes that train the discriminator."""
         if self.lecam is not None:
             self.lecam.begin(step)
-        return [Pass(self.judgement, functools.partial(self.discriminator_loss, step=step))]
+        return [Pass(self.judgement, self.discriminator_loss)]
 
     def judgement(self, model: Any, inputs: HasImages) -> Judgement:
         """Images and their reconstructions through the discriminator."""
@@ -193,14 +192,14 @@ class ReconstructionTraining(BaseRecipe):
             total = loss + weight * realism
         return total, {"realism": realism, "adaptive_weight": weight}
 
-    def discriminator_loss(self, output: Judgement, inputs: HasImages, step: int) -> Losses:
+    def discriminator_loss(self, output: Judgement, inputs: HasImages) -> Losses:
         """What the discriminator minimizes on one micro-batch."""
         adversarial = self.config.adversarial
         assert adversarial is not None and self.discriminator is not None
         total = discriminator_loss(adversarial.loss, output.real, output.fake)
         named = {"discriminator": total, "logits/real": output.real.mean(), "logits/fake": output.fake.mean()}
         if self.lecam is not None and torch.is_grad_enabled():
-            named["lecam"] = self.lecam.loss(output.real, output.fake, step)
+            named["lecam"] = self.lecam.loss(output.real, output.fake)
             total = total + adversarial.lecam_weight * named["lecam"]
         return sums(total, named, len(inputs.images))
 

@@ -23,7 +23,7 @@ from megavar.evaluation.table import Metric
 from megavar.evaluation.understanding.answering import Answers
 from megavar.evaluation.understanding.model import VisionLanguageModel, check_folder
 from megavar.evaluation.understanding.questions import Benchmark
-from megavar.frozen import identify
+from megavar.frozen import Identity, identify
 from megavar.parallel.environment import Environment
 from megavar.scoring import report_scores
 from megavar.storage import write_text_atomic
@@ -51,10 +51,13 @@ def score_understanding(config: Config, place: Environment, checkpoint: Path | N
     checkpoint, _ = find_checkpoint(checkpoint or directory, verify=False)  # reading verifies it
     work = directory / "understanding"
     tuned = work / checkpoint.name / "model"
-    if place.rank == 0:
-        write_tuned(config, checkpoint, Path(settings.model), tuned)
+    identities: dict[str, Identity] = {}
+    if place.rank == 0:  # gigabytes are read by one rank, once
+        identities[ORIGINAL] = identify(settings.model)
+        write_tuned(config, checkpoint, Path(settings.model), tuned, identities[ORIGINAL])
+        identities[config.run.name] = identify(tuned)
     rows = {
-        name: _scores(settings, benchmarks, folder, work, place)
+        name: _scores(settings, benchmarks, folder, identities.get(name), work, place)
         for name, folder in ((config.run.name, tuned), (ORIGINAL, Path(settings.model)))
     }
     if place.rank != 0:
@@ -66,7 +69,7 @@ def score_understanding(config: Config, place: Environment, checkpoint: Path | N
     scores = Scores(
         rows[config.run.name],
         (*table, *(Metric(key, "higher") for key in kept)),
-        {"name": Path(settings.model).name, "sha256": identify(settings.model).sha256},
+        {"name": Path(settings.model).name, "sha256": identities[ORIGINAL].sha256},
         {benchmark.choice.name: benchmark.identity for benchmark in benchmarks},
     )
     result = Result(
@@ -101,16 +104,16 @@ def _averaged(config: Config) -> bool:
     return config.recipe.trains == "generator" and config.sampling.weights == "ema"
 
 
-def write_tuned(config: Config, checkpoint: Path, origin: Path, folder: Path) -> None:
-    """Write the folder ``origin`` with what the run trained in the place of its own, as ``folder``.
+def write_tuned(config: Config, checkpoint: Path, origin: Path, folder: Path, identity: Identity) -> None:
+    """Write the folder ``origin``, which ``identity`` is of, with what the run trained in the place of its own.
 
-    One that is there already is kept if it was made of the same: ``made_of.json`` beside it says of what.
+    A ``folder`` that is there already is kept if it was made of the same: ``made_of.json`` beside it says of what.
 
     Raises:
         ConfigError, CheckpointError: see :func:`megavar.assembly.write_into_folder`.
     """
     record = folder.parent / "made_of.json"
-    made_of = {"checkpoint": identify(checkpoint).sha256, "ema": _averaged(config), "model": identify(origin).sha256}
+    made_of = {"checkpoint": identify(checkpoint).sha256, "ema": _averaged(config), "model": identity.sha256}
     if folder.exists() and record.exists() and record.read_text() == json.dumps(made_of):
         return
     shutil.rmtree(folder, ignore_errors=True)
@@ -123,10 +126,15 @@ def write_tuned(config: Config, checkpoint: Path, origin: Path, folder: Path) ->
 
 
 def _scores(
-    settings: UnderstandingConfig, benchmarks: list[Benchmark[Any]], folder: Path, work: Path, place: Environment
+    settings: UnderstandingConfig,
+    benchmarks: list[Benchmark[Any]],
+    folder: Path,
+    known: Identity | None,
+    work: Path,
+    place: Environment,
 ) -> dict[str, float]:
-    """Those of one model, on all benchmarks; nothing on other ranks than the first."""
-    identity = [identify(folder).to_json() if place.rank == 0 else {}]  # gigabytes are read by one rank
+    """Those of one model, whose identity rank 0 knows, on all benchmarks; nothing on other ranks than the first."""
+    identity = [{} if known is None else known.to_json()]
     if dist.is_initialized():
         dist.broadcast_object_list(identity, src=0)
 

@@ -16,7 +16,7 @@ from megavar.records.reading import json_lines
 from megavar.records.run import RunRecord
 from megavar.reporting.facts import flatten
 from megavar.storage import write_text_atomic
-from megavar.training.run_directory import CHANGEABLE
+from megavar.training.run_directory import decides
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -67,7 +67,7 @@ def _without_seed(record: RunRecord) -> dict[str, object]:
     return {
         key: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
         for key, value in flatten(record.config).items()
-        if key != "train.seed" and (key == "validation.samples" or not f"{key}.".startswith(CHANGEABLE))
+        if key != "train.seed" and (key == "validation.samples" or decides(key))
     }
 
 

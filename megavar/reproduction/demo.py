@@ -21,7 +21,7 @@ from megavar.config.table import MetricConfig, TableConfig
 from megavar.errors import ExitCode
 from megavar.reproduction.values import values_of
 from megavar.training.checkpoint.store import checkpoint_name
-from megavar.training.run_directory import CHANGEABLE, RunDirectory
+from megavar.training.run_directory import RunDirectory, decides
 
 FOLDER = Path("runs/demo")
 COSTS = "processor_seconds.json"
@@ -75,7 +75,7 @@ def _placed(table: TableConfig, row: str, seed: int, extra: Sequence[str], folde
             path = path / "checkpoints" / checkpoint_name(demo.begin_at)
         begin = [f"train.initial_weights={{path: {json.dumps(str(path))}}}"]
     config, words = table.demo_config(row, seed, extra, begin), table.demo_words(row, seed, extra, begin)
-    deciding = sorted({word for word in words if not f"{word.partition('=')[0]}.".startswith(CHANGEABLE)})
+    deciding = sorted({word for word in words if decides(word.partition("=")[0])})
     digest = hashlib.sha256(json.dumps(deciding).encode()).hexdigest()
     name = f"{config.run.name}-seed{seed}-{digest[:8]}"
     run = config.run.model_copy(update={"name": name, "directory": str(folder / name)})

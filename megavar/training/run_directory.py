@@ -49,6 +49,11 @@ INITIAL = "initial"
 """Stands for the initial weights among the names of frozen networks in ``weights.json``."""
 
 
+def decides(key: str) -> bool:
+    """Whether the value of a dotted key decides what is trained."""
+    return not f"{key}.".startswith(CHANGEABLE)
+
+
 class RunDirectory:
     """Paths and marks of a run. Methods that write are for rank 0."""
 
@@ -191,7 +196,7 @@ class RunDirectory:
         given = _flatten(json.loads(json.dumps(config)))
         differing = sorted(
             key for key in stored.keys() | given.keys()
-            if stored.get(key) != given.get(key) and not f"{key}.".startswith(CHANGEABLE)
+            if stored.get(key) != given.get(key) and decides(key)
         )  # fmt: skip
         differing = [
             key for key in differing
@@ -352,7 +357,7 @@ def identity_of(config: Config) -> str:
     values = {
         key: Path(value).name if isinstance(value, str) and value in places else value
         for key, value in _flatten(json.loads(config.model_dump_json())).items()
-        if not f"{key}.".startswith(CHANGEABLE)
+        if decides(key)
     }  # fmt: skip
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 

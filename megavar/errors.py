@@ -31,6 +31,11 @@ class ConfigError(MegavarError):
     """A key or value of the configuration is wrong."""
 
 
+def missing_package(package: str, what: str) -> ConfigError:
+    """The error that says that ``what`` needs an optional package of the ``vlm`` extra, and how to get it."""
+    return ConfigError(f"{what} needs the package {package}, which is not installed: pip install 'megavar[vlm]'.")
+
+
 class DataError(MegavarError):
     """A data source is missing, empty or damaged."""
 

@@ -26,7 +26,7 @@ from megavar.data import text_training
 from megavar.data.build import build_source
 from megavar.data.pixels import to_float
 from megavar.data.source import Source
-from megavar.errors import ConfigError, ExitCode
+from megavar.errors import ConfigError, ExitCode, missing_package
 from megavar.parallel.environment import limit_threads
 from megavar.paths import as_path
 from megavar.storage import write_json_atomic
@@ -94,9 +94,7 @@ def build(config: Config) -> Any:
     try:
         from transformers import InternVLConfig, InternVLForConditionalGeneration
     except ImportError as error:
-        raise ConfigError(
-            "tools.small_vlm needs the package transformers, which is not installed: pip install 'megavar[vlm]'."
-        ) from error
+        raise missing_package("transformers", "tools.small_vlm") from error
     images: Any = config.tokenizer
     sizes: Any = getattr(images, "encoder", None)
     words: Any = getattr(config.generator, "language_model", None)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megavar.config.text import TextConfig
-from megavar.errors import ConfigError, DataError
+from megavar.errors import ConfigError, DataError, missing_package
 
 _NO_PADDING_TOKEN = "<|endoftext|>"
 """Pads where the folder names no token (Qwen's)."""
@@ -130,9 +130,7 @@ def require_tokenizers() -> Any:
     try:
         import tokenizers
     except ImportError as error:
-        raise ConfigError(
-            "data.text needs the package tokenizers, which is not installed: pip install 'megavar[vlm]'."
-        ) from error
+        raise missing_package("tokenizers", "data.text") from error
     return tokenizers
 
 

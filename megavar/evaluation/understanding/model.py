@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megavar.errors import CheckpointError, ConfigError
+from megavar.errors import CheckpointError, ConfigError, missing_package
 from megavar.evaluation.understanding.questions import Question
 
 _TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -42,10 +42,7 @@ class VisionLanguageModel:
         try:
             from transformers import AutoModelForImageTextToText, AutoProcessor
         except ImportError as error:
-            raise ConfigError(
-                "evaluation.understanding needs the package transformers, which is not installed: pip install "
-                "'megavar[vlm]'."
-            ) from error
+            raise missing_package("transformers", "evaluation.understanding") from error
         check_folder(folder)
         self.device, self.dtype = device, _TYPES[precision]
         try:

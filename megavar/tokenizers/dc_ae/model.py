@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from megavar.config.tokenizers.dc_ae import DCAEConfig
-from megavar.errors import ConfigError
+from megavar.errors import missing_package
 
 
 def _build(config: DCAEConfig) -> Any:
@@ -18,9 +18,7 @@ def _build(config: DCAEConfig) -> Any:
     try:
         from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
     except ImportError as error:
-        raise ConfigError(
-            "tokenizer.name=dc_ae needs the package diffusers, which is not installed: pip install 'megavar[vlm]'."
-        ) from error
+        raise missing_package("diffusers", "tokenizer.name=dc_ae") from error
     sizes = config.decoder
     both = {
         "block_types": sizes.blocks, "block_out_channels": sizes.channels, "qkv_multiscales": sizes.attention_kernels

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megavar.config.tokenizers.kl_vae import KLVAEConfig
-from megavar.errors import ConfigError
+from megavar.errors import missing_package
 from megavar.parallel.parameter_rule import ParameterRule
 from megavar.tokenizers.posterior import Posterior
 from megavar.tokenizers.trainable import PosteriorReconstruction
@@ -28,9 +28,7 @@ def _build(config: KLVAEConfig) -> Any:
     try:
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     except ImportError as error:
-        raise ConfigError(
-            "tokenizer.name=kl_vae needs the package diffusers, which is not installed: pip install 'megavar[vlm]'."
-        ) from error
+        raise missing_package("diffusers", "tokenizer.name=kl_vae") from error
     levels = len(config.channel_multipliers)
     down, up = ["DownEncoderBlock2D"] * levels, ["UpDecoderBlock2D"] * levels
     if config.attention != "none":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megavar.config.tokenizers.vgt_ae import DCAEDecoderConfig, SDVAEDecoderConfig, VGTAEConfig, ViTDecoderConfig
-from megavar.tokenizers.vgt_ae.encoders import need
+from megavar.errors import missing_package
 from megavar.tokenizers.vision import blocks, pixels
 
 
@@ -48,7 +48,7 @@ def build_decoder(config: VGTAEConfig) -> Any:
     try:
         from diffusers.models.autoencoders import autoencoder_dc, vae
     except ImportError as error:
-        raise need("diffusers", f"tokenizer.decoder.name={sizes.name}") from error
+        raise missing_package("diffusers", f"tokenizer.decoder.name={sizes.name}") from error
     if isinstance(sizes, SDVAEDecoderConfig):
         return vae.Decoder(
             in_channels=config.channels,

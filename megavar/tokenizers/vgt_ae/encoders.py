@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megavar.config.tokenizers.vgt_ae import MERGE, InternViTConfig, QwenViTConfig, VGTAEConfig
-from megavar.errors import ConfigError
+from megavar.errors import missing_package
 
 
 class Encoder(nn.Module):
@@ -34,11 +34,6 @@ class Encoder(nn.Module):
         return self(pixels.to(self.tower.dtype)).float()
 
 
-def need(package: str, what: str) -> ConfigError:
-    """The error that says how to get an optional package."""
-    return ConfigError(f"{what} needs the package {package}, which is not installed: pip install 'megavar[vlm]'.")
-
-
 class InternViT(Encoder):
     """InternVL3's."""
 
@@ -52,7 +47,7 @@ class InternViT(Encoder):
         try:
             from transformers import InternVLVisionConfig, InternVLVisionModel
         except ImportError as error:
-            raise need("transformers", "tokenizer.encoder.name=intern_vit") from error
+            raise missing_package("transformers", "tokenizer.encoder.name=intern_vit") from error
         side = config.image_side
         self.tower = InternVLVisionModel(
             InternVLVisionConfig(
@@ -97,7 +92,7 @@ class QwenViT(Encoder):
             from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
             from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
         except ImportError as error:
-            raise need("transformers", "tokenizer.encoder.name=qwen_vit") from error
+            raise missing_package("transformers", "tokenizer.encoder.name=qwen_vit") from error
         self.tower = Qwen2_5_VisionTransformerPretrainedModel(
             Qwen2_5_VLVisionConfig(
                 depth=sizes.depth,

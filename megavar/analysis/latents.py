@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megavar.analysis.base import Subject
+from megavar.analysis.images import first_images
 from megavar.assembly import load_tokenizer
 from megavar.config.analyses.base import ObservedChoice
-from megavar.data.build import build_source, build_transform, of_images
 from megavar.data.pixels import to_float
-from megavar.data.reading import stored_images
 from megavar.errors import ConfigError
 from megavar.tokenizers.base import Codebook, Semantic, Tokenizer
 
@@ -45,15 +44,16 @@ def show(runs: Sequence[Subject], choice: ObservedChoice) -> Shown:
         ConfigError: a run trains no tokenizer, or the first one's latents are no map.
     """
     vectors: dict[str, np.ndarray] = {}
+    read: list[tuple[Tensor, Tensor]] = []
     for run in runs:
         if run.config.recipe.trains != "tokenizer":
             raise ConfigError(f"The run {run.name} trains no tokenizer: name the run of its tokenizer.")
-        images, labels = _test_images(run, choice.images)
+        read.append(first_images(run.config, choice.images))
         tokenizer = load_tokenizer(run.config.tokenizer, str(run.directory), run.device)
-        for name, found in _of(tokenizer, images, choice.batch, run).items():
+        for name, found in _of(tokenizer, read[-1][0], choice.batch, run).items():
             if not any(np.array_equal(found, other) for other in vectors.values()):  # frozen encoders are alike
                 vectors[name] = found
-    images, labels = _test_images(runs[0], choice.images)
+    images, labels = read[0]
     places = next(iter(vectors.values())).shape[1]
     return Shown(images, labels.numpy(), vectors | {PIXELS: patches(images, places, runs[0].name)})
 
@@ -84,10 +84,3 @@ def _of(tokenizer: Tokenizer, images: Tensor, batch: int, run: Subject) -> dict[
             semantic.append(tokenizer.semantic(given).float().cpu())
     found = {f"{run.name}, latents": torch.cat(latents).numpy()}
     return found | ({f"{run.name}, encoder": torch.cat(semantic).numpy()} if semantic else {})
-
-
-def _test_images(run: Subject, count: int) -> tuple[Tensor, Tensor]:
-    """uint8 [N, 3, H, W] and int64 [N], as the tokenizer sees them."""
-    source = build_source(of_images(run.config.data), "test")
-    transform = build_transform(run.config.data, "test")
-    return stored_images(source, transform, range(min(count, len(source))), run.config.data.damaged_samples)

@@ -15,13 +15,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from megavar.analysis.base import Analysis, Report, Subject
+from megavar.analysis.images import first_images
 from megavar.assembly import load_tokenizer
 from megavar.config.analyses.reconstructions import ReconstructionsAnalysis
 from megavar.config.choice import resolve
 from megavar.config.recipes.base import GeneratorRecipeChoice
-from megavar.data.build import build_source, build_transform, of_images
 from megavar.data.pixels import to_float, to_uint8
-from megavar.data.reading import stored_images
 from megavar.errors import ConfigError
 from megavar.evaluation.image_quality import psnr
 from megavar.parallel.logical import initialize_parameters
@@ -48,7 +47,7 @@ class Reconstructions(Analysis[ReconstructionsAnalysis]):
 
     def look(self, runs: Sequence[Subject]) -> Report:
         """Reconstruct."""
-        images = self._images(runs[0])
+        images, _ = first_images(runs[0].config, self.choice.images)
         tokenizers = {run.name: trained_tokenizer(run) for run in runs}
         tokenizers[UNTRAINED] = _untrained(runs[0])
         found = {name: self._reconstruct(one, images, runs[0].device) for name, one in tokenizers.items()}
@@ -60,14 +59,6 @@ class Reconstructions(Analysis[ReconstructionsAnalysis]):
                  + f"; {one.used[-1]:.0%} of the codes at the last scale" for name, one in found.items()]  # fmt: skip
         figures = {"": _curves(found, sides), "-images": _draw(found, sides)}
         return Report(values[runs[0].name], values, arrays, figures, "\n".join(lines))
-
-    def _images(self, run: Subject) -> Tensor:
-        """uint8 [N, 3, H, W]: the first test images."""
-        config = run.config
-        source = build_source(of_images(config.data), "test")
-        numbers = range(min(self.choice.images, len(source)))
-        images, _ = stored_images(source, build_transform(config.data, "test"), numbers, config.data.damaged_samples)
-        return images
 
     @torch.no_grad()
     def _reconstruct(self, tokenizer: Any, images: Tensor, device: torch.device) -> Reconstructed:
